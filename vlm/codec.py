@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlm.batch import Batch, Row, SampleInfo, TokenSequence, Views
+from vlm.geometry import Box, Placement, View
 from vlm.sample import Sample
 from vlm.seeding import seed_from
 
@@ -59,6 +60,27 @@ class Codec(ABC):
     @abstractmethod
     def num_tokens(self, width: int, height: int) -> int:
         """Tokens that one picture of this size takes in the language model's row."""
+
+    def written(self, sample: Sample, *, seed: int | None = None) -> Sample:
+        """The sample with phrases and regions as the text that the system reads and writes.
+
+        Raises:
+            SampleError: the system cannot write one of them, or does not see it.
+        """
+        return sample
+
+    def view(self, width: int, height: int, *, image: int = 0, seed: int | None = None) -> View:
+        """What the system sees of a picture of this size.
+
+        Args:
+            image: its number in the sample.
+            seed: of the sample, for a view that is augmented.
+        """
+        return View(Placement(), (width, height))
+
+    def find_boxes(self, text: str, *, size: tuple[float, float]) -> list[Box]:
+        """Boxes in a text of the system, in shares of a view of `size` pixels; none that make no sense."""
+        return []
 
     @abstractmethod
     def encode(self, sample: Sample, *, seed: int | None = None, generate: bool = False) -> Encoded:

@@ -16,12 +16,14 @@ from vlm.codec import Codec, Encoded, lay_out, read_views
 from vlm.connectors import Connector
 from vlm.errors import UserError
 from vlm.fusion import splice
+from vlm.geometry import Box, View
 from vlm.language import Decoding, LanguagePart, NewTokens
 from vlm.language.causal_lm import label_logits
 from vlm.language.generation import generate
 from vlm.losses import token_loss, zero_from
 from vlm.module import VisionLanguageModule
 from vlm.prompts import get_template
+from vlm.prompts.regions import find_boxes, write_regions
 from vlm.prompts.template import IMAGE, Template
 from vlm.prompts.tokenizer import Tokenizer
 from vlm.sample import Sample
@@ -60,7 +62,25 @@ class SplicedCodec(Codec):
     def num_tokens(self, width: int, height: int) -> int:
         return self.tower.num_tokens
 
+    def view(self, width: int, height: int, *, image: int = 0, seed: int | None = None) -> View:
+        side = float(self.transform.size)
+        if self.augment is None or seed is None:
+            return View(self.transform.placement(width, height), (side, side))
+        cut = self.augment.placement(width, height, seed=seed_from(seed, image))
+        return View(cut.then(self.transform.placement(self.augment.size, self.augment.size)), (side, side))
+
+    def find_boxes(self, text: str, *, size: tuple[float, float]) -> list[Box]:
+        return find_boxes(text, self.template.regions, size=size)
+
+    def written(self, sample: Sample, *, seed: int | None = None) -> Sample:
+        def view(image: int) -> View:
+            width, height = sample.images[image].size(sample)
+            return self.view(width, height, image=image, seed=seed)
+
+        return write_regions(sample, self.template.regions, view=view)
+
     def encode(self, sample: Sample, *, seed: int | None = None, generate: bool = False) -> Encoded:
+        sample = self.written(sample, seed=seed)
         try:
             tokens = self.template.tokenize(sample.messages, self.tokenizer, generate=generate)
         except UserError as error:

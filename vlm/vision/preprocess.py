@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlm.errors import UserError
+from vlm.geometry import MIRRORED, Placement
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -128,6 +129,17 @@ class ImageTransform:
             return center_crop(image, size=self.size)
         return image.resize((self.size, self.size), method)
 
+    def placement(self, width: float, height: float) -> Placement:
+        """Where a picture of this size lies in its square."""
+        if self.mode == "squash":
+            return Placement()
+        side = max(width, height) if self.mode == "pad" else min(width, height)
+        # in whole pixels, as the picture itself is pasted and cut
+        left, top = (width - side) // 2, (height - side) // 2
+        if self.mode == "pad":
+            left, top = -((side - width) // 2), -((side - height) // 2)
+        return Placement.of_crop((left, top, left + side, top + side), size=(width, height))
+
 
 def _at_most_elongated(image: Image.Image, *, aspect: int) -> Image.Image:
     # as much from either end, so that the middle stays where it is
@@ -155,11 +167,20 @@ class RandomCropFlip:
     flip: bool = True
 
     def __call__(self, image: Image.Image, *, seed: int) -> Image.Image:
-        generator = torch.Generator().manual_seed(seed)
-        box = self._box(image.width, image.height, generator)
-        mirrored = self.flip and _uniform(0, 1, generator) < 0.5
+        box, mirrored = self._draw(image.width, image.height, seed)
         image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
+
+    def placement(self, width: int, height: int, *, seed: int) -> Placement:
+        """Where a picture of this size lies in what `__call__` makes of it."""
+        box, mirrored = self._draw(width, height, seed)
+        placement = Placement.of_crop(box, size=(width, height))
+        return placement.then(MIRRORED) if mirrored else placement
+
+    def _draw(self, width: int, height: int, seed: int) -> tuple[tuple[int, int, int, int], bool]:
+        generator = torch.Generator().manual_seed(seed)
+        box = self._box(width, height, generator)
+        return box, self.flip and _uniform(0, 1, generator) < 0.5
 
     def _box(self, width: int, height: int, generator: torch.Generator) -> tuple[int, int, int, int]:
         """(left, top, right, bottom) of the part that is kept."""
