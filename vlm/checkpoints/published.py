@@ -29,7 +29,7 @@ def find_weights(path: str | Path) -> str:
     """What `--weights` may name: an artefact, a run folder (its last finished stage), a published folder or hub id.
 
     Raises:
-        UserError: nothing of that kind is there.
+        UserError: nothing of that kind is there, or several stages that no other one follows (`2_chat`, `2_science_qa`).
     """
     folder = Path(path).expanduser()
     for candidate in (folder, folder / "artefact"):
@@ -43,6 +43,10 @@ def find_weights(path: str | Path) -> str:
             return str(path)
         raise UserError(f"{folder}: no such folder; give {kinds}")
     if finished := sorted(folder.glob(f"*/artefact/{STAGE_FILE}")):
+        stages = [file.parent.parent for file in finished]
+        last = [stage for stage in stages if stage.name.split("_")[0] == stages[-1].name.split("_")[0]]
+        if len(last) > 1:
+            raise UserError(f"{folder}: ends in several stages; name one of them: {', '.join(map(str, last))}")
         return str(finished[-1].parent)
     if begun := sorted(file.parent for file in (*folder.glob("config.yaml"), *folder.glob("*/config.yaml"))):
         raise UserError(f"{begun[-1]}: this stage is not finished (no artefact); start its `vlm fit` again to go on")

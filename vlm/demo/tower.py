@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -19,8 +18,6 @@ from vlm.demo.sprites import NOUNS, WORDS
 from vlm.vision.preprocess import ImageTransform
 
 _NOTHING = -1.0
-_UNASKED = -2.0
-_RECOLORED_SHARE = 0.5
 _NAMES = {noun.name: index for index, noun in enumerate(NOUNS)}
 _SHADES = {color: index for index, color in enumerate(COLORS)}
 _INKS = {word: index for index, word in enumerate(WORDS)}
@@ -38,24 +35,8 @@ class _Patches(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         random = Random(f"tower {self.first + index}")
         scene = make_scene(random, split="train", size=96)
-        image, labels = scene.draw(), patch_labels(scene, grid=self.grid)
-        if random.random() < _RECOLORED_SHARE:
-            image = recolored(image, random)
-            labels[:, 1][labels[:, 1] != _NOTHING] = _UNASKED
-        return ImageTransform(self.size, mode="pad")(image), labels
-
-
-def recolored(image: Image.Image, random: Random) -> Image.Image:
-    """The picture with all hues turned by one angle and paler by one factor.
-
-    Without such pictures the tower learns that a thing never lies on the colours held back for validation and test,
-    and half of the things on these colours look like other things to it.
-    """
-    hue, saturation, value = image.convert("HSV").split()
-    angle, strength = random.randrange(256), random.random()
-    turned = hue.point([(index + angle) % 256 for index in range(256)])
-    paler = saturation.point([round(index * strength) for index in range(256)])
-    return Image.merge("HSV", (turned, paler, value)).convert("RGB")
+        pixels = ImageTransform(self.size, mode="pad")(scene.draw())
+        return pixels, patch_labels(scene, grid=self.grid)
 
 
 def patch_labels(scene: Scene, *, grid: int) -> Tensor:
@@ -96,10 +77,7 @@ class _Heads(nn.Module):
         """(loss, float[4]: share of the patches that know noun, color and word, mean error of their box)."""
         logits = self.content(features).split(self.sizes, dim=-1)
         wanted = (labels[..., :3] + 1).long()
-        loss = sum(
-            F.cross_entropy(part.flatten(0, 1), wanted[..., i].flatten(), ignore_index=int(_UNASKED) + 1)
-            for i, part in enumerate(logits)
-        )
+        loss = sum(F.cross_entropy(part.flatten(0, 1), wanted[..., i].flatten()) for i, part in enumerate(logits))
         on_something = labels[..., 3] >= 0
         boxes, found = labels[..., 3:][on_something], self.box(features)[on_something]
         loss = loss + 5 * F.smooth_l1_loss(found, boxes, beta=0.05)

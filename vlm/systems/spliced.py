@@ -195,6 +195,14 @@ class SplicedDecoder(VisionLanguageModule):
     def build_parts(self) -> dict[str, nn.Module]:
         language = self.arguments["language"].build()
         width = language.config.hidden_size
+        tokenizer, rows = self.codec.tokenizer, language.config.vocab_size
+        last = len(tokenizer) - 1
+        last -= tokenizer.pad_id == last  # no row of a pack ever holds it
+        if not tokenizer.added_tokens and last >= rows:
+            raise UserError(
+                f"model.tokenizer ({tokenizer.path}) makes ids up to {last}, but the language model has {rows} token "
+                "embeddings; give the tokenizer that belongs to it"
+            )
         return {
             "vision": self.arguments["vision"].build(),
             "connector": self.arguments["connector"].build(self.tower.dim, width),
