@@ -1,6 +1,5 @@
 """Bringing image features into text: free functions on tensors that fail loudly."""
 
-import torch
 from torch import Tensor
 
 
@@ -24,22 +23,3 @@ def splice(embeds: Tensor, features: Tensor, slots: Tensor) -> Tensor:
             "num_tokens of the system's codec and its connector disagree"
         )
     return embeds.index_copy(0, slots, features.to(embeds.dtype))
-
-
-def arrange(features: Tensor, layout: Tensor, *, newline: Tensor | None = None) -> Tensor:
-    """Features of all views of a picture in the order of its tokens.
-
-    Args:
-        features: float[V, P, D].
-        layout: int64[T] into the V * P features; -1 is the newline (`vlm.vision.tiling.AnyRes.layout`).
-        newline: float[D], needed where the layout has newlines.
-
-    Returns:
-        float[T, D].
-    """
-    flat = features.flatten(0, 1)
-    if newline is not None:  # the last row is what -1 counts to
-        flat = torch.cat([flat, newline[None].to(flat.dtype)])
-    elif bool((layout < 0).any()):
-        raise ValueError("the layout has newline tokens but there is no newline")
-    return flat[layout]
