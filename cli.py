@@ -144,7 +144,16 @@ def _run_lightning(arguments: list[str]) -> None:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from callbacks import Evaluation, Health, Predictions, Progress, ResumeCheckpoint, StageTransition, Throughput
+    from callbacks import (
+        BadSamples,
+        Evaluation,
+        Health,
+        Predictions,
+        Progress,
+        ResumeCheckpoint,
+        StageTransition,
+        Throughput,
+    )
     from vlm.checkpoints.artefact import read_artefact
     from vlm.checkpoints.io import AtomicCheckpointIO
     from vlm.checkpoints.published import find_weights, is_artefact
@@ -265,7 +274,11 @@ def _run_lightning(arguments: list[str]) -> None:
             seed_everything_default=0,
             auto_configure_optimizers=False,
             # the data deals its own samples; the stage's banner says what the model summary would
-            trainer_defaults={"use_distributed_sampler": False, "enable_model_summary": False},
+            trainer_defaults={
+                "use_distributed_sampler": False,
+                "enable_model_summary": False,
+                "callbacks": [BadSamples()],
+            },
             parser_kwargs=one_line | dict.fromkeys(StageCLI.subcommands(), one_line),
             args=None if arguments == sys.argv[1:] else arguments,
         )
