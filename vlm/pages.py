@@ -13,7 +13,8 @@ from vlm.geometry import Box
 
 _STYLE = """
 :root { --ink: #1f2328; --faint: #656d76; --line: #d8dee4; --soft: #f6f8fa; --accent: #2f6feb;
-  --good: #1a7f37; --good-paper: #d4f5dc; --bad: #b42318; --bad-paper: #fdecea; --mark: #1b4b91; --mark-paper: #dbe9fd; }
+  --good: #1a7f37; --good-paper: #d4f5dc; --bad: #b42318; --bad-paper: #fdecea;
+  --mark: #1b4b91; --mark-paper: #dbe9fd; }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 28px 24px 64px; max-width: 1160px; color: var(--ink); background: #fff;
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "Noto Sans", "DejaVu Sans", Arial, sans-serif; }
@@ -55,10 +56,14 @@ figcaption { color: var(--faint); font-size: 12px; margin-top: 2px; }
   border-radius: 6px; margin: 8px 0 0; max-height: 14em; overflow: auto; }
 .tokens { font: 14px/1.9 ui-monospace, "SF Mono", "DejaVu Sans Mono", Menlo, Consolas, "Noto Sans Mono CJK SC",
   monospace; overflow-wrap: anywhere; white-space: pre-wrap; }
-.tokens span { border-radius: 3px; padding: 2px 0; color: var(--faint); box-shadow: inset -1px 0 0 #e3e7eb; }
+.tokens span { border-radius: 3px; padding: 2px 0; color: var(--faint); box-shadow: inset -1px 0 0 #d0d7de; }
 .tokens .trained { color: #0b5d2a; background: #c9f2d3; box-shadow: inset -1px 0 0 #9adcac; }
 .tokens .mark { color: var(--mark); background: var(--mark-paper); padding: 2px 7px; margin: 0 1px; box-shadow: none;
   border-radius: 9px; font-size: 12px; }
+.look { display: grid; grid-template-columns: minmax(0, 1fr); gap: 0 18px; }
+.look.beside { grid-template-columns: max-content minmax(0, 1fr); align-items: start; }
+.look .tokens { margin-top: 4px; }
+@media (max-width: 760px) { .look.beside { grid-template-columns: minmax(0, 1fr); } }
 .legend { display: flex; flex-wrap: wrap; gap: 6px 18px; font-size: 13px; color: var(--faint); }
 .legend .tokens { line-height: 1.4; font-size: 13px; }
 """

@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 from PIL import Image
 
 from vlm.batch import Batch
-from vlm.checking.scan import Part, encode, parts_of, sizes_of
+from vlm.checking.facts import encode, sizes_of
+from vlm.checking.parts import Part, parts_of
 from vlm.codec import Codec, Encoded, step_counts
 from vlm.described import Describe
 from vlm.errors import SampleError, UserError
@@ -155,7 +156,8 @@ def _shown(look: Look) -> str:
         for name, pieces in look.rows
     )
     pictures = f"<div class='pictures'>{figures}</div>" if figures else ""
-    return f"<p>{' '.join(map(chip, counts))}</p>{pictures}{rows}"
+    style = "look beside" if len(look.pictures) == 1 else "look"
+    return f"<p>{' '.join(map(chip, counts))}</p><div class='{style}'>{pictures}<div>{rows}</div></div>"
 
 
 def tokens_as_html(pieces: Sequence[Piece]) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from vlm.checking.page import write_report
+from vlm.checking.parts import parts_of
 from vlm.checking.report import Report
-from vlm.checking.scan import parts_of, scan
+from vlm.checking.scan import scan
 from vlm.checkpoints.atomic import atomic_file
 from vlm.data.quarantine import as_lines
 from vlm.described import Describe

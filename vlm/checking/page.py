@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from vlm.checking.facts import KINDS
 from vlm.checking.report import Report, table_of
-from vlm.checking.scan import KINDS, Scan
+from vlm.checking.scan import Scan
 from vlm.errors import SampleError
 from vlm.pages import bars, broken, chip, escape, figure, table, tiles, write_page
 from vlm.sample import RefPart, RegionPart, Sample, TextPart

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlm.checking.scan import KINDS, Finding, Scan
+from vlm.checking.facts import KINDS
+from vlm.checking.scan import Finding, Scan
 from vlm.checking.statistics import Copies, Summary, bad_samples, find_copies, summaries
 from vlm.data.quarantine import BadSample
 
@@ -107,10 +108,9 @@ class Report:
             if count > len(examples):
                 yield f"  and {count - len(examples):,} more"
         for what, numbers in self.notes:
-            ids = ", ".join(repr(self.scan.id_of(number)) for number in numbers[:_MAX_EXAMPLES])
-            yield _cut(
-                f"note: {len(numbers):,} samples {what} ({ids}{', ...' if len(numbers) > _MAX_EXAMPLES else ''})"
-            )
+            ids = [repr(self.scan.id_of(number)) for number in numbers[:_MAX_EXAMPLES]]
+            more = ["..."] if len(numbers) > len(ids) else []
+            yield _cut(f"note: {len(numbers):,} samples {what} ({', '.join(ids + more)})")
         if not self.bad:
             yield "nothing is wrong with any of them"
 

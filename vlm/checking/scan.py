@@ -4,8 +4,6 @@ Good samples leave numbers in arrays and nothing else, about 70 bytes each, so t
 data is. A picture that many samples show is decoded once.
 """
 
-import hashlib
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -16,37 +14,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from vlm.batch import IGNORE
-from vlm.codec import Codec, Encoded
-from vlm.data.loader import Encoder
-from vlm.data.module import VisionLanguageData
-from vlm.data.sources import Concat
+from vlm.checking.facts import SCRIPTS, content_of, encode, file_key, hashed, kind_of, script_of, sizes_of
+from vlm.checking.parts import Part, locate
+from vlm.codec import Codec
 from vlm.data.workers import worker_context
 from vlm.errors import SampleError, UserError
-from vlm.sample import ImageFile, ImagePart, Message, Sample, TextPart
+from vlm.sample import Sample
 
 CHUNK = 64
-KINDS = {
-    "schema": "not a sample",
-    "marks": "image marks and images differ",
-    "region": "box, quad or point outside of its picture",
-    "picture": "picture missing, broken or too large",
-    "too long": "over the limit of tokens",
-    "no label": "nothing to train on",
-    "encoding": "cannot be encoded",
-    "copy": "a copy of an earlier sample",
-}
-"""What can be wrong with a sample."""
-SCRIPTS = ("latin", "han", "other", "none")
-_PATTERNS = {
-    "picture": r"image '|image \"|an image must|a picture |the 'bytes' of",
-    "marks": r"\d+ image marks",
-    "region": r"(messages\[.*|an? )?\b(box|quad|point)\b|templates with regions",
-    "no label": r"no token is trained",
-    "too long": r"\d+ tokens .*over the limit|.* over data\.max_tokens",
-}
-_LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]")
-_HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
 
 
 class Finding(NamedTuple):
@@ -83,69 +58,15 @@ class Texts:
     keys: np.ndarray
 
 
+_TYPES = (np.int32, np.int32, np.int32, np.int8, np.int32, np.uint64, np.uint64, np.uint64)
+
+
 class Pictures(NamedTuple):
     """Numbers of m different pictures: int32[m] width and height (0: unreadable), uint64[m] hash of the content."""
 
     width: np.ndarray
     height: np.ndarray
     content: np.ndarray
-
-
-@dataclass(frozen=True)
-class Part:
-    """Training or validation.
-
-    Attributes:
-        name: `training` or `validation`.
-        encoder: its samples and how they become tokens.
-        indices: int64[n], those that are looked at.
-    """
-
-    name: str
-    encoder: Encoder
-    indices: np.ndarray
-
-    @property
-    def samples(self) -> Concat:
-        assert isinstance(self.encoder.samples, Concat)
-        return self.encoder.samples
-
-
-def parts_of(data: VisionLanguageData, codec: Codec, *, limit: int | None = None) -> list[Part]:
-    """What there is to look at.
-
-    Args:
-        limit: at most so many samples of each source, evenly spread.
-    """
-    parts = []
-    for name, sources in (("training", data.sources), ("validation", data.val_sources)):
-        if not sources:
-            continue
-        samples = Concat(sources)
-        encoder = Encoder(samples, codec, data.seed, data.preparation(), training=name == "training")
-        starts = [0, *samples.ends.tolist()]
-        chosen = [
-            start + (np.arange(min(limit or size, size)) * size // min(limit or size, size))
-            for start, size in ((a, b - a) for a, b in zip(starts, starts[1:], strict=False))
-            if size
-        ]
-        parts.append(Part(name, encoder, np.concatenate(chosen)))
-    return parts
-
-
-def encode(encoder: Encoder, index: int, *, epoch: int) -> Encoded:
-    """A sample as it is trained or judged: a question without an answer is encoded up to where the answer begins."""
-    if not encoder.training and encoder.samples[index].messages[-1].role != "assistant":
-        return encoder.codec.encode(encoder.samples[index], generate=True)
-    return encoder(index, epoch=epoch)
-
-
-def sizes_of(item: Encoded) -> tuple[int, int, int]:
-    """Tokens, trained tokens, and tokens of pictures."""
-    sequences = [*item.text, *(sequence for row in item.rows.values() for sequence in row)]
-    labels = sum(int((sequence.targets != IGNORE).sum()) for sequence in sequences)
-    visual = sum(len(positions) for sequence in sequences for positions in sequence.slots.values())
-    return item.num_tokens, labels, visual
 
 
 class _TextChunks(Dataset):
@@ -172,16 +93,15 @@ class _TextChunks(Dataset):
                 keys += files
         except UserError as error:  # raised in a worker it would arrive as the text of a traceback
             return error
-        types = (np.int32, np.int32, np.int32, np.int8, np.int32, np.uint64, np.uint64)
-        columns = [np.array(column, dtype=kind) for column, kind in zip(zip(*rows, strict=True), types, strict=True)]
-        return Texts(*columns, np.array(keys, dtype=np.uint64)), findings
+        columns = [*zip(*rows, strict=True), keys]
+        return Texts(*(np.array(c, dtype=kind) for c, kind in zip(columns, _TYPES, strict=True))), findings
 
     def _look(self, number: int, findings: list[Finding]) -> tuple[tuple[int, ...], list[int]]:
         part, index = locate(self.parts, number)
         try:
             sample = part.samples[index]
         except SampleError as error:
-            findings.append(Finding(number, error.sample_id, _kind(error.reason, "schema"), error.reason))
+            findings.append(Finding(number, error.sample_id, kind_of(error.reason, "schema"), error.reason))
             return (0, 0, 0, len(SCRIPTS) - 1, 0, 0, hashed(error.sample_id)), []
         sizes = (0, 0, 0)
         try:
@@ -191,10 +111,10 @@ class _TextChunks(Dataset):
                 if self.max_tokens is not None and item.num_tokens > self.max_tokens:
                     raise sample.error(f"{item.num_tokens} tokens, over data.max_tokens={self.max_tokens}")
         except SampleError as error:
-            findings.append(Finding(number, sample.id, _kind(error.reason, "encoding"), error.reason))
+            findings.append(Finding(number, sample.id, kind_of(error.reason, "encoding"), error.reason))
         texts = [part.text for message in sample.messages for part in message.content if hasattr(part, "text")]
-        keys = [_file_key(file, sample, at) for at, file in enumerate(sample.images)]
-        numbers = (script_of("".join(texts)), len(keys), hashed(*map(_content, sample.messages)), hashed(sample.id))
+        keys = [file_key(file, sample, at) for at, file in enumerate(sample.images)]
+        numbers = (script_of("".join(texts)), len(keys), hashed(*map(content_of, sample.messages)), hashed(sample.id))
         return (*sizes, *numbers), keys
 
 
@@ -229,7 +149,7 @@ class _PictureChunks(Dataset):
     def _look(self, sample: Sample, place: int) -> tuple[int, int, int]:
         file = sample.images[place]
         if self.headers_only:
-            return (*file.size(sample), _file_key(file, sample, place))
+            return (*file.size(sample), file_key(file, sample, place))
         image = file.read(sample)
         return (*image.size, hashed(str(image.size), image.tobytes()))
 
@@ -290,15 +210,6 @@ class Scan:
             mixed = found[has] * np.uint64(0x9E3779B97F4A7C15) + np.uint64(1)
             found[has] = mixed ^ self.pictures.content[self.shown[self.first[has] + place]]
         return found
-
-
-def locate(parts: Sequence[Part], number: int) -> tuple[Part, int]:
-    """Of sample `number` of all that are looked at: its part, and its index there."""
-    for part in parts:
-        if number < len(part.indices):
-            return part, int(part.indices[number])
-        number -= len(part.indices)
-    raise IndexError(number)
 
 
 def scan(
@@ -380,44 +291,3 @@ def _results(chunks: Dataset, name: str, total: int, *, workers: int, codec: Cod
 
 def _as_it_is(value: Any) -> Any:
     return value  # numpy stays numpy
-
-
-def _kind(reason: str, otherwise: str) -> str:
-    said = re.sub(r"^(row|line) \d+: ", "", reason)
-    return next((kind for kind, pattern in _PATTERNS.items() if re.match(pattern, said)), otherwise)
-
-
-def script_of(text: str) -> int:
-    """Index of `SCRIPTS`: what most letters of a text are."""
-    latin, han = len(_LATIN.findall(text)), len(_HAN.findall(text))
-    other = sum(character.isalpha() for character in text) - latin - han if not text.isascii() else 0
-    counts = [latin, han, other]
-    return counts.index(max(counts)) if max(counts) > 0 else SCRIPTS.index("none")
-
-
-def hashed(*values: str | bytes) -> int:
-    """64 bits that depend on all values; never 0."""
-    digest = hashlib.blake2b(digest_size=8)
-    for value in values:
-        data = value if isinstance(value, bytes) else value.encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8, "big"))
-        digest.update(data)
-    return int.from_bytes(digest.digest(), "big") or 1
-
-
-def _content(message: Message) -> str:
-    return repr((message.role, [_part(part) for part in message.content]))
-
-
-def _part(part: Any) -> Any:
-    if isinstance(part, TextPart):
-        return part.text
-    return "<image>" if isinstance(part, ImagePart) else (type(part).__name__, repr(part))
-
-
-def _file_key(file: ImageFile, sample: Sample, place: int) -> int:
-    if file.path is not None:
-        return hashed("path", str(file.path))
-    if file.data is not None:
-        return hashed("data", file.data)
-    return hashed("row", sample.source, sample.id, file.name, str(place))

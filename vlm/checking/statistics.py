@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from vlm.checking.scan import KINDS, SCRIPTS, Finding, Scan
+from vlm.checking.facts import KINDS, SCRIPTS
+from vlm.checking.scan import Finding, Scan
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 NUM_BARS = 12
