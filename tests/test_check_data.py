@@ -179,9 +179,9 @@ def test_copies_are_noted_and_refused_on_request(world: World, capfd: pytest.Cap
     world.options.append(f"--data.init_args.val_sources={json.dumps([source(held_out, 'LlavaJson')])}")
     assert world.fit() == 0
     out = capfd.readouterr().out
-    assert "note: 1 samples have the id of an earlier sample ('s0')" in out
-    assert "note: 1 samples have the text and pictures of an earlier sample ('other name')" in out
-    assert "note: 1 samples of the validation are in the training too ('held out')" in out
+    assert "note: 1 sample with the id of an earlier sample ('s0')" in out
+    assert "note: 1 sample with the text and pictures of an earlier sample ('other name')" in out
+    assert "note: 1 sample of the validation that the training has, too ('held out')" in out
     assert world.fit("--duplicates") == 1
     assert [(entry["id"], entry["reason"]) for entry in quarantine(world)] == [
         ("other name", "a copy of sample 's1' (number 1 of data)"),

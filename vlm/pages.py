@@ -27,7 +27,7 @@ p { margin: 4px 0 10px; }
   border: 1px solid var(--line); }
 .chip.good { color: var(--good); background: var(--good-paper); border-color: transparent; }
 .chip.bad { color: var(--bad); background: var(--bad-paper); border-color: transparent; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 12px; margin: 20px 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(135px, 1fr)); gap: 12px; margin: 20px 0; }
 .tile { padding: 12px 14px; border: 1px solid var(--line); border-radius: 8px; background: var(--soft); }
 .tile b { display: block; font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--faint); font-size: 13px; }
@@ -41,7 +41,7 @@ tr:last-child td { border-bottom: 0; }
 .bars .from { text-align: right; color: var(--faint); }
 .bars i { display: block; height: 14px; min-width: 2px; border-radius: 3px; background: #8db4f2; }
 .card { margin: 12px 0; padding: 14px 16px; border: 1px solid var(--line); border-radius: 8px; break-inside: avoid; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 12px; }
+.cards { display: grid; align-items: start; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 12px; }
 .cards .card { margin: 0; min-width: 0; }
 .head { display: flex; flex-wrap: wrap; gap: 4px 10px; align-items: baseline; margin-bottom: 8px; }
 .head b { overflow-wrap: anywhere; }

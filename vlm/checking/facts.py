@@ -25,7 +25,7 @@ _PATTERNS = {
     "picture": r"image '|image \"|an image must|a picture |the 'bytes' of",
     "marks": r"\d+ image marks",
     "region": r"(messages\[.*|an? )?\b(box|quad|point)\b|templates with regions",
-    "no label": r"no token is trained|message \d+: the user's last message has no answer",
+    "no label": r"no token is trained|message.*: the (user's last message has no answer|assistant's answer is empty)",
     "too long": r"\d+ tokens .*over the limit|.* over data\.max_tokens",
 }
 _LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]")

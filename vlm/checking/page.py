@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from vlm.checking.facts import KINDS
-from vlm.checking.report import Report, table_of
+from vlm.checking.report import Report, counted, table_of
 from vlm.checking.scan import Scan
 from vlm.errors import SampleError
 from vlm.pages import bars, broken, chip, escape, figure, table, tiles, write_page
@@ -30,7 +30,7 @@ def _body(report: Report) -> Iterator[str]:
     yield f"<h1>Check of the data</h1>\n<p class='faint'>{escape(report.title)}</p>\n"
     verdict = f"{bad:,} of {total:,} samples are bad" if bad else f"all {total:,} samples can be trained on"
     yield f"<p>{chip(verdict, kind='bad' if bad else 'good')}"
-    yield "".join(f" {chip(f'{len(numbers):,} {what}')}" for what, numbers in report.notes) + "</p>\n"
+    yield "".join(f" {chip(f'{counted(len(numbers))} {what}')}" for what, numbers in report.notes) + "</p>\n"
     tokens, pictures = everything["tokens"], everything["pictures"]
     if tokens:
         yield tiles(
@@ -54,7 +54,7 @@ def _body(report: Report) -> Iterator[str]:
         yield bars(list(everything["images per sample"].items()))
     yield from _bad(report)
     for what, numbers in report.notes:
-        yield f"<h2>{len(numbers):,} samples {escape(what)}</h2>\n<div class='cards'>"
+        yield f"<h2>{counted(len(numbers))} {escape(what)}</h2>\n<div class='cards'>"
         for number in numbers[:_MAX_EXTREMES]:
             original = report.copies.original.get(number)
             note = "" if original is None else f"as {' '.join(map(str, scan.place(original)))}"

@@ -64,9 +64,9 @@ class Report:
         """What is no error but good to know, and the samples it is said of."""
         copies = self.copies
         found = {
-            "have the id of an earlier sample": copies.same_id,
-            "have the text and pictures of an earlier sample": copies.same_content,
-            "of the validation are in the training too": copies.in_both,
+            "with the id of an earlier sample": copies.same_id,
+            "with the text and pictures of an earlier sample": copies.same_content,
+            "of the validation that the training has, too": copies.in_both,
         }
         return [(what, numbers.tolist()) for what, numbers in found.items() if len(numbers)]
 
@@ -110,7 +110,7 @@ class Report:
         for what, numbers in self.notes:
             ids = [repr(self.scan.id_of(number)) for number in numbers[:_MAX_EXAMPLES]]
             more = ["..."] if len(numbers) > len(ids) else []
-            yield _cut(f"note: {len(numbers):,} samples {what} ({', '.join(ids + more)})")
+            yield _cut(f"note: {counted(len(numbers))} {what} ({', '.join(ids + more)})")
         if not self.bad:
             yield "nothing is wrong with any of them"
 
@@ -170,6 +170,10 @@ def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]
             for at, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         yield "  ".join(cells).rstrip()
+
+
+def counted(number: int) -> str:
+    return f"{number:,} sample{'' if number == 1 else 's'}"
 
 
 def _cut(line: str) -> str:
