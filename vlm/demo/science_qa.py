@@ -39,7 +39,8 @@ def write_science_qa(
     """Writes questions with options, a lecture and an explanation; two in five have no picture.
 
     The layout is that of `vlm.data.ScienceQA`. Questions of validation and test are about things on a colour at a
-    place where no training picture has them. The files are the same to the last byte for the same arguments and the same Pillow.
+    place where no training picture has them. The files are the same to the last byte for the same arguments and the
+    same Pillow.
 
     Args:
         folder: appears when everything in it is written.
