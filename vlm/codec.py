@@ -55,7 +55,13 @@ class Encoded:
 
 
 class Codec(ABC):
-    """How one system sees a sample. Subclasses hold plain data and tokenizers only: they travel to worker processes."""
+    """How one system sees a sample. Subclasses hold plain data and tokenizers only: they travel to worker processes.
+
+    Attributes:
+        resolutions: values of `Sample.resolution` that `encode` and `collate` obey.
+    """
+
+    resolutions: Sequence[str] = ()
 
     @abstractmethod
     def num_tokens(self, width: int, height: int) -> int:

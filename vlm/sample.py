@@ -153,7 +153,11 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class Sample:
-    """One parsed sample. Build it with `parse_sample`, which checks everything that can be wrong with it."""
+    """One parsed sample. Build it with `parse_sample`, which checks everything that can be wrong with it.
+
+    `resolution` is not part of a record: the data module says at which resolution the pictures of a data set are shown
+    (`vlm.data.resolution`), in words of the system's codec; None leaves it to the system.
+    """
 
     id: str
     messages: tuple[Message, ...]
@@ -163,6 +167,7 @@ class Sample:
     group: str | None = None
     answers: tuple[tuple[str, float], ...] = ()
     choices: tuple[str, ...] = ()
+    resolution: str | None = None
 
     def error(self, message: str) -> SampleError:
         """A `SampleError` that names this sample and its file."""
