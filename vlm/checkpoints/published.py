@@ -29,7 +29,7 @@ def find_weights(path: str | Path) -> str:
     """What `--weights` may name: an artefact, a run folder (its last finished stage), a published folder or hub id.
 
     Raises:
-        UserError: nothing of that kind is there, or several stages that no other one follows (`2_chat`, `2_science_qa`).
+        UserError: nothing of that kind is there, or several last stages (`2_chat`, `2_science_qa`).
     """
     folder = Path(path).expanduser()
     for candidate in (folder, folder / "artefact"):

@@ -86,7 +86,7 @@ def normalize(image: Image.Image, *, mean: Sequence[float] = CLIP_MEAN, std: Seq
 
 @lru_cache(maxsize=64)
 def _normalized_levels(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """float32[3, 256]: what each grey level becomes. A look-up is bit-equal to the arithmetic and four times as fast."""
+    """float32[3, 256]: what each level becomes. A look-up is bit-equal to the arithmetic and four times as fast."""
     scaled = (np.arange(256, dtype=np.float64) / 255).astype(np.float32)
     return (scaled - np.asarray(mean, dtype=np.float32)[:, None]) / np.asarray(std, dtype=np.float32)[:, None]
 
