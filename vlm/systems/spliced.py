@@ -23,6 +23,7 @@ from vlm.language.generation import generate
 from vlm.losses import token_loss, zero_from
 from vlm.module import VisionLanguageModule
 from vlm.prompts import get_template
+from vlm.prompts.documents import fit_document
 from vlm.prompts.regions import find_boxes, write_regions
 from vlm.prompts.template import IMAGE, Template
 from vlm.prompts.tokenizer import Tokenizer
@@ -39,7 +40,8 @@ class SplicedCodec(Codec):
 
     Args:
         tower: facts of the vision tower; one view per picture.
-        max_tokens: longest sample, image tokens included; a longer one is an error, never cut in silence.
+        max_tokens: longest sample, image tokens included; a longer one is an error, never cut in silence. Documents
+            are cut to it, and that is counted (`vlm.prompts.documents`).
     """
 
     def __init__(
@@ -85,7 +87,9 @@ class SplicedCodec(Codec):
             tokens = self.template.tokenize(sample.messages, self.tokenizer, generate=generate)
         except UserError as error:
             raise sample.error(str(error)) from error
-        ids, labels, slots = self.reserve(tokens.ids, tokens.labels, self.image_tokens(sample))
+        limit = None if generate else self.max_tokens  # the end of a prompt is what is to be continued
+        sample, tokens, widths, events = fit_document(sample, tokens, self.image_tokens(sample), max_tokens=limit)
+        ids, labels, slots = self.reserve(tokens.ids, tokens.labels, widths)
         if len(ids) > self.max_tokens:
             raise sample.error(
                 f"{len(ids)} tokens ({len(slots)} of them for {len(sample.images)} images), over the limit of "
@@ -96,7 +100,7 @@ class SplicedCodec(Codec):
         if not generate and num_labels == 0:
             raise sample.error(f"no token is trained under this template ({self.template.name}); is there an answer?")
         text = TokenSequence(torch.tensor(ids), targets, slots={STREAM: torch.tensor(slots, dtype=torch.int64)})
-        return Encoded(sample, (text,), counts={"lm": float(num_labels)}, seed=seed)
+        return Encoded(sample, (text,), counts={"lm": float(num_labels), **events}, seed=seed)
 
     def image_tokens(self, sample: Sample) -> list[int]:
         """How many tokens each picture of a sample takes."""
