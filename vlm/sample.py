@@ -84,6 +84,8 @@ class RegionPart:
 
 
 Part = ImagePart | TextPart | RefPart | RegionPart
+Places = Literal["unnamed", "sides", "regions"]
+"""What a sample says about where things are in its pictures: nothing, left or right, or regions."""
 _NUM_VALUES: dict[RegionKind, int] = {"box": 4, "quad": 8, "point": 2}
 
 

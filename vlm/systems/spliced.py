@@ -30,6 +30,7 @@ from vlm.prompts.tokenizer import Tokenizer
 from vlm.sample import Sample
 from vlm.seeding import seed_from
 from vlm.vision import TowerFacts, VisionTower
+from vlm.vision.augment import places_named
 from vlm.vision.preprocess import ImageMode, ImageTransform, RandomCropFlip
 
 STREAM = "image"
@@ -68,7 +69,8 @@ class SplicedCodec(Codec):
         side = float(self.transform.size)
         if self.augment is None or seed is None:
             return View(self.transform.placement(width, height), (side, side))
-        cut = self.augment.placement(width, height, seed=seed_from(seed, image))
+        # asked for regions alone, and a sample that has some is not mirrored
+        cut = self.augment.placement(width, height, seed=seed_from(seed, image), places="regions")
         return View(cut.then(self.transform.placement(self.augment.size, self.augment.size)), (side, side))
 
     def find_boxes(self, text: str, *, size: tuple[float, float]) -> list[Box]:
@@ -82,6 +84,7 @@ class SplicedCodec(Codec):
         return write_regions(sample, self.template.regions, view=view)
 
     def encode(self, sample: Sample, *, seed: int | None = None, generate: bool = False) -> Encoded:
+        places = places_named(sample)
         sample = self.written(sample, seed=seed)
         try:
             tokens = self.template.tokenize(sample.messages, self.tokenizer, generate=generate)
@@ -100,7 +103,7 @@ class SplicedCodec(Codec):
         if not generate and num_labels == 0:
             raise sample.error(f"no token is trained under this template ({self.template.name}); is there an answer?")
         text = TokenSequence(torch.tensor(ids), targets, slots={STREAM: torch.tensor(slots, dtype=torch.int64)})
-        return Encoded(sample, (text,), counts={"lm": float(num_labels), **events}, seed=seed)
+        return Encoded(sample, (text,), counts={"lm": float(num_labels), **events}, seed=seed, places=places)
 
     def image_tokens(self, sample: Sample) -> list[int]:
         """How many tokens each picture of a sample takes."""
@@ -163,7 +166,7 @@ class SplicedDecoder(VisionLanguageModule):
         template: name of the conversation template (`vlm.prompts`).
         image: how a picture becomes a square view: `pad` to square with the mean colour, `crop` the centre after
             resizing the short edge, or `squash`.
-        augment: random crops and flips before it, in training.
+        augment: random crops and flips before it, in training, and perhaps RandAugment.
         max_tokens: longest sample.
         seed: of everything that is new or random.
     """
