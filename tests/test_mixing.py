@@ -365,6 +365,9 @@ def test_settings_that_cannot_work_are_refused(options, line):
 def test_sources_that_cannot_be_told_apart_or_are_empty_are_refused():
     with pytest.raises(UserError, match="needs sources with different names"):
         MultitaskData([samples(3), samples(4)], batch=BatchSpec(2), mixture=Mixture())
+    with pytest.raises(UserError, match=r"data\.pure needs sources with different names"):
+        MultitaskData([samples(3), samples(4)], batch=BatchSpec(2), pure="step")
+    assert len(MultitaskData([samples(3), samples(4)], batch=BatchSpec(2)).draws(0)) == 7
     with pytest.raises(UserError, match=r"source 'b' is empty but data\.mixture wants samples of it"):
         Mixture(weights={"a": 1, "b": 1}).shares({"a": 3, "b": 0})
     with pytest.raises(UserError, match=r"data\.mixture leaves no sample"):

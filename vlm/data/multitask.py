@@ -47,8 +47,10 @@ class MultitaskData(VisionLanguageData):
             raise UserError(f"data.pure: pack needs a batch counted in rows, found unit {batch.unit!r}")
         if tasks and pure is None:
             raise UserError("data.tasks say which sources share a step or a pack; set data.pure: step or pack")
-        check_names("data.tasks", tasks or {}, names)
-        check_names("data.resolution", resolution or {}, names)
+        if pure is not None:
+            check_names("data.tasks" if tasks else "data.pure", tasks or {}, names)
+        if resolution:
+            check_names("data.resolution", resolution, names)
         self.pure = pure
         self.resolution = dict(resolution or {})
         self.tasks = [(tasks or {}).get(name, f"source {name}") for name in names]
@@ -75,27 +77,29 @@ class MultitaskData(VisionLanguageData):
         lengths = None
         if self.batch.unit != "samples":
             lengths = draw_lengths(encoder, draws, epoch=epoch, num_workers=self.num_workers)
-        source = np.searchsorted(self.samples.ends, np.asarray(draws) % len(self.samples), side="right")
         evenly = self.mixture is not None and self.mixture.order == "spread"
-        kinds = np.asarray(self.groups())[source].tolist()
+        kinds = self._groups_of(draws)
         steps = cut_pure(
             draws,
             self.batch,
-            kinds=kinds,
+            kinds=kinds.tolist(),
             pure=self.pure,
             arrange=lambda counts: arranged(counts, spread_out=evenly, seed=seed_from(self.seed, epoch, 3)).tolist(),
             lengths=lengths,
             drop_last=self.drop_last,
         )
-        kind_of = dict(zip(draws, kinds, strict=True))
-        lost = set(kinds) - {kind_of[draw] for step in steps for draw in step}
-        if lost and self.pure == "step":
+        lost = np.setdiff1d(kinds, self._groups_of([step[0] for step in steps]))
+        if self.pure == "step" and len(lost):
             named = [source.name for source, group in zip(self.sources, self.groups(), strict=True) if group in lost]
             raise UserError(
                 f"data.drop_last leaves no step of {', '.join(named)}, which fill none; lower data.batch.size, "
                 "or let them share steps with others (data.tasks)"
             )
         return steps
+
+    def _groups_of(self, draws: Sequence[int]) -> np.ndarray:
+        samples = np.asarray(draws, dtype=np.int64) % len(self.samples)
+        return np.asarray(self.groups())[np.searchsorted(self.samples.ends, samples, side="right")]
 
     def turns(self) -> Turns | None:
         chance = self.mixture is not None and self.mixture.by_chance
