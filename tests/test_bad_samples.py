@@ -17,6 +17,7 @@ from tests.test_loader_resume import Model, SaveAt, fit
 from vlm.data import BatchSpec, InstructionData, MultitaskData
 from vlm.data.agreement import gather_over_ranks
 from vlm.data.loader import Encoder
+from vlm.data.mixing import Mixture
 from vlm.errors import SampleError, UserError
 
 BAD = {5: "broken5", 11: "unusable11", 17: "broken17"}
@@ -233,8 +234,30 @@ def test_listed_samples_are_in_no_step(tmp_path: Path, capsys: pytest.CaptureFix
     assert [mine.val_sources[0][i].id for i in range(len(mine.val_sources[0]))] == ["v0", "v3"]
     with pytest.raises(IndexError):
         mine.val_sources[0][2]
-    weighted = MultitaskData([source()], batch=BatchSpec(4), weights={"list": 1.0}, quarantine=path, val_sources=[val])
+    weighted = MultitaskData(
+        [source()],
+        batch=BatchSpec(4),
+        mixture=Mixture({"list": 1.0}, order="spread"),
+        quarantine=path,
+        val_sources=[val],
+    )
     assert {name for step in all_steps(weighted.train_loader(PictureCodec())) for name in ids(step)} == set(everyone)
+
+
+def test_a_source_with_a_resolution_keeps_its_list(tmp_path: Path) -> None:
+    def tasks(**options: Any) -> MultitaskData:
+        return MultitaskData([source()], batch=BatchSpec(4), resolution={"list": "x"}, **options)
+
+    listed = tasks(quarantine=_list(tmp_path / "q.jsonl", _entry(5, "broken5")))
+    assert listed.samples.place(5) == ("list", 6)
+    assert listed.identity()["data.quarantine"] != tasks().identity()["data.quarantine"]
+
+
+def test_rows_of_one_task_go_on_without_bad_samples() -> None:
+    mine = MultitaskData([source()], batch=BatchSpec(2, "rows", 60), pure="pack", max_bad_samples=3)
+    loader = mine.train_loader(PictureCodec())
+    everyone = {source()[index].id for index in range(22) if index not in BAD}
+    assert {name for step in all_steps(loader) for name in ids(step)} == everyone
 
 
 def test_another_list_is_another_training(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """`vlm check-data` on data that is broken in every way, and the training that its list makes possible."""
 
 import html.parser
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +169,23 @@ def test_a_picture_is_decoded_once(world: World, monkeypatch: pytest.MonkeyPatch
     decoded.clear()
     assert world.fit("--headers-only") == 0
     assert decoded == []
+
+
+def test_pictures_inside_of_a_shard_are_told_apart(world: World) -> None:
+    """They share a path, and ids come again in another shard."""
+    shard = world.folder / "shard.tar"
+    (world.folder / "4.png").write_bytes(b"no picture")
+    with tarfile.open(shard, "w") as tar:
+        for i in range(6):
+            for name, data in ((f"{i}.png", (world.folder / f"{i}.png").read_bytes()), (f"{i}.txt", b"a shade of red")):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    shards = {"class_path": "vlm.data.WebDataset", "init_args": {"path": str(shard)}}
+    assert world.fit(f"--data.init_args.sources={json.dumps([shards])}") == 1
+    assert [entry["index"] for entry in quarantine(world)] == [4]
+    report = json.loads((world.folder / "out" / "report.json").read_text())
+    assert report["summaries"][0]["pictures"]["different"] == 5
 
 
 def test_copies_are_noted_and_refused_on_request(world: World, capfd: pytest.CaptureFixture[str]) -> None:

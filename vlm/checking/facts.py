@@ -7,7 +7,7 @@ from typing import Any
 from vlm.batch import IGNORE
 from vlm.codec import Encoded
 from vlm.data.loader import Encoder
-from vlm.sample import ImageFile, ImagePart, Message, Sample, TextPart
+from vlm.sample import ImageFile, ImagePart, Message, TextPart
 
 KINDS = {
     "schema": "not a sample",
@@ -34,7 +34,7 @@ _HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134
 
 def encode(encoder: Encoder, index: int, *, epoch: int) -> Encoded:
     """A sample as it is trained or judged: a question without an answer is encoded up to where the answer begins."""
-    if not encoder.training and encoder.samples[index].messages[-1].role != "assistant":
+    if not encoder.training and encoder.samples[index].messages[-1].role == "user":
         return encoder.codec.encode(encoder.samples[index], generate=True)
     return encoder(index, epoch=epoch)
 
@@ -82,10 +82,10 @@ def _part(part: Any) -> Any:
     return "<image>" if isinstance(part, ImagePart) else (type(part).__name__, repr(part))
 
 
-def file_key(file: ImageFile, sample: Sample, place: int) -> int:
-    """A hash that pictures from the same place have in common."""
-    if file.path is not None:
+def file_key(file: ImageFile, *owner: int) -> int:
+    """A hash that pictures have in common that are one file; else one of the picture's `owner` and its place there."""
+    if type(file) is ImageFile and file.path is not None:  # others lie inside of a larger file
         return hashed("path", str(file.path))
-    if file.data is not None:
+    if type(file) is ImageFile and file.data is not None:
         return hashed("data", file.data)
-    return hashed("row", sample.source, sample.id, file.name, str(place))
+    return hashed("part", *map(str, owner))

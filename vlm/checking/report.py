@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from vlm.checking.facts import KINDS
 from vlm.checking.scan import Finding, Scan
 from vlm.checking.statistics import Copies, Summary, bad_samples, find_copies, summaries
@@ -66,6 +68,7 @@ class Report:
         found = {
             "with the id of an earlier sample": copies.same_id,
             "with the text and pictures of an earlier sample": copies.same_content,
+            "that do not fit into the limit of tokens and are cut": np.flatnonzero(self.scan.texts.cut),
             "of the validation that the training has, too": copies.in_both,
         }
         return [(what, numbers.tolist()) for what, numbers in found.items() if len(numbers)]

@@ -19,6 +19,7 @@ from vlm.checking.parts import Part, locate
 from vlm.codec import Codec
 from vlm.data.workers import worker_context
 from vlm.errors import SampleError, UserError
+from vlm.prompts.documents import CUT
 from vlm.sample import Sample
 
 CHUNK = 64
@@ -43,6 +44,7 @@ class Texts:
         visual: int32[n] tokens of pictures.
         scripts: int8[n], of the text; an index of `SCRIPTS`.
         pictures: int32[n], how many.
+        cut: int8[n], 1 for a document whose end did not fit into the limit of tokens.
         text: uint64[n], hash of the messages; 0 where the sample could not be read.
         ids: uint64[n], hash of the id.
         keys: uint64[k], a hash for each picture: the same file has the same.
@@ -53,12 +55,13 @@ class Texts:
     visual: np.ndarray
     scripts: np.ndarray
     pictures: np.ndarray
+    cut: np.ndarray
     text: np.ndarray
     ids: np.ndarray
     keys: np.ndarray
 
 
-_TYPES = (np.int32, np.int32, np.int32, np.int8, np.int32, np.uint64, np.uint64, np.uint64)
+_TYPES = (np.int32, np.int32, np.int32, np.int8, np.int32, np.int8, np.uint64, np.uint64, np.uint64)
 
 
 class Pictures(NamedTuple):
@@ -102,19 +105,26 @@ class _TextChunks(Dataset):
             sample = part.samples[index]
         except SampleError as error:
             findings.append(Finding(number, error.sample_id, kind_of(error.reason, "schema"), error.reason))
-            return (0, 0, 0, len(SCRIPTS) - 1, 0, 0, hashed(error.sample_id)), []
-        sizes = (0, 0, 0)
+            return (0, 0, 0, len(SCRIPTS) - 1, 0, 0, 0, hashed(error.sample_id)), []
+        sizes, is_cut = (0, 0, 0), 0
         try:
             for epoch in range(self.epochs if part.encoder.training else 1):
                 item = encode(part.encoder, index, epoch=epoch)
-                sizes = sizes_of(item) if epoch == 0 else sizes
+                if epoch == 0:
+                    sizes, is_cut = sizes_of(item), int(CUT in item.counts)
                 if self.max_tokens is not None and item.num_tokens > self.max_tokens:
                     raise sample.error(f"{item.num_tokens} tokens, over data.max_tokens={self.max_tokens}")
         except SampleError as error:
             findings.append(Finding(number, sample.id, kind_of(error.reason, "encoding"), error.reason))
         texts = [part.text for message in sample.messages for part in message.content if hasattr(part, "text")]
-        keys = [file_key(file, sample, at) for at, file in enumerate(sample.images)]
-        numbers = (script_of("".join(texts)), len(keys), hashed(*map(content_of, sample.messages)), hashed(sample.id))
+        keys = [file_key(file, number, at) for at, file in enumerate(sample.images)]
+        numbers = (
+            script_of("".join(texts)),
+            len(keys),
+            is_cut,
+            hashed(*map(content_of, sample.messages)),
+            hashed(sample.id),
+        )
         return (*sizes, *numbers), keys
 
 
@@ -139,17 +149,17 @@ class _PictureChunks(Dataset):
                 part, index = locate(self.parts, int(self.owners[picture]))
                 sample = part.samples[index]
                 try:
-                    found[at] = self._look(sample, int(self.places[picture]))
+                    found[at] = self._look(sample, int(self.owners[picture]), int(self.places[picture]))
                 except SampleError as error:
                     failures.append((picture, error.reason))
         except UserError as error:
             return error
         return found, failures
 
-    def _look(self, sample: Sample, place: int) -> tuple[int, int, int]:
+    def _look(self, sample: Sample, owner: int, place: int) -> tuple[int, int, int]:
         file = sample.images[place]
         if self.headers_only:
-            return (*file.size(sample), file_key(file, sample, place))
+            return (*file.size(sample), file_key(file, owner, place))
         image = file.read(sample)
         return (*image.size, hashed(str(image.size), image.tobytes()))
 

@@ -8,18 +8,18 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from vlm.codec import Codec
 from vlm.data.agreement import Gather, gather_over_ranks
 from vlm.data.evaluation import ShuffledImages, split
 from vlm.data.lengths import draw_lengths
+from vlm.data.lists import SampleLists
 from vlm.data.loader import Encoder, Progress, StepLoader
 from vlm.data.mixing import Mixture, Turns
 from vlm.data.order import shuffled
 from vlm.data.progress import TrainerProgress
 from vlm.data.quarantine import Kept, Quarantine, fingerprint
-from vlm.data.sealed import Sealed
 from vlm.data.sources import Concat, Source
 from vlm.data.steps import BatchSpec, cut
 from vlm.data.workers import worker_context
@@ -72,9 +72,10 @@ class VisionLanguageData(L.LightningDataModule):
             raise UserError(f"data.max_bad_samples must not be negative, found {max_bad_samples}")
         self.sources = list(sources)
         self.val_sources = list(val_sources)
+        self._kept: Sequence[Kept] = ()
         if quarantine is not None:
-            kept = Quarantine(quarantine, [*sources, *val_sources]).kept()
-            self.sources, self.val_sources = list(kept[: len(sources)]), list(kept[len(sources) :])
+            self._kept = Quarantine(quarantine, [*sources, *val_sources]).kept()
+            self.sources, self.val_sources = list(self._kept[: len(sources)]), list(self._kept[len(sources) :])
         self.test_sources = list(test_sources)
         self.predict_sources = list(predict_sources)
         self.batch = batch
@@ -99,17 +100,13 @@ class VisionLanguageData(L.LightningDataModule):
         return self._samples
 
     def setup(self, stage: str) -> None:
-        if self.quarantine is None or stage not in ("fit", "validate"):
-            return
-        counts = [
-            sum(len(source.left_out) for source in sources if isinstance(source, Kept))
-            for sources in (self.sources, self.val_sources)
-        ]
-        rank_zero_only(print)(
-            f"quarantine: {counts[0]:,} samples are left out of the training and {counts[1]:,} of the validation "
-            f"({self.quarantine})",
-            flush=True,
-        )
+        if self._kept and stage in ("fit", "validate"):
+            counts = [len(source.left_out) for source in self._kept]
+            rank_zero_only(print)(
+                f"quarantine: {sum(counts[: len(self.sources)]):,} samples are left out of the training and "
+                f"{sum(counts[len(self.sources) :]):,} of the validation ({self.quarantine})",
+                flush=True,
+            )
 
     def preparation(self) -> Callable[[Sample, int], Sample] | None:
         """What this kind of training does to a sample (given its seed) before it is encoded.
@@ -135,10 +132,13 @@ class VisionLanguageData(L.LightningDataModule):
         draws = self.draws(epoch)
         lengths = None
         if self.batch.unit != "samples":
-            lengths = draw_lengths(
-                encoder, draws, epoch=epoch, num_workers=self.num_workers, tolerant=self.max_bad_samples > 0
-            )
+            lengths = self.lengths(draws, epoch=epoch, encoder=encoder)
         return cut(draws, self.batch, lengths=lengths, drop_last=self.drop_last)
+
+    def lengths(self, draws: Sequence[int], *, epoch: int, encoder: Encoder) -> list[int]:
+        """Tokens of each draw, for batches that are counted in rows or tokens."""
+        tolerant = self.max_bad_samples > 0
+        return draw_lengths(encoder, draws, epoch=epoch, num_workers=self.num_workers, tolerant=tolerant)
 
     def identity(self) -> dict[str, Any]:
         """What decides the samples of a step: a run cannot resume with another one."""
@@ -147,7 +147,7 @@ class VisionLanguageData(L.LightningDataModule):
             "data.mixture": None if self.mixture is None else dataclasses.asdict(self.mixture),
             "data.seed": self.seed,
             "data.drop_last": self.drop_last,
-            "data.quarantine": fingerprint(self.sources),
+            "data.quarantine": fingerprint(self._kept[: len(self.sources)]),
             "the number of training samples": len(self.samples),
         }
 
@@ -296,19 +296,3 @@ class VisionLanguageData(L.LightningDataModule):
         if self.trainer.overfit_batches:  # type: ignore[attr-defined]
             raise UserError("trainer.overfit_batches would replace the sampler; use trainer.limit_train_batches")
         return self.trainer
-
-
-class SampleLists(Dataset):
-    """Samples of one rank in lists, undecoded."""
-
-    def __init__(self, samples: Source, *, size: int, world: int, rank: int) -> None:
-        self.samples = samples
-        self.size = size
-        self.mine = range(rank, len(samples), world)
-        self.count = -(-len(samples) // (size * world))
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Sealed:
-        return Sealed([self.samples[i] for i in self.mine[index * self.size : (index + 1) * self.size]])

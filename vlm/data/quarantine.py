@@ -200,14 +200,9 @@ class Kept(Source):
         return np.delete(self.source.image_mask(), self.left_out)
 
 
-def fingerprint(sources: Iterable[Source]) -> str | None:
+def fingerprint(sources: Iterable[Kept]) -> str | None:
     """What the sources leave out, as one word; None where it is nothing."""
-    places = [
-        f"{number}/{index}"
-        for number, source in enumerate(sources)
-        if isinstance(source, Kept)
-        for index in source.left_out.tolist()
-    ]
+    places = [f"{number}/{index}" for number, source in enumerate(sources) for index in source.left_out.tolist()]
     if not places:
         return None
     return f"{len(places)} samples, {hashlib.blake2b(' '.join(places).encode(), digest_size=6).hexdigest()}"
