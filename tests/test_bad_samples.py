@@ -8,11 +8,13 @@ from typing import Any
 import vlm  # noqa: F401  (before lightning)
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import distributed
 
 from callbacks import BadSamples
 from tests.fake_codec import ByteCodec, ListSource, sample, samples
 from tests.ranks import run_ranks
+from tests.test_cli import World, _truncated
 from tests.test_loader_resume import Model, SaveAt, fit
 from vlm.data import BatchSpec, InstructionData, MultitaskData
 from vlm.data.agreement import gather_over_ranks
@@ -289,3 +291,20 @@ def test_a_list_that_does_not_fit(tmp_path: Path, content: str | None, message: 
         (tmp_path / "q.jsonl").write_text(content)
     with pytest.raises(UserError, match=message):
         len(data(quarantine=tmp_path / "q.jsonl").samples)
+
+
+# the command line ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_says_and_writes_what_it_leaves_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    world = World(tmp_path)
+    _truncated(world)
+    options = ["--trainer.logger=true", "--trainer.log_every_n_steps=1"]
+    assert world.fit(*options) == 2
+    assert "image '2.png' cannot be decoded" in capfd.readouterr().err
+    assert [line["id"] for line in _lines(world.run)] == ["s2"]
+    assert world.fit(*options, "--data.init_args.max_bad_samples=1") == 0  # the same run folder goes on
+    assert "goes without sample 's2' of 'data' (1 of at most 1 bad samples)" in capfd.readouterr().err
+    assert [(line["id"], line["index"], line["source"]) for line in _lines(world.run)] == [("s2", 2, "data")]
+    events = EventAccumulator(str(world.run / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("data/bad_samples")][-1] == 1.0
