@@ -15,7 +15,7 @@ from callbacks import BadSamples
 from tests.fake_codec import ByteCodec, ListSource, sample, samples
 from tests.ranks import run_ranks
 from tests.test_cli import World, _truncated
-from tests.test_loader_resume import Model, SaveAt, fit
+from tests.test_loader_resume import Model, SaveAt, SharedModel, fit
 from vlm.data import BatchSpec, InstructionData, MultitaskData
 from vlm.data.agreement import gather_over_ranks
 from vlm.data.loader import Encoder
@@ -158,6 +158,23 @@ def _fit(folder: Path, *, resume: Path | None = None, callbacks: Any = (), **opt
     model.codec = PictureCodec()
     made = functools.partial(data, **options)
     return fit(folder, model=model, data=made, resume=resume, callbacks=[BadSamples(), *callbacks])
+
+
+def _fit_shared(folder: Path) -> list:
+    """What each step trained on, over both ranks, and the weight before it."""
+    model = SharedModel()
+    model.codec = PictureCodec()
+    shared = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False, "accumulate_grad_batches": 1}
+    fit(folder, model=model, data=data, callbacks=[BadSamples()], **shared)
+    return model.log_of_steps
+
+
+def test_two_ranks_train_as_one_does(tmp_path: Path) -> None:
+    alone = _fit(tmp_path / "alone").log_of_steps
+    first, second = run_ranks(_fit_shared, 2, tmp_path / "shared")
+    assert [step[:2] for step in first] == [step[:2] for step in second] == [step[:2] for step in alone]
+    assert [step[2] for step in first] == pytest.approx([step[2] for step in alone], abs=1e-6)
+    assert _lines(tmp_path / "shared") == _lines(tmp_path / "alone")
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:

@@ -71,16 +71,16 @@ class SaveAt(L.Callback):
 
 def fit(tmp_path, *, callbacks=(), resume=None, crash_at=None, model=None, data=None, **options):
     model = model or Model(crash_at)
+    defaults = {"devices": 1, "max_epochs": 3, "accumulate_grad_batches": 2, "num_sanity_val_steps": 0}
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=tmp_path,
         callbacks=list(callbacks),
-        **({"max_epochs": 3, "accumulate_grad_batches": 2, "num_sanity_val_steps": 0} | options),
+        **(defaults | options),
     )
     data = data() if data else InstructionData([samples(22)], batch=BatchSpec(8), val_sources=[samples(3)])
     with warnings.catch_warnings():
