@@ -14,6 +14,7 @@ from typing import Any
 
 from vlm.errors import UserError
 from vlm.procedures.captions import write_records
+from vlm.procedures.instruct.coco import read_coco
 from vlm.procedures.instruct.endpoint import Endpoint
 from vlm.procedures.instruct.engine import Engine
 from vlm.procedures.instruct.kinds import NAMES, Kind, load_kind, styles
@@ -21,7 +22,7 @@ from vlm.procedures.instruct.ledger import Ledger
 from vlm.procedures.instruct.models import Model
 from vlm.procedures.instruct.pace import Clock, Pace
 from vlm.procedures.instruct.procedure import NUM_STYLES, Outcome, Procedure, Role
-from vlm.procedures.instruct.records import Item, check_pictures, read_coco, read_records
+from vlm.procedures.instruct.records import Item, check_pictures, read_records
 from vlm.seeding import seed_from
 
 _SHOWN = 3
@@ -146,7 +147,7 @@ def _items(options: argparse.Namespace, kind: Kind) -> list[Item]:
     else:
         if missing := kind.needs - {"captions", "image"}:
             raise UserError(f"{kind.name} needs {', '.join(sorted(missing))}, which COCO has not; give --records")
-        items = read_coco(options.captions, options.instances, kind, image_root=options.image_root)
+        items = read_coco(options.captions, options.instances, image_root=options.image_root)
     if kind.sees:
         check_pictures(items)
     if "{boxes}" in kind.request and not any(item.boxes for item in items):

@@ -157,9 +157,10 @@ class Endpoint:
             return _Failure(f"what it answers is no chat completion: {shown[:120]!r}", is_plain_wrong=True)
         usage = answer.get("usage")
         tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+        tokens = tokens if isinstance(tokens, int) else None
         if refusal or end == "content_filter":
             return Reply(text or "", "refused", tokens)
-        return Reply(text or "", "length" if end == "length" else "stop", tokens if isinstance(tokens, int) else None)
+        return Reply(text or "", "length" if end == "length" else "stop", tokens)
 
     def _status(self, status: int, data: bytes, headers: Any) -> _Failure:
         """What an error status means.

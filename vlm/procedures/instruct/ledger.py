@@ -5,7 +5,8 @@
     {"settings": {...}}
     {"id": "7", "of": "3f...", "attempt": 0, "step": "answer", "text": "...", "end": "stop", "tokens": 112}
 
-A line is on the disk before anything is made of it. A line that a killed process left half written is cut off.
+A line is on the disk before anything is made of it. A line that a killed process left half written is cut off. A start
+that heard nothing leaves no file, so that options that were wrong can be corrected.
 """
 
 import fcntl
@@ -49,19 +50,18 @@ class Ledger:
     def __init__(self, path: str | Path, *, settings: Mapping[str, Any], records: Mapping[str, str]) -> None:
         self.path = Path(path)
         self.num_tokens = 0
+        self._settings = json.loads(json.dumps(settings))  # as they will be read back
         self._records = records
         self._places: dict[Key, int] = {}
         self._lock = threading.Lock()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b")  # noqa: SIM115  (open as long as the ledger is)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._open(json.loads(json.dumps(settings)))
-        except BlockingIOError as error:
-            self._file.close()
-            raise UserError(
-                f"{self.path}: another process writes this file; wait for it or give another --out"
-            ) from error
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a+b")  # noqa: SIM115  (open as long as the ledger is)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); give another --out") from error
+        try:
+            self._take_lock()
+            self._open()
         except BaseException:
             self._file.close()
             raise
@@ -72,6 +72,8 @@ class Ledger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self._places:
+            self.path.unlink(missing_ok=True)
         self._file.close()
 
     def __len__(self) -> int:
@@ -89,6 +91,8 @@ class Ledger:
         """Writes what came back; it is on the disk when this returns."""
         entry = {**key._asdict(), "of": self._records[key.id], **said}
         with self._lock:
+            if not self._places:
+                self._append({"settings": self._settings})
             self._places[key] = self._append(entry)
             self.num_tokens += said.get("tokens") or 0
 
@@ -101,34 +105,45 @@ class Ledger:
             os.fsync(self._file.fileno())
         return at
 
-    def _open(self, settings: dict[str, Any]) -> None:
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # it may have been removed by its last owner after it was opened here
+            is_free = os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+        except (BlockingIOError, FileNotFoundError):
+            is_free = False
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be locked ({error.strerror}); write to another disk") from error
+        if not is_free:
+            raise UserError(f"{self.path}: another process writes this file; wait for it or give another --out")
+
+    def _open(self) -> None:
         self._file.seek(0)
-        end = number = 0
+        end = 0
         for number, line in enumerate(self._file, start=1):
             if not line.endswith(b"\n"):
                 break
-            self._take(line, number, at=end, settings=settings)
-            end += len(line)
-        self._file.truncate(end)
-        if end == 0:
-            self._append({"settings": settings})
-
-    def _take(self, line: bytes, number: int, *, at: int, settings: dict[str, Any]) -> None:
-        try:
-            entry = json.loads(line)
-            if number == 1:
-                old = dict(entry["settings"])
-            else:
-                key, of = Key(entry["id"], entry["attempt"], entry["step"]), entry["of"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{self.path}: line {number} is none of this procedure's; give another --out") from error
-        if number == 1:
-            if changed := differences(old, settings):
+            try:
+                entry = json.loads(line)
+                if number == 1:
+                    settings = dict(entry["settings"])
+                else:
+                    self._take(Key(entry["id"], entry["attempt"], entry["step"]), entry, at=end)
+            except (ValueError, TypeError, KeyError) as error:
+                if isinstance(error, UserError):
+                    raise
                 raise UserError(
-                    f"{self.path}: begun with other settings ({'; '.join(changed)}); give those, or another --out"
-                )
-            return
-        if self._records.get(key.id) != of:
+                    f"{self.path}: line {number} is none of this procedure's; give another --out"
+                ) from error
+            end += len(line)
+        self._file.truncate(end if self._places else 0)
+        if self._places and (changed := differences(settings, self._settings)):
+            raise UserError(
+                f"{self.path}: begun with other settings ({'; '.join(changed)}); give those, or another --out"
+            )
+
+    def _take(self, key: Key, entry: Mapping[str, Any], *, at: int) -> None:
+        if self._records.get(key.id) != entry["of"]:
             what = "is another one now" if key.id in self._records else "is no longer there"
             raise UserError(f"{self.path}: record {key.id!r} of the input {what}; restore it or give another --out")
         self._places[key] = at

@@ -1,9 +1,8 @@
-"""What data is generated from: records of pictures with captions and boxes, or COCO's own annotations."""
+"""What data is generated from: records of pictures with captions and boxes, of questions, or of dialogues."""
 
 import hashlib
 import json
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,7 +70,7 @@ def read_records(path: str | Path, kind: Kind, *, image_root: str | Path | None 
     """
     file = RecordFile(path, flag=bool)
     root = Path(path).parent if image_root is None else Path(image_root)
-    return _distinct((_item(file[at], at, kind, str(path), root) for at in range(len(file))), str(path))
+    return distinct((_item(file[at], at, kind, str(path), root) for at in range(len(file))), str(path))
 
 
 def _item(record: Mapping[str, Any], at: int, kind: Kind, source: str, root: Path) -> Item:
@@ -153,97 +152,8 @@ def _turns(value: Any, error: Callable[[str], SampleError]) -> tuple[tuple[str, 
     return tuple(turns)
 
 
-def read_coco(captions: str | Path, instances: str | Path | None, kind: Kind, *, image_root: Path | None) -> list[Item]:
-    """The pictures of COCO's `captions_*.json`, with the boxes of `instances_*.json`.
-
-    Boxes in pixels become shares of the picture. Those of crowds and those without area are left out: the first are
-    no single object, the second are faults of the annotation.
-
-    Args:
-        instances: None for no boxes.
-        image_root: folder of the pictures; by default that of `captions`.
-
-    Raises:
-        UserError: not such files, or a picture without a caption.
-    """
-    pictures, sentences = _coco(captions, {"images": dict, "annotations": dict})
-    told: dict[int, list[str]] = defaultdict(list)
-    for entry in sentences:
-        told[_get(entry, "image_id", int, captions)].append(" ".join(_get(entry, "caption", str, captions).split()))
-    boxes = _coco_boxes(instances) if instances is not None else {}
-    root = Path(captions).parent if image_root is None else image_root
-    items = []
-    for picture in pictures:
-        number = _get(picture, "id", int, captions)
-        image = _get(picture, "file_name", str, captions)
-
-        def error(message: str, name: str = str(number)) -> SampleError:
-            return SampleError(message, sample_id=name, source=str(captions))
-
-        if not any(told[number]):
-            raise error("the picture has no caption; remove it from 'images'")
-        width, height = (_get(picture, key, int, captions) for key in ("width", "height"))
-        items.append(
-            Item(
-                id=str(number),
-                image=image,
-                captions=tuple(filter(None, told[number])),
-                boxes=tuple(
-                    _box(
-                        {
-                            "name": name,
-                            "box": [
-                                min(1.0, max(0.0, share))
-                                for share in (x / width, y / height, (x + w) / width, (y + h) / height)
-                            ],
-                        },
-                        f"boxes[{at}]",
-                        error,
-                    )
-                    for at, (name, (x, y, w, h)) in enumerate(boxes.get(number, ()))
-                ),
-                file=parse_image(image, error=error, image_root=root),
-                source=str(captions),
-            )
-        )
-    return _distinct(items, str(captions))
-
-
-def _coco_boxes(path: str | Path) -> dict[int, list[tuple[str, tuple[float, float, float, float]]]]:
-    entries, categories = _coco(path, {"annotations": dict, "categories": dict})
-    names = {_get(entry, "id", int, path): _get(entry, "name", str, path) for entry in categories}
-    boxes: dict[int, list[tuple[str, tuple[float, float, float, float]]]] = defaultdict(list)
-    for entry in entries:
-        category, box = _get(entry, "category_id", int, path), _get(entry, "bbox", list, path)
-        if category not in names or len(box) != 4 or not all(isinstance(x, int | float) for x in box):
-            raise UserError(f"{path}: annotation {entry.get('id')!r} has no known category or no bbox of four numbers")
-        if not entry.get("iscrowd") and box[2] > 0 and box[3] > 0:
-            boxes[entry["image_id"]].append((names[category], tuple(box)))
-    return boxes
-
-
-def _coco(path: str | Path, keys: Mapping[str, type]) -> list[list[Any]]:
-    try:
-        data = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
-    except ValueError as error:
-        raise UserError(f"{path}: broken JSON ({error}); fetch it again") from error
-    for key in keys:
-        found = data.get(key) if isinstance(data, dict) else None
-        if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
-            raise UserError(f"{path}: holds no list {key!r}; give COCO's captions_*.json and instances_*.json")
-    return [data[key] for key in keys]
-
-
-def _get(entry: Mapping[str, Any], key: str, kind: type, path: str | Path) -> Any:
-    value: Any = entry.get(key)
-    if not isinstance(value, kind) or (key in ("width", "height") and value < 1):
-        raise UserError(f"{path}: entry {entry.get('id')!r}: {key!r} must be a {kind.__name__}, found {value!r}")
-    return value
-
-
-def _distinct(items: Iterable[Item], source: str) -> list[Item]:
+def distinct(items: Iterable[Item], source: str) -> list[Item]:
+    """The items; raises `UserError` where there are none, or two with one id."""
     found: dict[str, Item] = {}
     for item in items:
         if item.id in found:

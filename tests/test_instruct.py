@@ -1,0 +1,851 @@
+"""`vlm run instruct`: against a server that plays an endpoint, a tiny model on this machine, and a system of ours."""
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import vlm
+import pytest
+from PIL import Image
+
+import cli
+from tests.chat_server import Asked, FakeClock, Raw, completion, serving
+from tests.test_export import finished
+from vlm.data import LlavaJson
+from vlm.errors import UserError
+from vlm.procedures import main
+from vlm.procedures.instruct import command
+from vlm.procedures.instruct.answers import Rejected, check, repeats, rounds_of, tidy
+from vlm.procedures.instruct.kinds import NAMES, load_kind, styles
+from vlm.procedures.instruct.pace import Clock, Pace
+from vlm.procedures.llava_captions import requests
+from vlm.sample import ImagePart
+
+ROOT = Path(__file__).parents[1]
+KEY = "sk-very-secret-0123456789"
+TALK = (
+    "Question:\nHow many dogs are there in {0}?\n===\nAnswer:\nThere are two.\n===\n"
+    "Question:\nWhat do they do?\n===\nAnswer:\nThey run."
+)
+LONG = (
+    "A dog runs over the wide green meadow. Behind it a red ball rolls down the gentle slope, and far away a man waits "
+    "under a tree. {0}"
+)
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    made = FakeClock()
+    monkeypatch.setattr(command, "Clock", made.again)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    return made
+
+
+def records(num: int) -> list[dict[str, Any]]:
+    return [{"id": f"r{i}", "image": f"{i}.png", "captions": [f"Caption {i}.", "Two dogs."]} for i in range(num)]
+
+
+def write(path: Path, content: Any) -> Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+def command_line(tmp_path: Path, url: str, *options: str, source: Any = None, kind: str = "conversation") -> list[str]:
+    if not (tmp_path / "in.json").exists():
+        write(tmp_path / "in.json", records(6) if source is None else source)
+    files = ["--records", str(tmp_path / "in.json"), "--out", str(tmp_path / "out.json")]
+    return ["instruct", "--kind", kind, *files, "--endpoint", url, "--model", "writer", *options]
+
+
+def about(asked: Asked) -> str:
+    """Number of the record that is asked about."""
+    return re.findall(r"Caption (\d+)", asked.text)[0]
+
+
+def talk(asked: Asked) -> str:
+    return TALK.format(about(asked))
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# -- what is asked
+
+
+@pytest.mark.parametrize(("name", "examples"), [("conversation", 2), ("detail", 3), ("reasoning", 3)])
+def test_the_examples_keep_to_their_own_rules(name: str, examples: int) -> None:
+    kind = load_kind(name)
+    assert len(kind.examples) == examples, "as many as the paper shows"
+    for asked, answer in kind.examples:
+        assert ("[0." in asked) == (name != "conversation"), "boxes for two of the kinds, captions alone for the third"
+        if kind.form == "pairs":
+            assert rounds_of(answer, kind)
+        else:
+            assert check(answer, kind, part="answer")
+
+
+def test_every_kind_is_whole() -> None:
+    for name in NAMES:
+        kind = load_kind(name)
+        assert kind.what
+        assert kind.system
+        assert {*re.findall(r"{(\w+)}", kind.request)} <= {"captions", "boxes", "question", "dialogue", "description"}
+    assert (load_kind("curate").short, load_kind("curate").limits["answer"][0]) == (80, 50)  # the paper's
+    assert len(styles()) == len(set(styles())) >= 10
+
+
+def test_messages_of_a_conversation(tmp_path: Path) -> None:
+    boxes = [{"name": "dog", "box": [0.12345, 0.2, 0.5, 1.0]}, {"name": "ball", "box": [0, 0.25, 0.125, 0.5]}]
+    source = [{"id": "a", "image": "a.png", "captions": ["Caption 1.\n"], "boxes": boxes}]
+    with serving(talk) as server:
+        assert main(command_line(tmp_path, server.url, "--seed", "3", source=source)) == 0
+        (tmp_path / "out.json").unlink()
+        (tmp_path / "out.json.progress.jsonl").unlink()
+        server.play = lambda asked: LONG.format("")
+        assert main(command_line(tmp_path, server.url, "--top-p", "0.5", kind="detail")) == 0
+    first, second = (asked.body for asked in server.asked)
+    assert server.asked[0].path == "/v1/chat/completions"
+    assert server.asked[0].key is None
+    assert [m["role"] for m in first["messages"]] == ["system", *["user", "assistant"] * 2, "user"]
+    assert first["messages"][-1]["content"] == "Caption 1.", "a conversation is written from captions alone"
+    assert (first["model"], first["temperature"], first["top_p"], first["max_tokens"]) == ("writer", 0.7, 1.0, 1024)
+    assert 0 <= first["seed"] < 2**31
+    assert [m["role"] for m in second["messages"]] == ["system", *["user", "assistant"] * 3, "user"]
+    assert second["messages"][-1]["content"] == (
+        "Caption 1.\n\ndog: [0.123, 0.200, 0.500, 1.000]\nball: [0.000, 0.250, 0.125, 0.500]"
+    )
+    assert second["top_p"] == 0.5
+
+
+def test_coco_as_it_is_published(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = {"id": 9, "file_name": "000000000009.jpg", "width": 640, "height": 480}
+    told = [{"id": i, "image_id": 9, "caption": f"Caption {i}. "} for i in range(5)]
+    captions = write(tmp_path / "captions.json", {"images": [picture], "annotations": told})
+    box = {"image_id": 9, "category_id": 18, "iscrowd": 0}
+    annotations = [
+        box | {"id": 1, "bbox": [64, 48, 320, 240]},
+        box | {"id": 2, "bbox": [600.5, 470, 39.6, 10.02]},  # a little outside, as some are
+        box | {"id": 3, "bbox": [1, 1, 0, 5]},
+        box | {"id": 4, "bbox": [0, 0, 10, 10], "iscrowd": 1},
+        box | {"id": 5, "bbox": [0, 0, 10, 10], "image_id": 10},
+    ]
+    instances = {"annotations": annotations, "categories": [{"id": 18, "name": "dog"}]}
+    write(tmp_path / "instances.json", instances)
+    arguments = ["instruct", "--kind", "detail", "--captions", str(captions), "--out", str(tmp_path / "o.json")]
+    with serving(lambda asked: LONG.format("")) as server:
+        arguments += ["--endpoint", server.url, "--model", "m"]
+        assert main([*arguments, "--instances", str(tmp_path / "instances.json")]) == 0
+    assert server.asked[0].text == (
+        "Caption 0.\nCaption 1.\nCaption 2.\nCaption 3.\nCaption 4.\n\n"
+        "dog: [0.100, 0.100, 0.600, 0.600]\ndog: [0.938, 0.979, 1.000, 1.000]"
+    )
+    (record,) = json.loads((tmp_path / "o.json").read_text())
+    assert (record["id"], record["image"]) == ("9", "000000000009.jpg")
+    with pytest.raises(UserError, match=r"in\.json: holds no list 'images'; give COCO's"):
+        main([*arguments[:4], str(write(tmp_path / "in.json", [])), *arguments[5:]])
+    with pytest.raises(UserError, match=r"captions\.json: holds no list 'categories'"):
+        main([*arguments, "--instances", str(captions)])
+    instances["annotations"][0]["category_id"] = 7
+    write(tmp_path / "instances.json", instances)
+    with pytest.raises(UserError, match=r"instances\.json: sample '1': category 7 is not in 'categories'"):
+        main([*arguments, "--instances", str(tmp_path / "instances.json")])
+    capsys.readouterr()
+
+
+# -- what is written
+
+
+def test_llavas_own_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(talk) as server:
+        assert main(command_line(tmp_path, server.url, source=records(40))) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out == [f"{tmp_path}/out.json: 40 of 40 records; 40 requests, 280 tokens written"]
+    for i in range(40):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    file = LlavaJson(tmp_path / "out.json")
+    assert [sample.id for sample in file] == [f"r{i}" for i in range(40)]
+    in_front = Counter()
+    for at, sample in enumerate(file):
+        assert [message.role for message in sample.messages] == ["user", "assistant"] * 2
+        assert sum(isinstance(p, ImagePart) for p in sample.messages[0].content) == 1
+        (text,) = (part.text for part in sample.messages[0].content if not isinstance(part, ImagePart))
+        assert text.strip() == f"How many dogs are there in {at}?"
+        in_front[isinstance(sample.messages[0].content[0], ImagePart)] += 1
+        assert sample.messages[3].content[0].text == "They run."
+        assert sample.images[0].path == (tmp_path / f"{at}.png").resolve()
+    assert min(in_front.values()) > 10
+
+
+def test_a_detailed_description_answers_one_of_llavas_requests(tmp_path: Path) -> None:
+    with serving(lambda asked: LONG.format(about(asked))) as server:
+        assert main(command_line(tmp_path, server.url, source=records(100), kind="detail")) == 0
+        found = json.loads((tmp_path / "out.json").read_text())
+        for name in ("out.json", "out.json.progress.jsonl"):
+            (tmp_path / name).unlink()
+        write(tmp_path / "in.json", records(100)[::-1][:50])
+        assert main(command_line(tmp_path, server.url, kind="detail")) == 0
+    asked = [record["conversations"][0]["value"].replace("<image>", "").strip() for record in found]
+    assert set(asked) == set(requests("detailed"))
+    assert json.loads((tmp_path / "out.json").read_text()) == found[::-1][:50], "drawn by seed and id alone"
+
+
+def test_answers_from_pictures(tmp_path: Path) -> None:
+    Image.new("RGB", (20, 10), (200, 0, 0)).save(tmp_path / "a.jpg")
+    Image.new("RGB", (20, 10)).save(tmp_path / "b.bmp")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (20, 10), (0, 0, 200)).save(tmp_path / "c.jpg", exif=turned)
+    (tmp_path / "d.png").write_bytes((tmp_path / "a.jpg").read_bytes()[:300])
+    source = [{"id": n[0], "image": n, "question": f"What is {n}?"} for n in ("a.jpg", "b.bmp", "c.jpg", "d.png")]
+    source.append({"id": "e", "image": "a.jpg", "question": "Who is e?"})
+    with serving(lambda asked: "SKIP" if "Who" in asked.text else f"Red: {asked.text}") as server:
+        assert main(command_line(tmp_path, server.url, source=source, kind="image-answer")) == 0
+    sent = {}
+    for asked in server.asked:
+        image, _ = asked.body["messages"][-1]["content"]
+        head, data = image["image_url"]["url"].split(",")
+        sent[asked.text] = head, base64.b64decode(data)
+    assert sent["What is a.jpg?"] == ("data:image/jpeg;base64", (tmp_path / "a.jpg").read_bytes()), "as stored"
+    for name in ("b.bmp", "c.jpg"):  # the second as it is trained on: what EXIF says of it is not applied
+        head, data = sent[f"What is {name}?"]
+        assert head == "data:image/png;base64"
+        assert Image.open(io.BytesIO(data)).size == (20, 10)
+    assert len(server.asked) == 4, "one request each; none for a broken picture, one for a request to leave alone"
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [record["id"] for record in found] == ["a", "b", "c"]
+    assert found[0]["conversations"][1]["value"] == "Red: What is a.jpg?"
+    reasons = {line["id"]: line["reasons"] for line in lines(tmp_path / "out.json.rejected.jsonl")}
+    assert reasons["e"] == ["the model advises against this request"]
+    assert "is not a readable picture" in reasons["d"][0] or "cannot be decoded" in reasons["d"][0]
+
+
+def test_prompts_for_pictures(tmp_path: Path) -> None:
+    said = "Request:\nDraw me a cat, please\n===\nPrompt:\na fluffy cat on a wall,\nevening light, oil painting\n==="
+    turns = [{"from": "human", "value": "I like {cats}."}, {"from": "gpt", "value": "So do I."}]
+    with serving(lambda asked: said) as server:
+        source = [{"id": i, "caption": f"Cat {i}."} for i in range(12)]
+        assert main(command_line(tmp_path, server.url, source=source, kind="recaption")) == 0
+        first = json.loads((tmp_path / "out.json").read_text())[0]
+        for file in tmp_path.iterdir():
+            file.unlink()
+        assert main(command_line(tmp_path, server.url, source=[{"conversations": turns}], kind="in-context")) == 0
+    cat = {"from": "gpt", "value": "<h>a fluffy cat on a wall, evening light, oil painting</h>"}
+    assert first == {"id": "0", "conversations": [{"from": "human", "value": "Draw me a cat, please <GEN>"}, cat]}
+    assert json.loads((tmp_path / "out.json").read_text())[0]["conversations"] == [
+        *turns,
+        first["conversations"][0],
+        cat,
+    ]
+    systems = [asked.body["messages"][0]["content"] for asked in server.asked]
+    shown = [[style for style in styles() if style in system] for system in systems[:12]]
+    assert {len(five) for five in shown} == {5}
+    assert len({*map(tuple, shown)}) > 6
+    assert server.asked[0].text == "Cat 0."
+    assert server.asked[-1].text == "Person: I like {cats}.\n\nAssistant: So do I."
+
+
+# -- what is not
+
+
+BAD = {
+    "I'm sorry, but I cannot help with that.": "no Question and Answer",
+    "": "empty",
+    "Sure! Here it is.\n" + TALK: "text before the first Question",
+    TALK + "\n===\nQuestion:\nAnd?": "Question and Answer do not take turns",
+    TALK.replace("There are two.", " "): "empty answer",
+    TALK.replace("What do they do?", "How many dogs are there in {0}?"): "a question is asked twice",
+    TALK.split("===\nQuestion:\nWhat")[0]: "not 2 to 10 rounds",
+    TALK.replace("They run.", "The captions do not say."): "mentions captions, boxes or coordinates",
+    TALK.replace("They run.", "One is at [0.12, 0.50]."): "mentions captions, boxes or coordinates",
+    TALK.replace(
+        "They run.", "According to the image description, they run."
+    ): "mentions captions, boxes or coordinates",
+    TALK.replace("They run.", "As an AI language model I cannot say."): "refuses",
+    TALK.replace("They run.", "I am sorry, I can't see it."): "refuses",
+    TALK.replace("They run.", "See <image>."): "holds a mark of the data format",
+    TALK.replace("They run.", "x" * 2001): "answer over 2000",
+    TALK.replace("What do they do?", "Why?"): "question shorter than 6 characters",
+}
+
+
+@pytest.mark.parametrize(("said", "reason"), BAD.items())
+def test_answers_that_may_not_be_trained_on(said: str, reason: str) -> None:
+    with pytest.raises(Rejected) as error:
+        rounds_of(tidy(said), load_kind("conversation"))
+    assert error.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        TALK,
+        TALK.replace("===\n", "").replace("Question:\n", "**Question:** "),
+        f"<think>Two dogs.\nQuestion: no</think>\n\n{TALK}\n===\n",
+        TALK.replace("They run.", "They sit in a box of doughnuts; the sign reads 0.5 l, and a man describes it."),
+    ],
+)
+def test_answers_that_may(said: str) -> None:
+    rounds = rounds_of(tidy(said), load_kind("conversation"))
+    assert [question for question, _ in rounds] == ["How many dogs are there in {0}?", "What do they do?"]
+
+
+def test_a_refusal_is_tried_again_and_then_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tries: Counter[str] = Counter()
+
+    def play(asked: Asked) -> str | Raw:
+        tries[about(asked)] += 1
+        if about(asked) == "1" and tries["1"] < 3:
+            return "I'm sorry, I can't assist with that."
+        if about(asked) == "2":
+            return Raw(body=completion(TALK.format(2), end="length"))
+        if about(asked) == "3":
+            return Raw(body=completion(None, refusal="No."))
+        if about(asked) == "4":
+            return Raw(400, {"error": {"message": "flagged by the content filter", "code": "content_filter"}})
+        return talk(asked)
+
+    with serving(play) as server:
+        assert main(command_line(tmp_path, server.url)) == 0
+        seeds = [asked.body["seed"] for asked in server.asked if about(asked) == "1"]
+        assert len(set(seeds)) == 3
+        assert [r["id"] for r in json.loads((tmp_path / "out.json").read_text())] == ["r0", "r1", "r5"]
+        refused = "the endpoint refuses the request (400: flagged by the content filter)"
+        assert lines(tmp_path / "out.json.rejected.jsonl") == [
+            {"id": "r2", "image": "2.png", "reasons": ["cut off by --max_tokens"] * 3},
+            {"id": "r3", "image": "3.png", "reasons": ["refuses"] * 3},
+            {"id": "r4", "image": "4.png", "reasons": [refused] * 3},
+        ]
+        line = f"3 of 6 records; 3 rejected: 1 cut off by --max_tokens, 1 refuses, 1 {refused} ("
+        assert line in capsys.readouterr().out
+
+        # more attempts go on where the others ended
+        server.play = talk
+        before = len(server.asked)
+        assert main(command_line(tmp_path, server.url, "--attempts", "4")) == 0
+        assert len(server.asked) == before + 3
+        assert len(json.loads((tmp_path / "out.json").read_text())) == 6
+        assert not (tmp_path / "out.json.rejected.jsonl").exists()
+
+
+def test_a_model_that_never_keeps_to_the_rules_is_not_paid_for_long(tmp_path: Path) -> None:
+    with serving(lambda asked: "I cannot see any image.") as server:
+        arguments = command_line(tmp_path, server.url, "--attempts", "1", source=records(50))
+        with pytest.raises(
+            UserError, match="the first 20 records were all rejected, most often because the answer 'no"
+        ):
+            main(arguments)
+        assert 20 <= len(server.asked) <= 21, "one more may be under way"
+        before = len(server.asked)
+        short = tmp_path / "short"
+        short.mkdir()
+        assert main(command_line(short, server.url, "--temperature", "0", source=records(2))) == 1
+        assert len(server.asked) == before + 2, "the likeliest answer is asked for once"
+        assert not (short / "out.json").exists()
+
+
+# -- the endpoint
+
+
+def test_waits_as_long_as_the_server_says(tmp_path: Path, clock: FakeClock) -> None:
+    def play(asked: Asked) -> str | Raw | None:
+        bad = {
+            1: Raw(429, {"error": {"message": "slow down"}}, {"Retry-After": "17"}),
+            3: Raw(500, b"<html>oops</html>"),
+            4: Raw(503, b""),
+            5: None,
+            7: Raw(body=b"<html>busy</html>"),
+            9: Raw(body={"choices": []}),
+        }
+        return bad.get(asked.number, TALK.format(0))
+
+    with serving(play) as server:
+        assert main(command_line(tmp_path, server.url)) == 0
+    assert len(server.asked) == 6 + 6
+    waits = [seconds for seconds in clock.slept if seconds]
+    assert sum(waits[:1]) == pytest.approx(17)
+    growing = waits[1:4]
+    assert all(0.5 * 2**k <= wait <= 2**k for k, wait in enumerate(growing)), growing
+    again = [(a.body["messages"][-1], a.body["seed"]) for a in server.asked]
+    assert again[0] == again[1]
+    assert again[2] == again[3] == again[4] == again[5]
+
+
+def test_a_date_and_a_quota(tmp_path: Path, clock: FakeClock) -> None:
+    later = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 100))
+
+    def play(asked: Asked) -> str | Raw:
+        return Raw(429, b"", {"Retry-After": later}) if asked.number == 1 else talk(asked)
+
+    with serving(play) as server:
+        assert main(command_line(tmp_path, server.url)) == 0
+        assert 90 < max(clock.slept) < 101
+        (tmp_path / "out.json.progress.jsonl").unlink()
+        (tmp_path / "out.json").unlink()
+        said = {"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}}
+        server.play = lambda asked: Raw(429, said)
+        with pytest.raises(UserError, match=r"the quota is used up, .* when there is more .429: You exceeded"):
+            main(command_line(tmp_path, server.url))
+        server.play = lambda asked: Raw(429, b"", {"Retry-After": "86400"})
+        with pytest.raises(UserError, match="it asks to wait 86400 s, start again then"):
+            main(command_line(tmp_path, server.url))
+        server.play = lambda asked: Raw(529, b"")
+        with pytest.raises(UserError, match=r"no answer in 3 tries, the last: 529: .*; the same command goes on"):
+            main(command_line(tmp_path, server.url, "--tries", "3"))
+
+
+ENDINGS = {
+    "key": (Raw(401, {"error": {"message": f"Incorrect API key provided: {KEY}"}}), r"refuses the key, .*\*\*\*"),
+    "model": (Raw(404, {"error": {"message": "The model `writer` does not exist"}}), "no model 'writer', or no such"),
+    "html": (Raw(body=b"<html>Welcome</html>"), "is no chat completion: '<html>Welcome</html>'; correct --endpoint"),
+    "moved": (Raw(302, b"", {"Location": "https://elsewhere.test/"}), "sends on to 'https://elsewhere.test/'"),
+    "method": (Raw(405, b""), "cannot be used .405: Method Not Allowed.; correct --endpoint"),
+}
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_what_no_retry_mends_ends_in_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], clock: FakeClock
+) -> None:
+    answer, message = ENDINGS[name]
+    monkeypatch.setenv("MY_KEY", KEY)
+    with serving(lambda asked: answer) as server:
+        assert cli.main(["run", *command_line(tmp_path, server.url, "--key-env", "MY_KEY")]) == 2
+        assert [asked.key for asked in server.asked] == [f"Bearer {KEY}"]
+    assert [file.name for file in tmp_path.iterdir()] == ["in.json"], "nothing that would hold another --model back"
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"vlm: error: {server.url}/chat/completions: ")
+    assert re.search(message, error), error
+    assert not any(clock.slept)
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    with serving(talk) as server:
+        pass
+    with pytest.raises(UserError, match=r"cannot be reached .Connection refused.; correct --endpoint, or start"):
+        main(command_line(tmp_path, server.url))
+    with serving(lambda asked: time.sleep(0.4)) as server:
+        arguments = command_line(tmp_path, server.url, "--timeout", "0.05", "--tries", "2")
+        with pytest.raises(UserError, match=r"no answer in 2 tries, the last: no answer within 0\.05 s"):
+            main(arguments)
+
+
+def test_a_rate_is_kept_by_all_threads_together(tmp_path: Path, clock: FakeClock) -> None:
+    sent: list[float] = []
+    with serving(lambda asked: (sent.append(clock.time), talk(asked))[1]) as server:
+        arguments = command_line(tmp_path, server.url, "--requests-per-minute", "120", "--parallel", "1")
+        assert main(arguments) == 0
+    assert sent == pytest.approx([0.5 * k for k in range(6)])
+
+    made, pace = [], Pace(ticking := FakeClock(), requests_per_minute=60)
+
+    def ask() -> None:
+        for _ in range(20):
+            pace.wait()
+            made.append(ticking.time)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert ticking.time >= 159  # 160 requests: none comes early
+    pace.pause(30)
+    before = ticking.time
+    pace.wait()
+    assert ticking.time - before >= 30
+
+
+def test_the_key_is_written_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MY_KEY", KEY + "\n")
+
+    def play(asked: Asked) -> str | Raw:
+        if asked.number % 2:
+            return Raw(500, {"error": {"message": f"bad header Authorization: {asked.key}"}})
+        return Raw(400, {"error": f"told {asked.key}"}) if about(asked) == "3" else talk(asked)
+
+    with serving(play) as server:
+        assert cli.main(["run", *command_line(tmp_path, server.url, "--key_env", "MY_KEY", "--tries", "9")]) == 0
+        server.play = lambda asked: Raw(403, {"error": {"message": f"no {KEY}"}})
+        assert cli.main(["run", *command_line(tmp_path, server.url, "--key_env", "MY_KEY", "--attempts", "9")]) == 2
+    said = capfd.readouterr()
+    assert "***" in said.err
+    everything = said.out + said.err + "".join(file.read_text() for file in tmp_path.iterdir())
+    assert len(list(tmp_path.iterdir())) == 4
+    assert KEY not in everything
+    monkeypatch.setenv("MY_KEY", "two words")
+    with pytest.raises(UserError, match="the key holds blanks") as error:
+        main(command_line(tmp_path, server.url, "--key_env", "MY_KEY"))
+    assert "two words" not in str(error.value)
+
+
+def test_parallel_requests_give_the_same_file(tmp_path: Path) -> None:
+    def late(asked: Asked) -> str:
+        time.sleep(0.05 if int(about(asked)) % 3 == 0 else 0)
+        return TALK.format(about(asked)) if asked.body["seed"] % 3 else "nothing"
+
+    files = []
+    for parallel in ("1", "7"):
+        folder = tmp_path / parallel
+        folder.mkdir()
+        with serving(late) as server:
+            arguments = command_line(folder, server.url, "--parallel", parallel, "--attempts", "2", source=records(30))
+            assert main(arguments) == 0
+        files.append([(folder / name).read_bytes() for name in ("out.json", "out.json.rejected.jsonl")])
+    assert files[0] == files[1]
+    order = [[line["id"] for line in lines(tmp_path / p / "out.json.progress.jsonl")[1:]] for p in ("1", "7")]
+    assert order[0] != order[1], "they were finished in another order"
+
+
+def test_fields_of_the_request(tmp_path: Path) -> None:
+    with serving(talk) as server:
+        extra = ["--request", "max_tokens=null", "--request", "max_completion_tokens=99", "--request", 'stop=["#"]']
+        assert main(command_line(tmp_path, server.url + "/chat/completions?version=2", *extra)) == 0
+    body = server.asked[0].body
+    assert "max_tokens" not in body
+    assert (body["max_completion_tokens"], body["stop"]) == (99, ["#"])
+    assert server.asked[0].path == "/v1/chat/completions?version=2"
+
+
+# -- going on
+
+
+def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
+    held = threading.Event()
+
+    def play(asked: Asked) -> str:
+        if asked.number == 4:
+            held.set()
+            time.sleep(60)
+        return talk(asked)
+
+    with serving(play) as server:
+        arguments = command_line(tmp_path, server.url)
+        environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+        child = subprocess.Popen([sys.executable, "-m", "cli", "run", *arguments], cwd=ROOT, env=environment)
+        assert held.wait(30)
+        with pytest.raises(UserError, match="another process writes this file"):
+            main(arguments)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        progress = tmp_path / "out.json.progress.jsonl"
+        assert len(lines(progress)) == 1 + 3
+        assert not (tmp_path / "out.json").exists()
+        with open(progress, "ab") as file:
+            file.write(b'{"id": "r3", "attem')
+        server.play = talk
+        assert main(arguments) == 0
+        assert [about(asked) for asked in server.asked] == ["0", "1", "2", "3", "3", "4", "5"]
+        whole = (tmp_path / "out.json").read_bytes()
+        assert len(json.loads(whole)) == 6
+        assert len(lines(progress)) == 1 + 6
+
+        # once more asks nothing and writes the same; so does a longer input for what it had
+        assert main(arguments) == 0
+        assert (tmp_path / "out.json").read_bytes() == whole
+        write(tmp_path / "in.json", records(7))
+        assert main(arguments) == 0
+    assert [about(asked) for asked in server.asked][7:] == ["6"]
+    assert json.loads((tmp_path / "out.json").read_text())[:6] == json.loads(whole)
+
+
+def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
+    with serving(talk) as server:
+        assert main(command_line(tmp_path, server.url)) == 0
+        with pytest.raises(UserError, match=r"progress\.jsonl: begun with other settings .seed: 0 -> 1.; give those"):
+            main(command_line(tmp_path, server.url, "--seed", "1"))
+        with pytest.raises(UserError, match=r"model: 'writer' -> 'other'"):
+            main([*command_line(tmp_path, server.url), "--model", "other"])
+        with pytest.raises(UserError, match=r"kind: 'conversation' -> 'detail'.*prompts: "):
+            main(command_line(tmp_path, server.url, kind="detail"))
+        changed = records(6)
+        changed[2]["captions"] = ["Caption 9."]
+        write(tmp_path / "in.json", changed)
+        with pytest.raises(UserError, match="record 'r2' of the input is another one now"):
+            main(command_line(tmp_path, server.url))
+        write(tmp_path / "in.json", records(5))
+        with pytest.raises(UserError, match="record 'r5' of the input is no longer there"):
+            main(command_line(tmp_path, server.url))
+        progress = tmp_path / "out.json.progress.jsonl"
+        progress.write_text(progress.read_text().replace('"attempt"', '"attention"', 1))
+        with pytest.raises(UserError, match="line 2 is none of this procedure's"):
+            main(command_line(tmp_path, server.url))
+        progress.unlink()
+        with pytest.raises(UserError, match=r"out\.json: exists already"):
+            main(command_line(tmp_path, server.url))
+        assert len(server.asked) == 6
+
+
+def test_a_part_by_lot_grows(tmp_path: Path) -> None:
+    with serving(talk) as server:
+        assert main(command_line(tmp_path, server.url, "--num", "10", source=records(40))) == 0
+        first = json.loads((tmp_path / "out.json").read_text())
+        assert main(command_line(tmp_path, server.url, "--num", "20")) == 0
+        second = json.loads((tmp_path / "out.json").read_text())
+    assert (len(first), len(second), len(server.asked)) == (10, 20, 20)
+    assert [record for record in second if record in first] == first
+    assert [r["id"] for r in second] == sorted((r["id"] for r in second), key=lambda name: int(name[1:])) != first
+
+
+def test_waiting_ends_when_the_work_ends() -> None:
+    clock = Clock()
+    threading.Timer(0.05, clock.stop).start()
+    start = time.monotonic()
+    with pytest.raises(Exception):  # noqa: B017
+        clock.sleep(60)
+    assert time.monotonic() - start < 5
+
+
+# -- MiniGPT-4's curation
+
+
+def test_curation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(5):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    source = [{"id": str(i), "image": f"{i}.png"} for i in range(5)]
+    kind = load_kind("curate")
+    shades = {}
+
+    def play(asked: Asked) -> Raw:
+        messages = asked.body["messages"]
+        picture = next((m["content"][0] for m in messages if isinstance(m["content"], list)), None)
+        if picture is None:  # to repair
+            number = re.findall(r"picture (\d)", asked.text)[0]
+            fine = LONG.format(f"This is picture {number}.")
+            said = {"2": LONG.format("Sorry, incomplete."), "3": LONG.format("They wait. They  wait!"), "4": "Short."}
+            return Raw(body=completion(said.get(number, fine)))
+        data = base64.b64decode(picture["image_url"]["url"].split(",")[1])
+        number = str(Image.open(io.BytesIO(data)).getpixel((0, 0))[0])
+        shades[number] = shades.get(number, 0) + 1
+        if asked.text == "Continue":
+            assert [m["role"] for m in messages] == ["user", "assistant", "user"]
+            assert messages[1]["content"] == f"This is picture {number} and"
+            return Raw(body=completion("there is more.", tokens=4))
+        assert asked.text == kind.describe
+        short = number != "1"
+        return Raw(body=completion(f"This is picture {number} and", tokens=79 if short else 80, end="length"))
+
+    with serving(play) as server:
+        assert main(command_line(tmp_path, server.url, source=source, kind="curate")) == 0
+    assert shades == {"0": 2, "1": 1, "2": 2, "3": 2, "4": 2}, "asked to go on below 80 tokens"
+    repairs = [asked for asked in server.asked if asked.body["messages"][0]["role"] == "system"]
+    assert [asked.text for asked in repairs[:2]] == ["This is picture 0 and there is more.", "This is picture 1 and"]
+    assert {(a.body["temperature"], a.body["max_tokens"]) for a in repairs} == {(0.7, 400)}
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [record["id"] for record in found] == ["0", "1"]
+    question, answer = (turn["value"] for turn in found[0]["conversations"])
+    assert question.replace("<image>", "").strip() in requests("detailed")
+    assert answer == LONG.format("This is picture 0.")
+    assert [line["reasons"] for line in lines(tmp_path / "out.json.rejected.jsonl")] == [
+        ["apologises or calls itself incomplete"],
+        ["repeats a sentence"],
+        ["answer shorter than 50 characters"],
+    ]
+    assert LlavaJson(tmp_path / "out.json")[1].images
+    assert "2 of 5 records; 3 rejected" in capsys.readouterr().out
+
+
+def test_repeated_sentences() -> None:
+    assert repeats("A dog runs. It is brown. A  Dog runs!")
+    assert repeats("It is here\nIt is here")
+    assert not repeats("A dog runs. A dog runs fast. It costs 1.5 or 1.5 dollars")
+
+
+# -- models on this machine
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's language model with a chat template of the kind that knows no system message."""
+    from vlm.prompts import LlamaTokenizer
+
+    folder = tmp_path_factory.mktemp("llama")
+    shutil.copytree(ROOT / "vlm/demo/assets/llama", folder, dirs_exist_ok=True)
+    LlamaTokenizer(str(folder)).save(folder)
+    config = json.loads((folder / "config.json").read_text())
+    write(folder / "config.json", config | {"max_position_embeddings": 8192})
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<s>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    write(folder / "tokenizer_config.json", tokenizer | {"chat_template": template})
+    return folder
+
+
+def test_a_local_model(llama: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from vlm.procedures.instruct.kinds import Sampling
+    from vlm.procedures.instruct.local import LocalChat
+    from vlm.procedures.instruct.models import Turn
+
+    chat = LocalChat(llama, dtype="float32")
+    turns = [Turn("system", "Be brief."), Turn("user", "Describe the image.")]
+    greedy = chat.reply(turns, seed=1, sampling=Sampling(temperature=0, max_tokens=9))
+    network = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    ids = tokenizer(
+        "<s>user: Be brief.\n\nDescribe the image.\nassistant:", add_special_tokens=False, return_tensors="pt"
+    )
+    expected = network.generate(**ids, max_new_tokens=9, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert greedy.text == tokenizer.decode(expected, skip_special_tokens=True)
+    assert greedy.tokens == len(expected)
+    drawn = [chat.reply(turns, seed=s, sampling=Sampling(temperature=2.0, max_tokens=9)).text for s in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    with pytest.raises(Rejected, match="more than the 8192 tokens that the model has room for"):
+        chat.reply(turns, seed=1, sampling=Sampling(max_tokens=8192))
+
+    # no model of this size keeps to the form: everything is rejected, counted, and not asked again
+    source = write(tmp_path / "in.json", records(2))
+    arguments = ["instruct", "--kind", "conversation", "--records", str(source), "--out", str(tmp_path / "out.json")]
+    arguments += ["--local", str(llama), "--max_tokens", "8", "--attempts", "2", "--dtype", "float32"]
+    assert main(arguments) == 1
+    said = lines(tmp_path / "out.json.progress.jsonl")[1:]
+    assert [(line["id"], line["attempt"]) for line in said] == [("r0", 0), ("r0", 1), ("r1", 0), ("r1", 1)]
+    assert main(arguments) == 1
+    assert lines(tmp_path / "out.json.progress.jsonl")[1:] == said
+
+
+def test_a_system_of_ours_describes(tmp_path: Path) -> None:
+    from vlm.procedures.instruct.kinds import Sampling
+    from vlm.procedures.instruct.local import OwnSystem
+    from vlm.procedures.instruct.models import Turn
+    from vlm.procedures.instruct.records import Item
+    from vlm.sample import ImageFile, Message, Sample, TextPart
+
+    run = finished(tmp_path / "run")
+    Image.new("RGB", (30, 20), (9, 90, 200)).save(tmp_path / "0.png")
+    picture = Item("0", image="0.png", file=ImageFile("0.png", tmp_path / "0.png")).sample
+    own, greedy = OwnSystem(str(run)), Sampling(temperature=0, max_tokens=5)
+    turns = [Turn("user", "What?", picture), Turn("assistant", "A ball."), Turn("user", "Continue")]
+    messages = [
+        Message("user", (ImagePart(), TextPart("\nWhat?"))),
+        Message("assistant", (TextPart("A ball."),)),
+        Message("user", (TextPart("Continue"),)),
+    ]
+    sample = Sample("0", tuple(messages), picture.images)
+    (expected,) = vlm.load(run).generate([sample], decoding=vlm.language.Decoding(max_new_tokens=5))
+    assert own.reply(turns, seed=0, sampling=greedy).text == expected
+
+    with serving(lambda asked: LONG.format("")) as server:
+        source = [{"id": "0", "image": "0.png"}]
+        arguments = command_line(tmp_path, server.url, "--weights", str(run), source=source, kind="curate")
+        assert main(arguments) == 0
+    assert len(server.asked) == 1, "only the repair is the endpoint's"
+    said = lines(tmp_path / "out.json.progress.jsonl")[1:]
+    assert said[0]["step"] == "describe"
+    assert said[-1]["step"] == "repair"
+    assert server.asked[0].text.startswith(said[0]["text"].strip())
+
+
+# -- wrong input
+
+
+WRONG_RECORDS = [
+    (
+        [{"id": "a", "image": "a.png"}],
+        "conversation",
+        r"sample 'a': conversation needs 'captions', a list of texts; found",
+    ),
+    ([{"id": "a", "captions": ["x"]}], "conversation", "conversation needs 'image', a path"),
+    ([{"id": "a", "image": "a.png", "captions": "x"}], "detail", "'captions' must be a list of texts, found 'x'"),
+    (
+        [{"image": "no.png", "question": "?"}],
+        "image-answer",
+        "sample '0': image 'no.png' does not exist .*--image_root",
+    ),
+    ([{"image": "../no.png", "question": "?"}], "image-answer", "lies outside the image root"),
+    ([{"image": "a.png"}], "image-answer", "image-answer needs 'question'"),
+    ([{"image": "a.png", "question": "<image> x"}], "image-answer", "'question' holds <image>; leave it out"),
+    ([{"conversations": [{"from": "gpt", "value": "x"}]}], "in-context", "human and gpt must take turns"),
+    ([{"conversations": [{"from": "robot", "value": "x"}]}], "in-context", r"conversations\[0\] must be"),
+    (records(1) * 2, "conversation", "sample 'r0': this id stands twice"),
+    ([], "conversation", "holds no samples"),
+    (
+        [{"image": "a.png", "captions": ["x"], "boxes": [{"name": "dog", "box": [10, 20, 30, 40]}]}],
+        "detail",
+        r"boxes\[0\]: box \[10, 20, 30, 40\] leaves 0..1; divide pixels by",
+    ),
+    (
+        [{"image": "a.png", "captions": ["x"], "boxes": [{"name": "dog", "box": [0.5, 0.2, 0.3, 0.4]}]}],
+        "detail",
+        "has no area; it must be left, top, right, bottom",
+    ),
+    ([{"image": "a.png", "captions": ["x"], "boxes": [[0, 0, 1, 1]]}], "detail", r"boxes\[0\] must be {'name'"),
+    (
+        [{"image": "a.png", "captions": ["x"], "boxes": [{"name": "dog", "box": [0, "a", 1, 1]}]}],
+        "detail",
+        "'box' must hold four numbers",
+    ),
+]
+
+
+@pytest.mark.parametrize(("source", "kind", "message"), WRONG_RECORDS)
+def test_wrong_records_end_in_one_line(source: Any, kind: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        main(command_line(tmp_path, "http://127.0.0.1:9/v1", source=source, kind=kind))
+    assert "\n" not in str(error.value)
+    assert "in.json" in str(error.value)
+    assert not list(tmp_path.glob("out*"))
+
+
+WRONG_OPTIONS = [
+    (["--endpoint", "localhost:80"], "--endpoint localhost:80: no address; write http://HOST:PORT/v1"),
+    (["--endpoint", "https://me:secret@host/v1"], "keep name and password out of the address"),
+    (["--key_env", "NOT_SET_ANYWHERE"], "--key_env NOT_SET_ANYWHERE: this environment variable is not set"),
+    (["--request", "top_k"], "--request top_k: write FIELD=JSON"),
+    (["--request", 'model="x"'], "model, messages and stream are not to be set"),
+    (["--parallel", "0"], "--parallel 0: must be at least 1"),
+    (["--requests_per_minute", "0"], "--requests_per_minute 0: must be above 0"),
+    (["--local", "x"], "give --endpoint or --local, not both"),
+    (["--weights", "x"], "--weights: conversation is written from text"),
+    (["--instances", "x"], "--instances goes with --captions"),
+    (["--captions", "x"], "give --records FILE, or COCO's"),
+    (["--top_p", "2"], "--top_p 2: must be above 0 and at most 1"),
+    (["--styles", "none.txt"], "--styles none.txt: cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG_OPTIONS)
+def test_wrong_options_end_in_one_line(options: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        main(command_line(tmp_path, "http://127.0.0.1:9/v1", *options))
+    assert "\n" not in str(error.value)
+    assert "secret" not in str(error.value)
+
+
+def test_wrong_combinations_end_in_one_line(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.json", [{"id": "0", "image": "in.json"}])
+    base = ["instruct", "--records", str(source), "--out", str(tmp_path / "o.json"), "--kind"]
+    for options, message in (
+        (["detail"], "detail needs a model: give --endpoint URL --model NAME or --local FOLDER"),
+        (["image-detail"], "image-detail needs a model: give --endpoint URL --model NAME or --weights ARTEFACT"),
+        (["image-detail", "--local", "x"], "--local sees no pictures, which image-detail shows"),
+        (["curate", "--weights", "x"], "curate needs a model"),
+        (["curate", "--local", "x"], "give --endpoint, or add --weights"),
+        (["image-detail", "--endpoint", "http://x"], "--endpoint and --model go together"),
+        (["image-detail", "--weights", "x", "--key_env", "HOME"], "--key_env goes with --endpoint"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main([*base, *options])
+    (tmp_path / "chat").mkdir()
+    write(tmp_path / "in.json", records(1))
+    with pytest.raises(UserError, match="chat: no folder of a transformers model"):
+        main([*base, "detail", "--local", str(tmp_path / "chat")])
+    shutil.copytree(ROOT / "vlm/demo/assets/llama", tmp_path / "llama")
+    with pytest.raises(UserError, match="its tokenizer has no chat template"):
+        main([*base, "detail", "--local", str(tmp_path / "llama")])
