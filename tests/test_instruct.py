@@ -239,6 +239,7 @@ def test_prompts_for_pictures(tmp_path: Path) -> None:
         source = [{"id": i, "caption": f"Cat {i}."} for i in range(12)]
         assert main(command_line(tmp_path, server.url, source=source, kind="recaption")) == 0
         first = json.loads((tmp_path / "out.json").read_text())[0]
+        assert [len(sample.images) for sample in LlavaJson(tmp_path / "out.json")] == [0] * 12
         for file in tmp_path.iterdir():
             file.unlink()
         assert main(command_line(tmp_path, server.url, source=[{"conversations": turns}], kind="in-context")) == 0
@@ -338,6 +339,8 @@ def test_a_refusal_is_tried_again_and_then_counted(tmp_path: Path, capsys: pytes
         assert len(server.asked) == before + 3
         assert len(json.loads((tmp_path / "out.json").read_text())) == 6
         assert not (tmp_path / "out.json.rejected.jsonl").exists()
+        assert main(command_line(tmp_path, server.url, "--attempts", "1")) == 0
+        assert len(json.loads((tmp_path / "out.json").read_text())) == 6, "what was accepted stays"
 
 
 def test_a_model_that_never_keeps_to_the_rules_is_not_paid_for_long(tmp_path: Path) -> None:

@@ -83,14 +83,19 @@ class Engine:
         """The records of the output in the order of the input, whatever the order they were finished in."""
         for item in items:
             if item.id not in rejected:
-                record = outcome(self.procedure, item, self._ask_at(item, []), attempts=self.attempts).record
+                record = self._outcome(item, []).record
                 assert record is not None, item.id
                 yield record
 
     def _one(self, item: Item) -> tuple[Outcome, bool]:
         """What becomes of a record, and whether a model was asked for it in this start."""
         asked: list[Key] = []
-        return outcome(self.procedure, item, self._ask_at(item, asked), attempts=self.attempts), bool(asked)
+        return self._outcome(item, asked), bool(asked)
+
+    def _outcome(self, item: Item, asked: list[Key]) -> Outcome:
+        # an attempt that an earlier start paid for counts, also where this one would make fewer
+        attempts = max(self.attempts, self.ledger.attempts[item.id])
+        return outcome(self.procedure, item, self._ask_at(item, asked), attempts=attempts)
 
     def _ask_at(self, item: Item, asked: list[Key]) -> Callable[[int], Ask]:
         def at(number: int) -> Ask:

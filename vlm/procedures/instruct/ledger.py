@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -43,6 +44,10 @@ class Ledger:
         settings: that decide what is asked. A ledger that was begun with others is refused.
         records: {id: digest of what the record brings} of this start.
 
+    Attributes:
+        num_tokens: that models wrote, where they say so.
+        attempts: begun so far, by record.
+
     Raises:
         UserError: another process writes it; other settings or records; no such file.
     """
@@ -50,6 +55,7 @@ class Ledger:
     def __init__(self, path: str | Path, *, settings: Mapping[str, Any], records: Mapping[str, str]) -> None:
         self.path = Path(path)
         self.num_tokens = 0
+        self.attempts: Counter[str] = Counter()
         self._settings = json.loads(json.dumps(settings))  # as they will be read back
         self._records = records
         self._places: dict[Key, int] = {}
@@ -93,8 +99,7 @@ class Ledger:
         with self._lock:
             if not self._places:
                 self._append({"settings": self._settings})
-            self._places[key] = self._append(entry)
-            self.num_tokens += said.get("tokens") or 0
+            self._note(key, entry, at=self._append(entry))
 
     def _append(self, entry: Mapping[str, Any]) -> int:
         with explain_full_disk(self.path.parent):
@@ -146,7 +151,11 @@ class Ledger:
         if self._records.get(key.id) != entry["of"]:
             what = "is another one now" if key.id in self._records else "is no longer there"
             raise UserError(f"{self.path}: record {key.id!r} of the input {what}; restore it or give another --out")
+        self._note(key, entry, at=at)
+
+    def _note(self, key: Key, entry: Mapping[str, Any], *, at: int) -> None:
         self._places[key] = at
+        self.attempts[key.id] = max(self.attempts[key.id], key.attempt + 1)
         self.num_tokens += entry.get("tokens") or 0
 
 

@@ -39,7 +39,7 @@ class LocalChat:
             self.network: Any = AutoModelForCausalLM.from_pretrained(
                 folder, local_files_only=True, dtype=dtype or "auto"
             ).eval()
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # whatever the libraries raise over what lies in the folder
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"--local {folder}: cannot be opened as a causal language model ({reason})") from error
         if not self.tokenizer.chat_template:
@@ -117,10 +117,9 @@ class OwnSystem:
         messages = []
         for at, turn in enumerate(rest):
             text = f"{instructions}\n\n{turn.text}" if instructions and at == 0 else turn.text
-            picture = (ImagePart(), TextPart("\n")) if turn.picture is not None else ()
-            messages.append(Message(turn.role, (*picture[:1], TextPart(f"\n{text}" if picture else text))))
-        pictures = [turn.picture for turn in rest if turn.picture is not None]
-        (owner,) = pictures
+            content = (TextPart(text),) if turn.picture is None else (ImagePart(), TextPart(f"\n{text}"))
+            messages.append(Message(turn.role, content))
+        (owner,) = (turn.picture for turn in rest if turn.picture is not None)
         sample = Sample(owner.id, tuple(messages), owner.images, source=owner.source)
         decoding = Decoding(
             max_new_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p, seed=seed
