@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ import cli
 from tests.chat_server import Asked, FakeClock, Raw, completion, serving
 from tests.test_export import finished
 from vlm.data import LlavaJson
-from vlm.errors import UserError
+from vlm.errors import SampleError, UserError
 from vlm.procedures import main
 from vlm.procedures.instruct import command
 from vlm.procedures.instruct.answers import Rejected, check, repeats, rounds_of, tidy
@@ -709,6 +711,15 @@ def test_a_local_model(llama: Path, tmp_path: Path) -> None:
     assert greedy.tokens == len(expected)
     drawn = [chat.reply(turns, seed=s, sampling=Sampling(temperature=2.0, max_tokens=9)).text for s in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+    hot, asked = Sampling(temperature=2.0, max_tokens=9), [[Turn("user", "What? " * k)] for k in (1, 5, 2, 9)]
+    alone = [chat.reply(turns, seed=seed, sampling=hot) for seed, turns in enumerate(asked)]
+    batched, sizes = LocalChat(llama, dtype="float32", parallel=4), []
+    inner = batched._together._answer
+    batched._together._answer = lambda requests: (sizes.append(len(requests)), inner(requests))[1]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda at: batched.reply(asked[at], seed=at, sampling=hot), range(4)))
+    assert together == alone
+    assert max(sizes) > 1
     with pytest.raises(Rejected, match="more than the 8192 tokens that the model has room for"):
         chat.reply(turns, seed=1, sampling=Sampling(max_tokens=8192))
 
@@ -743,6 +754,16 @@ def test_a_system_of_ours_describes(tmp_path: Path) -> None:
     sample = Sample("0", tuple(messages), picture.images)
     (expected,) = vlm.load(run).generate([sample], decoding=vlm.language.Decoding(max_new_tokens=5))
     assert own.reply(turns, seed=0, sampling=greedy).text == expected
+
+    hot, both = replace(greedy, temperature=1.5), OwnSystem(str(run), parallel=3)
+    alone = [own.reply(turns, seed=seed, sampling=hot) for seed in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda seed: both.reply(turns, seed=seed, sampling=hot), range(3))) == alone
+    assert len({reply.text for reply in alone}) == 3
+    (tmp_path / "half.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
+    half = Item("half", image="half.png", file=ImageFile("half.png", tmp_path / "half.png")).sample
+    with pytest.raises(SampleError, match=r"sample 'half': image 'half\.png'"):
+        own.reply([Turn("user", "What?", half)], seed=0, sampling=greedy)
 
     with serving(lambda asked: LONG.format("")) as server:
         source = [{"id": "0", "image": "0.png"}]

@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     add("top_p", type=float, help="(default 1)")
     add("max_tokens", type=int, help="limit on an answer; default by kind")
     add("attempts", type=int, help="at an answer that keeps to the rules; default 3, curate 1")
-    add("parallel", type=int, default=1, help="requests under way at once (default %(default)s)")
+    add("parallel", type=int, default=1, help="requests under way at once, in one batch here (default %(default)s)")
     add("requests_per_minute", type=float, help="over all of them; default no limit")
     add("tries", type=int, default=6, help="at a request that fails, with growing pauses (default %(default)s)")
     add("timeout", type=float, default=120.0, help="seconds to wait for an answer (default %(default)g)")
@@ -179,6 +179,7 @@ def _styles(path: Path | None) -> tuple[str, ...]:
 
 def _models(options: argparse.Namespace, kind: Kind, clock: Clock) -> dict[Role, Model]:
     models: dict[Role, Model] = {}
+    here = {"parallel": options.parallel, "device": options.device, "dtype": options.dtype}
     if options.endpoint is not None:
         models["writer"] = Endpoint(
             options.endpoint,
@@ -192,11 +193,11 @@ def _models(options: argparse.Namespace, kind: Kind, clock: Clock) -> dict[Role,
     elif options.local is not None:
         from vlm.procedures.instruct.local import LocalChat
 
-        models["writer"] = LocalChat(options.local, device=options.device, dtype=options.dtype)
+        models["writer"] = LocalChat(options.local, **here)
     if options.weights is not None:
         from vlm.procedures.instruct.local import OwnSystem
 
-        models["describer"] = OwnSystem(options.weights, device=options.device, dtype=options.dtype)
+        models["describer"] = OwnSystem(options.weights, **here)
     role: Role = "writer" if "writer" in models else "describer"
     return {"writer": models[role], "describer": models.get("describer", models[role])}
 
