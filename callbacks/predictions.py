@@ -1,6 +1,7 @@
 """What a system sees, is trained on and says, in TensorBoard."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from vlm.codec import step_counts
+from vlm.codec import Codec, step_counts
 from vlm.data import VisionLanguageData
 from vlm.data.loader import Encoder
 from vlm.data.progress import is_finished
@@ -96,7 +97,7 @@ class Predictions(Callback):
             answers = module.generate([shown.sample for shown in self._shown], decoding=self.decoding)
         step = max(0, trainer.global_step - 1)  # where Lightning writes the step's losses
         for index, (shown, answer) in enumerate(zip(self._shown, answers, strict=True)):
-            panel = _panel(shown, answer, steps=trainer.global_step)
+            panel = _panel(shown, answer, steps=trainer.global_step, codec=module.codec)
             for logger in loggers:
                 logger.experiment.add_image(f"predictions/{index}", np.asarray(draw(panel)), step, dataformats="HWC")
                 logger.experiment.add_text(f"predictions/{index}", panel.markdown(), step)
@@ -138,7 +139,7 @@ def _prepare(encoder: Encoder, index: int) -> _Shown:
     return _Shown(sample, tuple(pictures), tuple(pieces))
 
 
-def _panel(shown: _Shown, answer: str | None, *, steps: int) -> Panel:
+def _panel(shown: _Shown, answer: str | None, *, steps: int, codec: Codec) -> Panel:
     sample = shown.sample
     *turns, last = sample.messages
     is_answer = last.role == "assistant"
@@ -150,4 +151,5 @@ def _panel(shown: _Shown, answer: str | None, *, steps: int) -> Panel:
         target=target,
         prediction=answer,
         pieces=shown.pieces,
+        find_boxes=partial(codec.find_boxes, size=shown.pictures[0].size if shown.pictures else (1, 1)),
     )

@@ -21,7 +21,7 @@ from vlm.module import VisionLanguageModule
 from vlm.prompts import LlamaTokenizer
 from vlm.sample import ImageFile, ImagePart, Message, Sample, TextPart
 from vlm.stages import AdamW, Stage, Trained
-from vlm.systems import LLaVA, LLaVA15
+from vlm.systems import LLaVA, LLaVA15, LLaVANext
 from vlm.vision import TimmTower
 
 TOKENIZER = LlamaTokenizer(str(GOLDEN / "_shared" / "llama_sp_tokenizer.model"), legacy=True, pad_token="<unk>")
@@ -47,6 +47,11 @@ def llava(**changes: Any) -> LLaVA:
     tower = TimmTower("vit_large_patch14_clip_quickgelu_224", layer=-2, options=TOWER)
     published = {"vision": tower, "connector": Linear(), "template": "v0_first", "image": "crop"}
     return LLaVA(**(_llava_arguments() | published | changes))
+
+
+def llava_next(**changes: Any) -> LLaVANext:
+    """16 tokens for the whole picture and as many as its shape asks for behind them."""
+    return LLaVANext(**(_llava_arguments() | changes))
 
 
 def _llava_arguments() -> dict[str, Any]:
@@ -233,6 +238,19 @@ SYSTEMS: dict[str, System] = {
             "1_align": TinyStage({"connector": RATE}, CONNECTOR),
             "2_finetune": TinyStage(
                 {"connector": RATE, "language": RATE}, CONNECTOR | DECODER, {"connector": "connector"}
+            ),
+        },
+        spliced_reference,
+        causal_base_weights,
+    ),
+    "llava_next": System(
+        llava_next,
+        {
+            "1_align": TinyStage({"connector": RATE}, CONNECTOR),
+            "2_finetune": TinyStage(
+                {"vision": RATE, "connector": RATE, "newline": RATE, "language": RATE},
+                TWO_BLOCKS | CONNECTOR | DECODER | names("newline.weight"),
+                {"connector": "connector"},
             ),
         },
         spliced_reference,

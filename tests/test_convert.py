@@ -70,7 +70,7 @@ def hub(saved, tmp_path_factory):
     return folder
 
 
-def official_folder(folder, *, tower=True, connector="mlp2x_gelu", dtype=torch.float16):
+def official_folder(folder, *, tower=True, connector="mlp2x_gelu", dtype=torch.float16, vocab=VOCAB):
     """A tiny checkpoint under the published official names, written out here by hand."""
     torch.manual_seed(1)
 
@@ -78,8 +78,8 @@ def official_folder(folder, *, tower=True, connector="mlp2x_gelu", dtype=torch.f
         return torch.randn(*shape).to(dtype)
 
     tensors = {
-        "model.embed_tokens.weight": tensor(VOCAB, 24),
-        "lm_head.weight": tensor(VOCAB, 24),
+        "model.embed_tokens.weight": tensor(vocab, 24),
+        "lm_head.weight": tensor(vocab, 24),
         "model.norm.weight": tensor(24),
     }
     for layer in range(3):
@@ -119,7 +119,7 @@ def official_folder(folder, *, tower=True, connector="mlp2x_gelu", dtype=torch.f
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "rms_norm_eps": 1e-5,
-        "vocab_size": VOCAB,
+        "vocab_size": vocab,
         "max_position_embeddings": 64,
         "mm_projector_type": connector,
         "mm_vision_select_layer": -2,

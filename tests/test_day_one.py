@@ -14,6 +14,7 @@ from PIL import Image
 import cli
 from tests.test_cli import World
 from tests.test_export import finished
+from tests.systems import LLAMA
 from vlm.errors import SampleError
 from vlm.sample import ImageFile, Sample
 
@@ -123,6 +124,19 @@ def test_an_old_python_is_refused_by_pip() -> None:
     """And by `make setup`, before it."""
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
     assert project["requires-python"] == ">=3.11"
+
+
+# -- own settings
+
+
+def test_settings_that_do_not_fit_together(world: World, capfd) -> None:
+    source = {"class_path": "vlm.data.LlavaJson", "init_args": {"path": str(world.folder / "data.json")}}
+    validated = f"--data.init_args.val_sources={json.dumps([source])}"
+    line = refusal(world, capfd, "--trainer.val_check_interval=999", validated)
+    assert "val_check_interval=999 is more than the 2 packs of an epoch" in line
+    small = json.dumps(dict(LLAMA, vocab_size=100))
+    line = refusal(world, capfd, f"--model.init_args.language.init_args.config={small}")
+    assert "llama_sp_tokenizer.model) makes ids up to 31999, but the language model has 100 token embeddings" in line
 
 
 # -- own pictures

@@ -74,20 +74,28 @@ def test_every_file_reads_with_the_ordinary_reader(tmp_path: Path) -> None:
 
 
 def test_held_out_is_new_compositions_of_known_words() -> None:
-    contents = [noun.name for noun in NOUNS] + list(WORDS)
-    for content in contents:
-        found = Counter(split_of(content, color) for color in COLORS)
-        assert found == {"train": 4, "val": 1, "test": 1}
+    compositions = {
+        (content, color, place): split_of(content, color, place)
+        for contents, places in (([noun.name for noun in NOUNS], range(4)), (WORDS, range(2)))
+        for content in contents
+        for color in COLORS
+        for place in places
+    }
+    for kept in ((0, 1), (0, 2), (1, 2)):  # any two of content, color and place are met in training, all three are not
+        trained = {tuple(key[i] for i in kept) for key, split in compositions.items() if split == "train"}
+        assert trained == {tuple(key[i] for i in kept) for key in compositions}
     for split in ("val", "test"):
-        assert {color for color in COLORS for content in contents if split_of(content, color) == split} == set(COLORS)
+        held_back = [key for key, found in compositions.items() if found == split]
+        assert len(held_back) == len(compositions) / len(COLORS)
+        assert {color for _, color, _ in held_back} == set(COLORS)
     for split in SPLITS:
         for index in range(200):
             scene = make_scene(Random(index), split=split, size=96)
-            found = Counter(split_of(thing.noun.name, thing.color) for thing in scene.things)
+            found = Counter(thing.split for thing in scene.things)
             assert found == Counter({"train": len(scene.things)}) if split == "train" else found[split] == 1
             assert set(found) <= {"train", split}
             if scene.sign is not None:
-                assert split_of(scene.sign.word, scene.sign.color) == split
+                assert scene.sign.split == split
 
 
 @pytest.mark.parametrize("index", range(12))

@@ -31,14 +31,13 @@ def test_splice_equals_the_official_one(case: str) -> None:
     weights = {k.removeprefix("weights/model."): v for k, v in tensors.items() if k.startswith("weights/")}
     features = [tensors[f"inputs/tower_features_{i}"] for i in range(3)]
     codec = llava_1_5().codec
-    codec.tower = codec.tower.__class__(20, 3, features[0].shape[1], 42, 1, 2)
     connector = MLP().build(20, 32)
     connector.load_state_dict({k.removeprefix("mm_projector."): v for k, v in weights.items() if "mm_proj" in k})
     for i in range(3):
         keep = tensors["inputs/attention_mask"][i].bool()
-        ids, labels, slots = codec.reserve(
-            tensors["inputs/input_ids"][i][keep].tolist(), tensors["inputs/labels"][i][keep].tolist()
-        )
+        marked = tensors["inputs/input_ids"][i][keep].tolist()
+        widths = [features[i].shape[1]] * marked.count(-200)
+        ids, labels, slots = codec.reserve(marked, tensors["inputs/labels"][i][keep].tolist(), widths)
         picture = connector(features[i]).flatten(0, 1) if slots else torch.zeros(0, 32)
         ours = splice(
             weights["embed_tokens.weight"][torch.tensor(ids)], picture, torch.tensor(slots, dtype=torch.int64)

@@ -12,7 +12,7 @@ from tests.test_export import finished
 from vlm.language import Decoding
 from vlm import lettering
 from vlm.lettering import typeset, wrap
-from vlm.pictures import annotate, find_boxes, to_picture
+from vlm.pictures import annotate
 from vlm.systems import LLaVA15
 from vlm.sample import ImageFile, ImagePart, Message, Sample, TextPart
 
@@ -203,15 +203,6 @@ def test_what_cannot_start_is_said_before_weights_are_read(arguments, words, tmp
     Path("chats.json").write_text(json.dumps([{"id": "a", "conversations": []}, {"conversations": []}]))
     assert cli.main(["predict", "--weights", "nowhere", *arguments]) == 2
     assert words in capfd.readouterr().err
-
-
-def test_boxes_lie_where_the_model_saw_them() -> None:
-    text = "A [0.25, 0.5, 0.75, 1.0] b [.1,0,1,.2]; no boxes: [1, 2, 3, 4] [0.5, 0.1, 0.2, 0.3] [0.1, 0.2]"
-    assert find_boxes(text) == [(0.25, 0.5, 0.75, 1.0), (0.1, 0.0, 1.0, 0.2)]
-    box, size = (0.25, 0.5, 0.75, 1.0), (200, 100)
-    assert to_picture(box, size=size, mode="pad") == (50, 50, 150, 150)  # 50 rows of padding above the picture
-    assert to_picture(box, size=size, mode="crop") == (75, 50, 125, 100)
-    assert to_picture(box, size=size, mode="squash") == (50, 50, 150, 100)
 
 
 def test_texts_stand_under_the_picture() -> None:

@@ -16,8 +16,10 @@ import cli
 from tests.conftest import GOLDEN
 from tests.systems import picture
 from tests.test_cli import World
-from tests.test_convert import VOCAB, official_folder, tiny_config
+from tests.test_convert import official_folder, tiny_config
 from tests.test_export import finished
+from vlm.checkpoints.published import find_weights
+from vlm.errors import UserError
 from vlm.language import Decoding
 from vlm.sample import ImagePart, Message, Sample, TextPart
 
@@ -65,8 +67,8 @@ def test_a_folder_of_transformers_opens_with_its_own_logits(hub: Path, tmp_path:
 @pytest.mark.parametrize("connector", ["linear", "mlp2x_gelu"])
 def test_an_official_folder_finds_its_tower(connector, tmp_path: Path, capfd) -> None:
     """The same answers with the tower inside, with the tower where the config says, and as an artefact of ours."""
-    official_folder(tmp_path / "with", connector=connector)
-    official_folder(tmp_path / "without", connector=connector, tower=False)
+    official_folder(tmp_path / "with", connector=connector, vocab=32000)
+    official_folder(tmp_path / "without", connector=connector, tower=False, vocab=32000)
     from tests.test_convert import clip_tensors
 
     torch.manual_seed(1)
@@ -87,7 +89,7 @@ def test_an_official_folder_finds_its_tower(connector, tmp_path: Path, capfd) ->
         if name.startswith("vision."):
             assert torch.equal(states[0][name], states[1][name]), name
     assert language
-    assert states[0]["language.lm_head.weight"].shape[0] == VOCAB
+    assert states[0]["language.lm_head.weight"].shape[0] == 32000
     system = "llava" if connector == "linear" else "llava_1_5"
     assert cli.main(["convert", str(tmp_path / "with"), str(tmp_path / "a"), "--system", system, "--to", "ours"]) == 0
     ours = vlm.load(tmp_path / "a").state_dict()
@@ -148,6 +150,16 @@ def test_files_and_missing_folders_are_refused(tmp_path: Path, capfd) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     check_refused(tmp_path / "notes.txt", ["is a file", "run folder"], capfd)
     check_refused(tmp_path / "nowhere", ["no such folder", "run folder"], capfd)
+
+
+def test_a_run_with_two_ends_is_asked_which(tmp_path: Path) -> None:
+    for stage in ("1_align", "2_chat", "2_science_qa"):
+        (tmp_path / stage / "artefact").mkdir(parents=True)
+        (tmp_path / stage / "artefact" / "stage.json").write_text("{}")
+    with pytest.raises(UserError, match=r"several stages; name one of them: .*2_chat, .*2_science_qa"):
+        find_weights(tmp_path)
+    shutil.rmtree(tmp_path / "2_chat")
+    assert find_weights(tmp_path) == str(tmp_path / "2_science_qa" / "artefact")
 
 
 def test_half_a_folder_does_not_answer_with_random_weights(hub: Path, tmp_path: Path, capfd) -> None:

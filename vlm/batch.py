@@ -141,6 +141,8 @@ class Views:
         sample_of_image: int64[I], sample in the pack that each image belongs to.
         grid: per image (columns, rows) of its tiles; (1, 1) when it is one view.
         size: per image (width, height) in pixels of the original.
+        layout: int64[K], which feature each image token shows, counted over the features of all views; the number
+            behind the last feature stands for a newline. None: every feature in order.
     """
 
     pixels: Tensor
@@ -148,6 +150,7 @@ class Views:
     sample_of_image: Tensor
     grid: tuple[tuple[int, int], ...]
     size: tuple[tuple[int, int], ...]
+    layout: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Views":
         return _to_device(self, device, non_blocking)

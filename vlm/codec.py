@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlm.batch import Batch, Row, SampleInfo, TokenSequence, Views
+from vlm.geometry import Box, Placement, View
 from vlm.sample import Sample
 from vlm.seeding import seed_from
 
@@ -59,6 +60,27 @@ class Codec(ABC):
     @abstractmethod
     def num_tokens(self, width: int, height: int) -> int:
         """Tokens that one picture of this size takes in the language model's row."""
+
+    def written(self, sample: Sample, *, seed: int | None = None) -> Sample:
+        """The sample with phrases and regions as the text that the system reads and writes.
+
+        Raises:
+            SampleError: the system cannot write one of them, or does not see it.
+        """
+        return sample
+
+    def view(self, width: int, height: int, *, image: int = 0, seed: int | None = None) -> View:
+        """What the system sees of a picture of this size.
+
+        Args:
+            image: its number in the sample.
+            seed: of the sample, for a view that is augmented.
+        """
+        return View(Placement(), (width, height))
+
+    def find_boxes(self, text: str, *, size: tuple[float, float]) -> list[Box]:
+        """Boxes in a text of the system, in shares of a view of `size` pixels; none that make no sense."""
+        return []
 
     @abstractmethod
     def encode(self, sample: Sample, *, seed: int | None = None, generate: bool = False) -> Encoded:
@@ -104,29 +126,33 @@ def read_views(
     *,
     transform: Callable[[Image.Image], Tensor],
     augment: Callable[..., Image.Image] | None = None,
+    grid: Callable[[int, int], tuple[int, int]] | None = None,
 ) -> Views | None:
-    """All pictures of a pack, decoded, one view each; None when it has none.
+    """All pictures of a pack, decoded; None when it has none.
 
     Args:
-        transform: picture -> float32[3, H, W].
+        transform: picture -> float32[3, H, W], or float32[views, 3, H, W] where a picture has several views.
         augment: what happens to a picture before it in training, given `seed`.
+        grid: width, height -> (columns, rows) of a picture's tiles.
     """
-    pixels, owners, sizes = [], [], []
+    pixels, owners, sizes, counts = [], [], [], []
     for owner, item in enumerate(items):
         for index, file in enumerate(item.sample.images):
             image = file.read(item.sample)
             sizes.append(image.size)
             if augment is not None and item.seed is not None:
                 image = augment(image, seed=seed_from(item.seed, index))
-            pixels.append(transform(image))
+            made = transform(image)
+            pixels.append(made if made.ndim == 4 else made[None])
+            counts.append(len(pixels[-1]))
             owners.append(owner)
     if not pixels:
         return None
     return Views(
-        pixels=torch.stack(pixels),
-        image_of_view=torch.arange(len(pixels)),
+        pixels=torch.cat(pixels),
+        image_of_view=torch.repeat_interleave(torch.tensor(counts)),
         sample_of_image=torch.tensor(owners),
-        grid=((1, 1),) * len(pixels),
+        grid=tuple(grid(*size) if grid is not None else (1, 1) for size in sizes),
         size=tuple(sizes),
     )
 

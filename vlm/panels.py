@@ -10,9 +10,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from vlm.batch import IGNORE, TokenSequence
+from vlm.geometry import Box
 from vlm.lettering import font_for, printable, spelled, typeset
-from vlm.pictures import Box, find_boxes
-from vlm.sample import ImagePart, Message
+from vlm.sample import Message, TextPart
 
 WIDTH = 760  # TensorBoard shows pictures at half of it until they are clicked
 _MARGIN, _GAP, _PICTURE, _TEXT, _SMALL = 20, 18, 288, 20, 15
@@ -48,6 +48,7 @@ class Panel:
         target: what it should say.
         prediction: what it says; None: it does not speak.
         pieces: the tokens it is trained on.
+        find_boxes: in one of the texts; in shares of the first picture.
     """
 
     title: str
@@ -56,6 +57,7 @@ class Panel:
     target: str
     prediction: str | None = None
     pieces: Sequence[Piece] = field(default_factory=tuple)
+    find_boxes: Callable[[str], Sequence[Box]] = lambda text: ()
 
     def markdown(self) -> str:
         texts = {"Prompt": self.prompt, "Target": self.target, "Prediction": self.prediction}
@@ -64,9 +66,9 @@ class Panel:
 
 
 def as_text(messages: Iterable[Message]) -> str:
-    """A conversation for people; every picture is `<image>`."""
+    """A conversation as the system reads it (`Codec.written`); every picture is `<image>`."""
     texts = [
-        (message.role, "".join("<image>" if isinstance(part, ImagePart) else part.text for part in message.content))
+        (message.role, "".join(part.text if isinstance(part, TextPart) else "<image>" for part in message.content))
         for message in messages
     ]
     return texts[0][1] if len(texts) == 1 else "\n".join(f"{role}: {text}" for role, text in texts)
@@ -121,7 +123,7 @@ def draw(panel: Panel) -> Image.Image:
     """The panel as an RGB picture, `WIDTH` pixels wide and as high as it takes."""
     left = _Column(_MARGIN, _PICTURE)
     texts = {_MARK: panel.prompt, _TARGET: panel.target, _PREDICTION: panel.prediction or ""}
-    boxes = {color: find_boxes(text) for color, text in texts.items()}
+    boxes = {color: panel.find_boxes(text) for color, text in texts.items()}
     for index, picture in enumerate(panel.pictures[:_MAX_PICTURES]):
         left.add_picture(picture, boxes if index == 0 else {})  # boxes come without saying of which picture
     if len(panel.pictures) > _MAX_PICTURES:

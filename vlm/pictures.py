@@ -1,51 +1,16 @@
 """A picture with a question and its answer under it, and the boxes that the answer speaks of."""
 
-import re
 from collections.abc import Sequence
-from typing import Literal
 
 from PIL import Image, ImageDraw
 
+from vlm.geometry import Box
 from vlm.lettering import typeset
 
-_NUMBER = r"\s*(\d*\.?\d+)\s*"
-_BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
 _COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
 _MIN_WIDTH, _MIN_SIDE, _MAX_SIDE, _MARGIN, _GAP = 360, 320, 1024, 12, 8
 _SIZE, _LINE, _MAX_LINES = 16, 22, 200
 _PAPER, _INK, _FAINT = "#ffffff", "#1f2328", "#6e7781"
-
-Box = tuple[float, float, float, float]
-
-
-def find_boxes(text: str) -> list[Box]:
-    """(left, top, right, bottom) of every `[0.12, 0.3, 0.5, 1.0]` in a text, as LLaVA-1.5 writes boxes.
-
-    Four numbers that are no box of a picture (outside 0..1, or without area) are left out.
-    """
-    found = (tuple(map(float, match.groups())) for match in _BOX.finditer(text))
-    return [
-        (left, top, right, bottom)
-        for left, top, right, bottom in found
-        if max(left, top, right, bottom) <= 1 and left < right and top < bottom
-    ]
-
-
-def to_picture(box: Box, *, size: tuple[int, int], mode: Literal["pad", "crop", "squash"]) -> Box:
-    """A box in shares of the square that the model sees, in pixels of the picture itself.
-
-    Args:
-        size: width and height of the picture.
-        mode: how the picture became a square; boxes of LLaVA-1.5 count from the padded one.
-    """
-    width, height = size
-    if mode == "squash":
-        across, down = width, height
-    else:
-        across = down = max(size) if mode == "pad" else min(size)
-    left, top = (width - across) // 2, (height - down) // 2
-    x0, y0, x1, y1 = box
-    return (left + x0 * across, top + y0 * down, left + x1 * across, top + y1 * down)
 
 
 def annotate(images: Sequence[Image.Image], *, prompt: str, answer: str, boxes: Sequence[Box] = ()) -> Image.Image:

@@ -269,10 +269,16 @@ class _Terminal:
 
 
 def _draw(target: Path, question: Question, answer: str, module: Any) -> None:
-    from vlm.pictures import annotate, find_boxes, to_picture
+    from vlm.geometry import bounds, corners
+    from vlm.pictures import annotate
 
     images = [image.read(question.sample) for image in question.sample.images]
-    boxes = [] if len(images) > 1 else find_boxes(answer)  # of which picture, nobody says
-    boxes = [to_picture(box, size=images[0].size, mode=module.codec.transform.mode) for box in boxes]
+    boxes = []
+    if len(images) == 1:  # of which picture a box is, nobody says
+        width, height = images[0].size
+        view = module.codec.view(width, height)
+        for box in module.codec.find_boxes(answer, size=view.size):
+            x0, y0, x1, y1 = bounds(view.placement.inverse()(corners(box)))
+            boxes.append((x0 * width, y0 * height, x1 * width, y1 * height))
     target.parent.mkdir(parents=True, exist_ok=True)
     annotate(images, prompt=question.prompt, answer=answer, boxes=boxes).save(target, quality=92)

@@ -8,20 +8,31 @@
      "answers": [{"text": "boat", "weight": 1.0}], "choices": [], "group": null}
 
 It is the content-part form of the Hugging Face chat tools. `content` may be a plain string. Image parts take the
-entries of `images` in order.
+entries of `images` in order. Places in a picture are parts too, and every system writes them in its own way
+(`vlm.prompts.regions`)::
+
+    {"type": "ref", "text": "the boat"}                                  a phrase; the regions behind it belong to it
+    {"type": "box", "box": [0.1, 0.2, 0.5, 0.9]}                         left, top, right, bottom
+    {"type": "quad", "quad": [0.1, 0.2, 0.5, 0.2, 0.5, 0.9, 0.1, 0.9]}   corners, clockwise from the text's top left
+    {"type": "point", "point": [0.1, 0.2], "image": 1, "unit": "share"}
+
+`image` counts the entries of `images` from 0, which is the default. `unit` is `share` of the stored picture's width and
+height (the default) or `pixel`.
 """
 
 import io
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vlm.errors import SampleError
+from vlm.geometry import Points
 
 ROLES = ("system", "user", "assistant")
 MAX_PIXELS = 100_000_000
@@ -38,7 +49,36 @@ class TextPart:
     text: str
 
 
-Part = ImagePart | TextPart
+@dataclass(frozen=True)
+class RefPart:
+    """A phrase that the regions behind it belong to."""
+
+    text: str
+
+
+RegionKind = Literal["box", "quad", "point"]
+RegionUnit = Literal["share", "pixel"]
+
+
+@dataclass(frozen=True)
+class RegionPart:
+    """A place in a picture.
+
+    Attributes:
+        kind: box, quad or point.
+        points: top left and bottom right of a box, the four corners of a quad, or the one point.
+        image: index into `Sample.images`.
+        unit: of the points.
+    """
+
+    kind: RegionKind
+    points: Points
+    image: int = 0
+    unit: RegionUnit = "share"
+
+
+Part = ImagePart | TextPart | RefPart | RegionPart
+_NUM_VALUES: dict[RegionKind, int] = {"box": 4, "quad": 8, "point": 2}
 
 
 @dataclass(frozen=True)
@@ -173,9 +213,13 @@ def parse_sample(
     if marks != len(images):
         raise error(f"{marks} image marks in the text but {len(images)} images; every image needs exactly one mark")
     for index, message in enumerate(messages):
-        if message.role == "assistant" and not any(
-            isinstance(part, TextPart) and part.text.strip() for part in message.content
-        ):
+        for part in message.content:
+            if isinstance(part, RegionPart) and part.image >= len(images):
+                raise error(
+                    f"messages[{index}]: a {part.kind} of image {part.image}, but there are {len(images)} images "
+                    "(they are counted from 0)"
+                )
+        if message.role == "assistant" and not any(_says_something(part) for part in message.content):
             raise error(f"messages[{index}]: the assistant's answer is empty; fill it in or drop the turn")
     return Sample(
         id=sample_id if sample_id != "?" or position is None else str(position),
@@ -232,7 +276,43 @@ def _part(value: Any, key: str, error) -> Part:
         if not isinstance(value.get("text"), str):
             raise error(f"{key}: 'text' must be a string, found {value.get('text')!r}")
         return TextPart(value["text"])
-    raise error(f"{key}: unknown content part {value!r}; use {{'type': 'text', 'text': ...}} or {{'type': 'image'}}")
+    if kind == "ref":
+        if not isinstance(value.get("text"), str) or not value["text"].strip():
+            raise error(f"{key}: 'text' of a ref must be a phrase, found {value.get('text')!r}")
+        return RefPart(value["text"])
+    if kind == "box" or kind == "quad" or kind == "point":
+        return _region(value, kind, key, error)
+    raise error(
+        f"{key}: unknown content part {value!r}; use {{'type': 'text', 'text': ...}}, {{'type': 'image'}}, or a "
+        "'ref', 'box', 'quad' or 'point'"
+    )
+
+
+def _region(value: Mapping[str, Any], kind: RegionKind, key: str, error) -> RegionPart:
+    numbers, image, unit = value.get(kind), value.get("image", 0), value.get("unit", "share")
+    if (
+        not isinstance(numbers, (list, tuple))
+        or len(numbers) != _NUM_VALUES[kind]
+        or not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
+    ):
+        raise error(f"{key}: a {kind} takes {_NUM_VALUES[kind]} numbers under the key {kind!r}, found {numbers!r}")
+    if isinstance(image, bool) or not isinstance(image, int) or image < 0:
+        raise error(f"{key}: 'image' must be the number of a picture, counted from 0, found {image!r}")
+    if unit not in get_args(RegionUnit):
+        raise error(f"{key}: 'unit' must be one of {', '.join(get_args(RegionUnit))}, found {unit!r}")
+    values = [float(number) for number in numbers]
+    if min(values) < 0 or (unit == "share" and max(values) > 1):
+        limits = (
+            "shares of the picture lie in 0..1 ('unit': 'pixel' for pixels)" if unit == "share" else "pixels start at 0"
+        )
+        raise error(f"{key}: {kind} {list(numbers)} lies outside of its picture; {limits}")
+    if kind == "box" and not (values[0] < values[2] and values[1] < values[3]):
+        raise error(f"{key}: box {list(numbers)} is empty or inverted; give left, top, right, bottom")
+    return RegionPart(kind, tuple(zip(values[::2], values[1::2], strict=True)), image, unit)
+
+
+def _says_something(part: Part) -> bool:
+    return isinstance(part, RegionPart) or (isinstance(part, TextPart | RefPart) and bool(part.text.strip()))
 
 
 def _answer(value: Any, error) -> tuple[str, float]:

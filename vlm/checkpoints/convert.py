@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vlm.checkpoints.report import LoadReport
 
 TARGETS = ("official", "hf", "ours")
-SYSTEMS = ("llava", "llava_1_5")
+SYSTEMS = ("llava", "llava_1_5", "llava_next")
 
 
 def main(argv: list[str]) -> int:
@@ -63,7 +63,7 @@ def convert(
     Args:
         src: folder, file or hub id.
         dst: folder that does not exist yet; it is complete or not there.
-        system: `llava` or `llava_1_5`.
+        system: one of `SYSTEMS`.
         target_layout: `official`, `hf` or `ours` (the artefact of a stage).
         source_layout: the same names, or `auto`.
         vision: where the CLIP tower lies when the source has none and the target needs it; by default where the

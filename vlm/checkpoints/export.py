@@ -81,8 +81,14 @@ def _check(module: Any) -> None:
     from vlm.checkpoints.llava import HF, check_connector
     from vlm.connectors import MLP, Linear
 
+    if module.system == "llava_next":
+        raise UserError(
+            "llava_next: the class of Hugging Face's tools breaks ties between grids and rounds the unpadded rows in "
+            "another way than the published code, so some pictures would get other tokens; `vlm convert --to hf` "
+            "writes published weights for it all the same"
+        )
     if module.system not in SYSTEMS:
-        raise UserError(f"{module.system}: has no class of its own in Hugging Face's tools; {' and '.join(SYSTEMS)} do")
+        raise UserError(f"{module.system}: has no class of its own in Hugging Face's tools; llava_1_5 does")
     connector, tower = module.arguments["connector"], module.arguments["vision"]
     if isinstance(connector, Linear):
         check_connector(HF, "linear")

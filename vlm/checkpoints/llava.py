@@ -1,4 +1,4 @@
-"""LLaVA and LLaVA-1.5: official <-> ours <-> Hugging Face.
+"""LLaVA, LLaVA-1.5 and LLaVA-NeXT: official <-> ours <-> Hugging Face.
 
 Three Hugging Face layouts exist: files on the hub, files that transformers 5 saves (the tower without its
 `vision_model.` level), and the names of a model in memory. The official layout may or may not hold the tower.
@@ -38,6 +38,7 @@ class Layout:
         head: of the vocabulary projection.
         vision: before the tower's `embeddings` and `encoder`.
         connector: before the projector's own names.
+        newline: LLaVA-NeXT's token at the end of a row of tiles.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Layout:
     head: str
     vision: str
     connector: str
+    newline: str
 
     @property
     def is_hf(self) -> bool:
@@ -52,7 +54,12 @@ class Layout:
 
 
 OFFICIAL = Layout(
-    "official", "model.", "lm_head.", "model.vision_tower.vision_tower.vision_model.", "model.mm_projector."
+    "official",
+    "model.",
+    "lm_head.",
+    "model.vision_tower.vision_tower.vision_model.",
+    "model.mm_projector.",
+    "model.image_newline",
 )
 HF = Layout(
     "hf",
@@ -60,10 +67,16 @@ HF = Layout(
     "language_model.lm_head.",
     "vision_tower.vision_model.",
     "multi_modal_projector.",
+    "image_newline",
 )
 HF_SAVED = replace(HF, name="hf_saved", vision="vision_tower.")
 HF_MEMORY = Layout(
-    "hf_memory", "model.language_model.", "lm_head.", "model.vision_tower.", "model.multi_modal_projector."
+    "hf_memory",
+    "model.language_model.",
+    "lm_head.",
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+    "model.image_newline",
 )
 LAYOUTS = {layout.name: layout for layout in (OFFICIAL, HF, HF_SAVED, HF_MEMORY)}
 
@@ -97,7 +110,15 @@ def check_connector(layout: Layout, connector: Connector) -> None:
         )
 
 
-def llava_table(layout: Layout, *, connector: Connector, num_blocks: int, vocab_rows: int, tied: bool = False) -> Table:
+def llava_table(
+    layout: Layout,
+    *,
+    connector: Connector,
+    num_blocks: int,
+    vocab_rows: int,
+    tied: bool = False,
+    newline: bool = False,
+) -> Table:
     """Every name of a LLaVA checkpoint.
 
     Args:
@@ -106,6 +127,7 @@ def llava_table(layout: Layout, *, connector: Connector, num_blocks: int, vocab_
         num_blocks: tower blocks the system computes: 23 of 24 for layer -2.
         vocab_rows: our vocabulary. Hugging Face adds `<image>` and `<pad>` and rounds up to a multiple of 64.
         tied: the vocabulary projection is the embedding table and has no tensor of its own.
+        newline: there is one (LLaVA-NeXT).
 
     Raises:
         UserError: the layout cannot hold this connector.
@@ -116,6 +138,7 @@ def llava_table(layout: Layout, *, connector: Connector, num_blocks: int, vocab_
             *_projector_rules(layout, connector),
             *clip_rules(theirs=layout.vision),
             *_language_rules(layout, vocab_rows=vocab_rows, tied=tied),
+            *((rename(layout.newline, "newline.weight"),) if newline else ()),
         ),
         unused=(
             *clip_unused(num_blocks=num_blocks),

@@ -67,6 +67,8 @@ class LlavaConfig:
     originals: dict[str, dict] = field(default_factory=dict)
     marks: tuple[int, int] | None = None
     """Ids of `<image>` and `<pad>` in Hugging Face files; None: the first two rows above the vocabulary."""
+    pinpoints: list[list[int]] | None = None
+    """(width, height) in pixels of the canvases of LLaVA-NeXT's tiles; None: one view per picture."""
 
     @property
     def vocab_rows(self) -> int:
@@ -102,6 +104,10 @@ class LlavaConfig:
                 "mlp_ratio": self.vision["intermediate_size"] / self.vision["hidden_size"],
             }
         connector = {"linear": "Linear", "mlp2x_gelu": "MLP"}[self.connector]
+        tiles: dict[str, Any] = {}
+        if self.pinpoints is not None:
+            side = self.vision["image_size"] if self.vision else 336
+            tiles["grids"] = [[width // side, height // side] for width, height in self.pinpoints]
         return {
             "vision": {"class_path": "vlm.vision.TimmTower", "init_args": tower},
             "connector": {"class_path": f"vlm.connectors.{connector}", "init_args": {}},
@@ -111,6 +117,7 @@ class LlavaConfig:
             },
             "tokenizer": {"class_path": "vlm.prompts.LlamaTokenizer", "init_args": {"path": "."}},
             "max_tokens": self.language["max_position_embeddings"],
+            **tiles,
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -134,6 +141,8 @@ def read_config(folder: Path, layout: Layout, *, connector: Connector) -> LlavaC
     language = {**_LLAMA, **{key: text[key] for key in (*_LLAMA, "vocab_size", "num_key_value_heads") if key in text}}
     language.setdefault("num_key_value_heads", language["num_attention_heads"])
     language |= _rope(text.get("rope_parameters"))
+    if text.get("sliding_window") and "mistral" in text.get("model_type", ""):  # without a window it computes as Llama
+        language |= {"model_type": "mistral", "sliding_window": text["sliding_window"]}
     if layout.is_hf:
         language["tie_word_embeddings"] |= bool(content.get("tie_word_embeddings"))
         language["vocab_size"] = content.get("image_token_index", content.get("image_token_id", 32000))
@@ -144,12 +153,22 @@ def read_config(folder: Path, layout: Layout, *, connector: Connector) -> LlavaC
         if not isinstance(layer, int):
             raise UserError(f"{file}: vision_feature_layer {layer}: features of several layers are no LLaVA of ours")
         tower = _TOWERS.get((vision["hidden_size"], vision["image_size"]))
-        return LlavaConfig(connector, language, vision, layer, tower, layout.name, {"hf": content})
+        # Hugging Face counts height first
+        pinpoints = [[width, height] for height, width in content.get("image_grid_pinpoints", [])] or None
+        return LlavaConfig(connector, language, vision, layer, tower, layout.name, {"hf": content}, pinpoints=pinpoints)
     if "vocab_size" not in language:
         raise UserError(f"{file}: has no vocab_size; is it the config.json of these weights?")
     layer = content.get("mm_vision_select_layer", -2)
     tower = content.get("mm_vision_tower")
-    return LlavaConfig(connector, language, None, layer, tower, layout.name, {"official": content})
+    pinpoints = None
+    if content.get("image_aspect_ratio") == "anyres":
+        pinpoints = content.get("image_grid_pinpoints")
+        if content.get("mm_patch_merge_type") != "spatial_unpad" or not pinpoints or isinstance(pinpoints, str):
+            raise UserError(
+                f"{file}: image_aspect_ratio is anyres, so mm_patch_merge_type must be spatial_unpad and "
+                "image_grid_pinpoints a list of [width, height]"
+            )
+    return LlavaConfig(connector, language, None, layer, tower, layout.name, {"official": content}, pinpoints=pinpoints)
 
 
 def with_tower(config: LlavaConfig, shapes: Mapping[str, tuple[int, ...]], tower_folder: Path | None) -> LlavaConfig:
@@ -201,11 +220,18 @@ def _hf(config: LlavaConfig, dtype: str) -> dict[str, Any]:
     side = config.vision["image_size"] // config.vision["patch_size"]
     padded = -(-(config.vocab_rows + 2) // 64) * 64
     image_id, pad_id = config.marks or (config.vocab_rows, config.vocab_rows + 1)
+    kind: dict[str, Any] = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
+    if config.pinpoints is not None:
+        kind = {
+            "architectures": ["LlavaNextForConditionalGeneration"],
+            "image_grid_pinpoints": [[height, width] for width, height in config.pinpoints],
+            "model_type": "llava_next",
+            "use_image_newline_parameter": True,
+        }
     return {
-        "architectures": ["LlavaForConditionalGeneration"],
+        **kind,
         "image_seq_length": side * side,
         "image_token_index": image_id,
-        "model_type": "llava",
         "multimodal_projector_bias": True,
         "pad_token_id": pad_id,
         "projector_hidden_act": "gelu",
@@ -223,6 +249,7 @@ def _official(config: LlavaConfig, dtype: str) -> dict[str, Any]:
         **config.language,
         "architectures": ["LlavaLlamaForCausalLM"],
         "image_aspect_ratio": "square" if config.connector == "linear" else "pad",
+        **_tiles(config),
         "mm_hidden_size": config.vision["hidden_size"] if config.vision else _CLIP["hidden_size"],
         "mm_projector_type": config.connector,
         "mm_use_im_patch_token": False,
@@ -233,6 +260,17 @@ def _official(config: LlavaConfig, dtype: str) -> dict[str, Any]:
         "model_type": "llava_llama",
         "torch_dtype": dtype,
         "use_mm_proj": True,
+    }
+
+
+def _tiles(config: LlavaConfig) -> dict[str, Any]:
+    if config.pinpoints is None:
+        return {}
+    return {
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": config.pinpoints,
+        "mm_patch_merge_type": "spatial_unpad",
+        "unfreeze_mm_vision_tower": True,
     }
 
 

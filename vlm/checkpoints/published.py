@@ -18,6 +18,7 @@ TALK_FILE = "vlm.json"
 SYSTEMS: dict[str, tuple[str, dict[str, str]]] = {
     "llava": ("vlm.systems.llava.LLaVA", {"template": "v0", "image": "crop"}),
     "llava_1_5": ("vlm.systems.llava_1_5.LLaVA15", {"template": "v1", "image": "pad"}),
+    "llava_next": ("vlm.systems.llava_next.LLaVANext", {"template": "v1"}),
 }
 """Class of a system, and how its published weights are talked to."""
 _PAD = "[PAD]"
@@ -29,7 +30,7 @@ def find_weights(path: str | Path) -> str:
     """What `--weights` may name: an artefact, a run folder (its last finished stage), a published folder or hub id.
 
     Raises:
-        UserError: nothing of that kind is there.
+        UserError: nothing of that kind is there, or several last stages (`2_chat`, `2_science_qa`).
     """
     folder = Path(path).expanduser()
     for candidate in (folder, folder / "artefact"):
@@ -43,6 +44,10 @@ def find_weights(path: str | Path) -> str:
             return str(path)
         raise UserError(f"{folder}: no such folder; give {kinds}")
     if finished := sorted(folder.glob(f"*/artefact/{STAGE_FILE}")):
+        stages = [file.parent.parent for file in finished]
+        last = [stage for stage in stages if stage.name.split("_")[0] == stages[-1].name.split("_")[0]]
+        if len(last) > 1:
+            raise UserError(f"{folder}: ends in several stages; name one of them: {', '.join(map(str, last))}")
         return str(finished[-1].parent)
     if begun := sorted(file.parent for file in (*folder.glob("config.yaml"), *folder.glob("*/config.yaml"))):
         raise UserError(f"{begun[-1]}: this stage is not finished (no artefact); start its `vlm fit` again to go on")
@@ -65,8 +70,9 @@ def open_published(path: str) -> Model:
     """
     try:
         keys = WeightFiles(path).keys()
-        detect_layout(keys)
         system = next(name for name, kind in CONNECTORS.items() if kind == detect_connector(keys))
+        if detect_layout(keys).newline in keys:
+            system = "llava_next"
         model = open_checkpoint(path, system=system)
         if any(name.startswith("vision.") for name in model.shapes):
             return model
@@ -103,11 +109,22 @@ def talk(model: Model) -> tuple[str, dict[str, Any]]:
     """Class of a published model and how it is talked to: its template, its view of a picture, tokens it added."""
     class_path, arguments = SYSTEMS[model.system]
     official = model.config.originals.get("official", {})
+    if model.system == "llava_next":
+        return class_path, arguments | {"template": _next_template(model)}
     if not official.get("mm_use_im_start_end"):
         return class_path, dict(arguments)
     if model.system != "llava":
         raise UserError(f"{model.folder}: mm_use_im_start_end is set; no {model.system} of ours marks its pictures")
     return class_path, {**arguments, "template": "v0_first_marked", "tokenizer": _added_tokens(model.folder)}
+
+
+def _next_template(model: Model) -> str:
+    """LLaVA-NeXT's templates go with the language model that it was built on, which its files name in passing."""
+    hf = model.config.originals.get("hf", {}).get("text_config", {})
+    kinds = {model.config.originals.get("official", {}).get("model_type"), hf.get("model_type")}
+    if kinds & {"llava_mistral", "mistral"}:
+        return "mistral_instruct"
+    return "chatml_direct" if model.config.language["hidden_size"] == 7168 else "v1"  # Yi-34B
 
 
 def _added_tokens(folder: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from vlm.checkpoints.table import Table
 from vlm.checkpoints.weights import WeightFiles, fingerprint_of, hash_tensor
 from vlm.errors import UserError
 
-CONNECTORS: dict[str, Connector] = {"llava": "linear", "llava_1_5": "mlp2x_gelu"}
+CONNECTORS: dict[str, Connector] = {"llava": "linear", "llava_1_5": "mlp2x_gelu", "llava_next": "mlp2x_gelu"}
 Stream = Callable[[], Iterable[tuple[str, Tensor]]]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -66,7 +66,7 @@ def open_checkpoint(
 
     Args:
         src: folder, file or hub id.
-        system: `llava` or `llava_1_5`.
+        system: `llava`, `llava_1_5` or `llava_next`.
         layout: `official`, `hf`, `ours`, or `auto`.
         vision: where the CLIP tower lies when `src` does not hold it.
         base: what `src` is a delta over, for LLaVA's first releases.
@@ -104,6 +104,9 @@ def _open_published(files: WeightFiles, system: str, layout_name: str) -> Model:
     connector = detect_connector(files.keys())
     if connector != CONNECTORS[system]:
         raise UserError(f"{files.source}: has the projector {connector}, but {system} has {CONNECTORS[system]}")
+    if (layout.newline in set(files.keys())) != (system == "llava_next"):
+        found, lacks = ("no", "one") if system == "llava_next" else ("an", "none")
+        raise UserError(f"{files.source}: has {found} image_newline, but {system} has {lacks}; give another --system")
     config = read_config(files.folder, layout, connector=connector)
     tower = {
         name.removeprefix(layout.vision): shape
@@ -203,6 +206,7 @@ def table_of(model: Model, layout: str) -> Table:
         num_blocks=config.num_blocks,
         vocab_rows=config.vocab_rows,
         tied=config.tied,
+        newline=config.pinpoints is not None,
     )
 
 

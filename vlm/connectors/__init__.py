@@ -1,3 +1,3 @@
-from vlm.connectors.projectors import MLP, Connector, Linear
+from vlm.connectors.projectors import MLP, Connector, Linear, Newline
 
-__all__ = ["MLP", "Connector", "Linear"]
+__all__ = ["MLP", "Connector", "Linear", "Newline"]

@@ -3,7 +3,8 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 class Connector(ABC):
@@ -34,3 +35,18 @@ class MLP(Connector):
         for _ in range(1, self.depth):
             layers += [nn.GELU(), nn.Linear(out_dim, out_dim)]
         return nn.Sequential(*layers)
+
+
+class Newline(nn.Module):
+    """A learned token that ends each row of a map of features (`image_newline` of LLaVA-NeXT, 2024)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.weight.shape[0] ** -0.5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """float[K, D] -> float[K + 1, D]: the token behind the last feature."""
+        return torch.cat([features, self.weight[None].to(features.dtype)])

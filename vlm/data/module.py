@@ -178,6 +178,12 @@ class VisionLanguageData(L.LightningDataModule):
                 f"trainer.limit_train_batches={limit} (or fast_dev_run) ends in the middle of an optimizer step; "
                 f"give a whole number that is a multiple of trainer.accumulate_grad_batches={accumulate}"
             )
+        every = trainer.val_check_interval
+        if isinstance(every, int) and every > used and trainer.check_val_every_n_epoch is not None and self.val_sources:
+            raise UserError(
+                f"trainer.val_check_interval={every} is more than the {used} packs of an epoch; lower it, or set "
+                "trainer.check_val_every_n_epoch: null to count on over the epochs"
+            )
         return loader
 
     def val_dataloader(self) -> list[StepLoader]:

@@ -4,7 +4,6 @@ from vlm.metrics.anls import ANLS
 from vlm.metrics.answers import Answers
 from vlm.metrics.base import AnswerMetric
 from vlm.metrics.bleu import BLEU
-from vlm.metrics.boxes import BOX_FORMATS, Box
 from vlm.metrics.choice import MultipleChoice
 from vlm.metrics.cider import CIDErD
 from vlm.metrics.circular import CircularAccuracy
@@ -18,12 +17,10 @@ from vlm.metrics.vqa import TextVQAAccuracy, VQAAccuracy
 __all__ = [
     "ANLS",
     "BLEU",
-    "BOX_FORMATS",
     "MME",
     "POPE",
     "AnswerMetric",
     "Answers",
-    "Box",
     "CIDErD",
     "CircularAccuracy",
     "ExactMatch",

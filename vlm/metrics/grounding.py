@@ -4,8 +4,10 @@ from typing import Any
 
 from vlm.batch import SampleInfo
 from vlm.errors import UserError
+from vlm.geometry import Box
 from vlm.metrics.base import MeanScore, references, sample_error
-from vlm.metrics.boxes import BOX_FORMATS, BoxParser, iou
+from vlm.metrics.boxes import iou
+from vlm.prompts.regions import REGION_FORMS, RegionForm
 
 
 class GroundingAccuracy(MeanScore):
@@ -15,18 +17,22 @@ class GroundingAccuracy(MeanScore):
     in the same form as the answers, so both lie on the same padded or unpadded picture.
 
     Args:
-        form: a name in `BOX_FORMATS`, or a function from a text to its boxes.
+        form: how the boxes are written: a name in `vlm.prompts.regions.REGION_FORMS`, or a form.
         threshold: smallest IoU that is right.
     """
 
     name = "iou_50"
 
-    def __init__(self, *, form: str | BoxParser = "llava", threshold: float = 0.5, **kwargs: Any) -> None:
+    def __init__(self, *, form: str | RegionForm = "llava", threshold: float = 0.5, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if isinstance(form, str) and form not in BOX_FORMATS:
-            raise UserError(f"form: no boxes are written like {form!r}; use one of {', '.join(BOX_FORMATS)}")
-        self.parse = BOX_FORMATS[form] if isinstance(form, str) else form
+        if isinstance(form, str) and form not in REGION_FORMS:
+            raise UserError(f"form: no boxes are written like {form!r}; use one of {', '.join(REGION_FORMS)}")
+        self.form = REGION_FORMS[form] if isinstance(form, str) else form
         self.threshold = threshold
+
+    def parse(self, text: str) -> list[Box]:
+        """All boxes in a text, those that make no sense too."""
+        return [points[0] + points[1] for kind, points in self.form.find(text) if kind == "box"]
 
     def score(self, prediction: str, sample: SampleInfo) -> float:
         wanted = [box for text in references(sample) for box in self.parse(text)]

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 from vlm.batch import IGNORE
 from vlm.errors import UserError
+from vlm.prompts.regions import LLAVA, RegionForm
 from vlm.prompts.tokenizer import Tokenizer
 from vlm.sample import ImagePart, Message, TextPart
 
@@ -128,6 +129,7 @@ class Template:
         generation: the form of a prompt, where it differs.
         stop: strings that end a generated answer, besides the tokenizer's end token.
         instructed: False: training leaves the user's text out, and images without text stand bare, outside `user`.
+        regions: how places in a picture are written; they are text when messages get here (`write_regions`).
     """
 
     name: str
@@ -136,6 +138,7 @@ class Template:
     generation: Form | None = None
     stop: tuple[str, ...] = ()
     instructed: bool = True
+    regions: RegionForm = LLAVA
 
     def render(self, messages: Sequence[Message], *, generate: bool = False) -> list[Span]:
         """The conversation as spans, neighbours of one kind joined; none is trained with `generate`.
@@ -183,7 +186,7 @@ class Template:
                 raise UserError(f"message {where}: the user's turn is empty; fill it in or drop the exchange")
             return [TextSpan(text)]
         if form.place == "given":
-            return [TextSpan(part.text) if isinstance(part, TextPart) else ImageMark() for part in message.content]
+            return [TextSpan(part.text) if isinstance(part, TextPart) else ImageMark() for part in _written(message)]
         if len(images) == 1:
             text = text.strip()
             if not text:
@@ -192,7 +195,7 @@ class Template:
             return [ImageMark(), TextSpan(f"\n{text}")] if front else [TextSpan(f"{text}\n"), ImageMark()]
         content: list[Span] = []
         previous: TextPart | ImagePart | None = None
-        for part in message.content:
+        for part in _written(message):
             if previous is not None and _touch(previous, part):
                 content.append(TextSpan("\n"))
             content.append(TextSpan(part.text) if isinstance(part, TextPart) else ImageMark())
@@ -262,8 +265,14 @@ def _touch(left: TextPart | ImagePart, right: TextPart | ImagePart) -> bool:
     return not (blank_left or blank_right)
 
 
+def _written(message: Message) -> list[TextPart | ImagePart]:
+    parts = [part for part in message.content if isinstance(part, TextPart | ImagePart)]
+    assert len(parts) == len(message.content), "regions are written out before a message is rendered (write_regions)"
+    return parts
+
+
 def _joined_text(message: Message) -> str:
-    return "".join(part.text for part in message.content if isinstance(part, TextPart))
+    return "".join(part.text for part in _written(message) if isinstance(part, TextPart))
 
 
 def _text_of(message: Message, *, where: int) -> str:

@@ -1,4 +1,5 @@
 from vlm.systems.llava import LLaVA
 from vlm.systems.llava_1_5 import LLaVA15
+from vlm.systems.llava_next import LLaVANext
 
-__all__ = ["LLaVA", "LLaVA15"]
+__all__ = ["LLaVA", "LLaVA15", "LLaVANext"]

@@ -11,17 +11,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlm.batch import IGNORE, Batch, TokenSequence, next_token_targets
+from vlm.batch import IGNORE, Batch, TokenSequence, Views, next_token_targets
 from vlm.codec import Codec, Encoded, lay_out, read_views
 from vlm.connectors import Connector
 from vlm.errors import UserError
 from vlm.fusion import splice
+from vlm.geometry import Box, View
 from vlm.language import Decoding, LanguagePart, NewTokens
 from vlm.language.causal_lm import label_logits
 from vlm.language.generation import generate
 from vlm.losses import token_loss, zero_from
 from vlm.module import VisionLanguageModule
 from vlm.prompts import get_template
+from vlm.prompts.regions import find_boxes, write_regions
 from vlm.prompts.template import IMAGE, Template
 from vlm.prompts.tokenizer import Tokenizer
 from vlm.sample import Sample
@@ -33,7 +35,7 @@ STREAM = "image"
 
 
 class SplicedCodec(Codec):
-    """Rows in which every picture takes a fixed number of tokens.
+    """Rows in which every picture takes a fixed number of tokens; subclasses may give it a number of its own.
 
     Args:
         tower: facts of the vision tower; one view per picture.
@@ -60,12 +62,30 @@ class SplicedCodec(Codec):
     def num_tokens(self, width: int, height: int) -> int:
         return self.tower.num_tokens
 
+    def view(self, width: int, height: int, *, image: int = 0, seed: int | None = None) -> View:
+        side = float(self.transform.size)
+        if self.augment is None or seed is None:
+            return View(self.transform.placement(width, height), (side, side))
+        cut = self.augment.placement(width, height, seed=seed_from(seed, image))
+        return View(cut.then(self.transform.placement(self.augment.size, self.augment.size)), (side, side))
+
+    def find_boxes(self, text: str, *, size: tuple[float, float]) -> list[Box]:
+        return find_boxes(text, self.template.regions, size=size)
+
+    def written(self, sample: Sample, *, seed: int | None = None) -> Sample:
+        def view(image: int) -> View:
+            width, height = sample.images[image].size(sample)
+            return self.view(width, height, image=image, seed=seed)
+
+        return write_regions(sample, self.template.regions, view=view)
+
     def encode(self, sample: Sample, *, seed: int | None = None, generate: bool = False) -> Encoded:
+        sample = self.written(sample, seed=seed)
         try:
             tokens = self.template.tokenize(sample.messages, self.tokenizer, generate=generate)
         except UserError as error:
             raise sample.error(str(error)) from error
-        ids, labels, slots = self.reserve(tokens.ids, tokens.labels)
+        ids, labels, slots = self.reserve(tokens.ids, tokens.labels, self.image_tokens(sample))
         if len(ids) > self.max_tokens:
             raise sample.error(
                 f"{len(ids)} tokens ({len(slots)} of them for {len(sample.images)} images), over the limit of "
@@ -78,16 +98,25 @@ class SplicedCodec(Codec):
         text = TokenSequence(torch.tensor(ids), targets, slots={STREAM: torch.tensor(slots, dtype=torch.int64)})
         return Encoded(sample, (text,), counts={"lm": float(num_labels)}, seed=seed)
 
-    def reserve(self, marked: Sequence[int], labels: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-        """Widens each image mark to the tokens that the picture takes: ids, labels, and the positions of features."""
+    def image_tokens(self, sample: Sample) -> list[int]:
+        """How many tokens each picture of a sample takes."""
+        return [self.tower.num_tokens] * len(sample.images)
+
+    @staticmethod
+    def reserve(
+        marked: Sequence[int], labels: Sequence[int], image_tokens: Sequence[int]
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Widens each image mark to the tokens that its picture takes: ids, labels, and the positions of features."""
+        widths = iter(image_tokens)
         ids: list[int] = []
         wide: list[int] = []
         slots: list[int] = []
         for token, label in zip(marked, labels, strict=True):
             if token == IMAGE:
-                slots += range(len(ids), len(ids) + self.tower.num_tokens)
-                ids += [0] * self.tower.num_tokens  # never looked at: features take these positions
-                wide += [IGNORE] * self.tower.num_tokens
+                width = next(widths)
+                slots += range(len(ids), len(ids) + width)
+                ids += [0] * width  # never looked at: features take these positions
+                wide += [IGNORE] * width
             else:
                 ids.append(token)
                 wide.append(label)
@@ -95,7 +124,7 @@ class SplicedCodec(Codec):
 
     def collate(self, items: Sequence[Encoded], *, counts: Mapping[str, float], packs: int = 1) -> Batch:
         text, _ = lay_out(items, streams=[STREAM])
-        views = read_views(items, transform=self.transform, augment=self.augment)
+        views = self.read(items)
         return Batch(
             text=text,
             rows={},
@@ -104,6 +133,10 @@ class SplicedCodec(Codec):
             counts=dict(counts),
             packs=packs,
         )
+
+    def read(self, items: Sequence[Encoded]) -> Views | None:
+        """The views of a pack's pictures."""
+        return read_views(items, transform=self.transform, augment=self.augment)
 
     def normalization(self, stream: str) -> tuple[Sequence[float], Sequence[float]]:
         return self.transform.mean, self.transform.std
@@ -175,6 +208,14 @@ class SplicedDecoder(VisionLanguageModule):
     def build_parts(self) -> dict[str, nn.Module]:
         language = self.arguments["language"].build()
         width = language.config.hidden_size
+        tokenizer, rows = self.codec.tokenizer, language.config.vocab_size
+        last = len(tokenizer) - 1
+        last -= tokenizer.pad_id == last  # no row of a pack ever holds it
+        if not tokenizer.added_tokens and last >= rows:
+            raise UserError(
+                f"model.tokenizer ({tokenizer.path}) makes ids up to {last}, but the language model has {rows} token "
+                "embeddings; give the tokenizer that belongs to it"
+            )
         return {
             "vision": self.arguments["vision"].build(),
             "connector": self.arguments["connector"].build(self.tower.dim, width),
@@ -186,7 +227,15 @@ class SplicedDecoder(VisionLanguageModule):
     def image_features(self, batch: Batch) -> Tensor:
         """float[K, D] features of all pictures, in the order of the row's slots."""
         views = batch.views.get(STREAM)
-        return self.no_features(batch) if views is None else self.connect(views.pixels).flatten(0, 1)
+        return self.no_features(batch) if views is None else self.lay_out(self.connect(views.pixels), views.layout)
+
+    def lay_out(self, features: Tensor, layout: Tensor | None) -> Tensor:
+        """float[V, P, D] features of all views as float[K, D] image tokens (see `Views.layout`)."""
+        return features.flatten(0, 1)
+
+    def picture_parts(self) -> tuple[nn.Module, ...]:
+        """What pictures go through."""
+        return self.vision, self.connector
 
     def no_features(self, batch: Batch) -> Tensor:
         """float[0, D] for a pack without pictures, connected to what it left out.
@@ -197,11 +246,11 @@ class SplicedDecoder(VisionLanguageModule):
         device = batch.text.ids.device
         if batch.counts.get("images"):
             size = self.tower.image_size
-            return self.connect(torch.zeros(1, 3, size, size, device=device)).flatten(0, 1)[:0]
+            return self.lay_out(self.connect(torch.zeros(1, 3, size, size, device=device)), None)[:0]
         features = torch.zeros(0, self.language.config.hidden_size, device=device)
         if not torch.is_grad_enabled():
             return features
-        return features + zero_from(p for part in (self.vision, self.connector) for p in part.parameters())
+        return features + zero_from(p for part in self.picture_parts() for p in part.parameters())
 
     def connect(self, pixels: Tensor) -> Tensor:
         """float[V, 3, H, W] -> float[V, P, D]."""

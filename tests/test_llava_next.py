@@ -1,0 +1,190 @@
+"""LLaVA-NeXT against transformers' LlavaNext."""
+
+import itertools
+import json
+import math
+import shutil
+from pathlib import Path
+
+import vlm
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+
+from tests.conftest import GOLDEN
+from tests.systems import LLAMA, llava_next, samples
+from vlm.building import empty_weights
+from vlm.checkpoints.convert import convert
+from vlm.checkpoints.export import export
+from vlm.checkpoints.llava import LAYOUTS, llava_table
+from vlm.codec import step_counts
+from vlm.errors import UserError
+from vlm.language import CausalLM
+from vlm.stages import Stage, Trained
+from vlm.vision import TimmTower
+from vlm.vision.preprocess import RandomCropFlip
+from vlm.vision.tiling import NEXT_GRIDS
+
+EVERYTHING = {part: Trained(lr=1.0) for part in ("vision", "connector", "newline", "language")}
+
+
+def hf_llava_next(family: str, changes: dict, *, width: int = 32, heads: int = 4) -> LlavaNextForConditionalGeneration:
+    vision = CLIPVisionConfig(
+        image_size=28,
+        patch_size=7,
+        hidden_size=width,
+        num_hidden_layers=3,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+    )
+    config = LlavaNextConfig(
+        vision_config=vision.to_dict(),
+        text_config={**LLAMA, **changes, "model_type": family, "vocab_size": 32064},
+        image_token_index=32000,
+        image_grid_pinpoints=[[28 * rows, 28 * columns] for columns, rows in NEXT_GRIDS],
+    )
+    return LlavaNextForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("mistral", {"sliding_window": None})])
+def test_logits_loss_and_gradients_equal_transformers(family: str, changes: dict, tmp_path: Path) -> None:
+    """On pictures for which the official rule and that of transformers choose the same grid and cut the same rows."""
+    reference = hf_llava_next(family, changes)
+    torch.nn.init.normal_(reference.model.image_newline)
+    table = llava_table(LAYOUTS["hf_memory"], connector="mlp2x_gelu", num_blocks=2, vocab_rows=32000, newline=True)
+    module = llava_next(language=CausalLM(config={**LLAMA, **changes, "model_type": family}))
+    module.stage = Stage("all", EVERYTHING)
+    module.configure_model()
+    published = reference.state_dict()
+    weights, _ = table.to_ours(published.items())
+    for name, parameter in module.named_parameters():
+        parameter.data.copy_(weights.pop(name))
+    assert not weights
+    module.eval()
+
+    items = [module.codec.encode(sample) for sample in samples(tmp_path)]
+    batch = module.codec.collate(items, counts=step_counts(items))
+    ours = module.label_logits(batch)
+    loss = module.losses(batch)["lm"] / batch.counts["lm"]
+    loss.backward()
+
+    views = batch.views["image"]
+    assert len(set(views.grid)) > 1, "pictures of different shapes, or half of it is not tested"
+    by_picture = [views.pixels[views.image_of_view == index] for index in range(len(views.size))]
+    pictures = iter(zip(by_picture, views.size, strict=True))
+    theirs, total = [], torch.zeros(())
+    for item, (start, end) in zip(items, itertools.pairwise(batch.text.cu_seqlens.tolist()), strict=True):
+        ids = batch.text.ids[start:end].clone()
+        slots = batch.text.slots["image"]
+        ids[slots[(slots >= start) & (slots < end)] - start] = 32000
+        shown = [next(pictures) for _ in item.sample.images]
+        inputs = {}
+        if shown:
+            most = max(len(pixels) for pixels, _ in shown)
+            inputs["pixel_values"] = torch.stack(
+                [torch.cat([pixels, pixels.new_zeros(most - len(pixels), *pixels.shape[1:])]) for pixels, _ in shown]
+            )
+            inputs["image_sizes"] = torch.tensor([(height, width) for _, (width, height) in shown])
+        mine = (batch.text.label_positions >= start) & (batch.text.label_positions < end)
+        logits = reference(input_ids=ids[None], use_cache=False, **inputs).logits[
+            0, batch.text.label_positions[mine] - start
+        ]
+        theirs.append(logits[:, :32000])
+        total = total + torch.nn.functional.cross_entropy(logits[:, :32000], batch.text.targets[mine], reduction="sum")
+    # as in LLaVA-1.5's test: attention and q, k, v are computed in another order
+    torch.testing.assert_close(ours, torch.cat(theirs), atol=2e-5, rtol=1e-4)
+    expected = total / batch.counts["lm"]
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
+    expected.backward()
+    gradients = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in reference.named_parameters()}
+    expected_gradients, _ = table.to_ours((n, gradients.get(n, t)) for n, t in published.items())
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad,
+            expected_gradients[name],
+            atol=2e-6,
+            rtol=2e-4,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+def test_converted_checkpoints_are_bit_equal_and_compute_the_same(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    reference = hf_llava_next("llama", {}, width=128, heads=2)
+    torch.nn.init.normal_(reference.model.image_newline)
+    reference.save_pretrained(tmp_path / "hf")
+    shutil.copyfile(GOLDEN / "_shared" / "llama_sp_tokenizer.model", tmp_path / "hf" / "tokenizer.model")
+    for source, name, target in (("hf", "ours", "ours"), ("ours", "official", "official"),
+                                 ("official", "again", "ours"), ("again", "back", "hf")):  # fmt: skip
+        convert(tmp_path / source, tmp_path / name, system="llava_next", target_layout=target)
+    before, after = (
+        # as on the hub, the tower has one level more than in what transformers 5 saves
+        {key.replace(".vision_model.", "."): tensor for key, tensor in tensors.items()}
+        for tensors in (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    config = json.loads((tmp_path / "official" / "config.json").read_text())
+    assert config["image_grid_pinpoints"] == [[28 * columns, 28 * rows] for columns, rows in NEXT_GRIDS]
+    assert "model.image_newline" in load_file(tmp_path / "official" / "model.safetensors")
+
+    module = vlm.load(tmp_path / "official")
+    assert module.system == "llava_next"
+    assert module.codec.tiles.grids == NEXT_GRIDS
+    sample = samples(tmp_path, 1)[0]
+    batch = module.codec.collate([module.codec.encode(sample)], counts={"images": 1.0})
+    ids = batch.text.ids.clone()
+    ids[batch.text.slots["image"]] = 32000
+    [(width, height)] = batch.views["image"].size
+    back = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "back").eval()
+    with torch.no_grad():
+        theirs = back(
+            input_ids=ids[None],
+            pixel_values=batch.views["image"].pixels[None],
+            image_sizes=torch.tensor([(height, width)]),
+        ).logits[0, batch.text.label_positions, :32000]
+        torch.testing.assert_close(module.label_logits(batch), theirs, atol=2e-5, rtol=1e-4)
+    with pytest.raises(UserError, match="image_newline, but llava_1_5 has none"):
+        convert(tmp_path / "hf", tmp_path / "x", system="llava_1_5", target_layout="ours")
+    with pytest.raises(UserError, match="breaks ties"):
+        export(tmp_path / "ours", tmp_path / "x")
+
+
+def test_paper_size_has_the_published_number_of_parameters() -> None:
+    module = llava_next(
+        vision=TimmTower("vit_large_patch14_clip_quickgelu_336", layer=-2),
+        language=CausalLM(config={"model_type": "llama", "vocab_size": 32000, "rms_norm_eps": 1e-5}),
+    )
+    with empty_weights():
+        parts = module.build_parts()
+        reference = LlavaNextForConditionalGeneration(
+            LlavaNextConfig(
+                text_config={"model_type": "llama", "vocab_size": 32064, "rms_norm_eps": 1e-5},
+                vision_config={"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096,
+                               "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14,
+                               "image_size": 336},
+            )
+        )  # fmt: skip
+    table = llava_table(LAYOUTS["hf_memory"], connector="mlp2x_gelu", num_blocks=23, vocab_rows=32000, newline=True)
+    theirs = {name: tuple(tensor.shape) for name, tensor in reference.state_dict().items()}
+    expected = table.check(theirs, side="theirs")
+    ours = {f"{part}.{n}": tuple(p.shape) for part, network in parts.items() for n, p in network.named_parameters()}
+    carried = {name: shape for name, shape in expected.items() if table.is_carried(name)}
+    assert ours | carried == expected
+    assert sum(math.prod(shape) for shape in theirs.values()) == 7_063_431_168
+
+
+def test_one_view_is_llava_1_5(tmp_path: Path) -> None:
+    """Stage 1 has neither tiles nor a newline."""
+    module = llava_next(grids=None)
+    module.stage = Stage("1_align", {"connector": Trained(lr=1.0)})
+    module.configure_model()
+    assert not any(name.startswith("newline") for name, _ in module.named_parameters())
+    [encoded] = [module.codec.encode(sample) for sample in samples(tmp_path)[:1]]
+    assert len(encoded.text[0].slots["image"]) == 16
+
+
+def test_a_random_cut_is_refused() -> None:
+    with pytest.raises(UserError, match="takes other tokens than its file tells"):
+        llava_next(augment=RandomCropFlip(28))

@@ -1,0 +1,129 @@
+"""LLaVA-NeXT: Improved reasoning, OCR, and world knowledge (Liu et al., 2024); also known as LLaVA 1.6."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vlm.batch import Views
+from vlm.codec import Encoded, read_views
+from vlm.connectors import Newline
+from vlm.errors import UserError
+from vlm.geometry import Placement, View
+from vlm.sample import Sample
+from vlm.systems.spliced import SplicedCodec, SplicedDecoder
+from vlm.vision.preprocess import normalize
+from vlm.vision.tiling import NEWLINE, NEXT_GRIDS, AnyRes
+
+
+class AnyResCodec(SplicedCodec):
+    """Rows in which a picture takes as many tokens as its shape asks for.
+
+    Boxes count from the whole picture, as the base view shows it squashed; what the data of the released models counted
+    from was not published.
+    """
+
+    def __init__(self, *, tiles: AnyRes, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.tiles = tiles
+
+    def num_tokens(self, width: int, height: int) -> int:
+        return self.tiles.num_tokens(width, height)
+
+    def image_tokens(self, sample: Sample) -> list[int]:
+        return [self.num_tokens(*file.size(sample)) for file in sample.images]
+
+    def view(self, width: int, height: int, *, image: int = 0, seed: int | None = None) -> View:
+        return View(Placement(), (float(self.transform.size), float(self.transform.size)))
+
+    def read(self, items: Sequence[Encoded]) -> Views | None:
+        views = read_views(items, transform=self._pixels, grid=self.tiles.grid)
+        if views is None:
+            return None
+        layouts, start, newline = [], 0, len(views.pixels) * self.tower.num_tokens
+        for size in views.size:
+            layout = self.tiles.layout(*size)
+            layouts.append(torch.where(layout == NEWLINE, newline, layout + start))
+            start += self.tiles.num_views(*size) * self.tower.num_tokens
+        return replace(views, layout=torch.cat(layouts))
+
+    def _pixels(self, image: Image.Image) -> Tensor:
+        mean, std = self.transform.mean, self.transform.std
+        return torch.stack([normalize(view, mean=mean, std=std) for view in self.tiles.views(image)])
+
+
+class LLaVANext(SplicedDecoder):
+    """A picture is 576 tokens of the whole and up to 2,352 of its parts.
+
+    ::
+
+        picture -> the grid of 336 px tiles that suits its shape (AnyRes), and the whole of it squashed
+          -> CLIP ViT-L/14, output of block 23 of 24, patches only      float[V, 576, 1024]
+          -> Linear, GELU, Linear                                       float[V, 576, D]
+          -> the whole; then the map of the tiles without the padding, a learned newline behind each row
+          -> in the place of <image> -> Vicuna, Mistral, Llama 3 or Yi; loss on the answers
+
+    Stage 1 trains the connector on one view per picture, as LLaVA-1.5 does (`grids: null`). Stage 2 trains everything,
+    the tower at a lower rate.
+
+    Args:
+        grids: (columns, rows) of tiles that may be chosen; None: one view and no newlines.
+        merge: how the tiles become tokens (`vlm.vision.tiling.AnyRes`).
+        **kwargs: as in `SplicedDecoder`.
+    """
+
+    system = "llava_next"
+    newline: Newline
+
+    def __init__(
+        self,
+        *,
+        grids: Sequence[tuple[int, int]] | None = NEXT_GRIDS,
+        merge: Literal["spatial_unpad", "spatial", "flat"] = "spatial_unpad",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.arguments |= {"grids": grids, "merge": merge}
+        self.tiles: AnyRes | None = None
+        if grids is None:
+            return
+        if kwargs.get("augment") is not None:
+            raise UserError("model.augment: a cut picture takes other tokens than its file tells; leave it out")
+        self.tiles = AnyRes(self.tower.image_size, self.tower.grid, grids=grids, merge=merge)
+        plain = self.codec
+        self.codec = AnyResCodec(
+            tiles=self.tiles,
+            tokenizer=plain.tokenizer,
+            template=plain.template,
+            tower=plain.tower,
+            transform=plain.transform,
+            augment=None,
+            max_tokens=plain.max_tokens,
+        )
+
+    def build_parts(self) -> dict[str, nn.Module]:
+        parts = super().build_parts()
+        if self.has_newline:
+            language = parts["language"]
+            assert isinstance(language, PreTrainedModel)
+            parts["newline"] = Newline(language.config.hidden_size)
+        return parts
+
+    def lay_out(self, features: Tensor, layout: Tensor | None) -> Tensor:
+        rows = features.flatten(0, 1)
+        if self.has_newline:
+            rows = self.newline(rows)
+            if layout is None:  # a blank view
+                return rows[:-1]
+        return rows if layout is None else rows.index_select(0, layout)
+
+    def picture_parts(self) -> tuple[nn.Module, ...]:
+        return (*super().picture_parts(), self.newline) if self.has_newline else super().picture_parts()
+
+    @property
+    def has_newline(self) -> bool:
+        return self.tiles is not None and self.tiles.merge == "spatial_unpad"
