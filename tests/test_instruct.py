@@ -213,7 +213,7 @@ def test_answers_from_pictures(tmp_path: Path) -> None:
     (tmp_path / "d.png").write_bytes((tmp_path / "a.jpg").read_bytes()[:300])
     source = [{"id": n[0], "image": n, "question": f"What is {n}?"} for n in ("a.jpg", "b.bmp", "c.jpg", "d.png")]
     source.append({"id": "e", "image": "a.jpg", "question": "Who is e?"})
-    with serving(lambda asked: "SKIP" if "Who" in asked.text else f"Red: {asked.text}") as server:
+    with serving(lambda asked: "SKIP" if "Who" in asked.text else f"Red. Red. {asked.text}") as server:
         assert main(command_line(tmp_path, server.url, source=source, kind="image-answer")) == 0
     sent = {}
     for asked in server.asked:
@@ -228,7 +228,7 @@ def test_answers_from_pictures(tmp_path: Path) -> None:
     assert len(server.asked) == 4, "one request each; none for a broken picture, one for a request to leave alone"
     found = json.loads((tmp_path / "out.json").read_text())
     assert [record["id"] for record in found] == ["a", "b", "c"]
-    assert found[0]["conversations"][1]["value"] == "Red: What is a.jpg?"
+    assert found[0]["conversations"][1]["value"] == "Red. Red. What is a.jpg?"
     reasons = {line["id"]: line["reasons"] for line in lines(tmp_path / "out.json.rejected.jsonl")}
     assert reasons["e"] == ["the model advises against this request"]
     assert "is not a readable picture" in reasons["d"][0] or "cannot be decoded" in reasons["d"][0]
@@ -266,7 +266,9 @@ def test_prompts_for_pictures(tmp_path: Path) -> None:
 BAD = {
     "I'm sorry, but I cannot help with that.": "no Question and Answer",
     "": "empty",
-    "Sure! Here it is.\n" + TALK: "text before the first Question",
+    "Sure! Here it is.\n" + TALK: "text outside of Question and Answer",
+    TALK.replace("===\nAnswer", "===\nTwo dogs.\n===\nAnswer", 1): "text outside of Question and Answer",
+    TALK.replace("They run.", "They run. They bark. They run."): "repeats a sentence",
     TALK + "\n===\nQuestion:\nAnd?": "Question and Answer do not take turns",
     TALK.replace("There are two.", " "): "empty answer",
     TALK.replace("What do they do?", "How many dogs are there in {0}?"): "a question is asked twice",

@@ -40,11 +40,13 @@ def rounds_of(text: str, kind: Kind) -> list[tuple[str, str]]:
     """
     first, second = FIELDS[kind.form]
     label = re.compile(rf"^[*#\s]*({first}|{second})\s*(?:\d+\s*)?:[*\s]*", re.MULTILINE)
-    before, *found = label.split(_BAR.sub("", text))
-    if before.strip():
-        raise Rejected(f"text before the first {first}" if found else f"no {first} and {second}")
-    if not found:
+    if not text:
         raise Rejected("empty")
+    if not label.search(text):
+        raise Rejected(f"no {first} and {second}")
+    if not all(label.match(block) for block in _BAR.split(text) if block.strip()):
+        raise Rejected(f"text outside of {first} and {second}")
+    _, *found = label.split(_BAR.sub("", text))
     names, contents = found[::2], [content.strip() for content in found[1::2]]
     if names != [first, second] * (len(names) // 2):
         raise Rejected(f"{first} and {second} do not take turns")
@@ -71,6 +73,8 @@ def check(text: str, kind: Kind, *, part: str) -> str:
         raise Rejected(f"empty {part}")
     if not least <= len(text) <= most:
         raise Rejected(f"{part} shorter than {least} characters" if len(text) < least else f"{part} over {most}")
+    if not kind.may_repeat and repeats(text):
+        raise Rejected("repeats a sentence")
     for group, patterns in kind.forbidden.items():
         if any(pattern.search(text) for pattern in patterns):
             raise Rejected(_MEANING[group])

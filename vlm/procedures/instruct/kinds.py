@@ -71,6 +71,7 @@ class Kind:
         describing: the same for the model that describes (curate).
         limits: of rounds, and of questions and answers in characters: (least, most).
         forbidden: patterns that no answer may hold, by the name of their group.
+        may_repeat: whether a sentence may stand in an answer twice, as in a song; elsewhere it is a model's slip.
         describe: what the describing model is asked first (curate).
         go_on: what it is asked where it was shorter than `short` tokens (curate).
         short: see `go_on`.
@@ -88,6 +89,7 @@ class Kind:
     describing: Sampling
     limits: Mapping[str, tuple[int, int]]
     forbidden: Mapping[str, tuple[re.Pattern[str], ...]]
+    may_repeat: bool = False
     examples: tuple[tuple[str, str], ...] = ()
     question: str | None = None
     skip: str | None = None
@@ -127,6 +129,7 @@ def load_kind(name: str) -> Kind:
         forbidden={
             group: tuple(re.compile(pattern, re.IGNORECASE) for pattern in rules[group]) for group in data["forbidden"]
         },
+        may_repeat=data.get("may_repeat", False),
         examples=tuple(_example(entry, data["request"]) for entry in data.get("examples", ())),
         question=data.get("question"),
         skip=data.get("skip"),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal, Protocol
 
-from vlm.procedures.instruct.answers import Rejected, check, count_words, repeats, rounds_of, tidy
+from vlm.procedures.instruct.answers import Rejected, check, count_words, rounds_of, tidy
 from vlm.procedures.instruct.kinds import Kind, Sampling, ask_about, detailed_request, lines
 from vlm.procedures.instruct.models import Reply, Turn
 from vlm.procedures.instruct.records import Item
@@ -90,8 +90,6 @@ class Procedure:
             raise Rejected("empty answer")
         repairing = [Turn("system", kind.system), Turn("user", ask_about(kind.request, description=description))]
         repaired = self._said(ask("repair", repairing, role="writer", sampling=self.sampling))
-        if repeats(repaired):
-            raise Rejected("repeats a sentence")
         return check(repaired, kind, part="answer")
 
     def _said(self, reply: Reply, *, may_be_cut: bool = False) -> str:
