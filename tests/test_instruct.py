@@ -29,7 +29,7 @@ from vlm.errors import SampleError, UserError
 from vlm.procedures import main
 from vlm.procedures.instruct import command
 from vlm.procedures.instruct.answers import Rejected, check, repeats, rounds_of, tidy
-from vlm.procedures.instruct.kinds import NAMES, load_kind, styles
+from vlm.procedures.instruct.kinds import NAMES, detailed_request, load_kind, styles
 from vlm.procedures.instruct.pace import Clock, Pace
 from vlm.procedures.llava_captions import requests
 from vlm.sample import ImagePart
@@ -193,15 +193,17 @@ def test_llavas_own_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_a_detailed_description_answers_one_of_llavas_requests(tmp_path: Path) -> None:
     with serving(lambda asked: LONG.format(about(asked))) as server:
-        assert main(command_line(tmp_path, server.url, source=records(100), kind="detail")) == 0
+        assert main(command_line(tmp_path, server.url, source=records(20), kind="detail")) == 0
         found = json.loads((tmp_path / "out.json").read_text())
         for name in ("out.json", "out.json.progress.jsonl"):
             (tmp_path / name).unlink()
-        write(tmp_path / "in.json", records(100)[::-1][:50])
+        write(tmp_path / "in.json", records(20)[::-1][:10])
         assert main(command_line(tmp_path, server.url, kind="detail")) == 0
     asked = [record["conversations"][0]["value"].replace("<image>", "").strip() for record in found]
-    assert set(asked) == set(requests("detailed"))
-    assert json.loads((tmp_path / "out.json").read_text()) == found[::-1][:50], "drawn by seed and id alone"
+    assert asked == [detailed_request(0, f"r{i}") for i in range(20)]
+    assert {detailed_request(0, f"r{i}") for i in range(200)} == set(requests("detailed"))
+    assert asked != [detailed_request(1, f"r{i}") for i in range(20)]
+    assert json.loads((tmp_path / "out.json").read_text()) == found[::-1][:10], "drawn by seed and id alone"
 
 
 def test_answers_from_pictures(tmp_path: Path) -> None:
@@ -280,6 +282,7 @@ BAD = {
     ): "mentions captions, boxes or coordinates",
     TALK.replace("They run.", "As an AI language model I cannot say."): "refuses",
     TALK.replace("They run.", "I am sorry, I can't see it."): "refuses",
+    TALK.replace("They run.", "They run \ud83d."): "holds half a surrogate pair, which is no character",
     TALK.replace("They run.", "See <image>."): "holds a mark of the data format",
     TALK.replace("They run.", "x" * 2001): "answer over 2000",
     TALK.replace("What do they do?", "Why?"): "question shorter than 6 characters",
@@ -350,9 +353,7 @@ def test_a_refusal_is_tried_again_and_then_counted(tmp_path: Path, capsys: pytes
 def test_a_model_that_never_keeps_to_the_rules_is_not_paid_for_long(tmp_path: Path) -> None:
     with serving(lambda asked: "I cannot see any image.") as server:
         arguments = command_line(tmp_path, server.url, "--attempts", "1", source=records(50))
-        with pytest.raises(
-            UserError, match="the first 20 records were all rejected, most often because the answer 'no"
-        ):
+        with pytest.raises(UserError, match="the first 20 records were all rejected, most often: no Question and"):
             main(arguments)
         assert 20 <= len(server.asked) <= 21, "one more may be under way"
         before = len(server.asked)
@@ -736,7 +737,8 @@ def test_a_local_model(llama: Path, tmp_path: Path) -> None:
     assert lines(tmp_path / "out.json.progress.jsonl")[1:] == said
 
 
-def test_a_system_of_ours_describes(tmp_path: Path) -> None:
+def test_a_system_of_ours_describes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlm.procedures.instruct import local
     from vlm.procedures.instruct.kinds import Sampling
     from vlm.procedures.instruct.local import OwnSystem
     from vlm.procedures.instruct.models import Turn
@@ -754,28 +756,32 @@ def test_a_system_of_ours_describes(tmp_path: Path) -> None:
         Message("user", (TextPart("Continue"),)),
     ]
     sample = Sample("0", tuple(messages), picture.images)
-    (expected,) = vlm.load(run).generate([sample], decoding=vlm.language.Decoding(max_new_tokens=5))
+    (expected,) = own.module.generate([sample], decoding=vlm.language.Decoding(max_new_tokens=5))
     assert own.reply(turns, seed=0, sampling=greedy).text == expected
 
-    hot, both = replace(greedy, temperature=1.5), OwnSystem(str(run), parallel=3)
+    hot = replace(greedy, temperature=1.5)
     alone = [own.reply(turns, seed=seed, sampling=hot) for seed in range(3)]
+    own._together._parallel = 3
     with ThreadPoolExecutor(3) as pool:
-        assert list(pool.map(lambda seed: both.reply(turns, seed=seed, sampling=hot), range(3))) == alone
+        assert list(pool.map(lambda seed: own.reply(turns, seed=seed, sampling=hot), range(3))) == alone
     assert len({reply.text for reply in alone}) == 3
     (tmp_path / "half.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
     half = Item("half", image="half.png", file=ImageFile("half.png", tmp_path / "half.png")).sample
     with pytest.raises(SampleError, match=r"sample 'half': image 'half\.png'"):
         own.reply([Turn("user", "What?", half)], seed=0, sampling=greedy)
 
+    brief = replace(load_kind("curate"), describing=Sampling(max_tokens=5))
+    monkeypatch.setattr(command, "load_kind", lambda name: brief if name == "curate" else load_kind(name))
+    monkeypatch.setattr(local, "OwnSystem", lambda *_, **__: own)
     with serving(lambda asked: LONG.format("")) as server:
         source = [{"id": "0", "image": "0.png"}]
         arguments = command_line(tmp_path, server.url, "--weights", str(run), source=source, kind="curate")
         assert main(arguments) == 0
     assert len(server.asked) == 1, "only the repair is the endpoint's"
     said = lines(tmp_path / "out.json.progress.jsonl")[1:]
-    assert said[0]["step"] == "describe"
-    assert said[-1]["step"] == "repair"
-    assert server.asked[0].text.startswith(said[0]["text"].strip())
+    assert [line["step"] for line in said] == ["describe", "continue", "repair"]
+    assert said[0]["tokens"] <= 6, "its own tokens are counted"
+    assert server.asked[0].text == f"{said[0]['text'].strip()} {said[1]['text'].strip()}"
 
 
 # -- wrong input
@@ -801,6 +807,11 @@ WRONG_RECORDS = [
     ([{"conversations": [{"from": "robot", "value": "x"}]}], "in-context", r"conversations\[0\] must be"),
     (records(1) * 2, "conversation", "sample 'r0': this id stands twice"),
     ([], "conversation", "holds no samples"),
+    (
+        [{"conversations": [{"from": "human", "value": "\ud83d"}, {"from": "gpt", "value": "x"}]}],
+        "in-context",
+        "sample '0': holds half a surrogate pair",
+    ),
     (
         [{"image": "a.png", "captions": ["x"], "boxes": [{"name": "dog", "box": [10, 20, 30, 40]}]}],
         "detail",

@@ -27,7 +27,15 @@ _BAR = re.compile(r"^\s*={3,}\s*$", re.MULTILINE)
 
 
 def tidy(text: str) -> str:
-    """Without the thoughts that some models write first, and without blanks at both ends."""
+    """Without the thoughts that some models write first, and without blanks at both ends.
+
+    Raises:
+        Rejected: it cannot be written to a file.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Rejected("holds half a surrogate pair, which is no character") from None
     return _THOUGHTS.sub("", text).strip()
 
 

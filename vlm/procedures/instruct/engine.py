@@ -4,7 +4,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -72,10 +72,10 @@ class Engine:
                 bar.update()
                 bar.set_postfix(rejected=len(rejected), refresh=False)
                 if asked == HOPELESS and not good:
-                    reason, _ = common_reason(rejected.values())
+                    reasons = Counter(found.reasons[-1] for found in rejected.values())
                     raise UserError(
-                        f"{self.ledger.path}: the first {HOPELESS} records were all rejected, most often because the "
-                        f"answer {reason!r}; see what was said there, and correct the model or its options"
+                        f"{self.ledger.path}: the first {HOPELESS} records were all rejected, most often: "
+                        f"{reasons.most_common(1)[0][0]}; see there what was said, and correct the model or its options"
                     )
         return rejected
 
@@ -164,8 +164,3 @@ class Engine:
             end = time.monotonic() + _LAST_WORDS
             for thread in threads:
                 thread.join(max(0.0, end - time.monotonic()))
-
-
-def common_reason(outcomes: Iterable[Outcome]) -> tuple[str, int]:
-    """The most frequent last reason, and how often."""
-    return Counter(found.reasons[-1] for found in outcomes).most_common(1)[0]

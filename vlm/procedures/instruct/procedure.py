@@ -81,13 +81,13 @@ class Procedure:
         kind, step = self.kind, Turn("user", self.kind.describe, item.sample)
         first = ask("describe", [step], role="describer", sampling=self.describing)
         description = self._said(first, may_be_cut=True)
+        if not description:
+            raise Rejected("empty answer")
         tokens = count_words([description]) if first.tokens is None else first.tokens
         if tokens < kind.short:
             going_on = [step, Turn("assistant", description), Turn("user", kind.go_on)]
             more = self._said(ask("continue", going_on, role="describer", sampling=self.describing), may_be_cut=True)
             description = f"{description} {more}".strip()
-        if not description:
-            raise Rejected("empty answer")
         repairing = [Turn("system", kind.system), Turn("user", ask_about(kind.request, description=description))]
         repaired = self._said(ask("repair", repairing, role="writer", sampling=self.sampling))
         return check(repaired, kind, part="answer")

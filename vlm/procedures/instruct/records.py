@@ -82,6 +82,10 @@ def _item(record: Mapping[str, Any], at: int, kind: Kind, source: str, root: Pat
     def missing(key: str, form: str) -> SampleError:
         return error(f"{kind.name} needs {key!r}, {form}; found keys {sorted(map(str, record))}")
 
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise error("holds half a surrogate pair, which is no character; take it out") from None
     captions = record.get("captions", [record["caption"]] if "caption" in record else [])
     if not isinstance(captions, list) or not all(isinstance(text, str) and text.strip() for text in captions):
         raise error(f"'captions' must be a list of texts, found {captions!r}")
