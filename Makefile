@@ -32,7 +32,7 @@ demo: $(stamp)
 	$(judge) --weights runs/llava_1_5_demo_without_1_align --evaluation.name without_1_align
 	$(judge) --weights untrained $(untrained) --evaluation.name untrained
 	@echo
-	@echo "Held-out pictures: things on cards of a colour that no training picture shows them on"
+	@echo "Held-out pictures: things on a colour at a place where no training picture has them"
 	@$(vlm) scores trained=$(trained)/2_finetune/evaluation/trained \
 		shuffled_pictures=$(trained)/2_finetune/evaluation/shuffled \
 		without_1_align=runs/llava_1_5_demo_without_1_align/2_finetune/evaluation/without_1_align \

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, distributed
 
 from callbacks.progress import say, warn
-from vlm.batch import Batch
+from vlm.batch import NOT_TERMS, Batch
 from vlm.culprits import TrainedPack, as_json, find_culprits
 from vlm.data.progress import is_finished
 from vlm.errors import UserError
@@ -166,7 +166,7 @@ class Health(Callback):
             values = host.copy_(values, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        trained = any(value for name, value in counts.items() if name not in ("samples", "images"))
+        trained = any(value for name, value in counts.items() if name not in NOT_TERMS)
         pictures = bool(counts.get("images"))
         return _Pending(trainer.global_step, tuple(measured), values, arrived, pictures, trained, self._sizes)
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from transformers import (
 
 from callbacks import StageTransition
 from tests.conftest import GOLDEN, golden_json
+from tests.parity import check_logits_loss_and_gradients
 from tests.systems import LLAMA, RATE, TOKENIZER, build, llava, samples
 from tests.test_convert import clip_tensors, official_folder
-from tests.test_llava_1_5 import EVERYTHING, hf_llava
+from tests.test_llava_1_5 import PARTS, hf_llava
 from tests.training import ListSource, trainer
 from vlm.building import empty_weights
 from vlm.checkpoints.artefact import read_artefact
@@ -107,7 +109,7 @@ def _marked(train: dict[str, Trained], **changes: Any) -> LLaVA:
 def test_new_rows_equal_a_resized_model(tied: bool, tmp_path: Path) -> None:
     """transformers' own Llama with 32,004 rows, the last four the mean of the others."""
     config = LLAMA | {"tie_word_embeddings": tied}
-    module = _marked(EVERYTHING, language=CausalLM(config=config))
+    module = _marked({part: Trained(lr=1.0) for part in PARTS}, language=CausalLM(config=config))
     assert module.language.config.vocab_size == 32004
     big = AutoModelForCausalLM.from_config(LlamaConfig(**config | {"vocab_size": 32004}))
     state = dict(module.language.state_dict())
@@ -204,54 +206,13 @@ def official_name(name: str) -> str:
 def test_logits_loss_and_gradients_equal_transformers(tmp_path: Path) -> None:
     reference = reference_llava()
     table = llava_table(OFFICIAL, connector="linear", num_blocks=2, vocab_rows=32000)
-    module = llava()
-    module.stage = Stage("all", EVERYTHING)
-    module.configure_model()
 
-    def ours_of(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
-        return official_name(name), tensor[:32000] if len(tensor) == 32064 else tensor
+    def to_ours(items: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        named = ((official_name(name), t[:32000] if len(t) == 32064 else t) for name, t in items)
+        return table.to_ours(named)[0]
 
-    weights, _ = table.to_ours(ours_of(name, tensor) for name, tensor in reference.state_dict().items())
-    for name, parameter in module.named_parameters():
-        parameter.data.copy_(weights.pop(name))
-    assert not weights
-    module.eval()
-
-    items = [module.codec.encode(sample) for sample in samples(tmp_path)]
-    batch = module.codec.collate(items, counts=step_counts(items))
-    ours = module.label_logits(batch)
-    loss = module.losses(batch)["lm"] / batch.counts["lm"]
-    loss.backward()
-
-    theirs, total, views = [], 0.0, iter(batch.views["image"].pixels)
-    for start, end in itertools.pairwise(batch.text.cu_seqlens.tolist()):
-        ids = batch.text.ids[start:end].clone()
-        slots = batch.text.slots["image"]
-        slots = slots[(slots >= start) & (slots < end)] - start
-        ids[slots] = 32000
-        pictures = [next(views) for _ in range(len(slots) // 16)]
-        mine = (batch.text.label_positions >= start) & (batch.text.label_positions < end)
-        logits = reference(
-            input_ids=ids[None], pixel_values=torch.stack(pictures) if pictures else None, use_cache=False
-        ).logits[0, batch.text.label_positions[mine] - start, :32000]
-        theirs.append(logits)
-        total = total + torch.nn.functional.cross_entropy(logits, batch.text.targets[mine], reduction="sum")
-    # as for LLaVA-1.5: float32 noise between two ways of attention
-    torch.testing.assert_close(ours, torch.cat(theirs), atol=2e-5, rtol=1e-4)
-    expected = total / batch.counts["lm"]
-    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
-    expected.backward()
-    gradients = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in reference.named_parameters()}
-    published = reference.state_dict().items()
-    expected_gradients, _ = table.to_ours(ours_of(name, gradients.get(name, tensor)) for name, tensor in published)
-    for name, parameter in module.named_parameters():
-        torch.testing.assert_close(
-            parameter.grad,
-            expected_gradients[name],
-            atol=2e-6,
-            rtol=2e-4,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
+    published = reference.state_dict()
+    check_logits_loss_and_gradients(llava(), reference, tmp_path, parts=PARTS, published=published, to_ours=to_ours)
 
 
 CLIP_L = {

@@ -1,6 +1,5 @@
 """LLaVA-1.5 against the official splice and against transformers' Llava."""
 
-import itertools
 import shutil
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from tests.conftest import GOLDEN, golden
+from tests.parity import check_logits_loss_and_gradients
 from tests.systems import LLAMA, TOKENIZER, llava_1_5, samples
 from vlm.building import empty_weights
 from vlm.checkpoints.convert import convert
@@ -18,11 +18,10 @@ from vlm.codec import step_counts
 from vlm.connectors import MLP
 from vlm.fusion import splice
 from vlm.language import CausalLM, Decoding
-from vlm.stages import Stage, Trained
 from vlm.systems import LLaVA15
 from vlm.vision import TimmTower
 
-EVERYTHING = {part: Trained(lr=1.0) for part in ("vision", "connector", "language")}
+PARTS = ("vision", "connector", "language")
 
 
 @pytest.mark.parametrize("case", ["llava_splice_flat__a"])
@@ -77,50 +76,10 @@ def test_logits_loss_and_gradients_equal_transformers(family: str, changes: dict
     tied = changes.get("tie_word_embeddings", False)
     table = llava_table(LAYOUTS["hf_memory"], connector="mlp2x_gelu", num_blocks=2, vocab_rows=32000, tied=tied)
     module = llava_1_5(language=CausalLM(config={**LLAMA, **changes, "model_type": family}))
-    module.stage = Stage("all", EVERYTHING)
-    module.configure_model()
     published = {n: t for n, t in reference.state_dict().items() if not (tied and n == "lm_head.weight")}
-    weights, _ = table.to_ours(published.items())
-    for name, parameter in module.named_parameters():
-        parameter.data.copy_(weights.pop(name))
-    assert not weights
-    module.eval()
-
-    items = [module.codec.encode(sample) for sample in samples(tmp_path)]
-    batch = module.codec.collate(items, counts=step_counts(items))
-    ours = module.label_logits(batch)
-    loss = module.losses(batch)["lm"] / batch.counts["lm"]
-    loss.backward()
-
-    theirs, total, views = [], 0.0, iter(batch.views["image"].pixels)
-    for start, end in itertools.pairwise(batch.text.cu_seqlens.tolist()):
-        ids = batch.text.ids[start:end].clone()
-        slots = batch.text.slots["image"]
-        slots = slots[(slots >= start) & (slots < end)] - start
-        ids[slots] = 32000
-        pictures = [next(views) for _ in range(len(slots) // 16)]
-        mine = (batch.text.label_positions >= start) & (batch.text.label_positions < end)
-        logits = reference(
-            input_ids=ids[None], pixel_values=torch.stack(pictures) if pictures else None, use_cache=False
-        ).logits[0, batch.text.label_positions[mine] - start]
-        theirs.append(logits[:, :32000])
-        total = total + torch.nn.functional.cross_entropy(logits[:, :32000], batch.text.targets[mine], reduction="sum")
-    # float32 noise between eager CLIP attention and timm's fused one, and between fused and separate q, k, v:
-    # 2e-6 seen on logits of size 1
-    torch.testing.assert_close(ours, torch.cat(theirs), atol=2e-5, rtol=1e-4)
-    expected = total / batch.counts["lm"]
-    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
-    expected.backward()
-    gradients = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in reference.named_parameters()}
-    expected_gradients, _ = table.to_ours((n, gradients.get(n, t)) for n, t in published.items())
-    for name, parameter in module.named_parameters():
-        torch.testing.assert_close(
-            parameter.grad,
-            expected_gradients[name],
-            atol=2e-6,
-            rtol=2e-4,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
+    check_logits_loss_and_gradients(
+        module, reference, tmp_path, parts=PARTS, published=published, to_ours=lambda items: table.to_ours(items)[0]
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])

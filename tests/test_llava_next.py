@@ -1,9 +1,9 @@
 """LLaVA-NeXT against transformers' LlavaNext."""
 
-import itertools
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import vlm
@@ -13,20 +13,19 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from tests.conftest import GOLDEN
+from tests.parity import check_logits_loss_and_gradients
 from tests.systems import LLAMA, llava_next, samples
+from vlm.batch import Views
 from vlm.building import empty_weights
 from vlm.checkpoints.convert import convert
 from vlm.checkpoints.export import export
 from vlm.checkpoints.llava import LAYOUTS, llava_table
-from vlm.codec import step_counts
 from vlm.errors import UserError
 from vlm.language import CausalLM
 from vlm.stages import Stage, Trained
 from vlm.vision import TimmTower
 from vlm.vision.preprocess import RandomCropFlip
 from vlm.vision.tiling import NEXT_GRIDS
-
-EVERYTHING = {part: Trained(lr=1.0) for part in ("vision", "connector", "newline", "language")}
 
 
 def hf_llava_next(family: str, changes: dict, *, width: int = 32, heads: int = 4) -> LlavaNextForConditionalGeneration:
@@ -54,59 +53,25 @@ def test_logits_loss_and_gradients_equal_transformers(family: str, changes: dict
     torch.nn.init.normal_(reference.model.image_newline)
     table = llava_table(LAYOUTS["hf_memory"], connector="mlp2x_gelu", num_blocks=2, vocab_rows=32000, newline=True)
     module = llava_next(language=CausalLM(config={**LLAMA, **changes, "model_type": family}))
-    module.stage = Stage("all", EVERYTHING)
-    module.configure_model()
-    published = reference.state_dict()
-    weights, _ = table.to_ours(published.items())
-    for name, parameter in module.named_parameters():
-        parameter.data.copy_(weights.pop(name))
-    assert not weights
-    module.eval()
-
-    items = [module.codec.encode(sample) for sample in samples(tmp_path)]
-    batch = module.codec.collate(items, counts=step_counts(items))
-    ours = module.label_logits(batch)
-    loss = module.losses(batch)["lm"] / batch.counts["lm"]
-    loss.backward()
-
-    views = batch.views["image"]
+    views = check_logits_loss_and_gradients(
+        module,
+        reference,
+        tmp_path,
+        parts=("vision", "connector", "newline", "language"),
+        published=reference.state_dict(),
+        to_ours=lambda items: table.to_ours(items)[0],
+        inputs=padded_views,
+    )
     assert len(set(views.grid)) > 1, "pictures of different shapes, or half of it is not tested"
-    by_picture = [views.pixels[views.image_of_view == index] for index in range(len(views.size))]
-    pictures = iter(zip(by_picture, views.size, strict=True))
-    theirs, total = [], torch.zeros(())
-    for item, (start, end) in zip(items, itertools.pairwise(batch.text.cu_seqlens.tolist()), strict=True):
-        ids = batch.text.ids[start:end].clone()
-        slots = batch.text.slots["image"]
-        ids[slots[(slots >= start) & (slots < end)] - start] = 32000
-        shown = [next(pictures) for _ in item.sample.images]
-        inputs = {}
-        if shown:
-            most = max(len(pixels) for pixels, _ in shown)
-            inputs["pixel_values"] = torch.stack(
-                [torch.cat([pixels, pixels.new_zeros(most - len(pixels), *pixels.shape[1:])]) for pixels, _ in shown]
-            )
-            inputs["image_sizes"] = torch.tensor([(height, width) for _, (width, height) in shown])
-        mine = (batch.text.label_positions >= start) & (batch.text.label_positions < end)
-        logits = reference(input_ids=ids[None], use_cache=False, **inputs).logits[
-            0, batch.text.label_positions[mine] - start
-        ]
-        theirs.append(logits[:, :32000])
-        total = total + torch.nn.functional.cross_entropy(logits[:, :32000], batch.text.targets[mine], reduction="sum")
-    # as in LLaVA-1.5's test: attention and q, k, v are computed in another order
-    torch.testing.assert_close(ours, torch.cat(theirs), atol=2e-5, rtol=1e-4)
-    expected = total / batch.counts["lm"]
-    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
-    expected.backward()
-    gradients = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in reference.named_parameters()}
-    expected_gradients, _ = table.to_ours((n, gradients.get(n, t)) for n, t in published.items())
-    for name, parameter in module.named_parameters():
-        torch.testing.assert_close(
-            parameter.grad,
-            expected_gradients[name],
-            atol=2e-6,
-            rtol=2e-4,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
+
+
+def padded_views(views: Views, images: Sequence[int]) -> dict[str, torch.Tensor]:
+    """As the class takes them: every picture with as many views as the one with most."""
+    shown = [views.pixels[views.image_of_view == image] for image in images]
+    most = max(len(pixels) for pixels in shown)
+    padded = [torch.cat([pixels, pixels.new_zeros(most - len(pixels), *pixels.shape[1:])]) for pixels in shown]
+    sizes = [views.size[image] for image in images]
+    return {"pixel_values": torch.stack(padded), "image_sizes": torch.tensor([(h, w) for w, h in sizes])}
 
 
 def test_converted_checkpoints_are_bit_equal_and_compute_the_same(tmp_path: Path) -> None:

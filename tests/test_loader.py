@@ -410,42 +410,6 @@ def test_pretraining_draws_one_caption_per_epoch():
         assert other([source], batch=BatchSpec(8)).preparation() is None
 
 
-def test_multitask_draws_sources_by_weight():
-    sources = [samples(40, prefix="a"), samples(10, prefix="b"), samples(10, prefix="c")]
-    data = MultitaskData(sources, batch=BatchSpec(8), weights={"a": 1, "b": 3, "c": 0}, epoch_size=400)
-    draws = data.draws(0)
-    assert draws == data.draws(0) != data.draws(1)
-    names = Counter(data.samples[draw % 60].id for draw in draws)
-    per_source = Counter(draw % 60 // 40 for draw in draws)
-    assert len(draws) == 400
-    assert 270 < per_source[1] < 330
-    assert not [name for name in names if name.startswith("c")]
-    counts = [count for name, count in names.items() if name.startswith("b")]
-    assert max(counts) - min(counts) <= 1  # no sample again before all others of its source
-    assert len(set(draws)) == 400  # each repetition is a draw of its own, with choices of its own
-    assert MultitaskData(sources, batch=BatchSpec(8), weights="sqrt_size").shares() == pytest.approx([0.5, 0.25, 0.25])
-    assert MultitaskData(sources, batch=BatchSpec(8)).shares() == pytest.approx([4 / 6, 1 / 6, 1 / 6])
-    for other in (PretrainingData, InstructionData):
-        with pytest.raises(TypeError, match="weights"):
-            other(sources, batch=BatchSpec(8), weights={"a": 1})
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"weights": {"a": 1}}, r"the sources are \['a', 'b'\]; name each once"),
-        ({"weights": {"a": 0, "b": 0}}, "one must be above 0"),
-        ({"weights": {"a": -1, "b": 2}}, "must not be negative"),
-        ({"weights": {"a": float("nan"), "b": 2}}, "must not be negative and one must be above 0"),
-        ({"weights": "even"}, "size, sqrt_size or a number per source"),
-        ({"epoch_size": 0}, "epoch_size must be at least 1"),
-    ],
-)
-def test_weights_that_cannot_work_are_refused(options, message):
-    with pytest.raises(UserError, match=message):
-        MultitaskData([samples(4, prefix="a"), samples(4, prefix="b")], batch=BatchSpec(2), **options)
-
-
 def test_instructions_are_grouped_by_modality():
     data = make(50, size=8, group_by_modality=True)
     steps = [[info.id for pack in flat(step) for info in pack.samples] for step in steps_of(data, 1, 1)]

@@ -20,6 +20,10 @@ from torch import Tensor
 
 IGNORE = -100
 """Target of a position that is not trained."""
+EVENTS = ("cut_documents", "dropped_images")
+"""What happened to samples on their way into the step; logged beside the losses."""
+NOT_TERMS = ("samples", "images", *EVENTS)
+"""Entries of `Batch.counts` that are no denominator of a loss term."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,7 @@ class Batch:
         views: pictures by stream: `image`, `high` (CogAgent, Mini-Gemini).
         samples: one entry per sample.
         counts: denominators of the *whole optimizer step*, over all devices and micro-batches: one entry per loss
-            term (`lm`, `itc`, ...) plus `images` and `samples`. Plain numbers: no collective, no GPU sync.
+            term (`lm`, `itc`, ...) plus `NOT_TERMS`. Plain numbers: no collective, no GPU sync.
         labels: per-sample tensors of in-batch objectives: `image_id` int64[B] (retrieval).
         packs: number of packs in the step, so that a mean over packs can be turned into the sum over the step.
         judged_by: name of the metrics that judge the answers to this pack; None where its loss is wanted.

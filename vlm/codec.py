@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlm.batch import Batch, Row, SampleInfo, TokenSequence, Views
 from vlm.geometry import Box, Placement, View
-from vlm.sample import Sample
+from vlm.sample import Places, Sample
 from vlm.seeding import seed_from
 
 
@@ -34,6 +34,7 @@ class Encoded:
             split, caption pick) is drawn from it, never from the rank or the position in the batch. None in evaluation:
             no augmentation, and choices take their fixed form.
         filler: see `SampleInfo.filler`.
+        places: what the sample names in its pictures, which limits how they may be augmented (`vlm.vision.augment`).
     """
 
     sample: Sample
@@ -42,6 +43,7 @@ class Encoded:
     counts: Mapping[str, float] = field(default_factory=dict)
     seed: int | None = None
     filler: bool = False
+    places: Places = "unnamed"
 
     @property
     def num_tokens(self) -> int:
@@ -55,7 +57,13 @@ class Encoded:
 
 
 class Codec(ABC):
-    """How one system sees a sample. Subclasses hold plain data and tokenizers only: they travel to worker processes."""
+    """How one system sees a sample. Subclasses hold plain data and tokenizers only: they travel to worker processes.
+
+    Attributes:
+        resolutions: values of `Sample.resolution` that `encode` and `collate` obey.
+    """
+
+    resolutions: Sequence[str] = ()
 
     @abstractmethod
     def num_tokens(self, width: int, height: int) -> int:
@@ -74,7 +82,7 @@ class Codec(ABC):
 
         Args:
             image: its number in the sample.
-            seed: of the sample, for a view that is augmented.
+            seed: of the sample, for a view that is augmented. The sample is one with regions, so never mirrored.
         """
         return View(Placement(), (width, height))
 
@@ -132,7 +140,7 @@ def read_views(
 
     Args:
         transform: picture -> float32[3, H, W], or float32[views, 3, H, W] where a picture has several views.
-        augment: what happens to a picture before it in training, given `seed`.
+        augment: what happens to a picture before it in training, given `seed` and `places`.
         grid: width, height -> (columns, rows) of a picture's tiles.
     """
     pixels, owners, sizes, counts = [], [], [], []
@@ -141,7 +149,7 @@ def read_views(
             image = file.read(item.sample)
             sizes.append(image.size)
             if augment is not None and item.seed is not None:
-                image = augment(image, seed=seed_from(item.seed, index))
+                image = augment(image, seed=seed_from(item.seed, index), places=item.places)
             made = transform(image)
             pixels.append(made if made.ndim == 4 else made[None])
             counts.append(len(pixels[-1]))

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 
-from vlm.batch import Batch, Row
+from vlm.batch import EVENTS, Batch, Row
 from vlm.building import allocate, empty_weights, fill, find_ties, initialisers, tie
 from vlm.checkpoints.artefact import read_artefact
 from vlm.checkpoints.moments import restore_moments
@@ -194,6 +194,8 @@ class VisionLanguageModule(LightningModule):
             self._log_sum(f"train/{name}", value)
             total = total + self.term_weights.get(name, 1.0) * value
         self._log_sum("train/loss", total, prog_bar=True)
+        for name in (event for event in EVENTS if event in batch.counts):  # of the whole step: alike on every rank
+            self.log(f"train/{name}", batch.counts[name], batch_size=1)
         self.running = {}
 
     def _log_sum(self, name: str, value: Any, *, prog_bar: bool = False) -> None:

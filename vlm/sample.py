@@ -16,6 +16,11 @@ entries of `images` in order. Places in a picture are parts too, and every syste
     {"type": "quad", "quad": [0.1, 0.2, 0.5, 0.2, 0.5, 0.9, 0.1, 0.9]}   corners, clockwise from the text's top left
     {"type": "point", "point": [0.1, 0.2], "image": 1, "unit": "share"}
 
+A document in which text and pictures alternate (MMC4, OBELICS) is one message, of the role `document`::
+
+    {"images": ["a.png"], "messages": [{"role": "document", "content": [
+        {"type": "text", "text": "The harbour at dawn."}, {"type": "image"}, {"type": "text", "text": "A boat."}]}]}
+
 `image` counts the entries of `images` from 0, which is the default. `unit` is `share` of the stored picture's width and
 height (the default) or `pixel`.
 """
@@ -34,7 +39,8 @@ from PIL import Image, UnidentifiedImageError
 from vlm.errors import SampleError
 from vlm.geometry import Points
 
-ROLES = ("system", "user", "assistant")
+DOCUMENT = "document"
+ROLES = ("system", "user", "assistant", DOCUMENT)
 MAX_PIXELS = 100_000_000
 """Default limit on decode: a 100-megapixel picture is a mistake or an attack."""
 
@@ -78,6 +84,8 @@ class RegionPart:
 
 
 Part = ImagePart | TextPart | RefPart | RegionPart
+Places = Literal["unnamed", "sides", "regions"]
+"""What a sample says about where things are in its pictures: nothing, left or right, or regions."""
 _NUM_VALUES: dict[RegionKind, int] = {"box": 4, "quad": 8, "point": 2}
 
 
@@ -153,7 +161,11 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class Sample:
-    """One parsed sample. Build it with `parse_sample`, which checks everything that can be wrong with it."""
+    """One parsed sample. Build it with `parse_sample`, which checks everything that can be wrong with it.
+
+    `resolution` is not part of a record: the data module says at which resolution the pictures of a data set are shown
+    (`vlm.data.resolution`), in words of the system's codec; None leaves it to the system.
+    """
 
     id: str
     messages: tuple[Message, ...]
@@ -163,6 +175,7 @@ class Sample:
     group: str | None = None
     answers: tuple[tuple[str, float], ...] = ()
     choices: tuple[str, ...] = ()
+    resolution: str | None = None
 
     def error(self, message: str) -> SampleError:
         """A `SampleError` that names this sample and its file."""
@@ -219,6 +232,10 @@ def parse_sample(
                     f"messages[{index}]: a {part.kind} of image {part.image}, but there are {len(images)} images "
                     "(they are counted from 0)"
                 )
+        if message.role == DOCUMENT and (len(messages) > 1 or record.get("answers")):
+            raise error(f"messages[{index}]: a document stands alone; leave other messages and 'answers' out")
+        if message.role == DOCUMENT and not any(_says_something(part) for part in message.content):
+            raise error(f"messages[{index}]: the document has no text, so there is nothing to train on; drop it")
         if message.role == "assistant" and not any(_says_something(part) for part in message.content):
             raise error(f"messages[{index}]: the assistant's answer is empty; fill it in or drop the turn")
     return Sample(

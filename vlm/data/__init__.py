@@ -17,6 +17,7 @@ _HOMES = {
     "MessagesJson": "messages",
     "MMBench": "benchmarks",
     "MMVet": "benchmarks",
+    "Mixture": "mixing",
     "MmeFolder": "benchmarks",
     "MultitaskData": "multitask",
     "Parquet": "parquet",
@@ -29,6 +30,7 @@ _HOMES = {
     "VisionLanguageData": "module",
     "VizWiz": "benchmarks",
     "VQAv2": "benchmarks",
+    "WithResolution": "resolution",
 }
 
 

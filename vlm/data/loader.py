@@ -28,8 +28,8 @@ from vlm.sample import Sample
 from vlm.seeding import seed_from
 
 Plan = Callable[[int], Sequence[Sequence[int]]]
-"""The steps of an epoch. A *draw* is an int: the sample's index, plus len(samples) for each earlier draw of the same
-sample in this epoch, so that a sample drawn twice makes its random choices anew."""
+"""The steps of an epoch. A *draw* is an int: the sample's index, plus a multiple of len(samples) that grows each time
+the epoch comes back to the sample, so that a sample drawn twice makes its random choices anew."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,11 @@ class Encoder:
         try:
             if self.prepare is not None:
                 sample = self.prepare(sample, seed)
+            if sample.resolution is not None and sample.resolution not in self.codec.resolutions:
+                known = ", ".join(self.codec.resolutions) or "no such words"
+                raise sample.error(
+                    f"data.resolution {sample.resolution!r}: this system knows {known}; correct or remove it"
+                )
             generate = self.judged_by is not None
             return self.codec.encode(sample, seed=seed if self.training else None, generate=generate)
         except Exception as error:

@@ -12,6 +12,7 @@ from vlm.codec import Codec
 from vlm.data.evaluation import ShuffledImages, split
 from vlm.data.lengths import draw_lengths
 from vlm.data.loader import Encoder, Progress, StepLoader
+from vlm.data.mixing import Mixture, Turns
 from vlm.data.order import shuffled
 from vlm.data.progress import TrainerProgress
 from vlm.data.sealed import Sealed
@@ -29,6 +30,7 @@ class VisionLanguageData(L.LightningDataModule):
         sources: what is trained on.
         val_sources: judged in order, every sample once over all ranks; likewise `test_sources`, `predict_sources`.
         batch: the batch of one optimizer step.
+        mixture: how much of each source an epoch has; by default every sample once, in random order.
         max_tokens: limit per pack; None for no limit.
         val_batch_size: samples per pack of validation, test and predict.
         num_workers: loader processes per rank.
@@ -43,6 +45,7 @@ class VisionLanguageData(L.LightningDataModule):
         sources: Sequence[Source],
         *,
         batch: BatchSpec,
+        mixture: Mixture | None = None,
         val_sources: Sequence[Source] = (),
         test_sources: Sequence[Source] = (),
         predict_sources: Sequence[Source] = (),
@@ -61,6 +64,9 @@ class VisionLanguageData(L.LightningDataModule):
         self.test_sources = list(test_sources)
         self.predict_sources = list(predict_sources)
         self.batch = batch
+        self.mixture = mixture
+        if mixture is not None:
+            mixture.check([source.name for source in self.sources])
         self.max_tokens = max_tokens
         self.val_batch_size = val_batch_size
         self.num_workers = num_workers
@@ -83,9 +89,17 @@ class VisionLanguageData(L.LightningDataModule):
         """
         return None
 
+    def turns(self) -> Turns | None:
+        """Draws that the mixture takes together where chance picks their source; None: each alone."""
+        return None
+
     def draws(self, epoch: int) -> Sequence[int]:
         """The epoch in order (see `vlm.data.loader.Plan` for what a draw is)."""
-        return shuffled(len(self.samples), seed=self.seed, epoch=epoch)
+        if self.mixture is None:
+            return shuffled(len(self.samples), seed=self.seed, epoch=epoch)
+        sizes = {source.name: len(source) for source in self.sources}
+        samples, visits = self.mixture.draws(sizes, seed=self.seed, epoch=epoch, turns=self.turns())
+        return (samples + visits * len(self.samples)).tolist()
 
     def steps(self, epoch: int, *, encoder: Encoder) -> list[list[int]]:
         """The draws of every optimizer step of the epoch: a function of (seed, epoch) alone."""
@@ -99,6 +113,7 @@ class VisionLanguageData(L.LightningDataModule):
         """What decides the samples of a step: a run cannot resume with another one."""
         return {
             "data.batch": dataclasses.asdict(self.batch),
+            "data.mixture": None if self.mixture is None else dataclasses.asdict(self.mixture),
             "data.seed": self.seed,
             "data.drop_last": self.drop_last,
             "the number of training samples": len(self.samples),

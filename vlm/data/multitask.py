@@ -1,26 +1,31 @@
 """Many data sets at once, each with its share of the epoch."""
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from vlm.data.lengths import draw_lengths
+from vlm.data.loader import Encoder
+from vlm.data.mixing import Turns, arranged, check_names
 from vlm.data.module import VisionLanguageData
-from vlm.data.order import shuffled
+from vlm.data.resolution import WithResolution
 from vlm.data.sources import Source
-from vlm.data.steps import BatchSpec
+from vlm.data.steps import BatchSpec, Pure, cut_pure
 from vlm.errors import UserError
 from vlm.seeding import seed_from
 
 
 class MultitaskData(VisionLanguageData):
-    """An epoch of `epoch_size` samples, drawn from the sources by weight.
+    """Tasks that keep to themselves within a step or a pack, and pictures at the resolution of their data set.
 
     Args:
-        weights: per source name, a number proportional to its share; or a rule: `size` (every sample alike) or
-            `sqrt_size` (InstructBLIP: the share of a data set grows with the square root of its size).
-        epoch_size: samples of an epoch; by default as many as all sources have.
+        pure: `step`: all samples of an optimizer step come from one source (InstructBLIP). `pack`: all samples of a
+            row do, and a step is rows of all of them (Qwen-VL's second stage, with a batch counted in rows).
+        tasks: by name of source, the task that it belongs to: sources of one task count as one for `pure`. A source
+            that is not named is a task of its own.
+        resolution: by name of source, what the codec is told about the resolution of its pictures (see
+            `vlm.data.resolution`); training alone, for validation wrap the source itself.
         **kwargs: as in `VisionLanguageData`.
     """
 
@@ -29,60 +34,82 @@ class MultitaskData(VisionLanguageData):
         sources: Sequence[Source],
         *,
         batch: BatchSpec,
-        weights: Mapping[str, float] | Literal["size", "sqrt_size"] = "size",
-        epoch_size: int | None = None,
+        pure: Pure | None = None,
+        tasks: Mapping[str, str] | None = None,
+        resolution: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(sources, batch=batch, **kwargs)
         names = [source.name for source in self.sources]
-        if isinstance(weights, Mapping):
-            if len(set(names)) < len(names):
-                raise UserError(f"data.weights need sources with different names, found {names}; set their 'name'")
-            if set(weights) != set(names):
-                raise UserError(f"data.weights name {sorted(weights)}, the sources are {sorted(names)}; name each once")
-            if min(weights.values()) < 0 or not sum(weights.values()) > 0 or math.isinf(sum(weights.values())):
-                raise UserError(f"data.weights must not be negative and one must be above 0, found {dict(weights)}")
-        elif weights not in ("size", "sqrt_size"):
-            raise UserError(f"data.weights must be size, sqrt_size or a number per source, found {weights!r}")
-        if epoch_size is not None and epoch_size < 1:
-            raise UserError(f"data.epoch_size must be at least 1, found {epoch_size}")
-        self.weights = weights
-        self.epoch_size = epoch_size
+        if pure not in (None, "step", "pack"):
+            raise UserError(f"data.pure must be step or pack, found {pure!r}")
+        if pure == "pack" and batch.unit != "rows":
+            raise UserError(f"data.pure: pack needs a batch counted in rows, found unit {batch.unit!r}")
+        if tasks and pure is None:
+            raise UserError("data.tasks say which sources share a step or a pack; set data.pure: step or pack")
+        if pure is not None:
+            check_names("data.tasks" if tasks else "data.pure", tasks or {}, names)
+        if resolution:
+            check_names("data.resolution", resolution, names)
+        self.pure = pure
+        self.resolution = dict(resolution or {})
+        self.tasks = [(tasks or {}).get(name, f"source {name}") for name in names]
+        self.sources = [
+            WithResolution(source, self.resolution[source.name]) if source.name in self.resolution else source
+            for source in self.sources
+        ]
 
-    def shares(self) -> list[float]:
-        """Per source, the probability that a draw comes from it."""
-        sizes = [len(source) for source in self.sources]
-        if isinstance(self.weights, Mapping):
-            values = [float(self.weights[source.name]) for source in self.sources]
-        else:
-            values = [math.sqrt(size) if self.weights == "sqrt_size" else float(size) for size in sizes]
-        return [value / sum(values) for value in values]
+    def groups(self) -> list[int]:
+        """Of each source, the number of its task."""
+        numbers = {task: number for number, task in enumerate(dict.fromkeys(self.tasks))}
+        return [numbers[task] for task in self.tasks]
 
-    def draws(self, epoch: int) -> Sequence[int]:
-        """Each draw picks a source by its share, then the next sample of that source in a shuffled walk.
+    def steps(self, epoch: int, *, encoder: Encoder) -> list[list[int]]:
+        """As in `VisionLanguageData`; with `pure`, one task a step or row.
 
-        The walk starts anew, in another order, when it has visited all samples: within an epoch no sample comes a
-        second time before all others of its source came once.
+        Where a mixture picks sources by chance and the batch is counted in samples, each step picks its task. Else the
+        draws of each task fill steps (or rows) in their order, and these take turns in random order, or evenly with
+        `mixture.order: spread`; the last step (or row) of a task is shorter, and `drop_last` leaves such a step out.
         """
-        samples = self.samples
-        size = self.epoch_size if self.epoch_size is not None else len(samples)
-        mixed = seed_from(self.seed, epoch, 1)
-        uniform = np.random.RandomState([mixed >> 32, mixed & 0xFFFFFFFF]).random_sample(size)
-        bounds = np.cumsum(self.shares())
-        bounds[-1:] = 1.0  # the sum of rounded shares may be a little less
-        picked = np.searchsorted(bounds, uniform, side="right")
-        draws = np.empty(size, dtype=np.int64)
-        for which, source in enumerate(self.sources):
-            places = np.flatnonzero(picked == which)
-            start = int(samples.ends[which]) - len(source)
-            for walk in range(-(-len(places) // max(len(source), 1))):
-                order = np.asarray(
-                    shuffled(len(source), seed=seed_from(self.seed, which, walk), epoch=epoch), dtype=np.int64
-                )
-                part = places[walk * len(source) : (walk + 1) * len(source)]
-                draws[part] = order[: len(part)] + start + walk * len(samples)
-        return draws.tolist()
+        if self.pure is None or self.turns() is not None:
+            return super().steps(epoch, encoder=encoder)
+        draws = self.draws(epoch)
+        lengths = None
+        if self.batch.unit != "samples":
+            lengths = draw_lengths(encoder, draws, epoch=epoch, num_workers=self.num_workers)
+        evenly = self.mixture is not None and self.mixture.order == "spread"
+        kinds = self._groups_of(draws)
+        steps = cut_pure(
+            draws,
+            self.batch,
+            kinds=kinds.tolist(),
+            pure=self.pure,
+            arrange=lambda counts: arranged(counts, spread_out=evenly, seed=seed_from(self.seed, epoch, 3)).tolist(),
+            lengths=lengths,
+            drop_last=self.drop_last,
+        )
+        lost = np.setdiff1d(kinds, self._groups_of([step[0] for step in steps]))
+        if self.pure == "step" and len(lost):
+            named = [source.name for source, group in zip(self.sources, self.groups(), strict=True) if group in lost]
+            raise UserError(
+                f"data.drop_last leaves no step of {', '.join(named)}, which fill none; lower data.batch.size, "
+                "or let them share steps with others (data.tasks)"
+            )
+        return steps
+
+    def _groups_of(self, draws: Sequence[int]) -> np.ndarray:
+        samples = np.asarray(draws, dtype=np.int64) % len(self.samples)
+        return np.asarray(self.groups())[np.searchsorted(self.samples.ends, samples, side="right")]
+
+    def turns(self) -> Turns | None:
+        chance = self.mixture is not None and self.mixture.by_chance
+        if not chance or self.pure != "step" or self.batch.unit != "samples":
+            return None
+        return Turns(self.groups(), length=self.batch.size)
 
     def identity(self) -> dict[str, Any]:
-        weights = dict(self.weights) if isinstance(self.weights, Mapping) else self.weights
-        return super().identity() | {"data.weights": weights, "data.epoch_size": self.epoch_size}
+        return super().identity() | {
+            "data.pure": self.pure,
+            "data.tasks": self.tasks,
+            "data.resolution": self.resolution,
+        }

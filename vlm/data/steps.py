@@ -1,10 +1,15 @@
 """How an epoch's samples are cut into optimizer steps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from vlm.errors import UserError
+
+Pure = Literal["step", "pack"]
+"""What holds samples of one kind alone: an optimizer step, or a row of a batch that is counted in rows."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +54,53 @@ def cut(
         assert len(lengths) == len(draws)
         room = spec.size if spec.row_tokens is None else spec.row_tokens
         bins, used = _fill(draws, lengths, room)
-        if spec.unit == "tokens":
-            steps, full = bins, used >= spec.size
-        else:
-            groups = [bins[i : i + spec.size] for i in range(0, len(bins), spec.size)]
-            steps = [[draw for row in group for draw in row] for group in groups]
-            full = len(groups[-1]) == spec.size
+        if spec.unit == "rows":
+            return _steps_of_rows(bins, spec.size, drop_last=drop_last)
+        steps, full = bins, used >= spec.size
     return steps if full or not drop_last else steps[:-1]
+
+
+def cut_pure(
+    draws: Sequence[int],
+    spec: BatchSpec,
+    *,
+    kinds: Sequence[int],
+    pure: Pure,
+    arrange: Callable[[Sequence[int]], Sequence[int]],
+    lengths: Sequence[int] | None = None,
+    drop_last: bool = False,
+) -> list[list[int]]:
+    """As `cut`, with one kind of sample in a step, or in a row.
+
+    The draws of each kind fill steps (rows) in their order; these take turns.
+
+    Args:
+        kinds: of each draw.
+        arrange: from the number of steps (rows) of kinds 0, 1, ... to the kind of each one of the epoch.
+        drop_last: leave out what is not full: with pure steps the last one of each kind, with pure rows the last step.
+    """
+    kinds_of = np.asarray(kinds)
+    bins: list[list[list[int]]] = []
+    for kind in range(int(kinds_of.max(initial=-1)) + 1):
+        places = np.flatnonzero(kinds_of == kind).tolist()
+        own = [draws[i] for i in places]
+        own_lengths = [lengths[i] for i in places] if lengths is not None else None
+        if not own:
+            bins.append([])
+        elif pure == "step":
+            bins.append(cut(own, spec, lengths=own_lengths, drop_last=drop_last))
+        else:
+            assert own_lengths is not None
+            assert spec.row_tokens is not None
+            bins.append(_fill(own, own_lengths, spec.row_tokens)[0])
+    left = [iter(own) for own in bins]
+    taken = [next(left[kind]) for kind in arrange([len(own) for own in bins])]
+    return taken if pure == "step" else _steps_of_rows(taken, spec.size, drop_last=drop_last)
+
+
+def _steps_of_rows(rows: Sequence[Sequence[int]], size: int, *, drop_last: bool = False) -> list[list[int]]:
+    steps = [[draw for row in rows[i : i + size] for draw in row] for i in range(0, len(rows), size)]
+    return steps[:-1] if drop_last and len(rows) % size else steps
 
 
 def _fill(draws: Sequence[int], lengths: Sequence[int], room: int) -> tuple[list[list[int]], int]:

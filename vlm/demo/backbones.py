@@ -2,14 +2,14 @@
 
 ::
 
-    python -m vlm.demo.backbones vlm/demo/assets          # about half an hour on two cores
+    python -m vlm.demo.backbones vlm/demo/assets          # about an hour on two cores
 
     llama/tokenizer.model    SentencePiece BPE with the traits of LLaMA's: `<unk>` 0, `<s>` 1, `</s>` 2, bytes for
                              unknown characters, no normalisation, blanks kept, a blank put before the text
     llama/model.safetensors  a decoder of LLaMA's class, pretrained on text (`vlm.demo.language`)
     clip/model.safetensors   a tower of CLIP's class, pretrained on pictures (`vlm.demo.tower`)
 
-Everything is learned from training compositions alone: no pair of validation or test (`scenes.split_of`) was ever drawn
+Everything is learned from training compositions alone: none of validation or test (`scenes.split_of`) was ever drawn
 or told. The weights are stored in float16.
 """
 
@@ -53,7 +53,8 @@ LANGUAGE: dict[str, Any] = {
     "tie_word_embeddings": False,
     "pad_token_id": 0,
 }
-LANGUAGE_STEPS = 2600
+LANGUAGE_STEPS = 5000
+LANGUAGE_CYCLES = 2
 _NUM_SCENES = 2000
 _TAUGHT = (
     *("plain", "v0", "llava_v0", "v0_mmtag", "v1", "vicuna_v1", "llava_v1", "v1_mmtag"),
@@ -132,8 +133,11 @@ def main(arguments: list[str]) -> int:
     if options.only in (None, "llama"):
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**LANGUAGE))
-        for line in train_language(model, LlamaTokenizer(str(llama), legacy=False), steps=LANGUAGE_STEPS):
-            print("llama", line, flush=True)
+        tokenizer = LlamaTokenizer(str(llama), legacy=False)
+        for cycle in range(LANGUAGE_CYCLES):
+            first = cycle * LANGUAGE_STEPS
+            for line in train_language(model, tokenizer, steps=LANGUAGE_STEPS, first=first):
+                print("llama", line, flush=True)
         model.half().save_pretrained(llama)
     if options.only in (None, "clip"):
         torch.manual_seed(0)

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from vlm.batch import IGNORE
 from vlm.demo import tasks
 from vlm.demo.scenes import make_scene
-from vlm.demo.write import all_tasks
 from vlm.prompts import TextSpan, Tokenized, Tokenizer, get_template, tokenize
 from vlm.sample import Message, TextPart
 
@@ -25,7 +24,7 @@ _GRID_SHARE = 0.8
 _CHINESE_SHARE = 0.3
 _BARE_SHARE = 0.7
 _CELLS = (2, 3, 4, 5, 7)
-_TURNS = 5
+_TURNS = 8
 _CHUNK = 16  # batches whose documents are sorted by length together
 
 
@@ -35,6 +34,7 @@ def document(index: int, tokenizer: Tokenizer) -> Tokenized:
     language: tasks.Language = "zh" if random.random() < _CHINESE_SHARE else "en"
     scene = make_scene(random, split="train", size=96)
     kind = random.random()
+    is_bare = random.random() < _BARE_SHARE  # without the long fixed texts, which are soon known
     is_grid = random.random() < _GRID_SHARE
     if is_grid:
         told = tasks.as_grid(scene, language, cells=random.choice(_CELLS))
@@ -45,24 +45,30 @@ def document(index: int, tokenizer: Tokenizer) -> Tokenized:
     if kind < _PLAIN_SHARE + _TALK_SHARE:
         pairs = [(turn.question, turn.answer) for turn in tasks.dialogue(random, language)]
     else:
-        caption, *others = all_tasks(scene, language, random)
+        asked = tasks.questions(scene, language, random)
         # a drawing does not tell where exactly a card ends
-        others = [turn for turn in others if not (is_grid and turn.task in ("refer", "ground"))]
-        pairs = [(turn.question, turn.answer) for turn in random.sample(others, min(_TURNS, len(others)))]
+        asked = [turn for turn in asked if not (is_grid and turn.task in ("refer", "ground"))]
+        asked = random.sample(asked, min(_TURNS, len(asked)))
+        request = f"\n{tasks.SHORT[language]}" if is_bare else ""
+        pairs = [(turn.question.removesuffix(request), turn.answer) for turn in asked]
         if random.random() < 0.3:
-            pairs.append((caption.question, caption.answer))
+            pairs.append((random.choice(tasks.CAPTION_REQUESTS[language]), tasks.caption(scene, language)))
         pairs[0] = (f"{told}\n{pairs[0][0]}", pairs[0][1])
     roles = ("user", "assistant")
     messages = [Message(role, (TextPart(text),)) for pair in pairs for role, text in zip(roles, pair, strict=True)]
-    if random.random() < _BARE_SHARE:  # without the long system text
+    if is_bare:
         messages.insert(0, Message("system", (TextPart("."),)))
     return tokenize(get_template("v1").render(messages), tokenizer)
 
 
 def train_language(
-    model: PreTrainedModel, tokenizer: Tokenizer, *, steps: int, batch: int = 16, rate: float = 2e-3
+    model: PreTrainedModel, tokenizer: Tokenizer, *, steps: int, first: int = 0, batch: int = 16, rate: float = 1e-3
 ) -> Iterator[str]:
     """Trains a causal language model in place on documents of `document`, the answers from what stands before them.
+
+    Args:
+        steps: of one cycle of the learning rate.
+        first: number of steps trained before, whose documents do not come again.
 
     Yields:
         A line of progress every hundred steps.
@@ -71,7 +77,7 @@ def train_language(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     model.train()
     mean = 0.0
-    for step, (ids, labels) in enumerate(_batches(tokenizer, steps=steps, batch=batch)):
+    for step, (ids, labels) in enumerate(_batches(tokenizer, first=first, steps=steps, batch=batch)):
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -80,18 +86,18 @@ def train_language(
         schedule.step()
         mean += loss.item() / 100
         if step % 100 == 99:
-            yield f"{step + 1}: loss {mean:.3f}"
+            yield f"{first + step + 1}: loss {mean:.3f}"
             mean = 0.0
     model.eval()
 
 
-def _batches(tokenizer: Tokenizer, *, steps: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(tokenizer: Tokenizer, *, first: int, steps: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(ids, labels) int64[batch, longest] of documents of much the same length."""
-    for first in range(0, steps, _CHUNK):
-        num = min(_CHUNK, steps - first)
-        documents = [document(index, tokenizer) for index in range(first * batch, (first + num) * batch)]
+    for start in range(first, first + steps, _CHUNK):
+        num = min(_CHUNK, first + steps - start)
+        documents = [document(index, tokenizer) for index in range(start * batch, (start + num) * batch)]
         documents.sort(key=lambda found: len(found.ids))
-        for at in Random(first).sample(range(num), num):
+        for at in Random(start).sample(range(num), num):
             chosen = documents[at * batch : (at + 1) * batch]
             ids = pad_sequence([torch.tensor(found.ids) for found in chosen], batch_first=True)
             labels = [torch.tensor(found.labels) for found in chosen]

@@ -28,15 +28,18 @@ Box = tuple[float, float, float, float]
 """x0, y0, x1, y1 as shares of the picture's width and height."""
 
 
-def split_of(content: str, color: str) -> Split:
-    """The split whose pictures alone show this thing or word on this colour.
+def split_of(content: str, color: str, place: int) -> Split:
+    """The split whose pictures alone show this thing or word on this colour at this place.
 
-    Each thing and each word is held back on one colour for validation and on one for the test, another pair of colours
-    for the next: every name and every colour is known from training and only their composition is new.
+    At every place each thing and each word is held back on one colour for validation and on one for the test: all
+    names, colours and places are known from training, and any two of them together, but not all three.
+
+    Args:
+        place: number of the quarter for a thing, row by row; of the half for a sign.
     """
-    index = _CONTENTS.index(content)
-    places = {(index * 5 + 1) % len(COLORS): "val", (index * 5 + 3) % len(COLORS): "test"}
-    return places.get(list(COLORS).index(color), "train")  # type: ignore[return-value]
+    index = 5 * _CONTENTS.index(content) + 2 * place
+    held_back = {(index + 1) % len(COLORS): "val", (index + 4) % len(COLORS): "test"}
+    return held_back.get(list(COLORS).index(color), "train")  # type: ignore[return-value]
 
 
 _CONTENTS = [noun.name for noun in NOUNS] + list(WORDS)
@@ -56,6 +59,11 @@ class Thing:
     def place(self) -> str:
         return f"{('top', 'bottom')[self.row]} {('left', 'right')[self.column]}"
 
+    @property
+    def split(self) -> Split:
+        """That shows this thing on this colour here."""
+        return split_of(self.noun.name, self.color, 2 * self.row + self.column)
+
 
 @dataclass(frozen=True)
 class Sign:
@@ -65,6 +73,11 @@ class Sign:
     color: str
     row: int
     box: Box
+
+    @property
+    def split(self) -> Split:
+        """That shows this word on this colour here."""
+        return split_of(self.word, self.color, self.row)
 
 
 @dataclass(frozen=True)
@@ -117,8 +130,8 @@ def make_scene(random: Random, *, split: Split, size: int) -> Scene:
     often the same noun several times so that there is something to count.
 
     Args:
-        split: a training scene shows training pairs alone (`split_of`); a scene of another split shows one thing of
-            that split, and its sign is of that split too.
+        split: a training scene shows training compositions alone (`split_of`); a scene of another split shows one
+            thing of that split, and its sign is of that split too.
         size: mean length of the shorter side in pixels.
     """
     across, down = random.choice(ASPECTS)
@@ -136,17 +149,17 @@ def make_scene(random: Random, *, split: Split, size: int) -> Scene:
     new = None if split == "train" else random.randrange(len(nouns))
     things = []
     for index, (noun, (row, column)) in enumerate(zip(nouns, cells, strict=True)):
-        color = _color(random, noun.name, split if index == new else "train")
+        color = _color(random, noun.name, 2 * row + column, split if index == new else "train")
         things.append(Thing(noun, color, row, column, _card(random, row, column, width, height)))
     sign = None
     if sign_row is not None:
         word = random.choice(WORDS)
-        sign = Sign(word, _color(random, word, split), sign_row, _board(random, sign_row, width, height))
+        sign = Sign(word, _color(random, word, sign_row, split), sign_row, _board(random, sign_row, width, height))
     return Scene(width, height, random.choice(GROUNDS), tuple(things), sign)
 
 
-def _color(random: Random, content: str, split: Split) -> str:
-    return random.choice([color for color in COLORS if split_of(content, color) == split])
+def _color(random: Random, content: str, place: int, split: Split) -> str:
+    return random.choice([color for color in COLORS if split_of(content, color, place) == split])
 
 
 def _card(random: Random, row: int, column: int, width: int, height: int) -> Box:

@@ -15,7 +15,7 @@ from vlm.demo.tasks import Turn
 from vlm.errors import UserError
 
 FACTS = "demo_data.json"
-_VERSION = 1
+_VERSION = 2
 _TEXT_ONLY_SHARE = 0.4
 _MAX_CHOICES = 4
 _LECTURES = {
@@ -38,8 +38,9 @@ def write_science_qa(
 ) -> bool:
     """Writes questions with options, a lecture and an explanation; two in five have no picture.
 
-    The layout is that of `vlm.data.ScienceQA`. Questions of validation and test are about pairs of thing and colour
-    that no training picture shows. The files are the same to the last byte for the same arguments and the same Pillow.
+    The layout is that of `vlm.data.ScienceQA`. Questions of validation and test are about things on a colour at a
+    place where no training picture has them. The files are the same to the last byte for the same arguments and the
+    same Pillow.
 
     Args:
         folder: appears when everything in it is written.

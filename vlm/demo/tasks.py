@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from vlm.demo.scenes import COLORS, Box, Scene, Thing, split_of
+from vlm.demo.scenes import COLORS, Box, Scene, Thing
 from vlm.demo.sprites import NOUNS, Noun
 
 Language = Literal["en", "zh"]
@@ -36,7 +36,7 @@ _MAX_COUNT = 4
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer; `new` where the answer is about a pair that training does not show."""
+    """A question and its answer; `new` where the answer is about a composition that training does not show."""
 
     task: str
     question: str
@@ -91,7 +91,7 @@ def questions(scene: Scene, language: Language, random: Random) -> list[Turn]:
         found.append(Turn(task, f"{question}\n{SHORT[language]}", answer, new))
 
     for thing in scene.things:
-        new = split_of(thing.noun.name, thing.color) != "train"
+        new = thing.split != "train"
         name, color, place = _name(thing.noun, language), _word(thing.color, language), _word(thing.place, language)
         short("vqa", f"What is at the {place}?" if english else f"{place}是什么？", name, new)
         if colors[thing.color] == 1:
@@ -107,10 +107,10 @@ def questions(scene: Scene, language: Language, random: Random) -> list[Turn]:
     absent = random.choice([noun for noun in NOUNS if noun not in nouns])
     for noun in (*nouns, absent):
         question = f"How many {noun.plural} are there?" if english else f"有几个{noun.chinese}？"
-        new = any(thing.noun is noun and split_of(noun.name, thing.color) != "train" for thing in scene.things)
+        new = any(thing.noun is noun and thing.split != "train" for thing in scene.things)
         short("count", question, str(nouns[noun]), new or noun is absent)
     if scene.sign is not None:
-        new = split_of(scene.sign.word, scene.sign.color) != "train"
+        new = scene.sign.split != "train"
         short("ocr", "What does the sign say?" if english else "牌子上写着什么？", scene.sign.word, new)
     return found
 

@@ -16,7 +16,7 @@ from vlm.errors import UserError
 
 FACTS = "demo_data.json"
 """File that says what the folder was made from. A folder with the same facts is not written again."""
-_VERSION = 2
+_VERSION = 3
 _TEXT_ONLY_SHARE = 0.1
 _CHINESE_SHARE = 0.3
 _CAPTION_SHARE = 0.3
@@ -40,9 +40,9 @@ def write_demo_data(
         images/*.png          what the records name, so `image_root` is this folder
         pictures/*            larger pictures of test scenes as a person has them: JPEG, WebP, PNG with a palette
 
-    Three records in ten are in Chinese. Every picture of validation and test shows a pair of thing and colour that no
-    training picture has (`scenes.split_of`), and that is what is asked about. The files are the same to the last byte
-    for the same arguments and the same Pillow.
+    Three records in ten are in Chinese. Every picture of validation and test shows a thing on a colour at a place
+    where no training picture has it (`scenes.split_of`), and that is what is asked about. The files are the same to
+    the last byte for the same arguments and the same Pillow.
 
     Args:
         folder: appears when everything in it is written.
@@ -139,7 +139,7 @@ def short_questions(scenes: dict[str, Scene], *, seed: int) -> Iterator[Record]:
 
 
 def all_tasks(scene: Scene, language: Language, random: Random, *, new: bool = False) -> Iterator[Turn]:
-    """One turn of each task that a scene allows; with `new`, about its new pairs alone."""
+    """One turn of each task that a scene allows; with `new`, about what is new in it alone."""
     asked = tasks.questions(scene, language, random)
     if new:
         asked = [turn for turn in asked if turn.new]

@@ -2,6 +2,7 @@
 
 from vlm.errors import UserError
 from vlm.prompts import llava
+from vlm.prompts.documents import DOCUMENTS
 from vlm.prompts.template import IMAGE, Form, ImageMark, Template, TextSpan, Tokenized, tokenize
 from vlm.prompts.tokenizer import HubTokenizer, LlamaTokenizer, Tokenizer
 
@@ -26,6 +27,7 @@ def get_template(name: str) -> Template:
     Raises:
         UserError: there is none; the message lists those there are.
     """
-    if name not in llava.TEMPLATES:
-        raise UserError(f"unknown template {name!r}; use one of {', '.join(sorted(llava.TEMPLATES))}")
-    return llava.TEMPLATES[name]
+    templates = {**llava.TEMPLATES, DOCUMENTS.name: DOCUMENTS}
+    if name not in templates:
+        raise UserError(f"unknown template {name!r}; use one of {', '.join(sorted(templates))}")
+    return templates[name]

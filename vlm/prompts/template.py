@@ -14,7 +14,7 @@ from vlm.batch import IGNORE
 from vlm.errors import UserError
 from vlm.prompts.regions import LLAVA, RegionForm
 from vlm.prompts.tokenizer import Tokenizer
-from vlm.sample import ImagePart, Message, TextPart
+from vlm.sample import DOCUMENT, ImagePart, Message, TextPart
 
 IMAGE = -200
 """Id that stands where an image is, until its features take the place."""
@@ -293,6 +293,8 @@ def _split(messages: Sequence[Message], *, generate: bool) -> tuple[str | None, 
     if not numbered:
         raise UserError("no message of the user; a conversation starts with one")
     for turn, (where, message) in enumerate(numbered):
+        if message.role == DOCUMENT:
+            raise UserError(f"message {where}: a document has no turns; set model.template: document")
         expected = ("user", "assistant")[turn % 2]
         if message.role == "system":
             raise UserError(f"message {where}: a system message may only come first; move it there")

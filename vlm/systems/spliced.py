@@ -23,12 +23,14 @@ from vlm.language.generation import generate
 from vlm.losses import token_loss, zero_from
 from vlm.module import VisionLanguageModule
 from vlm.prompts import get_template
+from vlm.prompts.documents import fit_document
 from vlm.prompts.regions import find_boxes, write_regions
 from vlm.prompts.template import IMAGE, Template
 from vlm.prompts.tokenizer import Tokenizer
 from vlm.sample import Sample
 from vlm.seeding import seed_from
 from vlm.vision import TowerFacts, VisionTower
+from vlm.vision.augment import places_named
 from vlm.vision.preprocess import ImageMode, ImageTransform, RandomCropFlip
 
 STREAM = "image"
@@ -39,7 +41,8 @@ class SplicedCodec(Codec):
 
     Args:
         tower: facts of the vision tower; one view per picture.
-        max_tokens: longest sample, image tokens included; a longer one is an error, never cut in silence.
+        max_tokens: longest sample, image tokens included; a longer one is an error, never cut in silence. Documents
+            are cut to it, and that is counted (`vlm.prompts.documents`).
     """
 
     def __init__(
@@ -66,7 +69,8 @@ class SplicedCodec(Codec):
         side = float(self.transform.size)
         if self.augment is None or seed is None:
             return View(self.transform.placement(width, height), (side, side))
-        cut = self.augment.placement(width, height, seed=seed_from(seed, image))
+        # asked for regions alone, and a sample that has some is not mirrored
+        cut = self.augment.placement(width, height, seed=seed_from(seed, image), places="regions")
         return View(cut.then(self.transform.placement(self.augment.size, self.augment.size)), (side, side))
 
     def find_boxes(self, text: str, *, size: tuple[float, float]) -> list[Box]:
@@ -80,12 +84,15 @@ class SplicedCodec(Codec):
         return write_regions(sample, self.template.regions, view=view)
 
     def encode(self, sample: Sample, *, seed: int | None = None, generate: bool = False) -> Encoded:
+        places = places_named(sample)
         sample = self.written(sample, seed=seed)
         try:
             tokens = self.template.tokenize(sample.messages, self.tokenizer, generate=generate)
         except UserError as error:
             raise sample.error(str(error)) from error
-        ids, labels, slots = self.reserve(tokens.ids, tokens.labels, self.image_tokens(sample))
+        limit = None if generate else self.max_tokens  # the end of a prompt is what is to be continued
+        sample, tokens, widths, events = fit_document(sample, tokens, self.image_tokens(sample), max_tokens=limit)
+        ids, labels, slots = self.reserve(tokens.ids, tokens.labels, widths)
         if len(ids) > self.max_tokens:
             raise sample.error(
                 f"{len(ids)} tokens ({len(slots)} of them for {len(sample.images)} images), over the limit of "
@@ -96,7 +103,7 @@ class SplicedCodec(Codec):
         if not generate and num_labels == 0:
             raise sample.error(f"no token is trained under this template ({self.template.name}); is there an answer?")
         text = TokenSequence(torch.tensor(ids), targets, slots={STREAM: torch.tensor(slots, dtype=torch.int64)})
-        return Encoded(sample, (text,), counts={"lm": float(num_labels)}, seed=seed)
+        return Encoded(sample, (text,), counts={"lm": float(num_labels), **events}, seed=seed, places=places)
 
     def image_tokens(self, sample: Sample) -> list[int]:
         """How many tokens each picture of a sample takes."""
@@ -159,7 +166,7 @@ class SplicedDecoder(VisionLanguageModule):
         template: name of the conversation template (`vlm.prompts`).
         image: how a picture becomes a square view: `pad` to square with the mean colour, `crop` the centre after
             resizing the short edge, or `squash`.
-        augment: random crops and flips before it, in training.
+        augment: random crops and flips before it, in training, and perhaps RandAugment.
         max_tokens: longest sample.
         seed: of everything that is new or random.
     """

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from vlm.errors import UserError
 from vlm.geometry import MIRRORED, Placement
+from vlm.sample import Places
+from vlm.seeding import seed_from
+from vlm.vision.augment import RandAugment
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -168,29 +171,33 @@ class RandomCropFlip:
     Args:
         size: side of the square.
         scale: smallest and largest share of the area that is kept.
-        flip: mirror half of the pictures.
+        flip: mirror half of the pictures, of samples that name no places (`vlm.vision.augment.places_named`).
+        then: what else happens to the square (BLIP).
     """
 
     size: int
     _: KW_ONLY
     scale: tuple[float, float] = (0.5, 1.0)
     flip: bool = True
+    then: RandAugment | None = None
 
-    def __call__(self, image: Image.Image, *, seed: int) -> Image.Image:
-        box, mirrored = self._draw(image.width, image.height, seed)
+    def __call__(self, image: Image.Image, *, seed: int, places: Places = "unnamed") -> Image.Image:
+        box, mirrored = self._draw(image.width, image.height, seed, places)
         image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
+        if mirrored:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return image if self.then is None else self.then(image, seed=seed_from(seed, "then"), places=places)
 
-    def placement(self, width: int, height: int, *, seed: int) -> Placement:
-        """Where a picture of this size lies in what `__call__` makes of it."""
-        box, mirrored = self._draw(width, height, seed)
+    def placement(self, width: int, height: int, *, seed: int, places: Places = "unnamed") -> Placement:
+        """Where a picture of this size lies in what `__call__` makes of it; with regions `then` does not move it."""
+        box, mirrored = self._draw(width, height, seed, places)
         placement = Placement.of_crop(box, size=(width, height))
         return placement.then(MIRRORED) if mirrored else placement
 
-    def _draw(self, width: int, height: int, seed: int) -> tuple[tuple[int, int, int, int], bool]:
+    def _draw(self, width: int, height: int, seed: int, places: Places) -> tuple[tuple[int, int, int, int], bool]:
         generator = torch.Generator().manual_seed(seed)
         box = self._box(width, height, generator)
-        return box, self.flip and _uniform(0, 1, generator) < 0.5
+        return box, self.flip and places == "unnamed" and _uniform(0, 1, generator) < 0.5
 
     def _box(self, width: int, height: int, generator: torch.Generator) -> tuple[int, int, int, int]:
         """(left, top, right, bottom) of the part that is kept."""

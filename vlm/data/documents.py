@@ -1,0 +1,51 @@
+"""Where the pictures of a document stand in its text, where a data set tells sentences and pictures apart."""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from vlm.errors import UserError
+
+MAX_IMAGES = 6
+"""VILA's limit on the pictures of an MMC4 document."""
+
+T = TypeVar("T")
+
+
+def interleave(
+    sentences: Sequence[str], images: Sequence[tuple[T, int]], *, max_images: int = MAX_IMAGES
+) -> tuple[list[dict[str, Any]], list[T]]:
+    """A document of MMC4 as VILA reads it: each picture stands before the sentence that matches it.
+
+    Of the pictures the first `max_images` are kept, in the order of the file, and then take the order of their
+    sentences. Sentences are joined by a blank; beside a picture there is none.
+
+    Args:
+        images: each with the index of its sentence.
+
+    Returns:
+        Content of the one message of a document (see `vlm.sample`), and the pictures that it shows in their order.
+
+    Raises:
+        UserError: a picture belongs to a sentence that is not there.
+    """
+    for number, (_, index) in enumerate(images):
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(sentences):
+            raise UserError(
+                f"image {number} stands before sentence {index!r}, but the document has {len(sentences)} sentences, "
+                "counted from 0; correct matched_text_index or remove the image"
+            )
+    kept = sorted(images[:max_images], key=lambda image: image[1])
+    content: list[dict[str, Any]] = []
+    pending = ""
+    at = 0
+    for index, sentence in enumerate(sentences):
+        while at < len(kept) and kept[at][1] == index:
+            if pending.strip():
+                content.append({"type": "text", "text": pending.rstrip(" ")})
+            content.append({"type": "image"})
+            pending = ""
+            at += 1
+        pending = f"{pending} {sentence}" if pending else sentence.lstrip(" ") if content else sentence
+    if pending.strip():
+        content.append({"type": "text", "text": pending})
+    return content, [image for image, _ in kept]
