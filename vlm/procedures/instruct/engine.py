@@ -4,7 +4,8 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 from tqdm import tqdm
@@ -62,8 +63,11 @@ class Engine:
         """
         rejected: dict[str, Outcome] = {}
         good = asked = 0
-        with tqdm(total=len(items), unit="record", disable=None) as bar:
-            for item, (found, was_asked) in self._finished(items):
+        with (
+            closing(self._finished(items)) as finished,
+            tqdm(total=len(items), unit="record", disable=None) as bar,
+        ):
+            for item, (found, was_asked) in finished:
                 if found.record is None:
                     rejected[item.id] = found
                 else:
@@ -123,7 +127,7 @@ class Engine:
             return {"rejected": error.reason}
         return {"text": reply.text, "end": reply.end, "tokens": reply.tokens}
 
-    def _finished(self, items: Sequence[Item]) -> Iterator[tuple[Item, tuple[Outcome, bool]]]:
+    def _finished(self, items: Sequence[Item]) -> Generator[tuple[Item, tuple[Outcome, bool]], None, None]:
         """Records with what became of them, as they are finished.
 
         What a thread dies of is raised here. Requests that are under way when this ends get a moment to come back:
