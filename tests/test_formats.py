@@ -401,3 +401,48 @@ def test_any_bytes_are_a_shard_or_an_error_in_one_line(tmp_path_factory, data: b
 def test_names_of_vlm_data() -> None:
     for name in ("CocoCaptions", "WebDataset", "PlainText"):
         assert getattr(vlm.data, name).__name__ == name
+
+
+def test_remote_files_and_pictures_are_read_like_local_ones(world: Path) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    remote = MemoryFileSystem()
+    for file in world.rglob("*"):
+        if file.is_file() and file.parts[len(world.parts)] in (
+            "refs",
+            "coco_captions",
+            "webdataset",
+            "parquet",
+            "text",
+        ):
+            remote.pipe_file(f"/world/{file.relative_to(world).as_posix()}", file.read_bytes())
+    root = "memory://world"
+    pairs = [
+        (ReferringExpressions(f"{root}/refs/refs.json", image_root=f"{root}/refs/images"), source(world, "refs")),
+        (CocoCaptions(f"{root}/coco_captions/captions.json", image_root=f"{root}/coco_captions/images"),
+         source(world, "coco_captions")),
+        (WebDataset(f"{root}/webdataset/*.tar"), source(world, "webdataset")),
+        (Parquet(f"{root}/parquet/train.parquet"), source(world, "parquet")),
+        (PlainText(f"{root}/text/text.jsonl"), source(world, "text")),
+        (PlainText(f"{root}/text/text.txt"), source(world, "text")),
+    ]  # fmt: skip
+    for far, near in pairs:
+        assert len(far) == len(near)
+        far = pickle.loads(pickle.dumps(far))
+        for index in range(0, len(near), 4):
+            assert far[index].messages == near[index].messages
+            for one, other in zip(far[index].images, near[index].images, strict=True):
+                assert one.read(far[index]) == other.read(near[index])
+    with pytest.raises(UserError, match=r"memory://world/none.json: cannot be read"):
+        len(ReferringExpressions(f"{root}/none.json"))
+    with pytest.raises(UserError, match="pip install"):
+        ReferringExpressions("s3://bucket/refs.json")
+    with pytest.raises(UserError, match="give a local path or a URL"):
+        ReferringExpressions("nonsense://bucket/refs.json")
+    remote.pipe_file("/world/broken.json", b'[{"a": 1,, }]')
+    with pytest.raises(UserError, match=r"memory://world/broken.json: .* line 1 column"):
+        len(ReferringExpressions(f"{root}/broken.json"))
+    remote.pipe_file("/world/escape.json", json.dumps(
+        [{"image": "../x.png", "bbox": [1, 1, 2, 2], "sentences": ["a"]}]).encode())  # fmt: skip
+    with pytest.raises(SampleError, match="lies outside the image root memory://world"):
+        ReferringExpressions(f"{root}/escape.json")[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMON = {"vlm", "vlm.errors", "vlm.geometry", "vlm.sample", "vlm.batch", "vlm.codec", "vlm.seeding"}
+COMMON = {"vlm", "vlm.errors", "vlm.files", "vlm.geometry", "vlm.sample", "vlm.batch", "vlm.codec", "vlm.seeding"}
 """What everything may import; `vlm` itself is the import hook."""
 
 ALLOWED = {
