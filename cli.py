@@ -26,6 +26,8 @@ USAGE = """usage: vlm COMMAND ...
   validate | test -c FILE ... --weights ARTEFACT
   scores NAME=FOLDER ...           what several evaluations found, side by side
   predict --weights ARTEFACT --image FILE|FOLDER ... --prompt TEXT | --questions FILE [--out FILE] [--pictures FOLDER]
+  check-data -c FILE ...           look at every sample before a training does; a report, and a list of the bad ones
+  show-data -c FILE ...            what is trained on: pictures as the system sees them, tokens and labels
   systems                          the systems and their stages
   demo-data FOLDER                 write the embedded data
   convert SRC DST --system NAME --to LAYOUT
@@ -89,6 +91,11 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _tools() -> dict[str, Callable[[list[str]], int]]:
+    def check_data(arguments: list[str]) -> int:
+        from vlm.checking.command import main as run
+
+        return run(arguments, describe=_describe)
+
     def convert(arguments: list[str]) -> int:
         from vlm.checkpoints.convert import main as run
 
@@ -119,18 +126,25 @@ def _tools() -> dict[str, Callable[[list[str]], int]]:
 
         return run(arguments)
 
+    def show_data(arguments: list[str]) -> int:
+        from vlm.showing import main as run
+
+        return run(arguments, describe=_describe)
+
     def systems(arguments: list[str]) -> int:
         from vlm.recipes import print_systems
 
         return print_systems()
 
     return {
+        "check-data": check_data,
         "convert": convert,
         "demo-data": demo_data,
         "export": export,
         "predict": predict,
         "run": procedure,
         "scores": scores,
+        "show-data": show_data,
         "systems": systems,
     }
 
@@ -144,7 +158,7 @@ def _run_lightning(arguments: list[str]) -> None:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from callbacks import Evaluation, Health, Predictions, Progress, ResumeCheckpoint, StageTransition, Throughput
+    from callbacks import BadSamples, Progress
     from vlm.checkpoints.artefact import read_artefact
     from vlm.checkpoints.io import AtomicCheckpointIO
     from vlm.checkpoints.published import find_weights, is_artefact
@@ -166,16 +180,7 @@ def _run_lightning(arguments: list[str]) -> None:
             return {name: commands[name] for name in ("fit", "validate", "test")}
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            parser.add_lightning_class_args(StageTransition, "stage")
-            parser.add_lightning_class_args(ResumeCheckpoint, "checkpoint")
-            parser.add_lightning_class_args(Health, "health")
-            parser.add_lightning_class_args(Throughput, "throughput")
-            parser.add_lightning_class_args(Predictions, "predictions")
-            parser.add_lightning_class_args(Evaluation, "evaluation")
-            help_text = f"what to look at, as in predict; {UNTRAINED}: the system as its first stage finds it"
-            parser.add_argument("--weights", type=str | None, default=None, help=help_text)
-            parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
-            parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+            _add_options(parser)
 
         def before_instantiate_classes(self) -> None:
             config = self.config[self.subcommand]
@@ -244,16 +249,7 @@ def _run_lightning(arguments: list[str]) -> None:
             table = {} if subcommand == "fit" else {"verbose": False}  # `Evaluation` prints its own
             return super()._prepare_subcommand_kwargs(subcommand) | table | {"ckpt_path": self.ckpt_path}
 
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # the stage's banner says what matters
-    # said by our own banner and checks, or meant that way
-    for message in (
-        "LightningCLI's args parameter",
-        "Found .* module.s. in eval mode",
-        "Total length of .list. across ranks is zero",
-        ".*LeafSpec",
-    ):
-        warnings.filterwarnings("ignore", message)
+    _silence()
     one_line = {"exit_on_error": False}
     with ExitStack() as locks, _one_line_errors(), _status_of_sigterm():
         StageCLI(
@@ -265,10 +261,77 @@ def _run_lightning(arguments: list[str]) -> None:
             seed_everything_default=0,
             auto_configure_optimizers=False,
             # the data deals its own samples; the stage's banner says what the model summary would
-            trainer_defaults={"use_distributed_sampler": False, "enable_model_summary": False},
+            trainer_defaults={
+                "use_distributed_sampler": False,
+                "enable_model_summary": False,
+                "callbacks": [BadSamples()],
+            },
             parser_kwargs=one_line | dict.fromkeys(StageCLI.subcommands(), one_line),
             args=None if arguments == sys.argv[1:] else arguments,
         )
+
+
+def _add_options(parser: Any) -> None:
+    """What every stage has besides `model`, `data` and `trainer`."""
+    from callbacks import Evaluation, Health, Predictions, ResumeCheckpoint, StageTransition, Throughput
+
+    parser.add_lightning_class_args(StageTransition, "stage")
+    parser.add_lightning_class_args(ResumeCheckpoint, "checkpoint")
+    parser.add_lightning_class_args(Health, "health")
+    parser.add_lightning_class_args(Throughput, "throughput")
+    parser.add_lightning_class_args(Predictions, "predictions")
+    parser.add_lightning_class_args(Evaluation, "evaluation")
+    help_text = f"what to look at, as in predict; {UNTRAINED}: the system as its first stage finds it"
+    parser.add_argument("--weights", type=str | None, default=None, help=help_text)
+    parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
+    parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+
+
+def _silence() -> None:
+    """What libraries say that our own banner and checks say, or that is meant that way."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        "LightningCLI's args parameter",
+        "Found .* module.s. in eval mode",
+        "Total length of .list. across ranks is zero",
+        ".*LeafSpec",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def _describe(options: Sequence[str]) -> Any:
+    """A `vlm.described.Described`: the stage that `vlm fit` would train with these options. Nothing is built."""
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+    from vlm.data import VisionLanguageData
+    from vlm.described import Described
+    from vlm.module import VisionLanguageModule
+
+    class Description(LightningCLI):
+        """The options of `fit` without a trainer."""
+
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            _add_options(parser)
+
+        def instantiate_classes(self) -> None:
+            self.config_init = self.parser.instantiate(self.config)
+
+    _silence()
+    with _one_line_errors():
+        made = Description(
+            VisionLanguageModule,
+            VisionLanguageData,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={"exit_on_error": False},
+            args=list(options),
+            run=False,
+        ).config_init
+    return Described(made.model.system, made.stage.stage.name, made.model.codec, made.data)
 
 
 def _from_weights(options: Sequence[str]) -> list[str]:

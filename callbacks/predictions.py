@@ -18,7 +18,7 @@ from vlm.data.sources import Concat
 from vlm.errors import SampleError, UserError
 from vlm.language import Decoding
 from vlm.module import VisionLanguageModule
-from vlm.panels import Panel, Piece, as_seen, as_text, draw, pieces_of
+from vlm.panels import Panel, Piece, as_text, draw, pieces_of, views_as_seen
 from vlm.sample import Sample
 
 
@@ -129,10 +129,7 @@ def _prepare(encoder: Encoder, index: int) -> _Shown:
     encoded = encoder(index, epoch=0)
     sample = encoded.sample
     batch = codec.collate([encoded], counts=step_counts([encoded]))
-    pictures = []
-    for stream, views in batch.views.items():
-        mean, std = codec.normalization(stream)
-        pictures += [as_seen(pixels, mean=mean, std=std) for pixels in views.pixels]
+    pictures = [picture for views in views_as_seen(batch, codec).values() for picture in views]
     tokenizer = getattr(codec, "tokenizer", None)  # not every codec has one kind of token
     sequences = [*encoded.text, *(sequence for row in encoded.rows.values() for sequence in row)]
     pieces = [piece for s in sequences for piece in pieces_of(s, tokenizer.decode)] if tokenizer is not None else []

@@ -9,7 +9,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from vlm.batch import IGNORE, TokenSequence
+from vlm.batch import IGNORE, Batch, TokenSequence
+from vlm.codec import Codec
 from vlm.geometry import Box
 from vlm.lettering import font_for, printable, spelled, typeset
 from vlm.sample import Message, TextPart
@@ -30,11 +31,13 @@ class Piece:
 
     Attributes:
         is_mark: a note of ours, such as how many tokens a picture takes.
+        ids: of the tokens.
     """
 
     text: str
     trained: bool = False
     is_mark: bool = False
+    ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,23 @@ def as_seen(pixels: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> I
     return Image.fromarray((values * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy())
 
 
-def pieces_of(sequence: TokenSequence, decode: Callable[..., str]) -> list[Piece]:
+def views_as_seen(batch: Batch, codec: Codec) -> dict[str, list[Image.Image]]:
+    """Every view of a pack as a picture, by stream."""
+    found = {}
+    for stream, views in batch.views.items():
+        mean, std = codec.normalization(stream)
+        found[stream] = [as_seen(pixels, mean=mean, std=std) for pixels in views.pixels]
+    return found
+
+
+def pieces_of(
+    sequence: TokenSequence, decode: Callable[..., str], *, max_pieces: int | None = _MAX_PIECES
+) -> list[Piece]:
     """The tokens of a sequence as they are trained: what position i predicts is shown as token i + 1.
 
     Args:
         decode: ids as text; `skip_special=False` keeps special tokens.
+        max_pieces: how many are shown before the rest is counted; None: all.
     """
     ids, targets = sequence.ids.tolist(), sequence.targets.tolist()
     slots = {int(position) for positions in sequence.slots.values() for position in positions}
@@ -93,7 +108,7 @@ def pieces_of(sequence: TokenSequence, decode: Callable[..., str]) -> list[Piece
     pieces: list[Piece] = []
     position = 0
     before: list[int] = []
-    while position < len(tokens) and len(pieces) < _MAX_PIECES:
+    while position < len(tokens) and (max_pieces is None or len(pieces) < max_pieces):
         if tokens[position] is None:  # behind the last token, and not trained
             break
         if position in slots:
@@ -112,7 +127,7 @@ def pieces_of(sequence: TokenSequence, decode: Callable[..., str]) -> list[Piece
             end += 1
         known = decode(before, skip_special=False) if before else ""
         trained = any(label != IGNORE for label in labels[position:end])
-        pieces.append(Piece(text.removeprefix(known), trained))
+        pieces.append(Piece(text.removeprefix(known), trained, ids=tuple(tokens[position:end])))
         position, before = end, tokens[position:end]
     if position < len(ids):
         pieces.append(Piece(f"{len(ids) - position} more", is_mark=True))

@@ -6,37 +6,36 @@
 
 So the samples of a step, their random choices and the denominators of its loss are the same however many devices and
 micro-batches share it, and no collective is needed to know them.
+
+Where bad samples may be left out (`max_bad_samples`), a picture that cannot be decoded is met by one rank alone. So the
+ranks tell each other, step by step, which samples they could not read; if they found different ones, all of them make
+the step again without any of these. The step is then the one that it would be if these samples were not in the plan.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Sampler
 
 from vlm.batch import Batch
-from vlm.codec import Codec, Encoded, step_counts
-from vlm.data.packing import check_pack, deal, fill
+from vlm.codec import Codec, Encoded
+from vlm.data.agreement import Gather
+from vlm.data.making import Made, Step, StepDataset
+from vlm.data.quarantine import LeftOut
 from vlm.data.sealed import Sealed
 from vlm.data.sources import Source
-from vlm.data.transfer import Parcel, unwrap, wrap
+from vlm.data.transfer import Parcel, unwrap
 from vlm.data.workers import worker_context
-from vlm.errors import UserError
+from vlm.errors import SampleError, UserError
 from vlm.sample import Sample
 from vlm.seeding import seed_from
 
 Plan = Callable[[int], Sequence[Sequence[int]]]
 """The steps of an epoch. A *draw* is an int: the sample's index, plus a multiple of len(samples) that grows each time
 the epoch comes back to the sample, so that a sample drawn twice makes its random choices anew."""
-
-
-@dataclass(frozen=True)
-class Step:
-    epoch: int
-    index: int
-    draws: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -72,38 +71,6 @@ class Encoder:
         except Exception as error:
             error.add_note(f"while encoding sample {sample.id!r} of {sample.source}")
             raise
-
-
-class StepDataset(Dataset):
-    """From a step to this rank's packs of it."""
-
-    def __init__(self, encoder: Encoder, *, world: int, rank: int, accumulate: int, max_tokens: int | None) -> None:
-        self.encoder = encoder
-        self.world, self.rank, self.accumulate = world, rank, accumulate
-        self.max_tokens = max_tokens
-
-    def __getitem__(self, step: Step) -> list[Batch] | UserError | Parcel:
-        """An error a user can mend is returned: raised in a worker it would arrive as the text of a traceback."""
-        try:
-            packs = self.packs(step)
-        except UserError as error:
-            return error
-        return wrap(packs) if get_worker_info() is not None else packs
-
-    def packs(self, step: Step) -> list[Batch]:
-        items = [self.encoder(draw, epoch=step.epoch) for draw in step.draws]
-        counts = step_counts(items)
-        packs = self.world * self.accumulate
-        items = fill(items, packs)
-        lengths = [item.num_tokens for item in items]
-        dealt = deal(lengths, packs)
-        for pack in dealt:  # all of them on every rank: either every rank raises or none
-            check_pack([lengths[i] for i in pack], self.max_tokens)
-        batches = (
-            self.encoder.codec.collate([items[i] for i in pack], counts=counts, packs=packs)
-            for pack in dealt[self.rank :: self.world]
-        )
-        return [replace(batch, judged_by=self.encoder.judged_by) for batch in batches]
 
 
 class StepSampler(Sampler[Step]):
@@ -175,12 +142,18 @@ class StepLoader(DataLoader):
         identity: what must not change between a checkpoint and its resume, by the name of the setting.
         progress: the loop to keep in step with; without one, packs count as trained when handed out.
         sealed: packs arrive as `Sealed`, for a Lightning loop.
+        max_bad_samples: different bad samples that are noted and left out of their steps; one more is an error.
+        gather: how to ask the other ranks which samples they could not read; needed where bad samples are left out and
+            `world` is more than 1.
 
     Attributes:
+        left_out: every time that a bad sample was left out of a step, in order; packs that are still to be trained on
+            included.
         waited: seconds spent until the next step's packs were there, since the loader was made.
     """
 
     sampler: StepSampler
+    dataset: StepDataset
 
     def __init__(
         self,
@@ -196,14 +169,27 @@ class StepLoader(DataLoader):
         identity: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
         sealed: bool = False,
+        max_bad_samples: int = 0,
+        gather: Gather | None = None,
     ) -> None:
+        assert max_bad_samples == 0 or world == 1 or gather is not None, "the ranks have to agree on what is left out"
+        self.max_bad_samples = max_bad_samples
+        self.gather = gather
+        self.left_out: list[LeftOut] = []
         self.accumulate = accumulate
         self.identity = dict(identity or {})
         self.progress = progress
         self.sealed = sealed
         self.waited = 0.0
         super().__init__(
-            StepDataset(encoder, world=world, rank=rank, accumulate=accumulate, max_tokens=max_tokens),
+            StepDataset(
+                encoder,
+                world=world,
+                rank=rank,
+                accumulate=accumulate,
+                max_tokens=max_tokens,
+                tolerant=max_bad_samples > 0,
+            ),
             batch_size=None,
             sampler=StepSampler(plan, accumulate=accumulate, fixed=fixed),
             num_workers=num_workers,
@@ -223,13 +209,56 @@ class StepLoader(DataLoader):
             self.progress.begin_epoch(len(self))
         sampler.packs_seen = 0 if sampler.fixed else sampler.packs_seen // self.accumulate * self.accumulate
         for item in self._timed(super().__iter__()):
-            packs = unwrap(item) if isinstance(item, Parcel) else item
-            if isinstance(packs, UserError):
+            try:
+                made = self._agreed(unwrap(item) if isinstance(item, Parcel) else item)
+            except UserError:
                 self._iterator = None  # ends the workers here, not when the error and all it refers to are collected
-                raise packs
-            for pack in packs:
+                raise
+            for pack in made.packs:
                 sampler.packs_seen += 1
                 yield Sealed(pack) if self.sealed else pack
+
+    def _agreed(self, made: Made | UserError) -> Made:
+        """The step without the samples that any rank could not read; notes them.
+
+        Raises:
+            UserError: the step could not be made, or has one bad sample too many.
+        """
+        if isinstance(made, UserError):
+            raise made
+        while self.gather is not None and self.max_bad_samples:
+            everywhere = self.gather((made.step, made.bad))
+            if any(step != made.step for step, _ in everywhere):
+                raise UserError(
+                    "the ranks do not have the same samples in a step: some of them cannot read a file that others "
+                    "can; `vlm check-data` on each machine finds it"
+                )
+            bad = {draw: error for _, found in everywhere for draw, error in found.items()}
+            if all(found.keys() == bad.keys() for _, found in everywhere):
+                break
+            made = self.dataset.make(made.step, bad)
+        for draw in made.step.draws:
+            if draw in made.bad:
+                self._note(made.step, draw, made.bad[draw])
+        return made
+
+    def _note(self, step: Step, draw: int, error: SampleError) -> None:
+        samples = self.dataset.encoder.samples
+        source, index = samples.place(draw % len(samples))
+        self.left_out.append(LeftOut(source, error.sample_id, index, error.reason, step.epoch, step.index))
+        count = self.num_bad_samples
+        if not self.max_bad_samples:
+            raise error
+        if count > self.max_bad_samples:
+            raise UserError(
+                f"{error}; it is bad sample number {count} of this training, more than data.max_bad_samples="
+                f"{self.max_bad_samples}; `vlm check-data` finds all of them for data.quarantine"
+            ) from error
+
+    @property
+    def num_bad_samples(self) -> int:
+        """How many different samples have been left out so far."""
+        return len({(entry.source, entry.index) for entry in self.left_out})
 
     def _timed(self, items: Iterator[Any]) -> Iterator[Any]:
         while True:
@@ -244,13 +273,14 @@ class StepLoader(DataLoader):
 
     def state_dict(self) -> dict[str, Any]:
         """Where training stands; the same on every rank."""
-        packs = self.sampler.packs_seen
+        epoch, packs = self.sampler.epoch, self.sampler.packs_seen
         if self.progress is not None:
             packs = min(packs, self.progress.trained())
         return {
-            "epoch": self.sampler.epoch,
+            "epoch": epoch,
             "steps_seen": packs // self.accumulate,
             "mid_step": packs % self.accumulate != 0,
+            "left_out": [asdict(e) for e in self.left_out if (e.epoch, e.step) < (epoch, packs // self.accumulate)],
             "identity": dict(self.identity),
         }
 
@@ -266,6 +296,7 @@ class StepLoader(DataLoader):
                     f"the checkpoint was written with {key} = {state['identity'].get(key)}, this run has {value}; "
                     "resume with the settings of the checkpoint or start a new run"
                 )
+        self.left_out = [LeftOut(**entry) for entry in state.get("left_out", [])]
         self.sampler.epoch = state["epoch"]
         self.sampler.packs_seen = state["steps_seen"] * self.accumulate
         if self.progress is not None:

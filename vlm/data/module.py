@@ -2,20 +2,24 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, Dataset
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.utils.data import DataLoader
 
 from vlm.codec import Codec
+from vlm.data.agreement import Gather, gather_over_ranks
 from vlm.data.evaluation import ShuffledImages, split
 from vlm.data.lengths import draw_lengths
+from vlm.data.lists import SampleLists
 from vlm.data.loader import Encoder, Progress, StepLoader
 from vlm.data.mixing import Mixture, Turns
 from vlm.data.order import shuffled
 from vlm.data.progress import TrainerProgress
-from vlm.data.sealed import Sealed
+from vlm.data.quarantine import Kept, Quarantine, fingerprint
 from vlm.data.sources import Concat, Source
 from vlm.data.steps import BatchSpec, cut
 from vlm.data.workers import worker_context
@@ -38,6 +42,9 @@ class VisionLanguageData(L.LightningDataModule):
         drop_last: leave out the last step of an epoch when it is not full.
         shuffle_images: in validation and test show every sample the pictures of another one, to see what a system
             answers without looking.
+        quarantine: list of samples to leave out of training and validation (`vlm check-data` writes one).
+        max_bad_samples: how many different bad samples a training may meet. A bad one is noted and left out of its
+            step; one more than this ends the run.
     """
 
     def __init__(
@@ -55,12 +62,20 @@ class VisionLanguageData(L.LightningDataModule):
         seed: int = 0,
         drop_last: bool = False,
         shuffle_images: bool = False,
+        quarantine: str | Path | None = None,
+        max_bad_samples: int = 0,
     ) -> None:
         super().__init__()
         if val_batch_size < 1:
             raise UserError(f"data.val_batch_size must be at least 1, found {val_batch_size}")
+        if max_bad_samples < 0:
+            raise UserError(f"data.max_bad_samples must not be negative, found {max_bad_samples}")
         self.sources = list(sources)
         self.val_sources = list(val_sources)
+        self._kept: Sequence[Kept] = ()
+        if quarantine is not None:
+            self._kept = Quarantine(quarantine, [*sources, *val_sources]).kept()
+            self.sources, self.val_sources = list(self._kept[: len(sources)]), list(self._kept[len(sources) :])
         self.test_sources = list(test_sources)
         self.predict_sources = list(predict_sources)
         self.batch = batch
@@ -73,6 +88,8 @@ class VisionLanguageData(L.LightningDataModule):
         self.seed = seed
         self.drop_last = drop_last
         self.shuffle_images = shuffle_images
+        self.quarantine = quarantine
+        self.max_bad_samples = max_bad_samples
         self._samples: Concat | None = None
 
     @property
@@ -81,6 +98,15 @@ class VisionLanguageData(L.LightningDataModule):
         if self._samples is None:
             self._samples = Concat(self.sources)
         return self._samples
+
+    def setup(self, stage: str) -> None:
+        if self._kept and stage in ("fit", "validate"):
+            counts = [len(source.left_out) for source in self._kept]
+            rank_zero_only(print)(
+                f"quarantine: {sum(counts[: len(self.sources)]):,} samples are left out of the training and "
+                f"{sum(counts[len(self.sources) :]):,} of the validation ({self.quarantine})",
+                flush=True,
+            )
 
     def preparation(self) -> Callable[[Sample, int], Sample] | None:
         """What this kind of training does to a sample (given its seed) before it is encoded.
@@ -106,8 +132,13 @@ class VisionLanguageData(L.LightningDataModule):
         draws = self.draws(epoch)
         lengths = None
         if self.batch.unit != "samples":
-            lengths = draw_lengths(encoder, draws, epoch=epoch, num_workers=self.num_workers)
+            lengths = self.lengths(draws, epoch=epoch, encoder=encoder)
         return cut(draws, self.batch, lengths=lengths, drop_last=self.drop_last)
+
+    def lengths(self, draws: Sequence[int], *, epoch: int, encoder: Encoder) -> list[int]:
+        """Tokens of each draw, for batches that are counted in rows or tokens."""
+        tolerant = self.max_bad_samples > 0
+        return draw_lengths(encoder, draws, epoch=epoch, num_workers=self.num_workers, tolerant=tolerant)
 
     def identity(self) -> dict[str, Any]:
         """What decides the samples of a step: a run cannot resume with another one."""
@@ -116,6 +147,7 @@ class VisionLanguageData(L.LightningDataModule):
             "data.mixture": None if self.mixture is None else dataclasses.asdict(self.mixture),
             "data.seed": self.seed,
             "data.drop_last": self.drop_last,
+            "data.quarantine": fingerprint(self._kept[: len(self.sources)]),
             "the number of training samples": len(self.samples),
         }
 
@@ -128,6 +160,7 @@ class VisionLanguageData(L.LightningDataModule):
         accumulate: int = 1,
         progress: Progress | None = None,
         sealed: bool = False,
+        gather: Gather | None = None,
     ) -> StepLoader:
         """The loader of one rank, for use without a trainer too (arguments as in `StepLoader`)."""
         encoder = Encoder(self.samples, codec, self.seed, self.preparation())
@@ -142,6 +175,8 @@ class VisionLanguageData(L.LightningDataModule):
             identity=self.identity(),
             progress=progress,
             sealed=sealed,
+            max_bad_samples=self.max_bad_samples,
+            gather=gather,
         )
         if not len(loader):
             raise UserError(
@@ -184,7 +219,12 @@ class VisionLanguageData(L.LightningDataModule):
         trainer = self._checked_trainer()
         accumulate = trainer.accumulate_grad_batches
         loader = self.train_loader(
-            self._codec(), accumulate=accumulate, progress=TrainerProgress(trainer), sealed=True, **self._ranks()
+            self._codec(),
+            accumulate=accumulate,
+            progress=TrainerProgress(trainer),
+            sealed=True,
+            gather=gather_over_ranks() if self.max_bad_samples else None,
+            **self._ranks(),
         )
         limit, packs = trainer.limit_train_batches, len(loader)
         used = min(packs, limit) if isinstance(limit, int) else int(packs * limit)
@@ -256,19 +296,3 @@ class VisionLanguageData(L.LightningDataModule):
         if self.trainer.overfit_batches:  # type: ignore[attr-defined]
             raise UserError("trainer.overfit_batches would replace the sampler; use trainer.limit_train_batches")
         return self.trainer
-
-
-class SampleLists(Dataset):
-    """Samples of one rank in lists, undecoded."""
-
-    def __init__(self, samples: Source, *, size: int, world: int, rank: int) -> None:
-        self.samples = samples
-        self.size = size
-        self.mine = range(rank, len(samples), world)
-        self.count = -(-len(samples) // (size * world))
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Sealed:
-        return Sealed([self.samples[i] for i in self.mine[index * self.size : (index + 1) * self.size]])

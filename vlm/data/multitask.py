@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from vlm.data.lengths import draw_lengths
 from vlm.data.loader import Encoder
 from vlm.data.mixing import Turns, arranged, check_names
 from vlm.data.module import VisionLanguageData
@@ -76,7 +75,7 @@ class MultitaskData(VisionLanguageData):
         draws = self.draws(epoch)
         lengths = None
         if self.batch.unit != "samples":
-            lengths = draw_lengths(encoder, draws, epoch=epoch, num_workers=self.num_workers)
+            lengths = self.lengths(draws, epoch=epoch, encoder=encoder)
         evenly = self.mixture is not None and self.mixture.order == "spread"
         kinds = self._groups_of(draws)
         steps = cut_pure(

@@ -31,6 +31,9 @@ class WithResolution(Source):
     def __getitem__(self, index: int) -> Sample:
         return dataclasses.replace(self.source[index], resolution=self.resolution)
 
+    def place(self, index: int) -> tuple[str, int]:
+        return self.source.place(index)
+
     def has_image(self, index: int) -> bool:
         return self.source.has_image(index)
 

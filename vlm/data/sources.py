@@ -40,6 +40,10 @@ class Source(ABC):
     def has_image(self, index: int) -> bool:
         """Whether the sample has a picture, without reading the sample again."""
 
+    def place(self, index: int) -> tuple[str, int]:
+        """Name of the source that a sample comes from and its number there, as lists of bad samples have them."""
+        return self.name, index
+
     def image_mask(self) -> np.ndarray:
         """bool[len(self)], `has_image` of every sample."""
         return np.fromiter((self.has_image(i) for i in range(len(self))), dtype=bool, count=len(self))
@@ -204,6 +208,10 @@ class Concat(Source):
     def has_image(self, index: int) -> bool:
         source, local = self._locate(index)
         return source.has_image(local)
+
+    def place(self, index: int) -> tuple[str, int]:
+        source, local = self._locate(index)
+        return source.place(local)
 
     def image_mask(self) -> np.ndarray:
         return np.concatenate([source.image_mask() for source in self.sources])

@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from vlm.errors import UserError
 from vlm.recipes.catalogue import find_recipe
+from vlm.recipes.configs import config_files, from_here
 from vlm.recipes.graph import Followed, Procedure, Recipe, TrainingStage, load_recipe
 from vlm.runs import RunFolder
 
@@ -212,15 +213,9 @@ def _fit_arguments(request: _Request, node: TrainingStage | Procedure) -> list[s
     recipe = request.recipe
     if isinstance(node, Procedure):
         raise UserError(f"{recipe.path}: stages.{node.name}.run: this version has no procedure {node.run!r}")
-    files = list(node.configs)
-    if request.demo:
-        for overlay in node.overlays:
-            if not overlay.is_file():
-                raise UserError(f"--demo: {recipe.system} has no demo of stage {node.name}: {overlay} is missing")
-        files += node.overlays
     arguments = ["fit"]
-    for file in files:
-        arguments += ["-c", _from_here(file)]
+    for file in config_files(recipe, node, demo=request.demo):
+        arguments += ["-c", from_here(file)]
     arguments += ["--trainer.default_root_dir", str(request.run / node.name), "--stage.name", node.name]
     if node.follows:
         follows = [
@@ -250,12 +245,6 @@ def _artefact(request: _Request, followed: Followed) -> Path:
         f"{folder.artefact}: {followed} is not finished; make it with `{shlex.join(makes_it)}` "
         f"or give one with --from {followed}=FOLDER"
     )
-
-
-def _from_here(path: Path) -> str:
-    """Relative to the working directory where the file lies below it."""
-    resolved, here = path.resolve(), Path.cwd().resolve()
-    return str(resolved.relative_to(here) if resolved.is_relative_to(here) else resolved)
 
 
 def _run_child(command: list[str]) -> tuple[int, int | None]:
