@@ -29,3 +29,16 @@ def golden_json(case: str, name: str = "meta.json") -> Any:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch):
+    """Time of `vlm run instruct`, which costs none: a `tests.chat_server.FakeClock`; and no proxy on the way."""
+    from tests.chat_server import FakeClock
+    from vlm.procedures.instruct import command
+
+    made = FakeClock()
+    monkeypatch.setattr(command, "Clock", made.again)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    return made

@@ -33,7 +33,7 @@ from vlm.errors import UserError
 from vlm.language import CausalLM
 from vlm.module import VisionLanguageModule
 from vlm.panels import TRAINED_PAPER, WIDTH, Panel, Piece, draw, pieces_of
-from vlm.prompts.regions import LLAVA, find_boxes
+from vlm.prompts.regions import REGION_FORMS, find_boxes
 from vlm.stages import Stage, Trained
 from vlm.systems import LLaVA15
 
@@ -454,10 +454,10 @@ def _count(picture: Image.Image, color: str) -> int:
 def test_boxes_are_drawn_in_the_colour_of_their_text() -> None:
     picture = Image.new("RGB", (100, 100), "white")
     texts = {"prompt": "p", "target": "t", "prediction": "a"}
-    boxes = partial(find_boxes, form=LLAVA)
+    find = partial(find_boxes, form=REGION_FORMS["llava"])
     for text, color in zip(texts, ("#1b4b91", "#1a7f37", "#d4570a"), strict=True):
         plain, boxed = (
-            draw(Panel("", [picture], **(texts | {text: said}), find_boxes=boxes)).crop((0, 0, 310, 310))
+            draw(Panel("", [picture], **(texts | {text: said}), find_boxes=find)).crop((0, 0, 310, 310))
             for said in ("none", "[0.2, 0.2, 0.8, 0.8]")
         )
         assert _count(plain, color) == 0

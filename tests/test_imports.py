@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMON = {"vlm", "vlm.errors", "vlm.geometry", "vlm.sample", "vlm.batch", "vlm.codec", "vlm.seeding"}
+COMMON = {"vlm", "vlm.errors", "vlm.files", "vlm.geometry", "vlm.sample", "vlm.batch", "vlm.codec", "vlm.seeding"}
 """What everything may import; `vlm` itself is the import hook."""
 
 ALLOWED = {
@@ -81,6 +81,7 @@ def test_arrows(name: str) -> None:
         "import cli; cli.main(['systems'])",
         "import cli; cli.main(['--help'])",
         "import cli; cli.main(['fit', '--recipe', 'llava_1_5', '--demo', '--dry-run'])",
+        "from vlm.procedures.instruct import command, engine, endpoint, local, coco; command._parser().format_help()",
         "import cli; cli.main(['demo-data', {folder!r}, '--num_train', '2', '--num_val', '1'])",
     ],
 )

@@ -42,7 +42,8 @@ def main(arguments: list[str]) -> int:
     if len(answered) == len(questions):
         print(f"{options.out}: all {len(questions)} questions are answered already")
         return 0
-    return _run(_load(options), questions, answered, decoding, options)
+    module = open_system(options.weights, device=options.device, dtype=options.dtype)
+    return _run(module, questions, answered, decoding, options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,21 +120,31 @@ def _key(line: dict[str, Any]) -> str:
     return json.dumps([line["id"], line["image"], line["prompt"]])
 
 
-def _load(options: argparse.Namespace) -> Any:
+def open_system(weights: str, *, device: str | None = None, dtype: str | None = None) -> Any:
+    """A finished system, ready to answer.
+
+    Args:
+        weights: what `--weights` takes.
+        device: cuda where there is one, by default.
+        dtype: one of `DTYPES`, for the weights; None leaves them as they are.
+
+    Raises:
+        UserError: what `vlm.load` raises, or no such device.
+    """
     import torch
 
     from vlm.loading import load
 
-    module = load(options.weights)
-    if module.weights != options.weights:
+    module = load(weights)
+    if module.weights != weights:
         print(f"weights: {module.weights}", file=sys.stderr)
-    if options.dtype is not None:
+    if dtype is not None:
         for parameter in module.parameters():  # not the buffers: rotary tables lose positions when they are rounded
-            parameter.data = parameter.data.to(getattr(torch, options.dtype))
+            parameter.data = parameter.data.to(getattr(torch, dtype))
     try:
-        return module.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {options.device}: {str(error).splitlines()[0]}; leave it out") from error
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}; leave it out") from error
 
 
 def _run(

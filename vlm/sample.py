@@ -37,6 +37,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vlm.errors import SampleError
+from vlm.files import is_remote, located
 from vlm.geometry import Points
 
 DOCUMENT = "document"
@@ -135,7 +136,10 @@ class ImageFile:
             with warnings.catch_warnings():
                 # our own limit below says the same with the sample's name
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image = Image.open(self.path if self.path is not None else io.BytesIO(self.data or b""))
+                if self.path is not None and is_remote(self.path):
+                    image = Image.open(io.BytesIO(self.path.read_bytes()))
+                else:
+                    image = Image.open(self.path if self.path is not None else io.BytesIO(self.data or b""))
         except FileNotFoundError as error:
             remedy = "correct the path or image_root"
             if "\\" in self.name:
@@ -260,10 +264,16 @@ def parse_image(entry: Any, *, error, image_root: str | Path | None, max_pixels:
         raise error(f"an image must be a path, found {entry!r}")
     if image_root is None:
         return ImageFile(name=entry, path=Path(entry), max_pixels=max_pixels)
-    root = Path(image_root).resolve()
+    root = located(image_root)
+    outside = f"image {entry!r} lies outside the image root {root}; set image_root to a folder that holds it"
+    if is_remote(root):
+        if ".." in entry.split("/") or entry.startswith("/") or "://" in entry:
+            raise error(outside)
+        return ImageFile(name=entry, path=root / entry, max_pixels=max_pixels)
+    root = root.resolve()
     path = (root / entry).resolve()
     if not path.is_relative_to(root):
-        raise error(f"image {entry!r} lies outside the image root {root}; set image_root to a folder that holds it")
+        raise error(outside)
     return ImageFile(name=entry, path=path, max_pixels=max_pixels)
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from vlm.data.messages import IMAGE_KEYS, TURN_KEYS, chat_record
 from vlm.data.sources import Source
 from vlm.errors import SampleError, UserError
+from vlm.files import located
 from vlm.sample import MAX_PIXELS, ImageFile, Sample, parse_image, parse_sample
 
 MAX_GROUP_BYTES = 1 << 30
@@ -49,8 +50,8 @@ class Parquet(Source):
         name: str | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self.path = Path(path)
-        self.image_root = Path(image_root) if image_root is not None else None
+        self.path = located(path)
+        self.image_root = located(image_root) if image_root is not None else None
         self.name = name if name is not None else self.path.stem
         self.max_pixels = max_pixels
 
@@ -252,7 +253,7 @@ def _explained(file: Path, use: Callable[[Any], Any]) -> Any:
     except ImportError as error:
         raise UserError(f"{file}: parquet files need pyarrow; pip install 'vlm[data]'") from error
     try:
-        with ParquetFile(file) as parquet:
+        with file.open("rb") as opened, ParquetFile(opened) as parquet:
             return use(parquet)
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]}); check or fetch it again") from error

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vlm.errors import UserError
+from vlm.files import located
 
 CHUNK = 1 << 20
 _SPACE = " \t\r\n"
@@ -37,15 +38,15 @@ class RecordFile:
     """
 
     def __init__(self, path: str | Path, *, flag: Callable[[dict[str, Any]], bool]) -> None:
-        self.path = str(path)
+        self.path = located(path)
         bounds, flags = array("q"), array("B")
         try:
-            with open(self.path, "rb") as file:
-                for start, end, record in _Scanner(self.path, file).records():
+            with self.path.open("rb") as file:
+                for start, end, record in _Scanner(str(self.path), file).records():
                     if not isinstance(record, dict):
                         raise UserError(
                             f"{self.path}: record {len(flags)} is a {type(record).__name__}; "
-                            f"every record must be a JSON object (starts at {_place(self.path, start)})"
+                            f"every record must be a JSON object (starts at {_place(str(self.path), start)})"
                         )
                     bounds.extend((start, end))
                     flags.append(flag(record))
@@ -64,7 +65,7 @@ class RecordFile:
             raise IndexError(f"{self.path} has {len(self)} records, asked for number {index}")
         start, end = self._bounds[index].tolist()
         try:
-            with open(self.path, "rb") as file:  # opened anew: a handle does not survive the way to a worker
+            with self.path.open("rb") as file:  # opened anew: a handle does not survive the way to a worker
                 file.seek(start)
                 record = json.loads(file.read(end - start))
         except (OSError, ValueError) as error:
@@ -171,7 +172,7 @@ class _Scanner:
 def _place(path: str, byte: int) -> str:
     """Line and column of a byte, counted only when there is something to say about it."""
     line, last, read = 1, b"", 0
-    with open(path, "rb") as file:
+    with located(path).open("rb") as file:
         while read < byte and (data := file.read(min(CHUNK, byte - read))):
             read += len(data)
             line += data.count(b"\n")

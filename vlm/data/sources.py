@@ -10,6 +10,7 @@ import numpy as np
 
 from vlm.data.records import RecordFile
 from vlm.errors import SampleError, UserError
+from vlm.files import located
 from vlm.sample import MAX_PIXELS, Sample, parse_sample
 
 IMAGE_MARK = "<image>"
@@ -52,7 +53,7 @@ class JsonSource(Source):
     """A JSON list or JSONL file. The file is scanned once, when something first asks about its samples.
 
     Args:
-        path: the file.
+        path: the file, or a URL (`s3://...`) that fsspec can open.
         image_root: folder that image paths start at and that none may leave; by default the folder of the file.
         name: by default the file's name without its ending.
         max_pixels: limit on decode.
@@ -65,8 +66,8 @@ class JsonSource(Source):
         name: str | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self.path = Path(path)
-        self.image_root = Path(image_root) if image_root is not None else self.path.parent
+        self.path = located(path)
+        self.image_root = located(image_root) if image_root is not None else self.path.parent
         self.name = name if name is not None else self.path.stem
         self.max_pixels = max_pixels
 

@@ -6,6 +6,7 @@ from vlm.errors import UserError
 
 PROCEDURES = {
     "filter-captions": ("filter_captions", "a balanced part of noisy captions (LLaVA's CC3M-595K)"),
+    "instruct": ("instruct", "instruction data written by a model (LLaVA, LLaVA-NeXT, MiniGPT-4, Mini-Gemini)"),
     "llava-captions": ("llava_captions", "captions as LLaVA's conversations of one turn"),
 }
 """Name on the command line: module here that has `main(arguments)`, and what it makes."""

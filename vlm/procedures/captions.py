@@ -47,16 +47,19 @@ class CaptionFile:
         return value
 
 
-def write_records(path: str | Path, records: Iterable[Mapping[str, Any]]) -> int:
+def write_records(path: str | Path, records: Iterable[Mapping[str, Any]], *, replace: bool = False) -> int:
     """Writes a JSON list, or JSONL where the name ends in `.jsonl`; returns how many records.
 
     The file is complete or not there.
+
+    Args:
+        replace: whether it may take the place of an older one.
 
     Raises:
         UserError: it is there already.
     """
     path = Path(path)
-    if path.exists():
+    if path.exists() and not replace:
         raise UserError(f"{path}: exists already; remove it or give another name")
     lines = path.suffix == ".jsonl"
     count = 0

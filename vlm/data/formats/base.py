@@ -11,6 +11,7 @@ import numpy as np
 
 from vlm.data.sources import JsonSource, Source
 from vlm.errors import SampleError, UserError
+from vlm.files import located
 from vlm.sample import MAX_PIXELS, Sample, parse_sample
 
 Part = dict[str, Any]
@@ -115,8 +116,8 @@ class ObjectSource(Source):
         name: str | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self.path = Path(path)
-        self.image_root = Path(image_root) if image_root is not None else self.path.parent
+        self.path = located(path)
+        self.image_root = located(image_root) if image_root is not None else self.path.parent
         self.name = name if name is not None else self.path.stem
         self.max_pixels = max_pixels
 

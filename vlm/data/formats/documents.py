@@ -11,6 +11,7 @@ from vlm.data.documents import MAX_IMAGES, interleave
 from vlm.data.formats.base import IMAGE, Fields, Part, Record, RecordSource, text
 from vlm.data.sources import Source
 from vlm.errors import SampleError, UserError
+from vlm.files import located
 from vlm.sample import DOCUMENT, Sample, parse_sample
 
 
@@ -99,7 +100,7 @@ class PlainText(Source):
     """
 
     def __init__(self, path: str | Path, name: str | None = None) -> None:
-        self.path = Path(path)
+        self.path = located(path)
         self.name = name if name is not None else self.path.stem
 
     @cached_property

@@ -18,6 +18,7 @@ from vlm.data.formats.base import (
     text,
 )
 from vlm.errors import UserError
+from vlm.files import located
 
 
 class VQAv2Training(ObjectSource):
@@ -45,7 +46,7 @@ class VQAv2Training(ObjectSource):
         **keywords: Any,
     ) -> None:
         super().__init__(path, **keywords)
-        self.annotations = Path(annotations)
+        self.annotations = located(annotations)
         self.image_pattern, self.request = image_pattern, request
 
     def records(self) -> Iterator[Record]:

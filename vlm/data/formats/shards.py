@@ -15,6 +15,7 @@ from vlm.data.folder import SUFFIXES
 from vlm.data.formats.base import after_image, exchange, text
 from vlm.data.sources import Source
 from vlm.errors import SampleError, UserError
+from vlm.files import located
 from vlm.sample import MAX_PIXELS, ImageFile, Sample, parse_sample
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -31,7 +32,7 @@ class WebDataset(Source):
     epoch is shuffled as a whole and a stopped run goes on exactly. Memory holds three numbers per member.
 
     Args:
-        path: a tar file, a numbered series (`shards/{00000..00099}.tar`), or a pattern (`shards/*.tar`).
+        path: a tar file or URL of one, a numbered series (`shards/{00000..00099}.tar`), or a pattern (`shards/*.tar`).
         caption: where the caption is: `txt` for `KEY.txt`, or a key of `KEY.json`.
         prompt: the user's text beside the picture.
         name: by default the file's name without its ending.
@@ -49,7 +50,7 @@ class WebDataset(Source):
         name: str | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self.path = Path(path)
+        self.path = located(path)
         self.caption = caption
         self.prompt = prompt
         self.name = name if name is not None else self.path.stem
@@ -62,7 +63,7 @@ class WebDataset(Source):
         if found := _RANGE.search(pattern):
             first, last = found.groups()
             numbers = range(int(first), int(last) + 1)
-            return [Path(pattern.replace(found.group(), str(number).zfill(len(first)))) for number in numbers]
+            return [located(pattern.replace(found.group(), str(number).zfill(len(first)))) for number in numbers]
         if any(mark in self.path.name for mark in "*?["):
             files = sorted(self.path.parent.glob(self.path.name))
             if not files:
@@ -156,7 +157,7 @@ def _samples(file: Path) -> Iterator[dict[str, tuple[int, int]]]:
     """Per key of a tar file, {suffix: (position, length)} of its members."""
     key, members = None, dict[str, tuple[int, int]]()
     try:
-        with tarfile.open(file, "r:") as tar:
+        with file.open("rb") as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
             for member in tar:
                 if not member.isfile():
                     continue
