@@ -14,7 +14,6 @@ pass counts, which is the one with warm file caches for both.
 import argparse
 import json
 import multiprocessing
-import resource
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.memory import peak_rss_gib
 from vlm.data import InstructionData, LlavaJson
 from vlm.data.steps import BatchSpec
 from vlm.demo.scenes import make_scene
@@ -136,12 +136,11 @@ def _pass(name: str, path: Path, options: dict[str, int], num: int, results: Any
     packs = sum(1 for _ in loader)
     seconds = time.perf_counter() - start
     assert packs
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    results.put((num / seconds, memory / 1024))
+    results.put((num / seconds, peak_rss_gib() * 1024))
 
 
 def measure(name: str, path: Path, options: dict[str, int], num: int) -> tuple[float, float]:
-    """(samples per second, MiB of the process and its largest worker) of one pass in a process of its own."""
+    """(samples per second, peak MiB without its workers) of one pass in a process of its own."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     process = context.Process(target=_pass, args=(name, path, options, num, results))

@@ -17,7 +17,6 @@ counted without padding, pictures included. The losses of the first step must ag
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -37,6 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
 import cli
+from benchmarks.memory import peak_rss_gib
 from vlm.batch import IGNORE
 from vlm.checkpoints.export import export
 from vlm.data import LlavaJson
@@ -263,7 +263,7 @@ def _peak(device: str) -> float:
     """GiB."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_rss_gib()
 
 
 # -- the comparison
