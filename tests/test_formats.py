@@ -242,6 +242,23 @@ def test_web_pairs_have_the_noise_that_is_said(tmp_path: Path) -> None:
     assert abs((1 - np.mean(right)) - NOISE) < 0.1
 
 
+def test_parquet_with_captions(tmp_path: Path, drawn: list) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    stream = io.BytesIO()
+    drawn[0][1].draw().save(stream, "PNG")
+    rows = [{"image": {"bytes": stream.getvalue(), "path": None}, "TEXT": text, "url": ""} for text in ("a boat ", " ")]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "web.parquet")
+    found = Parquet(tmp_path / "web.parquet", caption="TEXT", prompt="Describe it.")
+    assert (words(found[0]), words(found[0], 0)) == ("a boat", "\nDescribe it.")
+    assert np.array_equal(np.asarray(found[0].images[0].read(found[0])), np.asarray(drawn[0][1].draw()))
+    with pytest.raises(SampleError, match="row 1: column 'TEXT' must hold a caption"):
+        found[1]
+    with pytest.raises(UserError, match="has no column 'caption'; found image, TEXT, url"):
+        len(Parquet(tmp_path / "web.parquet", caption="caption"))
+
+
 def test_a_format_is_written_once(tmp_path: Path, capfd) -> None:
     arguments = ["demo-data", str(tmp_path / "a"), "--format", "refs", "--num", "3"]
     assert cli.main(arguments) == 0

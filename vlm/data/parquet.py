@@ -26,7 +26,8 @@ _CACHED_GROUPS = 2
 
 
 class Parquet(Source):
-    """Rows with `messages` or `conversations`, and `images` or `image`; the forms of `MessagesJson`.
+    """Rows with `messages` or `conversations`, and `images` or `image`; the forms of `MessagesJson`. Or,
+    with `caption`, rows of a picture and its caption (web pairs).
 
     A picture is bytes, a path, or `{bytes, path}`. Memory holds two row groups of text and two of pictures, whatever
     the size of the files. A row group is read as a whole to get at one row, so files with small row groups are faster:
@@ -37,6 +38,8 @@ class Parquet(Source):
         image_root: folder that image paths start at and that none may leave; by default the folder of the file.
         name: by default the file's or folder's name without its ending.
         max_pixels: limit on decode.
+        caption: column of the caption.
+        prompt: the user's text beside a captioned picture.
 
     Raises:
         UserError: at first use; pyarrow is missing, no such file, not parquet, no such columns, or row groups beyond
@@ -49,7 +52,10 @@ class Parquet(Source):
         image_root: str | Path | None = None,
         name: str | None = None,
         max_pixels: int = MAX_PIXELS,
+        caption: str | None = None,
+        prompt: str = "",
     ) -> None:
+        self.caption, self.prompt = caption, prompt
         self.path = located(path)
         self.image_root = located(image_root) if image_root is not None else None
         self.name = name if name is not None else self.path.stem
@@ -86,6 +92,8 @@ class Parquet(Source):
                 name = f"{path or key} of row {position}"
                 load = partial(self._picture, file, number, row, place, name, error)
                 record[key].append(RowImage(name=name, max_pixels=self.max_pixels, load=load))
+        if self.caption is not None:
+            record = self._captioned(record, error)
         chat = chat_record(record, position, error=error, max_pixels=self.max_pixels)
         try:
             return parse_sample(
@@ -97,6 +105,18 @@ class Parquet(Source):
             )
         except SampleError as found:
             raise error(found.reason) from found
+
+    def _captioned(self, record: dict[str, Any], error: Callable[[str], SampleError]) -> dict[str, Any]:
+        assert self.caption is not None
+        caption = record.get(self.caption)
+        if not isinstance(caption, str) or not caption.strip():
+            raise error(f"column {self.caption!r} must hold a caption, found {caption!r}")
+        question = f"<image>\n{self.prompt}" if self.prompt else "<image>"
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": caption.strip()}]
+        return {key: record[key] for key in ("id", *IMAGE_KEYS) if key in record} | {
+            "messages": turns,
+            "task": "caption",
+        }
 
     def has_image(self, index: int) -> bool:
         return bool(self.image_mask()[index])
@@ -118,7 +138,7 @@ class Parquet(Source):
 
     @cached_property
     def _index(self) -> "_Index":
-        return _Index(self.path)
+        return _Index(self.path, TURN_KEYS if self.caption is None else (self.caption,))
 
     def _root(self, file: Path) -> Path:
         return self.image_root if self.image_root is not None else file.parent
@@ -190,13 +210,13 @@ class _Index:
         columns: of each file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, needed: Sequence[str]) -> None:
         self.columns: dict[Path, _Columns] = {}
         self.groups: list[tuple[Path, int, int]] = []
         counts: list[int] = []
         for file in _files(path):
             schema, sizes = _explained(file, _describe)
-            self.columns[file] = _columns(file, schema)
+            self.columns[file] = _columns(file, schema, needed)
             start = 0
             for number, (rows, num_bytes) in enumerate(sizes):
                 if num_bytes > MAX_GROUP_BYTES:
@@ -232,10 +252,12 @@ def _describe(parquet: Any) -> tuple[list[str], list[tuple[int, int]]]:
     return leaves, [(group.num_rows, group.total_byte_size) for group in groups]
 
 
-def _columns(file: Path, leaves: Sequence[str]) -> _Columns:
+def _columns(file: Path, leaves: Sequence[str], needed: Sequence[str]) -> _Columns:
     names = list(dict.fromkeys(leaf.split(".")[0] for leaf in leaves))
-    if not any(key in names for key in TURN_KEYS):
-        raise UserError(f"{file}: has neither a column 'messages' nor 'conversations'; found {', '.join(names)}")
+    if not any(key in names for key in needed):
+        wanted = " nor ".join(map(repr, needed)) if len(needed) > 1 else repr(needed[0])
+        missing = f"neither a column {wanted}" if len(needed) > 1 else f"no column {wanted}"
+        raise UserError(f"{file}: has {missing}; found {', '.join(names)}")
     for key in IMAGE_KEYS:
         mine = [leaf for leaf in leaves if leaf.split(".")[0] == key]
         ends = {leaf.rsplit(".", 1)[-1]: leaf for leaf in mine if "." in leaf}
