@@ -43,6 +43,16 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID
 """What torchrun, SLURM and Lightning's own launcher tell a process about its place; the first one has 0 in all."""
 
 
+_CLASSES: dict[str, Any] = {
+    "subclass_mode_model": True,
+    "subclass_mode_data": True,
+    "save_config_callback": None,
+    "seed_everything_default": 0,
+    "auto_configure_optimizers": False,
+}
+"""How LightningCLI treats our classes."""
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one command; an error that the user can mend is printed as one line.
 
@@ -255,11 +265,7 @@ def _run_lightning(arguments: list[str]) -> None:
         StageCLI(
             VisionLanguageModule,
             VisionLanguageData,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
+            **_CLASSES,
             # the data deals its own samples; the stage's banner says what the model summary would
             trainer_defaults={
                 "use_distributed_sampler": False,
@@ -322,11 +328,7 @@ def _describe(options: Sequence[str]) -> Any:
         made = Description(
             VisionLanguageModule,
             VisionLanguageData,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
+            **_CLASSES,
             parser_kwargs={"exit_on_error": False},
             args=list(options),
             run=False,

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from vlm.data.sources import JsonSource, Source
+from vlm.data.sources import JsonSource
 from vlm.errors import SampleError, UserError
-from vlm.files import located
-from vlm.sample import MAX_PIXELS, Sample, parse_sample
+from vlm.sample import Sample, parse_sample
 
 Part = dict[str, Any]
 Record = Mapping[str, Any]
@@ -100,7 +99,7 @@ class RecordSource(JsonSource):
         return {"id": identity, "task": self.task, **made}
 
 
-class ObjectSource(Source):
+class ObjectSource(JsonSource):
     """One sample per record that is put together from a file which is one JSON object.
 
     Such a file has to be read as a whole; what is kept of it are the bytes of its records and where they start, which
@@ -108,18 +107,6 @@ class ObjectSource(Source):
     """
 
     task: str | None = None
-
-    def __init__(
-        self,
-        path: str | Path,
-        image_root: str | Path | None = None,
-        name: str | None = None,
-        max_pixels: int = MAX_PIXELS,
-    ) -> None:
-        self.path = located(path)
-        self.image_root = located(image_root) if image_root is not None else self.path.parent
-        self.name = name if name is not None else self.path.stem
-        self.max_pixels = max_pixels
 
     @abstractmethod
     def records(self) -> Iterator[Record]:
