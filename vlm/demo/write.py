@@ -16,7 +16,7 @@ from vlm.errors import UserError
 
 FACTS = "demo_data.json"
 """File that says what the folder was made from. A folder with the same facts is not written again."""
-_VERSION = 3
+_VERSION = 4
 _TEXT_ONLY_SHARE = 0.1
 _CHINESE_SHARE = 0.3
 _CAPTION_SHARE = 0.3
@@ -34,7 +34,8 @@ def write_demo_data(
 
         train_captions.json   a caption per training picture
         train_instruct.json   up to four questions per training picture, each of another task, now and then its
-                              caption; one record in eleven has no picture
+                              caption, the picture before the first question or behind it; one record in eleven has no
+                              picture
         val_instruct.json     per validation picture one record of each task that it allows, `task` and `answers` named
         test_instruct.json    the same of the test pictures
         images/*.png          what the records name, so `image_root` is this folder
@@ -111,7 +112,8 @@ def instructions(scenes: dict[str, Scene], *, seed: int) -> Iterator[Record]:
         chosen = random.sample(others, min(_TURNS, len(others)))
         if random.random() < _CAPTION_SHARE:
             chosen.append(caption)  # last, or the other answers could be read off it
-        yield _record(name, name, _with_image([(turn.question, turn.answer) for turn in chosen]))
+        behind = Random(f"place {seed} {name}").random() < 0.5
+        yield _record(name, name, _with_image([(turn.question, turn.answer) for turn in chosen], behind=behind))
         if random.random() < _TEXT_ONLY_SHARE:
             turns = tasks.dialogue(random, draw_language(random))
             yield _record(f"text_{number:05d}", None, [(turn.question, turn.answer) for turn in turns])
@@ -180,9 +182,9 @@ def draw_language(random: Random) -> Language:
     return "zh" if random.random() < _CHINESE_SHARE else "en"
 
 
-def _with_image(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
+def _with_image(turns: list[tuple[str, str]], *, behind: bool = False) -> list[tuple[str, str]]:
     (question, answer), *others = turns
-    return [(f"<image>\n{question}", answer), *others]
+    return [(f"{question}\n<image>" if behind else f"<image>\n{question}", answer), *others]
 
 
 def _record(name: str, picture: str | None, turns: list[tuple[str, str]]) -> Record:
