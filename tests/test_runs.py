@@ -19,8 +19,12 @@ import os, sys, time
 from vlm.runs import RunFolder
 folder = RunFolder(sys.argv[1])
 folder.lock()
-if sys.argv[2] == "fork" and os.fork() == 0:
-    time.sleep(60)  # a loader worker that outlives its parent
+if sys.argv[2] == "fork":
+    wait, tell = os.pipe()
+    if os.fork() == 0:
+        os.write(tell, b"!")
+        time.sleep(60)  # a loader worker that outlives its parent
+    os.read(wait, 1)
 print("held", flush=True)
 time.sleep(60)
 """

@@ -2,11 +2,12 @@
 
 ::
 
-    python -m vlm.demo.backbones vlm/demo/assets          # about an hour on two cores
+    python -m vlm.demo.backbones vlm/demo/assets          # about an hour and a quarter on two cores
 
     llama/tokenizer.model    SentencePiece BPE with the traits of LLaMA's: `<unk>` 0, `<s>` 1, `</s>` 2, bytes for
                              unknown characters, no normalisation, blanks kept, a blank put before the text
-    llama/model.safetensors  a decoder of LLaMA's class, pretrained on text (`vlm.demo.language`)
+    llama/model.safetensors  a decoder of LLaMA's class, pretrained on text (`vlm.demo.language`), at last in the chat
+                             templates of several systems, as the published ones were tuned in their own
     clip/model.safetensors   a tower of CLIP's class, pretrained on pictures (`vlm.demo.tower`)
 
 Everything is learned from training compositions alone: none of validation or test (`scenes.split_of`) was ever drawn
@@ -29,7 +30,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vlm.checkpoints.atomic import atomic_file
-from vlm.demo.language import train_language
+from vlm.demo.language import CHAT_TEMPLATES, train_language
 from vlm.demo.scenes import Scene
 from vlm.demo.tasks import dialogue
 from vlm.demo.tower import train_tower
@@ -55,6 +56,8 @@ LANGUAGE: dict[str, Any] = {
 }
 LANGUAGE_STEPS = 5000
 LANGUAGE_CYCLES = 2
+CHAT_STEPS = 2000
+CHAT_RATE = 5e-4
 _NUM_SCENES = 2000
 _TAUGHT = (
     *("plain", "v0", "llava_v0", "v0_mmtag", "v1", "vicuna_v1", "llava_v1", "v1_mmtag"),
@@ -138,6 +141,9 @@ def main(arguments: list[str]) -> int:
             first = cycle * LANGUAGE_STEPS
             for line in train_language(model, tokenizer, steps=LANGUAGE_STEPS, first=first):
                 print("llama", line, flush=True)
+        chat = {"first": LANGUAGE_CYCLES * LANGUAGE_STEPS, "steps": CHAT_STEPS, "rate": CHAT_RATE}
+        for line in train_language(model, tokenizer, templates=CHAT_TEMPLATES, **chat):
+            print("llama", line, flush=True)
         model.half().save_pretrained(llama)
     if options.only in (None, "clip"):
         torch.manual_seed(0)

@@ -4,7 +4,7 @@ It has never met a picture, a patch or a connector. What it brings is what a lan
 system: the words, the form of the answers, and how to find in its context what is asked for.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from random import Random
 
 import torch
@@ -24,18 +24,27 @@ _GRID_SHARE = 0.8
 _CHINESE_SHARE = 0.3
 _BARE_SHARE = 0.7
 _CELLS = (2, 3, 4, 5, 7)
+CHAT_TEMPLATES = ("v1", "v1", "v0", "v0", "mpt", "chatml_direct", "llama_2", "mistral_instruct")
+"""What chat tuning draws from: of these the systems' language models know one each."""
 _TURNS = 8
+_CHOICE_SHARE = 0.35  # of the English documents of chat tuning that ask about a scene
 _CHUNK = 16  # batches whose documents are sorted by length together
 
 
-def document(index: int, tokenizer: Tokenizer) -> Tokenized:
-    """Text number `index`: a dialogue, or a scene told in words with its caption or questions about it."""
+def document(index: int, tokenizer: Tokenizer, *, templates: Sequence[str] = ("v1",)) -> Tokenized:
+    """Text number `index`: a dialogue, or a scene told in words with its caption or questions about it.
+
+    Args:
+        templates: names of conversation templates, one of which is drawn. Where there are several, for chat tuning,
+            the scene may stand behind the first question as well, and a question may have lettered options.
+    """
     random = Random(f"document {index}")
     language: tasks.Language = "zh" if random.random() < _CHINESE_SHARE else "en"
     scene = make_scene(random, split="train", size=96)
     kind = random.random()
     is_bare = random.random() < _BARE_SHARE  # without the long fixed texts, which are soon known
     is_grid = random.random() < _GRID_SHARE
+    is_chat = len(templates) > 1
     if is_grid:
         told = tasks.as_grid(scene, language, cells=random.choice(_CELLS))
     else:
@@ -50,25 +59,47 @@ def document(index: int, tokenizer: Tokenizer) -> Tokenized:
         asked = [turn for turn in asked if not (is_grid and turn.task in ("refer", "ground"))]
         asked = random.sample(asked, min(_TURNS, len(asked)))
         request = f"\n{tasks.SHORT[language]}" if is_bare else ""
-        pairs = [(turn.question.removesuffix(request), turn.answer) for turn in asked]
+        if is_chat and language == "en" and random.random() < _CHOICE_SHARE:
+            pairs = [_with_options(turn, random) for turn in asked if turn.task in tasks.OPTIONS]
+        else:
+            pairs = [(turn.question.removesuffix(request), turn.answer) for turn in asked]
         if random.random() < 0.3:
             pairs.append((random.choice(tasks.CAPTION_REQUESTS[language]), tasks.caption(scene, language)))
-        pairs[0] = (f"{told}\n{pairs[0][0]}", pairs[0][1])
+        behind = is_chat and random.random() < 0.5
+        pairs[0] = (f"{pairs[0][0]}\n{told}" if behind else f"{told}\n{pairs[0][0]}", pairs[0][1])
     roles = ("user", "assistant")
     messages = [Message(role, (TextPart(text),)) for pair in pairs for role, text in zip(roles, pair, strict=True)]
     if is_bare:
         messages.insert(0, Message("system", (TextPart("."),)))
-    return tokenize(get_template("v1").render(messages), tokenizer)
+    name = random.choice(templates) if is_chat else templates[0]
+    return tokenize(get_template(name).render(messages), tokenizer)
+
+
+def _with_options(turn: tasks.Turn, random: Random) -> tuple[str, str]:
+    """(question with lettered options, answer with its letter)."""
+    found = tasks.choices(turn.answer, tasks.OPTIONS[turn.task], random)
+    options = " ".join(f"({letter}) {option}" for letter, option in zip("ABCD", found, strict=False))
+    question = turn.question.removesuffix(f"\n{tasks.SHORT['en']}")
+    said = f"So it is {turn.answer}. " if random.random() < 0.5 else ""
+    return f"{question}\nContext: N/A\nOptions: {options}", f"{said}The answer is {'ABCD'[found.index(turn.answer)]}."
 
 
 def train_language(
-    model: PreTrainedModel, tokenizer: Tokenizer, *, steps: int, first: int = 0, batch: int = 16, rate: float = 1e-3
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    *,
+    steps: int,
+    first: int = 0,
+    batch: int = 16,
+    rate: float = 1e-3,
+    templates: Sequence[str] = ("v1",),
 ) -> Iterator[str]:
     """Trains a causal language model in place on documents of `document`, the answers from what stands before them.
 
     Args:
         steps: of one cycle of the learning rate.
         first: number of steps trained before, whose documents do not come again.
+        templates: of the conversations (`document`).
 
     Yields:
         A line of progress every hundred steps.
@@ -77,7 +108,7 @@ def train_language(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     model.train()
     mean = 0.0
-    for step, (ids, labels) in enumerate(_batches(tokenizer, first=first, steps=steps, batch=batch)):
+    for step, (ids, labels) in enumerate(_batches(tokenizer, templates, first=first, steps=steps, batch=batch)):
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -91,11 +122,14 @@ def train_language(
     model.eval()
 
 
-def _batches(tokenizer: Tokenizer, *, first: int, steps: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(
+    tokenizer: Tokenizer, templates: Sequence[str], *, first: int, steps: int, batch: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """(ids, labels) int64[batch, longest] of documents of much the same length."""
     for start in range(first, first + steps, _CHUNK):
         num = min(_CHUNK, first + steps - start)
-        documents = [document(index, tokenizer) for index in range(start * batch, (start + num) * batch)]
+        numbers = range(start * batch, (start + num) * batch)
+        documents = [document(index, tokenizer, templates=templates) for index in numbers]
         documents.sort(key=lambda found: len(found.ids))
         for at in Random(start).sample(range(num), num):
             chosen = documents[at * batch : (at + 1) * batch]

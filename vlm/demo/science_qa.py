@@ -9,27 +9,19 @@ from typing import Any
 
 from vlm.checkpoints.atomic import atomic_directory
 from vlm.demo import tasks
-from vlm.demo.scenes import COLORS, SPLITS, Split, make_scene
-from vlm.demo.sprites import NOUNS
+from vlm.demo.scenes import SPLITS, Split, make_scene
 from vlm.demo.tasks import Turn
 from vlm.errors import UserError
 
 FACTS = "demo_data.json"
-_VERSION = 2
+_VERSION = 3
 _TEXT_ONLY_SHARE = 0.4
-_MAX_CHOICES = 4
 _LECTURES = {
     "vqa": "A picture shows things on cards.",
     "color": "The color of a card is the color around the thing on it.",
     "position": "A picture has a top and a bottom, a left and a right.",
     "count": "To count things, look at every card.",
     "text": "",
-}
-_OPTIONS = {
-    "vqa": [noun.name for noun in NOUNS],
-    "color": list(COLORS),
-    "position": [f"{row} {column}" for row in ("top", "bottom") for column in ("left", "right")],
-    "count": [str(number) for number in range(5)],
 }
 
 
@@ -94,13 +86,11 @@ def _about_picture(file: Path, random: Random, *, split: Split, size: int) -> di
     turn = random.choice([turn for turn in found if turn.task == task])
     scene.draw().save(file)
     solution = f"The picture shows {tasks.caption(scene, 'en')}."
-    return _problem(turn, _OPTIONS[task], random, split=split, solution=solution) | {"image": file.name}
+    return _problem(turn, tasks.OPTIONS[task], random, split=split, solution=solution) | {"image": file.name}
 
 
 def _problem(turn: Turn, pool: Iterable[str], random: Random, *, split: Split, solution: str = "") -> dict[str, Any]:
-    others = sorted(set(pool) - {turn.answer})
-    choices = [turn.answer, *random.sample(others, min(len(others), random.randint(1, _MAX_CHOICES - 1)))]
-    random.shuffle(choices)
+    choices = tasks.choices(turn.answer, pool, random)
     return {
         "question": turn.question.removesuffix(f"\n{tasks.SHORT['en']}"),
         "choices": choices,
@@ -108,7 +98,7 @@ def _problem(turn: Turn, pool: Iterable[str], random: Random, *, split: Split, s
         "hint": "",
         "image": None,
         "lecture": _LECTURES[turn.task],
-        "solution": solution,
+        "solution": f"{solution} So it is {turn.answer}.".strip(),
         "split": split,
     }
 

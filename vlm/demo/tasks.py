@@ -30,8 +30,16 @@ _CHINESE = {
     "top left": "左上", "top right": "右上", "bottom left": "左下", "bottom right": "右下",
     "left": "左", "right": "右", "top": "上", "bottom": "下",
 }  # fmt: skip
+OPTIONS = {
+    "vqa": [noun.name for noun in NOUNS],
+    "color": list(COLORS),
+    "position": [f"{row} {column}" for row in ("top", "bottom") for column in ("left", "right")],
+    "count": [str(number) for number in range(5)],
+}
+"""What an English answer of a task may be."""
 _OPPOSITES = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 _MAX_COUNT = 4
+_MAX_CHOICES = 4
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,14 @@ def choose(turns: Iterable[Turn], random: Random, *, task: str) -> Turn | None:
         answer = random.choices(wanted, weights)[0]
         pool = [turn for turn in pool if turn.answer == answer]
     return random.choice(pool) if pool else None
+
+
+def choices(answer: str, pool: Iterable[str], random: Random) -> list[str]:
+    """Two to four options in any order, the answer among them."""
+    others = sorted(set(pool) - {answer})
+    found = [answer, *random.sample(others, min(len(others), random.randint(1, _MAX_CHOICES - 1)))]
+    random.shuffle(found)
+    return found
 
 
 def padded_box(scene: Scene, box: Box) -> str:
