@@ -1,5 +1,6 @@
 """Small systems for the tests. A new system joins the contract test by one entry in `SYSTEMS`."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +22,8 @@ from vlm.module import VisionLanguageModule
 from vlm.prompts import LlamaTokenizer
 from vlm.sample import ImageFile, ImagePart, Message, Sample, TextPart
 from vlm.stages import AdamW, Stage, Trained
-from vlm.systems import LLaVA, LLaVA15, LLaVANext
-from vlm.vision import TimmTower
+from vlm.systems import LLaVA, LLaVA15, LLaVANext, MiniGemini
+from vlm.vision import ConvNeXtPyramid, TimmTower
 
 TOKENIZER = LlamaTokenizer(str(GOLDEN / "_shared" / "llama_sp_tokenizer.model"), legacy=True, pad_token="<unk>")
 TOWER = {"img_size": 28, "patch_size": 7, "embed_dim": 32, "depth": 3, "num_heads": 4}
@@ -52,6 +53,21 @@ def llava(**changes: Any) -> LLaVA:
 def llava_next(**changes: Any) -> LLaVANext:
     """16 tokens for the whole picture and as many as its shape asks for behind them."""
     return LLaVANext(**(_llava_arguments() | changes))
+
+
+PYRAMID = {"depths": [1, 1, 2, 1], "dims": [8, 12, 16, 20], "ls_init_value": 0.5}
+
+
+def mini_gemini(**changes: Any) -> MiniGemini:
+    """16 image tokens per picture, each with a window of 2 x 2 places."""
+    pyramid = ConvNeXtPyramid("convnext_large_mlp", 32, options=PYRAMID)
+    return MiniGemini(**(_llava_arguments() | {"vision_high": pyramid} | changes))
+
+
+def mini_gemini_hd(**changes: Any) -> MiniGemini:
+    """80 image tokens per picture: the whole of it and 2 x 2 parts."""
+    pyramid = ConvNeXtPyramid("convnext_large_mlp", 64, options=PYRAMID)
+    return mini_gemini(**({"vision_high": pyramid, "grid": 2, "whole": True} | changes))
 
 
 def _llava_arguments() -> dict[str, Any]:
@@ -229,6 +245,15 @@ LLAVA_STAGES = {  # without new tokens (tests/test_llava.py has those); 2_scienc
     "1_align": TinyStage({"connector": RATE}, LINEAR),
     "2_chat": TinyStage({"connector": RATE, "language": RATE}, LINEAR | DECODER, {"connector": "connector"}),
 }
+MINING = names("mining.{query,key,value}.{0,1}.{weight,bias}")
+MINI_GEMINI_STAGES = {
+    "1_align": TinyStage({"mining": RATE, "connector": RATE}, MINING | CONNECTOR),
+    "2_finetune": TinyStage(
+        {"mining": RATE, "connector": RATE, "language": RATE},
+        MINING | CONNECTOR | DECODER,
+        {"mining": "mining", "connector": "connector"},
+    ),
+}
 
 SYSTEMS: dict[str, System] = {
     "llava": System(llava, LLAVA_STAGES, spliced_reference, causal_base_weights),
@@ -253,6 +278,13 @@ SYSTEMS: dict[str, System] = {
                 {"connector": "connector"},
             ),
         },
+        spliced_reference,
+        causal_base_weights,
+    ),
+    "mini_gemini": System(mini_gemini, MINI_GEMINI_STAGES, spliced_reference, causal_base_weights),
+    "mini_gemini_hd": System(
+        mini_gemini_hd,
+        {"2_finetune_hd": dataclasses.replace(MINI_GEMINI_STAGES["2_finetune"], parts={})},
         spliced_reference,
         causal_base_weights,
     ),

@@ -1,3 +1,4 @@
+from vlm.vision.pyramid import ConvNeXtPyramid, Pyramid
 from vlm.vision.towers import TimmTower, Tower, TowerFacts, VisionTower
 
-__all__ = ["TimmTower", "Tower", "TowerFacts", "VisionTower"]
+__all__ = ["ConvNeXtPyramid", "Pyramid", "TimmTower", "Tower", "TowerFacts", "VisionTower"]

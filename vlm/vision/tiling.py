@@ -11,6 +11,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -121,3 +122,27 @@ class AnyRes:
             return 0, cut, across, down - cut
         cut = (across - int(width * (down / height))) // 2
         return cut, 0, across - cut, down
+
+
+def low_views(pixels: Tensor, *, size: int, grid: int = 1, whole: bool = False) -> Tensor:
+    """Views for a tower of low resolution, made of the pictures that one of high resolution sees (Mini-Gemini, 2024).
+
+    Bilinear and not antialiased, as published, and the whole picture in two such steps: from the large view, not from
+    `pixels`.
+
+    Args:
+        pixels: float[V, 3, H, H], normalised.
+        size: side of a view.
+        grid: the picture at `grid * size` is cut into `grid` x `grid` views.
+        whole: and one view of all of it, in front of them.
+
+    Returns:
+        float[V, views, 3, size, size], the parts row by row.
+    """
+    large = F.interpolate(pixels, size=(grid * size, grid * size), mode="bilinear")
+    rows = large.unflatten(3, (grid, size)).unflatten(2, (grid, size))  # [V, 3, grid, size, grid, size]
+    views = rows.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    if whole:
+        small = F.interpolate(large, size=(size, size), mode="bilinear")
+        views = torch.cat([small[:, None], views], dim=1)
+    return views

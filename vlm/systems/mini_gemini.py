@@ -1,0 +1,101 @@
+"""Mini-Gemini: Mining the Potential of Multi-modality Vision Language Models (Li et al., 2024); its code calls it MGM."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm.connectors import PatchMining
+from vlm.connectors.mining import mine_views
+from vlm.errors import UserError
+from vlm.systems.spliced import SplicedDecoder
+from vlm.vision import VisionTower
+from vlm.vision.preprocess import ImageTransform
+from vlm.vision.tiling import low_views
+
+
+class MiniGemini(SplicedDecoder):
+    """A picture is 576 tokens that have looked for detail in a finer map of it.
+
+    ::
+
+        picture, padded to square, 768 px
+          -> OpenCLIP ConvNeXt-L, four stages at stride 4                  high: float[V, 192 * 192, 2880]
+          -> bilinear to 336 px -> CLIP ViT-L/14, block 23 of 24, patches  low:  float[V, 576, 1024]
+          -> patch info mining: each of the 24 x 24 places attends to its own 8 x 8 window of the fine map
+          -> low + what was found -> Linear, GELU, Linear                  float[V, 576, D]
+          -> in the place of <image> -> Vicuna, Gemma, Llama 3, Mixtral or Yi; loss on the answers
+
+        HD: 1536 px, a map of 384 x 384; the low views are the whole at 336 px and 2 x 2 parts of it at 672 px: 2,880
+        tokens, the whole first
+
+    Stage 1 trains the mining and the connector on captions, stage 2 the language model too; both towers stay frozen,
+    but the ConvNeXt drops paths at random meanwhile. A picture that is asked for with `<GEN>` is answered by a prompt
+    for an image generator between `<h>` and `</h>` (`vlm run imagine`).
+
+    Args:
+        vision_high: the tower of the fine map; its `image_size` is that of the batch's one view of a picture.
+        grid: parts per side of the low-resolution view (HD: 2).
+        whole: a view of the whole picture beside its parts.
+        scale_features: multiply the features by sqrt(D), as Gemma in transformers before 5 did with whatever it was
+            given: the public 2B weights were trained so. Token embeddings carry the factor themselves.
+        **kwargs: as in `SplicedDecoder`.
+    """
+
+    system = "mini_gemini"
+    vision_high: nn.Module
+    mining: PatchMining
+
+    def __init__(
+        self,
+        *,
+        vision_high: VisionTower,
+        grid: int = 1,
+        whole: bool = False,
+        scale_features: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.arguments |= {"vision_high": vision_high, "grid": grid, "whole": whole, "scale_features": scale_features}
+        self.grid, self.whole, self.scale_features = grid, whole, scale_features
+        low, self.high = self.tower, vision_high.facts()
+        if grid < 1 or (whole and grid == 1):
+            raise UserError(f"model.grid {grid}: must be 1 or more, and model.whole needs parts beside it: grid 2")
+        if self.high.grid % (low.grid * grid):
+            raise UserError(
+                f"model.vision_high: its map of {self.high.grid} x {self.high.grid} places cannot be shared out among "
+                f"{low.grid * grid} x {low.grid * grid} features; choose another image_size"
+            )
+        self.low_size = low.image_size
+        num_tokens = low.num_tokens * (grid * grid + whole)
+        # as everyone outside of `connect` sees it: one view per picture, at the size of the finer tower
+        self.tower = self.codec.tower = replace(low, num_tokens=num_tokens, image_size=self.high.image_size)
+        self.codec.transform = ImageTransform(size=self.high.image_size, mode=self.codec.transform.mode)
+
+    def build_parts(self) -> dict[str, nn.Module]:
+        parts = super().build_parts()
+        order = ("vision", "vision_high", "mining", "connector", "language")
+        parts |= {
+            "vision_high": self.arguments["vision_high"].build(),
+            "mining": PatchMining(self.tower.dim, self.high.dim),
+        }
+        return {name: parts[name] for name in order}
+
+    def picture_parts(self) -> tuple[nn.Module, ...]:
+        return self.vision, self.vision_high, self.mining, self.connector
+
+    def connect(self, pixels: Tensor) -> Tensor:
+        views = low_views(pixels, size=self.low_size, grid=self.grid, whole=self.whole)
+        low = _run(self.vision, views.flatten(0, 1)).unflatten(0, views.shape[:2])
+        high = _run(self.vision_high, pixels)
+        found = mine_views(self.mining, low, high, grid=self.grid)
+        features = self.connector((low + found).flatten(1, 2))
+        return features * features.new_tensor(features.shape[-1] ** 0.5) if self.scale_features else features
+
+
+def _run(tower: nn.Module, pixels: Tensor) -> Tensor:
+    """float[V, P, D], without a graph where the tower is frozen."""
+    parameters = list(tower.parameters())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
+        return tower(pixels.to(parameters[0].dtype))
