@@ -9,6 +9,7 @@
     llama/model.safetensors  a decoder of LLaMA's class, pretrained on text (`vlm.demo.language`), at last in the chat
                              templates of several systems, as the published ones were tuned in their own
     clip/model.safetensors   a tower of CLIP's class, pretrained on pictures (`vlm.demo.tower`)
+    convnext/model.safetensors  a ConvNeXt, the same
 
 Everything is learned from training compositions alone: none of validation or test (`scenes.split_of`) was ever drawn
 or told. The weights are stored in float16.
@@ -33,15 +34,20 @@ from vlm.checkpoints.atomic import atomic_file
 from vlm.demo.language import CHAT_TEMPLATES, train_language
 from vlm.demo.scenes import Scene
 from vlm.demo.tasks import dialogue
-from vlm.demo.tower import train_tower
+from vlm.demo.tower import train_pyramid, train_tower
 from vlm.demo.write import all_tasks, captions, draw_language, scenes
 from vlm.prompts import LlamaTokenizer
 from vlm.prompts.llava import TEMPLATES
 from vlm.sample import Message, TextPart
+from vlm.vision import ConvNeXtPyramid
 
 TOWER = "vit_large_patch14_clip_quickgelu_336"
 TOWER_OPTIONS: dict[str, Any] = {"img_size": 98, "embed_dim": 128, "depth": 5, "num_heads": 4}
 TOWER_STEPS = 4000
+PYRAMID = "convnext_large_mlp"
+PYRAMID_SIZE = 112
+PYRAMID_OPTIONS: dict[str, Any] = {"depths": [1, 1, 4, 2], "dims": [16, 32, 64, 128], "ls_init_value": 0.1}
+PYRAMID_STEPS = 3000
 LANGUAGE: dict[str, Any] = {
     "vocab_size": 1200,
     "hidden_size": 128,
@@ -127,7 +133,7 @@ def main(arguments: list[str]) -> int:
     """`python -m vlm.demo.backbones FOLDER`."""
     parser = argparse.ArgumentParser(prog="python -m vlm.demo.backbones")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", choices=("tokenizer", "llama", "clip"), help="default: all")
+    parser.add_argument("--only", choices=("tokenizer", "llama", "clip", "convnext"), help="default: all")
     options = parser.parse_args(arguments)
     llama, clip = options.folder / "llama", options.folder / "clip"
     if options.only in (None, "tokenizer"):
@@ -152,6 +158,14 @@ def main(arguments: list[str]) -> int:
             print("clip", line, flush=True)
         clip.mkdir(parents=True, exist_ok=True)
         save_file(trunk.half().state_dict(), clip / "model.safetensors")
+    if options.only in (None, "convnext"):
+        torch.manual_seed(0)
+        tower = ConvNeXtPyramid(PYRAMID, PYRAMID_SIZE, options=PYRAMID_OPTIONS).build()
+        for line in train_pyramid(tower, steps=PYRAMID_STEPS):
+            print("convnext", line, flush=True)
+        convnext = options.folder / "convnext"
+        convnext.mkdir(parents=True, exist_ok=True)
+        save_file(tower.trunk.half().state_dict(), convnext / "model.safetensors")
     return 0
 
 

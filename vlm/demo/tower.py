@@ -1,10 +1,10 @@
-"""Pretrains the demo's vision tower on training scenes: each patch learns what it lies on.
+"""Pretrains the demo's vision towers on training scenes: each patch learns what it lies on.
 
 CLIP learned from 400 million captions, which no laptop repeats; what matters for a demo is that the tower knows the
 world before the connector meets it, and was never told which question will be asked.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlm.demo.scenes import COLORS, Scene, make_scene
 from vlm.demo.sprites import NOUNS, WORDS
+from vlm.vision import Pyramid
 from vlm.vision.preprocess import ImageTransform
 
 _NOTHING = -1.0
@@ -95,22 +96,51 @@ def train_tower(trunk: Any, *, steps: int, batch: int = 48, rate: float = 1.5e-3
     Yields:
         A line of progress every hundred steps.
     """
-    size, grid = trunk.patch_embed.img_size[0], trunk.patch_embed.grid_size[0]
-    readers = nn.ModuleList([_Heads(trunk.embed_dim), _Heads(trunk.embed_dim)])
-    parameters = [*trunk.parameters(), *readers.parameters()]
+    size, grid, depth = trunk.patch_embed.img_size[0], trunk.patch_embed.grid_size[0], len(trunk.blocks)
+
+    def read(pixels: Tensor) -> list[Tensor]:
+        _, (before, last) = trunk.forward_intermediates(pixels, indices=[depth - 2, depth - 1], output_fmt="NLC")
+        return [before, trunk.norm(last)]
+
+    data = _Patches(size=size, grid=grid, num=steps * batch)
+    return _teach(trunk, read, data, dims=(trunk.embed_dim,) * 2, batch=batch, rate=rate, workers=workers)
+
+
+def train_pyramid(tower: Pyramid, *, steps: int, batch: int = 32, rate: float = 2e-3, workers: int = 1) -> Iterator[str]:
+    """Trains a ConvNeXt whose stages are all features in place: each place of its map learns what it lies on.
+
+    Yields:
+        A line of progress every hundred steps.
+    """
+    facts = tower.facts
+    data = _Patches(size=facts.image_size, grid=facts.grid, num=steps * batch)
+    return _teach(tower, lambda x: [tower(x)], data, dims=(facts.dim,), batch=batch, rate=rate, workers=workers)
+
+
+def _teach(
+    tower: nn.Module,
+    read: Callable[[Tensor], list[Tensor]],
+    data: _Patches,
+    *,
+    dims: Sequence[int],
+    batch: int,
+    rate: float,
+    workers: int,
+) -> Iterator[str]:
+    """Trains a tower and a reader of each of the features float[V, P, D] that `read` makes of pixels."""
+    readers = nn.ModuleList(_Heads(dim) for dim in dims)
+    parameters = [*tower.parameters(), *readers.parameters()]
+    steps = len(data) // batch
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
-    data = _Patches(size=size, grid=grid, num=steps * batch)
     for step, (pixels, labels) in enumerate(DataLoader(data, batch_size=batch, num_workers=workers)):
-        depth = len(trunk.blocks)
-        _, (before, last) = trunk.forward_intermediates(pixels, indices=[depth - 2, depth - 1], output_fmt="NLC")
-        loss, right = readers[0](before, labels)
-        loss = loss + readers[1](trunk.norm(last), labels)[0]
+        told = [reader(features, labels) for reader, features in zip(readers, read(pixels), strict=True)]
+        loss = torch.stack([loss for loss, _ in told]).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 99 or step == steps - 1:
-            noun, color, word, box = right.tolist()
+            noun, color, word, box = told[0][1].tolist()
             yield f"{step + 1}: noun {noun:.3f} color {color:.3f} word {word:.3f} box error {box:.4f}"
