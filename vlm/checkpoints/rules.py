@@ -58,6 +58,27 @@ class Fused(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stacked(Fused):
+    """Parts that lie one after another, as many rows in each of `count` layers of one tensor of ours (experts).
+
+    Attributes:
+        count: layers; the parts are those of the first one, then those of the second.
+    """
+
+    count: int
+
+    def to_ours(self, parts: list[Part]) -> list[Part]:
+        (whole,) = super().to_ours(parts)
+        assert whole is not None
+        return [whole.unflatten(0, (self.count, -1))]
+
+    def from_ours(self, parts: list[Part]) -> list[Part]:
+        (layers,) = parts
+        assert layers is not None
+        return super().from_ours([layers.flatten(0, 1)])
+
+
+@dataclass(frozen=True, kw_only=True)
 class Axes(Rule):
     """Axes in another order, or axes of length 1 added.
 

@@ -105,7 +105,7 @@ class Form:
     between: str = ""
     closing: tuple[TextSpan, ...] = ()
     image: str = "{}"
-    place: Literal["front", "back", "given"] = "front"
+    place: Literal["front", "back", "given", "numbered"] = "front"
     tight: bool = False
 
 
@@ -187,6 +187,8 @@ class Template:
             return [TextSpan(text)]
         if form.place == "given":
             return [TextSpan(part.text) if isinstance(part, TextPart) else ImageMark() for part in _written(message)]
+        if form.place == "numbered":
+            return _numbered(message, strip=not generate)
         if len(images) == 1:
             text = text.strip()
             if not text:
@@ -254,6 +256,17 @@ def _surround(spans: Iterable[Span], form: str) -> list[Span]:
     for span in spans:
         surrounded += [span] if isinstance(span, TextSpan) else [TextSpan(before), span, TextSpan(after)]
     return surrounded
+
+
+def _numbered(message: Message, *, strip: bool) -> list[Span]:
+    """The images, numbered where they are several, before the text; without `strip` its end stays as it is."""
+    spans = _tight(TextSpan(part.text) if isinstance(part, TextPart) else ImageMark() for part in _written(message))
+    text = "".join(span.text for span in spans if isinstance(span, TextSpan))
+    count = sum(isinstance(span, ImageMark) for span in spans)
+    heads = [f"Image {number}:" if count > 1 else "" for number in range(1, count + 1)]
+    content: list[Span] = [span for head in heads for span in (TextSpan(head), ImageMark(), TextSpan("\n"))]
+    text = text.strip() if strip else text
+    return [*content, TextSpan(text)] if text else content[:-1]
 
 
 def _touch(left: TextPart | ImagePart, right: TextPart | ImagePart) -> bool:
