@@ -1,15 +1,26 @@
 """Mini-Gemini against the official numbers (dvlab-research/MGM@769820c)."""
 
-import vlm  # noqa: F401  (first: repairs torchvision)
+import json
+import shutil
+from pathlib import Path
+
+import vlm  # first: repairs torchvision
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
 from tests.conftest import golden, golden_json
-from tests.systems import mini_gemini
+from tests.systems import LLAMA, PYRAMID, TOKENIZER, mini_gemini, samples
+from vlm.checkpoints.convert import convert
 from vlm.connectors import MLP, PatchMining
 from vlm.connectors.mining import mine_views, windows
 from vlm.errors import UserError
+from vlm.sample import Sample
+from vlm.systems import MiniGemini
 from vlm.vision import ConvNeXtPyramid
 from vlm.vision.tiling import low_views
 
@@ -98,3 +109,155 @@ def test_sizes_that_do_not_go_together_are_refused() -> None:
         mini_gemini(whole=True)
     with pytest.raises(UserError, match="is no ConvNeXt"):
         mini_gemini(vision_high=ConvNeXtPyramid("resnet18", 64))
+
+
+# -- checkpoints
+
+
+FAMILIES: dict[str, dict] = {
+    "llama": LLAMA,
+    "gemma": {**LLAMA, "model_type": "gemma", "head_dim": 8, "pad_token_id": 0},
+    "mixtral": {**LLAMA, "model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2},
+}
+
+
+def official_folder(folder: Path, family: str, *, grid: int = 1, tower: bool = True) -> Path:
+    """A tiny checkpoint as the official code saves it: the language model by transformers, the rest by hand."""
+    torch.manual_seed(3)
+    language = AutoModelForCausalLM.from_config(AutoConfig.for_model(**FAMILIES[family]))
+    language.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    clip = CLIPVisionModel(
+        CLIPVisionConfig(
+            image_size=28, patch_size=7, hidden_size=32, intermediate_size=128, num_hidden_layers=3,
+            num_attention_heads=4,
+        )
+    )  # fmt: skip
+    prefix = "model.vision_tower.vision_tower.vision_model."
+    named = ((name.removeprefix("vision_model."), tensor) for name, tensor in clip.state_dict().items())
+    tensors |= {prefix + name: tensor for name, tensor in named}
+    if tower:
+        trunk = ConvNeXtPyramid("convnext_large_mlp", 32, options=PYRAMID).build().trunk
+        tensors |= {f"model.vision_tower_aux.vision_{name}": t for name, t in trunk.state_dict().items()}
+    for name, width in {"query": 32, "aux": 56, "val": 56}.items():
+        own = f"model.vlm_uni_{name}_projector."
+        tensors |= {f"{own}0.weight": torch.randn(width), f"{own}0.bias": torch.randn(width)}
+        tensors |= {f"{own}1.weight": 0.3 * torch.randn(32, width), f"{own}1.bias": torch.randn(32)}
+    for layer in (0, 2):
+        name = f"model.mm_projector.{layer}."
+        tensors |= {f"{name}weight": 0.3 * torch.randn(32, 32), f"{name}bias": torch.randn(32)}
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_theta"] = config.pop("rope_parameters", {}).get("rope_theta", 10000.0)  # as transformers 4 writes it
+    config |= {
+        "model_type": "mgm" if family == "llama" else f"mgm_{family}",
+        "image_size_aux": 32 * grid,
+        "image_grid": grid,
+        "image_global": grid > 1,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "mm_vision_tower_aux": "nowhere",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    shutil.copyfile(TOKENIZER.path, folder / "tokenizer.model")
+    return folder
+
+
+@pytest.mark.parametrize(("family", "grid"), [("llama", 1), ("llama", 2), ("gemma", 1), ("mixtral", 1)])
+def test_converted_checkpoints_are_bit_equal_and_compute_the_same(family: str, grid: int, tmp_path: Path) -> None:
+    source = official_folder(tmp_path / "official", family, grid=grid)
+    convert(source, tmp_path / "ours", system="mini_gemini", target_layout="ours")
+    convert(tmp_path / "ours", tmp_path / "back", system="mini_gemini", target_layout="official")
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert json.loads((source / "config.json").read_text()) == json.loads((tmp_path / "back/config.json").read_text())
+
+    opened, converted = vlm.load(source), vlm.load(tmp_path / "ours")
+    assert (opened.system, opened.grid, opened.whole) == ("mini_gemini", grid, grid > 1)
+    assert opened.codec.num_tokens(40, 30) == 16 * (5 if grid == 2 else 1)
+    assert opened.scale_features == (family == "gemma")
+    assert opened.codec.template.name == {
+        "llama": "mini_gemini_vicuna_v1", "gemma": "mini_gemini_gemma", "mixtral": "mini_gemini_mistral_instruct"
+    }[family]  # fmt: skip
+    pool = samples(tmp_path, 3)
+    scores = opened.score(pool)
+    assert all(torch.equal(*pair) for pair in zip(scores, converted.score(pool), strict=True))
+    for sample, found in zip(pool, scores, strict=True):
+        torch.testing.assert_close(found, by_hand(source, opened, sample), atol=2e-5, rtol=1e-4)
+    with pytest.raises(UserError, match="has a patch info mining, but llava_1_5"):
+        convert(source, tmp_path / "x", system="llava_1_5", target_layout="ours")
+    with pytest.raises(UserError, match="no class for Mini-Gemini"):
+        convert(source, tmp_path / "x", system="mini_gemini", target_layout="hf")
+
+
+@torch.no_grad()
+def by_hand(folder: Path, module: MiniGemini, sample: Sample) -> Tensor:
+    """Log-probabilities of the label tokens: transformers' own language model and CLIP, the rest written out."""
+    tensors = load_file(folder / "model.safetensors")
+    family = json.loads((folder / "config.json").read_text())["model_type"].removeprefix("mgm").strip("_") or "llama"
+    language = AutoModelForCausalLM.from_config(AutoConfig.for_model(**FAMILIES[family])).eval()
+    own = ("model.vision_tower", "model.vlm_uni", "model.mm_projector")
+    bare = folder / "bare"
+    bare.mkdir(exist_ok=True)
+    language.save_pretrained(bare)
+    save_file({n: t for n, t in tensors.items() if not n.startswith(own)}, bare / "model.safetensors", {"format": "pt"})
+    language = AutoModelForCausalLM.from_pretrained(bare).eval()
+    batch = module.codec.collate([module.codec.encode(sample)], counts={"images": float(len(sample.images))})
+    row = batch.text
+    embeds = language.get_input_embeddings()(row.ids)
+    if sample.images:
+        features = features_by_hand(tensors, batch.views["image"].pixels, grid=module.grid, whole=module.whole)
+        scale = 32**0.5 if family == "gemma" else 1.0
+        embeds[row.slots["image"]] = features.flatten(0, 1) * scale
+    logits = language(inputs_embeds=embeds[None]).logits[0, row.label_positions]
+    return logits.log_softmax(-1).gather(1, row.targets[:, None]).squeeze(1)
+
+
+def features_by_hand(tensors: dict[str, Tensor], pixels: Tensor, *, grid: int, whole: bool) -> Tensor:
+    """One place at a time, as the paper writes it."""
+    clip = CLIPVisionModel(
+        CLIPVisionConfig(
+            image_size=28, patch_size=7, hidden_size=32, intermediate_size=128, num_hidden_layers=3,
+            num_attention_heads=4,
+        )
+    ).eval()  # fmt: skip
+    prefix = "model.vision_tower.vision_tower.vision_model."
+    level = "vision_model." if any(name.startswith("vision_model.") for name in clip.state_dict()) else ""
+    clip.load_state_dict({level + n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+    trunk = timm.create_model("convnext_large_mlp", num_classes=0, **PYRAMID).eval()
+    aux = {n.removeprefix("model.vision_tower_aux.vision_"): t for n, t in tensors.items() if "tower_aux" in n}
+    assert not trunk.load_state_dict(aux, strict=False).unexpected_keys
+    maps = trunk.forward_intermediates(pixels, intermediates_only=True, indices=[0, 1, 2, 3])
+    side = maps[0].shape[-1]
+    fine = torch.cat([F.interpolate(m, size=(side, side), mode="bilinear") for m in maps], dim=1)
+
+    def layer(name: str, x: Tensor) -> Tensor:
+        own = f"model.vlm_uni_{name}_projector."
+        x = F.layer_norm(x, x.shape[-1:], tensors[own + "0.weight"], tensors[own + "0.bias"])
+        return F.linear(x, tensors[own + "1.weight"], tensors[own + "1.bias"])
+
+    def tokens(low_pixels: Tensor, fine: Tensor) -> Tensor:
+        low = clip(low_pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        width, found = fine.shape[-1] // 4, []
+        for place in range(16):
+            y, x = place // 4 * width, place % 4 * width
+            window = fine[:, :, y : y + width, x : x + width].flatten(2).transpose(1, 2)
+            scores = layer("aux", window) @ layer("query", low[:, place, :, None].transpose(1, 2)).transpose(1, 2)
+            found.append((scores / 32**0.5).softmax(1).transpose(1, 2) @ layer("val", window))
+        mined = low + torch.cat(found, dim=1)
+        hidden = F.gelu(F.linear(mined, *(tensors[f"model.mm_projector.0.{k}"] for k in ("weight", "bias"))))
+        return F.linear(hidden, *(tensors[f"model.mm_projector.2.{k}"] for k in ("weight", "bias")))
+
+    large = F.interpolate(pixels, size=(28 * grid, 28 * grid), mode="bilinear")
+    made = []
+    if whole:
+        made.append(tokens(F.interpolate(large, size=(28, 28), mode="bilinear"), F.interpolate(fine, scale_factor=1 / grid, mode="bilinear")))
+    half = side // grid
+    for y in range(grid):
+        for x in range(grid):
+            part = large[:, :, 28 * y : 28 * y + 28, 28 * x : 28 * x + 28]
+            made.append(tokens(part, fine[:, :, half * y : half * y + half, half * x : half * x + half]))
+    return torch.cat(made, dim=1)

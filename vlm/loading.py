@@ -16,6 +16,8 @@ from vlm.building import WeightSource
 from vlm.checkpoints.artefact import Artefact, read_artefact
 from vlm.checkpoints.clip import clip_table
 from vlm.checkpoints.locate import some
+from vlm.checkpoints.mini_gemini import convnext_names
+from vlm.checkpoints.mixtral import mixtral_table
 from vlm.checkpoints.published import describe_published, find_weights, is_artefact, published_source
 from vlm.checkpoints.weights import WeightFiles, fingerprint_of
 from vlm.errors import UserError
@@ -74,6 +76,10 @@ class _Names(NamedTuple):
 def _same_names(files: WeightFiles, network: Any) -> _Names:
     # rotary tables that old versions of transformers saved are recomputed, not read
     known = network.state_dict()
+    if "model.layers.0.block_sparse_moe.gate.weight" in files:
+        table = mixtral_table(num_experts=network.config.num_local_experts)
+        names = frozenset(table.check(files.shapes(), side="theirs"))
+        return _Names(names, lambda: table.stream_to_ours(files.items()))
     names = {name for name in files.keys() if name in known or not name.endswith("rotary_emb.inv_freq")}  # noqa: SIM118
     return _Names(frozenset(names), files.items)
 
@@ -91,6 +97,11 @@ def _tower_names(files: WeightFiles, facts: Any) -> _Names:
             return ((name.removeprefix("vision."), tensor) for name, tensor in stream)
 
         return _Names(frozenset(name.removeprefix("vision.") for name in ours), converted)
+    if stages := convnext_names(keys):
+        return _Names(
+            frozenset(f"trunk.{name}" for name in stages.values()),
+            lambda: ((f"trunk.{stages[key]}", tensor) for key, tensor in files.items() if key in stages),
+        )
     above = re.compile(
         rf"blocks\.({'|'.join(map(str, range(facts.num_blocks, facts.depth)))})\.|norm\.|fc_norm\.|head\."
     )

@@ -87,7 +87,7 @@ def _check(module: Any) -> None:
             "another way than the published code, so some pictures would get other tokens; `vlm convert --to hf` "
             "writes published weights for it all the same"
         )
-    if module.system not in SYSTEMS:
+    if module.system not in SYSTEMS or module.system == "mini_gemini":
         raise UserError(f"{module.system}: has no class of its own in Hugging Face's tools; llava_1_5 does")
     connector, tower = module.arguments["connector"], module.arguments["vision"]
     if isinstance(connector, Linear):

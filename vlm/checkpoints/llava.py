@@ -14,6 +14,8 @@ from torch import Tensor
 
 from vlm.checkpoints.atomic import atomic_file
 from vlm.checkpoints.clip import clip_rules, clip_unused
+from vlm.checkpoints.mini_gemini import own_rules
+from vlm.checkpoints.mixtral import expert_rules
 from vlm.checkpoints.rules import Rows, Rule, rename
 from vlm.checkpoints.table import Table
 from vlm.checkpoints.weights import WeightFiles
@@ -118,6 +120,8 @@ def llava_table(
     vocab_rows: int,
     tied: bool = False,
     newline: bool = False,
+    mining: bool = False,
+    num_experts: int = 0,
 ) -> Table:
     """Every name of a LLaVA checkpoint.
 
@@ -128,6 +132,8 @@ def llava_table(
         vocab_rows: our vocabulary. Hugging Face adds `<image>` and `<pad>` and rounds up to a multiple of 64.
         tied: the vocabulary projection is the embedding table and has no tensor of its own.
         newline: there is one (LLaVA-NeXT).
+        mining: there is a second tower that features mine (Mini-Gemini); official layout alone.
+        num_experts: of Mixtral's layers.
 
     Raises:
         UserError: the layout cannot hold this connector.
@@ -137,6 +143,8 @@ def llava_table(
         rules=(
             *_projector_rules(layout, connector),
             *clip_rules(theirs=layout.vision),
+            *(own_rules() if mining else ()),
+            *(_expert_rules(layout, num_experts) if num_experts else ()),
             *_language_rules(layout, vocab_rows=vocab_rows, tied=tied),
             *((rename(layout.newline, "newline.weight"),) if newline else ()),
         ),
@@ -145,7 +153,7 @@ def llava_table(
             f"language.{{rest}}[{vocab_rows}:]",
             "language.model.layers.{i}.self_attn.rotary_emb.inv_freq",  # a buffer in files of older transformers
         ),
-        may_lack=() if layout.is_hf else ("vision",),
+        may_lack=() if layout.is_hf else ("vision", "vision_high"),
     )
 
 
@@ -162,6 +170,10 @@ def _projector_rules(layout: Layout, connector: Connector) -> tuple[Rule, ...]:
         for theirs, ours in names.items()
         for kind in ("weight", "bias")
     )
+
+
+def _expert_rules(layout: Layout, num_experts: int) -> tuple[Rule, ...]:
+    return expert_rules(theirs=layout.language, ours="language.model.", num_experts=num_experts)
 
 
 def _language_rules(layout: Layout, *, vocab_rows: int, tied: bool) -> tuple[Rule, ...]:

@@ -25,6 +25,32 @@ _LLAMA = {  # values a config.json leaves out when they are these (hub files do)
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
 }
+_GEMMA = _LLAMA | {
+    "model_type": "gemma",
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_size": 3072,
+    "intermediate_size": 24576,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 16,
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+}
+_MIXTRAL = _LLAMA | {
+    "model_type": "mixtral",
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "num_experts_per_tok": 2,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+}
+_FAMILIES = {"gemma": _GEMMA, "mixtral": _MIXTRAL}
 _CLIP = {
     "hidden_act": "quick_gelu",
     "hidden_size": 1024,
@@ -69,6 +95,11 @@ class LlavaConfig:
     """Ids of `<image>` and `<pad>` in Hugging Face files; None: the first two rows above the vocabulary."""
     pinpoints: list[list[int]] | None = None
     """(width, height) in pixels of the canvases of LLaVA-NeXT's tiles; None: one view per picture."""
+    high: dict[str, Any] | None = None
+    """`init_args` of the second tower of Mini-Gemini."""
+    grid: int = 1
+    """Parts per side of its low-resolution view; with more than 1, `whole` says if the whole is seen too."""
+    whole: bool = False
 
     @property
     def vocab_rows(self) -> int:
@@ -82,6 +113,11 @@ class LlavaConfig:
     def num_blocks(self) -> int:
         """Tower blocks that are computed."""
         return self.vision["num_hidden_layers"] + 1 + self.vision_layer if self.vision else 0
+
+    @property
+    def num_experts(self) -> int:
+        """In each layer of a Mixtral; 0 in other language models."""
+        return self.language.get("num_local_experts", 0)
 
     def model_parts(self, *, has_tower: bool) -> dict[str, Any]:
         """`init_args` of the system's class, but for its template.
@@ -108,6 +144,10 @@ class LlavaConfig:
         if self.pinpoints is not None:
             side = self.vision["image_size"] if self.vision else 336
             tiles["grids"] = [[width // side, height // side] for width, height in self.pinpoints]
+        if self.high is not None:
+            tiles["vision_high"] = {"class_path": "vlm.vision.ConvNeXtPyramid", "init_args": dict(self.high)}
+            tiles |= {"grid": self.grid, "whole": self.whole}
+            tiles["scale_features"] = self.language.get("model_type") == "gemma"
         return {
             "vision": {"class_path": "vlm.vision.TimmTower", "init_args": tower},
             "connector": {"class_path": f"vlm.connectors.{connector}", "init_args": {}},
@@ -138,7 +178,12 @@ def read_config(folder: Path, layout: Layout, *, connector: Connector) -> LlavaC
     except ValueError as error:
         raise UserError(f"{file}: is not readable JSON ({error})") from error
     text = content.get("text_config") or {} if layout.is_hf else content
-    language = {**_LLAMA, **{key: text[key] for key in (*_LLAMA, "vocab_size", "num_key_value_heads") if key in text}}
+    defaults = _FAMILIES.get(text.get("model_type", "").rpartition("_")[2], _LLAMA)
+    known = (*defaults, "vocab_size", "num_key_value_heads")
+    stated = {key: text[key] for key in known if key in text and key != "model_type"}
+    language = {**defaults, **stated}
+    if text.get("hidden_activation"):  # of Gemma: it came later and counts
+        language["hidden_act"] = text["hidden_activation"]
     language.setdefault("num_key_value_heads", language["num_attention_heads"])
     language |= _rope(text.get("rope_parameters"))
     if text.get("sliding_window") and "mistral" in text.get("model_type", ""):  # without a window it computes as Llama
@@ -168,7 +213,11 @@ def read_config(folder: Path, layout: Layout, *, connector: Connector) -> LlavaC
                 f"{file}: image_aspect_ratio is anyres, so mm_patch_merge_type must be spatial_unpad and "
                 "image_grid_pinpoints a list of [width, height]"
             )
-    return LlavaConfig(connector, language, None, layer, tower, layout.name, {"official": content}, pinpoints=pinpoints)
+    found = LlavaConfig(connector, language, None, layer, tower, layout.name, {"official": content}, pinpoints=pinpoints)
+    if "mm_vision_tower_aux" not in content:
+        return found
+    grid = content.get("image_grid", 1)
+    return replace(found, grid=grid, whole=grid > 1 and bool(content.get("image_global")))
 
 
 def with_tower(config: LlavaConfig, shapes: Mapping[str, tuple[int, ...]], tower_folder: Path | None) -> LlavaConfig:
@@ -200,12 +249,17 @@ def check_config(config: LlavaConfig, shapes: Mapping[str, tuple[int, ...]], whe
     found = {
         "vocab_size": shapes["language.model.embed_tokens.weight"][0],
         "hidden_size": shapes["language.model.embed_tokens.weight"][1],
-        "intermediate_size": shapes["language.model.layers.0.mlp.gate_proj.weight"][0],
+        "intermediate_size": _mlp_width(shapes),
         "num_hidden_layers": len(layers),
     }
     for key, value in found.items():
         if config.language[key] != value:
             raise UserError(f"{where}: config.json says {key} {config.language[key]}, the tensors say {value}")
+
+
+def _mlp_width(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    dense, sparse = (f"language.model.layers.0.mlp.{name}" for name in ("gate_proj.weight", "experts.down_proj"))
+    return shapes[dense][0] if dense in shapes else shapes[sparse][2]
 
 
 def write_config(folder: Path, config: LlavaConfig, layout: Layout, *, dtype: str) -> None:
@@ -260,6 +314,7 @@ def _official(config: LlavaConfig, dtype: str) -> dict[str, Any]:
         "model_type": "llava_llama",
         "torch_dtype": dtype,
         "use_mm_proj": True,
+        **_second_tower(config),
     }
 
 
@@ -271,6 +326,22 @@ def _tiles(config: LlavaConfig) -> dict[str, Any]:
         "image_grid_pinpoints": config.pinpoints,
         "mm_patch_merge_type": "spatial_unpad",
         "unfreeze_mm_vision_tower": True,
+    }
+
+
+def _second_tower(config: LlavaConfig) -> dict[str, Any]:
+    if config.high is None:
+        return {}
+    family = config.language.get("model_type", "llama")
+    name = "Llama" if family == "llama" else family.capitalize()
+    return {
+        "architectures": [f"MGM{name}ForCausalLM"],
+        "image_aspect_ratio": "pad",
+        "image_global": config.whole,
+        "image_grid": config.grid,
+        "image_size_aux": config.high["image_size"],
+        "mm_vision_tower_aux": config.high["weights"],
+        "model_type": "mgm" if family == "llama" else f"mgm_{family}",
     }
 
 

@@ -9,6 +9,7 @@ from vlm.building import WeightSource
 from vlm.checkpoints.artefact import STAGE_FILE
 from vlm.checkpoints.llava import detect_connector, detect_layout
 from vlm.checkpoints.locate import find_files
+from vlm.checkpoints.mini_gemini import MARK
 from vlm.checkpoints.reading import CONNECTORS, Model, open_checkpoint, table_of
 from vlm.checkpoints.weights import WeightFiles
 from vlm.errors import UserError
@@ -19,6 +20,7 @@ SYSTEMS: dict[str, tuple[str, dict[str, str]]] = {
     "llava": ("vlm.systems.llava.LLaVA", {"template": "v0", "image": "crop"}),
     "llava_1_5": ("vlm.systems.llava_1_5.LLaVA15", {"template": "v1", "image": "pad"}),
     "llava_next": ("vlm.systems.llava_next.LLaVANext", {"template": "v1"}),
+    "mini_gemini": ("vlm.systems.mini_gemini.MiniGemini", {"image": "pad"}),
 }
 """Class of a system, and how its published weights are talked to."""
 _PAD = "[PAD]"
@@ -73,6 +75,8 @@ def open_published(path: str) -> Model:
         system = next(name for name, kind in CONNECTORS.items() if kind == detect_connector(keys))
         if detect_layout(keys).newline in keys:
             system = "llava_next"
+        elif MARK in keys:
+            system = "mini_gemini"
         model = open_checkpoint(path, system=system)
         if any(name.startswith("vision.") for name in model.shapes):
             return model
@@ -90,7 +94,9 @@ def describe_published(path: str) -> dict[str, Any]:
     parts = model.config.model_parts(has_tower=True)
     marks = arguments.pop("tokenizer", {})
     tokenizer = {"class_path": "vlm.prompts.LlamaTokenizer", "init_args": {"path": str(model.folder), **marks}}
-    if not (model.folder / "tokenizer.model").is_file():
+    # Gemma's SentencePiece model puts no blank in front and has symbols of its own
+    rewritten = model.config.language.get("model_type") == "gemma" and (model.folder / "tokenizer.json").is_file()
+    if rewritten or not (model.folder / "tokenizer.model").is_file():
         if not (model.folder / "tokenizer.json").is_file():
             raise UserError(f"{path}: has neither tokenizer.model nor tokenizer.json; put the tokenizer's files beside")
         tokenizer = {
@@ -111,6 +117,8 @@ def talk(model: Model) -> tuple[str, dict[str, Any]]:
     official = model.config.originals.get("official", {})
     if model.system == "llava_next":
         return class_path, arguments | {"template": _next_template(model)}
+    if model.system == "mini_gemini":
+        return class_path, arguments | {"template": f"mini_gemini_{_family(model)}"}
     if not official.get("mm_use_im_start_end"):
         return class_path, dict(arguments)
     if model.system != "llava":
@@ -125,6 +133,17 @@ def _next_template(model: Model) -> str:
     if kinds & {"llava_mistral", "mistral"}:
         return "mistral_instruct"
     return "chatml_direct" if model.config.language["hidden_size"] == 7168 else "v1"  # Yi-34B
+
+
+def _family(model: Model) -> str:
+    """The conversation of Mini-Gemini that goes with a language model; in its own code the folder's name decides."""
+    language = model.config.language
+    kinds = {"gemma": "gemma", "mixtral": "mistral_instruct"}
+    if language.get("model_type") in kinds:
+        return kinds[language["model_type"]]
+    if language["vocab_size"] >= 128_000:
+        return "llama_3"
+    return "chatml_direct" if language["hidden_size"] == 7168 else "vicuna_v1"  # Yi-34B
 
 
 def _added_tokens(folder: Path) -> dict[str, Any]:

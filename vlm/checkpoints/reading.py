@@ -23,11 +23,17 @@ from vlm.checkpoints.llava import (
 )
 from vlm.checkpoints.llava_config import LlavaConfig, check_config, read_config, with_tower
 from vlm.checkpoints.locate import CARRIED
+from vlm.checkpoints.mini_gemini import MARK, convnext_names, high_tower
 from vlm.checkpoints.table import Table
 from vlm.checkpoints.weights import WeightFiles, fingerprint_of, hash_tensor
 from vlm.errors import UserError
 
-CONNECTORS: dict[str, Connector] = {"llava": "linear", "llava_1_5": "mlp2x_gelu", "llava_next": "mlp2x_gelu"}
+CONNECTORS: dict[str, Connector] = {
+    "llava": "linear",
+    "llava_1_5": "mlp2x_gelu",
+    "llava_next": "mlp2x_gelu",
+    "mini_gemini": "mlp2x_gelu",
+}
 Stream = Callable[[], Iterable[tuple[str, Tensor]]]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -66,7 +72,7 @@ def open_checkpoint(
 
     Args:
         src: folder, file or hub id.
-        system: `llava`, `llava_1_5` or `llava_next`.
+        system: a key of `CONNECTORS`.
         layout: `official`, `hf`, `ours`, or `auto`.
         vision: where the CLIP tower lies when `src` does not hold it.
         base: what `src` is a delta over, for LLaVA's first releases.
@@ -77,6 +83,8 @@ def open_checkpoint(
         UserError: tensors, config and system do not fit together.
     """
     needs_vision = target == "hf"
+    if needs_vision and system == "mini_gemini":
+        raise UserError("the Hugging Face tools have no class for Mini-Gemini; use --to official or --to ours")
     if needs_vision:
         check_connector(HF, CONNECTORS[system])
     if layout == "ours" or (layout == "auto" and (Path(src) / STAGE_FILE).exists()):
@@ -107,7 +115,12 @@ def _open_published(files: WeightFiles, system: str, layout_name: str) -> Model:
     if (layout.newline in set(files.keys())) != (system == "llava_next"):
         found, lacks = ("no", "one") if system == "llava_next" else ("an", "none")
         raise UserError(f"{files.source}: has {found} image_newline, but {system} has {lacks}; give another --system")
+    if (MARK in set(files.keys())) != (system == "mini_gemini"):
+        found, lacks = ("no", "it") if system == "mini_gemini" else ("a", "none")
+        raise UserError(f"{files.source}: has {found} patch info mining, but {system} has {lacks}; give another --system")
     config = read_config(files.folder, layout, connector=connector)
+    if system == "mini_gemini":
+        config = replace(config, high=high_tower(config.originals["official"], files.shapes()))
     tower = {
         name.removeprefix(layout.vision): shape
         for name, shape in files.shapes().items()
@@ -161,6 +174,14 @@ def _frozen(part: str, entry: Mapping[str, Any], config: LlavaConfig) -> tuple[S
         shapes, stream = other.shapes, other.stream
     elif part == "vision":
         _, shapes, stream = _tower(config, source)
+    elif part == "vision_high":
+        files = WeightFiles(source)
+        names = {key: f"{prefix}trunk.{name}" for key, name in convnext_names(files.keys()).items()}
+        shapes = {names[key]: shape for key, shape in files.shapes().items() if key in names}
+
+        def stream() -> Iterator[tuple[str, Tensor]]:
+            return ((names[key], tensor) for key, tensor in files.items() if key in names)
+
     else:
         files = WeightFiles(source)
         shapes = {f"{prefix}{name}": shape for name, shape in files.shapes().items()}
@@ -207,6 +228,8 @@ def table_of(model: Model, layout: str) -> Table:
         vocab_rows=config.vocab_rows,
         tied=config.tied,
         newline=config.pinpoints is not None,
+        mining=config.high is not None,
+        num_experts=config.num_experts,
     )
 
 

@@ -76,6 +76,8 @@ def _write_artefact(dst: Path, model: Model, *, template: str | None) -> LoadRep
     frozen = {}
     if not any(name.startswith("vision.") for name in model.shapes):
         frozen["vision"] = {"source": model.config.tower, "fingerprint": None}
+    if model.config.high is not None and not any(name.startswith("vision_high.") for name in model.shapes):
+        frozen["vision_high"] = {"source": model.config.high["weights"], "fingerprint": None}
     class_path, arguments = talk(model)
     arguments |= {} if template is None else {"template": template}
     parts = model.config.model_parts(has_tower="vision" not in frozen)
