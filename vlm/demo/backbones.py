@@ -47,7 +47,7 @@ TOWER_STEPS = 4000
 PYRAMID = "convnext_large_mlp"
 PYRAMID_SIZE = 112
 PYRAMID_OPTIONS: dict[str, Any] = {"depths": [1, 1, 4, 2], "dims": [16, 32, 64, 128], "ls_init_value": 0.1}
-PYRAMID_STEPS = 3000
+PYRAMID_STEPS = 2000
 LANGUAGE: dict[str, Any] = {
     "vocab_size": 1200,
     "hidden_size": 128,
