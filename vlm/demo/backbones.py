@@ -147,8 +147,10 @@ def main(arguments: list[str]) -> int:
             first = cycle * LANGUAGE_STEPS
             for line in train_language(model, tokenizer, steps=LANGUAGE_STEPS, first=first):
                 print("llama", line, flush=True)
-        chat = {"first": LANGUAGE_CYCLES * LANGUAGE_STEPS, "steps": CHAT_STEPS, "rate": CHAT_RATE}
-        for line in train_language(model, tokenizer, templates=CHAT_TEMPLATES, **chat):
+        first = LANGUAGE_CYCLES * LANGUAGE_STEPS
+        for line in train_language(
+            model, tokenizer, steps=CHAT_STEPS, first=first, rate=CHAT_RATE, templates=CHAT_TEMPLATES
+        ):
             print("llama", line, flush=True)
         model.half().save_pretrained(llama)
     if options.only in (None, "clip"):
