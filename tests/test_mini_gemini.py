@@ -1,6 +1,7 @@
 """Mini-Gemini against the official numbers (dvlab-research/MGM@769820c)."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -15,13 +16,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLI
 
 from tests.conftest import golden, golden_json
 from tests.systems import LLAMA, PYRAMID, TOKENIZER, mini_gemini, samples
+from vlm.building import empty_weights
 from vlm.checkpoints.convert import convert
+from vlm.checkpoints.llava import OFFICIAL, llava_table
 from vlm.connectors import MLP, PatchMining
 from vlm.connectors.mining import mine_views, windows
 from vlm.errors import UserError
+from vlm.language import CausalLM
 from vlm.sample import Sample
+from vlm.stages import Stage, Trained
 from vlm.systems import MiniGemini
-from vlm.vision import ConvNeXtPyramid
+from vlm.vision import ConvNeXtPyramid, TimmTower
 from vlm.vision.tiling import low_views
 
 UNI = {"query": "query", "aux": "key", "val": "value"}
@@ -254,10 +259,127 @@ def features_by_hand(tensors: dict[str, Tensor], pixels: Tensor, *, grid: int, w
     large = F.interpolate(pixels, size=(28 * grid, 28 * grid), mode="bilinear")
     made = []
     if whole:
-        made.append(tokens(F.interpolate(large, size=(28, 28), mode="bilinear"), F.interpolate(fine, scale_factor=1 / grid, mode="bilinear")))
+        made.append(
+            tokens(
+                F.interpolate(large, size=(28, 28), mode="bilinear"),
+                F.interpolate(fine, scale_factor=1 / grid, mode="bilinear"),
+            )
+        )
     half = side // grid
     for y in range(grid):
         for x in range(grid):
             part = large[:, :, 28 * y : 28 * y + 28, 28 * x : 28 * x + 28]
             made.append(tokens(part, fine[:, :, half * y : half * y + half, half * x : half * x + half]))
     return torch.cat(made, dim=1)
+
+
+# -- base weights and paper size
+
+
+def test_base_weights_of_openclip_timm_and_mixtral(tmp_path: Path) -> None:
+    trunk = timm.create_model("convnext_large_mlp", num_classes=5, **PYRAMID)
+    weights = {name: torch.randn_like(tensor) for name, tensor in trunk.state_dict().items()}
+    save_file(weights, tmp_path / "timm.safetensors")
+    text = {"logit_scale": torch.ones(1), "visual.head.proj.weight": torch.ones(2, 2)}
+    save_file({f"visual.trunk.{n}": t for n, t in weights.items()} | text, tmp_path / "open_clip.safetensors")
+    mixtral = AutoModelForCausalLM.from_config(AutoConfig.for_model(**FAMILIES["mixtral"]))
+    mixtral.save_pretrained(tmp_path / "mixtral")
+    for file in ("timm", "open_clip"):
+        tower = ConvNeXtPyramid("convnext_large_mlp", 32, str(tmp_path / f"{file}.safetensors"), PYRAMID)
+        module = mini_gemini(vision_high=tower, language=CausalLM(str(tmp_path / "mixtral")))
+        module.configure_model()
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in module.vision_high.trunk.state_dict().items())
+        theirs = mixtral.state_dict()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in module.language.state_dict().items())
+
+
+def test_paths_are_dropped_in_training_alone() -> None:
+    """As the published training loop leaves the frozen ConvNeXt: `stage.modes` says so."""
+    options = PYRAMID | {"drop_path_rate": 0.5}
+    module = mini_gemini(vision_high=ConvNeXtPyramid("convnext_large_mlp", 32, options=options))
+    module.stage = Stage("1_align", {"connector": Trained(lr=1.0)}, modes={"vision_high": "train"})
+    module.configure_model()
+    pixels = torch.randn(2, 3, 32, 32)
+    assert module.vision_high.training
+    assert not module.vision.training
+    assert not torch.equal(module.vision_high(pixels), module.vision_high(pixels))
+    module.eval()
+    assert torch.equal(module.vision_high(pixels), module.vision_high(pixels))
+
+
+LANGUAGE_MODELS = {  # of the released models, from the config.json of each
+    "vicuna_7b": ({"model_type": "llama", "vocab_size": 32000, "rms_norm_eps": 1e-5}, 6_738_415_616),
+    "gemma_2b": (
+        {"model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18,
+         "num_attention_heads": 8, "num_key_value_heads": 1},
+        2_506_172_416,
+    ),
+    "mixtral_8x7b": ({"model_type": "mixtral", "intermediate_size": 14336, "num_key_value_heads": 8}, 46_702_792_704),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_paper_size_has_the_published_tensors(name: str) -> None:
+    """Names of CLIP, of the ConvNeXt and of the language model are of their own releases, the rest written out."""
+    config, published = LANGUAGE_MODELS[name]
+    module = mini_gemini(
+        vision=TimmTower("vit_large_patch14_clip_quickgelu_336", layer=-2),
+        vision_high=ConvNeXtPyramid("convnext_large_mlp", 768),
+        language=CausalLM(config=config),
+    )
+    assert (module.high.dim, module.high.grid, module.codec.num_tokens(640, 480)) == (2880, 192, 576)
+    with empty_weights():
+        parts = module.build_parts()
+    ours = {f"{part}.{n}": tuple(p.shape) for part, network in parts.items() for n, p in network.named_parameters()}
+    language = published_language(parts["language"])
+    theirs = language | published_pictures(width=parts["language"].config.hidden_size)
+    table = llava_table(
+        OFFICIAL,
+        connector="mlp2x_gelu",
+        num_blocks=23,
+        vocab_rows=parts["language"].config.vocab_size,
+        tied=bool(parts["language"].config.tie_word_embeddings),
+        mining=True,
+        num_experts=getattr(parts["language"].config, "num_local_experts", 0),
+    )
+    expected = table.check(theirs, side="theirs")
+    carried = {name: shape for name, shape in expected.items() if table.is_carried(name)}
+    assert ours | carried == expected
+    assert table.check(expected, side="ours") == theirs
+    assert sum(math.prod(shape) for shape in language.values()) == published
+    assert sum(math.prod(s) for n, s in ours.items() if n.startswith("vision_high.")) == 196_227_264
+    assert sum(math.prod(s) for n, s in ours.items() if n.startswith("mining.")) == 6_963_456
+
+
+def published_language(language: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    shapes = {name: tuple(parameter.shape) for name, parameter in language.named_parameters()}
+    for name in [name for name in shapes if ".mlp.experts." in name or ".mlp.gate.weight" in name]:
+        shape, layer = shapes.pop(name), name.split("mlp.")[0] + "block_sparse_moe."
+        if name.endswith("gate.weight"):
+            shapes[f"{layer}gate.weight"] = shape
+        for expert in range(shape[0]) if ".experts." in name else ():
+            for which in ("w1", "w3") if "gate_up" in name else ("w2",):
+                rows = shape[1] // 2 if "gate_up" in name else shape[1]
+                shapes[f"{layer}experts.{expert}.{which}.weight"] = (rows, shape[2])
+    return shapes
+
+
+def published_pictures(*, width: int) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        clip = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14,
+                image_size=336,
+            )
+        )  # fmt: skip
+        trunk = timm.create_model("convnext_large_mlp", num_classes=0)
+    bare = {name.removeprefix("vision_model."): p for name, p in clip.named_parameters()}
+    shapes = {f"model.vision_tower.vision_tower.vision_model.{name}": tuple(p.shape) for name, p in bare.items()}
+    kept = {name: p for name, p in trunk.named_parameters() if name.startswith(("stem.", "stages."))}
+    shapes |= {f"model.vision_tower_aux.vision_{name}": tuple(p.shape) for name, p in kept.items()}
+    for name, dim in {"query": 1024, "aux": 2880, "val": 2880}.items():
+        own = f"model.vlm_uni_{name}_projector."
+        shapes |= {f"{own}0.weight": (dim,), f"{own}0.bias": (dim,), f"{own}1.weight": (1024, dim)}
+        shapes |= {f"{own}1.bias": (1024,)}
+    shapes |= {"model.mm_projector.0.weight": (width, 1024), "model.mm_projector.2.weight": (width, width)}
+    return shapes | {f"model.mm_projector.{layer}.bias": (width,) for layer in (0, 2)}

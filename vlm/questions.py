@@ -78,6 +78,7 @@ def from_file(path: Path, image_root: Path | None) -> list[Question | SampleErro
         {"id": 7, "image": "a.png", "prompt": "What is this?"}    a picture
         {"image": ["a.png", "b.png"], "prompt": "What differs?"}  several; or {"prompt": "<image> and <image>?"}
         {"prompt": "Hello"}                                       none
+        {"image": "a.png", "prompt": "Read.", "ocr": ["Exit"]}    with texts found in it, as Mini-Gemini is told them
 
     `question_id` for `id`, `question` or `text` for `prompt`, and `images` for `image` are read as well.
 
@@ -124,13 +125,14 @@ def _question(
     if not isinstance(prompt, str) or not prompt.strip():
         keys = f"the record has the keys {sorted(record)}, a question is {{'image', 'prompt'}}"
         raise error(f"key 'prompt' must be a text, found {prompt!r}; {keys}")
+    text = prompt if record.get("ocr") is None else _with_ocr(prompt, record["ocr"], error)
     image = _one_of(record, _IMAGE_KEYS, error)
     files = [] if image is None else image if isinstance(image, list) else [image]
-    if IMAGE_MARK in prompt:
-        content = content_parts(prompt)
+    if IMAGE_MARK in text:
+        content = content_parts(text)
     else:  # as the systems were trained: every picture on a line of its own, in front
         content = [part for _ in files for part in ({"type": "image"}, {"type": "text", "text": "\n"})]
-        content = [*content[:-1], {"type": "text", "text": f"\n{prompt}" if files else prompt}]
+        content = [*content[:-1], {"type": "text", "text": f"\n{text}" if files else text}]
     pictures = [ImageFile(name=file, path=Path(file)) for file in files] if root is None else files
     sample = parse_sample(
         {"id": str(identity), "images": pictures, "messages": [{"role": "user", "content": content}]},
@@ -138,6 +140,14 @@ def _question(
         image_root=root,
     )
     return Question(identity, image, prompt, str(identity) if name is None else name, sample)
+
+
+def _with_ocr(prompt: str, ocr: Any, error: Any) -> str:
+    from vlm.prompts.mini_gemini import asked  # imports torch
+
+    if not isinstance(ocr, list) or not all(isinstance(text, str) for text in ocr):
+        raise error(f"'ocr' must be a list of texts, found {ocr!r}")
+    return asked(prompt, ocr=ocr)
 
 
 def _one_of(record: Mapping[str, Any], keys: Sequence[str], error: Any) -> Any:

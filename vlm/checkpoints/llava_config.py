@@ -213,7 +213,9 @@ def read_config(folder: Path, layout: Layout, *, connector: Connector) -> LlavaC
                 f"{file}: image_aspect_ratio is anyres, so mm_patch_merge_type must be spatial_unpad and "
                 "image_grid_pinpoints a list of [width, height]"
             )
-    found = LlavaConfig(connector, language, None, layer, tower, layout.name, {"official": content}, pinpoints=pinpoints)
+    found = LlavaConfig(
+        connector, language, None, layer, tower, layout.name, {"official": content}, pinpoints=pinpoints
+    )
     if "mm_vision_tower_aux" not in content:
         return found
     grid = content.get("image_grid", 1)

@@ -117,7 +117,9 @@ def _open_published(files: WeightFiles, system: str, layout_name: str) -> Model:
         raise UserError(f"{files.source}: has {found} image_newline, but {system} has {lacks}; give another --system")
     if (MARK in set(files.keys())) != (system == "mini_gemini"):
         found, lacks = ("no", "it") if system == "mini_gemini" else ("a", "none")
-        raise UserError(f"{files.source}: has {found} patch info mining, but {system} has {lacks}; give another --system")
+        raise UserError(
+            f"{files.source}: has {found} patch info mining, but {system} has {lacks}; give another --system"
+        )
     config = read_config(files.folder, layout, connector=connector)
     if system == "mini_gemini":
         config = replace(config, high=high_tower(config.originals["official"], files.shapes()))

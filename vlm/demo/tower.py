@@ -106,7 +106,9 @@ def train_tower(trunk: Any, *, steps: int, batch: int = 48, rate: float = 1.5e-3
     return _teach(trunk, read, data, dims=(trunk.embed_dim,) * 2, batch=batch, rate=rate, workers=workers)
 
 
-def train_pyramid(tower: Pyramid, *, steps: int, batch: int = 32, rate: float = 2e-3, workers: int = 1) -> Iterator[str]:
+def train_pyramid(
+    tower: Pyramid, *, steps: int, batch: int = 32, rate: float = 2e-3, workers: int = 1
+) -> Iterator[str]:
     """Trains a ConvNeXt whose stages are all features in place: each place of its map learns what it lies on.
 
     Yields:

@@ -6,6 +6,7 @@ from vlm.errors import UserError
 
 PROCEDURES = {
     "filter-captions": ("filter_captions", "a balanced part of noisy captions (LLaVA's CC3M-595K)"),
+    "imagine": ("imagine", "pictures of the prompts that Mini-Gemini writes between <h> and </h>"),
     "instruct": ("instruct", "instruction data written by a model (LLaVA, LLaVA-NeXT, MiniGPT-4, Mini-Gemini)"),
     "llava-captions": ("llava_captions", "captions as LLaVA's conversations of one turn"),
 }

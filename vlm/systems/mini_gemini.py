@@ -1,4 +1,4 @@
-"""Mini-Gemini: Mining the Potential of Multi-modality Vision Language Models (Li et al., 2024); its code calls it MGM."""
+"""Mini-Gemini: Mining the Potential of Multi-modality Vision Language Models (Li et al., 2024); MGM in its code."""
 
 from dataclasses import replace
 from typing import Any

@@ -67,7 +67,7 @@ class ConvNeXtPyramid(VisionTower):
 
 
 class Pyramid(nn.Module):
-    """pixels float[V, 3, H, W] -> features float[V, P, D], P = H/4 * W/4 places row by row, D channels of all stages."""
+    """pixels float[V, 3, H, W] -> features float[V, P, D]: P = H/4 * W/4 places row by row, channels of all stages."""
 
     trunk: Any  # a timm module
 
