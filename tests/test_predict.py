@@ -142,6 +142,7 @@ def test_a_list_of_questions(run: Path, pictures: Path, tmp_path: Path, capfd) -
         {"id": "mute", "image": "0.png"},
         {"id": "long", "image": "0.png", "prompt": "what " * 600},
         {"id": 7, "image": "sub/1.png", "prompt": "What?"},
+        {"id": "ocr", "image": "0.png", "prompt": "What?", "ocr": "Exit"},
     ]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, records)))
     arguments = ["predict", "--weights", str(run), "--questions", str(tmp_path / "q.jsonl"), *TOKENS]
@@ -156,7 +157,8 @@ def test_a_list_of_questions(run: Path, pictures: Path, tmp_path: Path, capfd) -
         "sample '3': image '../x.png' lies outside the image root",
         "sample 'mute': key 'prompt' must be a text, found None; the record has the keys ['id', 'image'], a",
         "sample 'long': ",
-        "4 of 7 questions",
+        "sample 'ocr': 'ocr' must be a list of texts, found 'Exit'",
+        "5 of 8 questions",
     ):
         assert words in said.err
     assert sorted(file.name for file in (tmp_path / "drawn").iterdir()) == ["7-2.jpg", "7.jpg"]

@@ -78,8 +78,8 @@ def _same_names(files: WeightFiles, network: Any) -> _Names:
     known = network.state_dict()
     if "model.layers.0.block_sparse_moe.gate.weight" in files:
         table = mixtral_table(num_experts=network.config.num_local_experts)
-        names = frozenset(table.check(files.shapes(), side="theirs"))
-        return _Names(names, lambda: table.stream_to_ours(files.items()))
+        made = frozenset(table.check(files.shapes(), side="theirs"))
+        return _Names(made, lambda: table.stream_to_ours(files.items()))
     names = {name for name in files.keys() if name in known or not name.endswith("rotary_emb.inv_freq")}  # noqa: SIM118
     return _Names(frozenset(names), files.items)
 
