@@ -1,5 +1,6 @@
 """Mini-Gemini against the official numbers (dvlab-research/MGM@769820c)."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -18,6 +19,7 @@ from tests.conftest import golden, golden_json
 from tests.systems import LLAMA, PYRAMID, TOKENIZER, mini_gemini, samples
 from vlm.building import empty_weights
 from vlm.checkpoints.convert import convert
+from vlm.checkpoints.export import export
 from vlm.checkpoints.llava import OFFICIAL, llava_table
 from vlm.connectors import MLP, PatchMining
 from vlm.connectors.mining import mine_views, windows
@@ -194,6 +196,8 @@ def test_converted_checkpoints_are_bit_equal_and_compute_the_same(family: str, g
         torch.testing.assert_close(found, by_hand(source, opened, sample), atol=2e-5, rtol=1e-4)
     with pytest.raises(UserError, match="has a patch info mining, but llava_1_5"):
         convert(source, tmp_path / "x", system="llava_1_5", target_layout="ours")
+    with pytest.raises(UserError, match="mini_gemini: has no class of its own"):
+        export(tmp_path / "ours", tmp_path / "x")
     with pytest.raises(UserError, match="no class for Mini-Gemini"):
         convert(source, tmp_path / "x", system="mini_gemini", target_layout="hf")
 
@@ -291,6 +295,19 @@ def test_base_weights_of_openclip_timm_and_mixtral(tmp_path: Path) -> None:
         assert all(torch.equal(tensor, weights[name]) for name, tensor in module.vision_high.trunk.state_dict().items())
         theirs = mixtral.state_dict()
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in module.language.state_dict().items())
+
+
+def test_new_tokens_of_gemma_are_scaled_as_the_others() -> None:
+    tokenizer = dataclasses.replace(TOKENIZER, added_tokens=("<a>",))
+    plain, grown = (
+        mini_gemini(language=CausalLM(config=FAMILIES["gemma"]), tokenizer=t) for t in (TOKENIZER, tokenizer)
+    )
+    for module in (plain, grown):
+        module.configure_model()
+    ids = torch.tensor([5, 9])
+    old, new = (module.language.get_input_embeddings() for module in (plain, grown))
+    assert torch.equal(old(ids), new(ids))
+    torch.testing.assert_close(new(torch.tensor([32000]))[0], new.added.weight[0] * 32**0.5)
 
 
 def test_paths_are_dropped_in_training_alone() -> None:

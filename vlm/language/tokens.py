@@ -71,12 +71,14 @@ class ExtendedEmbedding(nn.Embedding):
         self.weight = table.weight
         self.added = added
         added._table = [self]
+        self.scale = float(getattr(table, "scalar_embed_scale", 1.0))  # Gemma's table multiplies what it looks up
 
     def forward(self, input: Tensor) -> Tensor:
         is_new = input >= self.num_embeddings
         old = super().forward(input.masked_fill(is_new, 0))
         new = F.embedding((input - self.num_embeddings).clamp_min(0), self.added.weight)
-        return torch.where(is_new[..., None], new, old)
+        found = torch.where(is_new[..., None], new, old)
+        return found if self.scale == 1.0 else found * found.new_tensor(self.scale)
 
 
 class ExtendedHead(nn.Linear):
