@@ -24,10 +24,13 @@ from vlm.checkpoints.llava import OFFICIAL, llava_table
 from vlm.connectors import MLP, PatchMining
 from vlm.connectors.mining import mine_views, windows
 from vlm.errors import UserError
+from vlm.fusion import splice
 from vlm.language import CausalLM
+from vlm.prompts import IMAGE
 from vlm.sample import Sample
 from vlm.stages import Stage, Trained
 from vlm.systems import MiniGemini
+from vlm.systems.spliced import SplicedCodec
 from vlm.vision import ConvNeXtPyramid, TimmTower
 from vlm.vision.tiling import low_views
 
@@ -76,6 +79,24 @@ def test_mining_equals_the_official_numbers() -> None:
     parts = crops[:, :-1]
     tokens = projector((parts + mine_views(mining, parts, high, grid=2)).flatten(1, 2))
     torch.testing.assert_close(tokens, tensors["outputs/tokens_grid_no_global"], atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_features_stand_where_the_official_code_puts_them() -> None:
+    """Which cuts rows at `max_length` afterwards; here a sample over the limit is refused."""
+    tensors, config = golden("mgm_mining__a"), golden_json("mgm_mining__a")["config"]
+    table = tensors["weights/model.embed_tokens.weight"]
+    for row in range(len(tensors["inputs/input_ids"])):
+        shown = tensors["inputs/attention_mask"][row].bool()
+        ids, labels = (tensors[f"inputs/{name}"][row][shown].tolist() for name in ("input_ids", "labels"))
+        features = tensors["outputs/tokens"][row]
+        ids, labels, slots = SplicedCodec.reserve(ids, labels, [len(features)] * ids.count(IMAGE))
+        embeds = splice(table[torch.tensor(ids)], features[: len(slots)], torch.tensor(slots, dtype=torch.int64))
+        end = min(len(ids), config["max_length"])
+        kept = tensors["outputs/asm_attention_mask"][row].bool()
+        assert int(kept.sum()) == end
+        torch.testing.assert_close(embeds[:end], tensors["outputs/asm_embeds"][row][kept], atol=1e-6, rtol=0)
+        assert labels[:end] == tensors["outputs/asm_labels"][row][kept].tolist()
 
 
 def test_windows_lie_where_their_feature_does() -> None:
