@@ -5,7 +5,6 @@ as keywords of the model's forward (see `vlm.batch.Row`). On CUDA it is one vari
 SDPA per sequence, which gives exactly what separate forwards give.
 """
 
-import itertools
 from typing import Any
 
 import torch
@@ -60,11 +59,10 @@ def packed_attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if query.is_cuda and softcap is None and dropout == 0.0:
         return _varlen(query, key, value, cu_seqlens, max_len, scaling, causal, sliding_window), None
-    pieces = []
-    bounds = cu_seqlens.tolist()  # on the CPU; the CUDA path above never reads values
-    for start, end in itertools.pairwise(bounds):
-        q, k, v = (tensor[:, :, start:end] for tensor in (query, key, value))
-        pieces.append(_one_sequence(q, k, v, scaling, causal, dropout, sliding_window, softcap))
+    lengths = cu_seqlens.diff().tolist()  # on the CPU; the CUDA path above never reads values
+    # `split` and not slices: the gradient of each slice would be a tensor of the whole row, mostly zeros
+    sequences = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    pieces = [_one_sequence(q, k, v, scaling, causal, dropout, sliding_window, softcap) for q, k, v in sequences]
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 
 
