@@ -1,5 +1,7 @@
 """Patch info mining: every low-resolution feature looks into its own part of a high-resolution map."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,8 +42,8 @@ class PatchMining(nn.Module):
         Returns:
             float[V, P, D]; what it is added to (the raw `low`) is the caller's.
         """
-        norm, key = self.key
-        scale, layer = self.value
+        parts: Any = (*self.key, *self.value)
+        norm, key, scale, layer = parts
         seen = windows(F.layer_norm(high, high.shape[-1:], eps=norm.eps).to(high.dtype), low.shape[1])
         query = self.query(low) * low.shape[-1] ** -0.5
         # query . (W (g x + b) + c) = (query W g) . x + query . (W b + c)
