@@ -21,7 +21,6 @@ from tests.test_check_data import box, chat, write
 from vlm.batch import Views
 from vlm.building import empty_weights
 from vlm.checkpoints.convert import convert
-from vlm.checkpoints.export import export
 from vlm.checkpoints.llava import LAYOUTS, llava_table
 from vlm.checking.parts import parts_of
 from vlm.data import BatchSpec, ChatJson, InstructionData
@@ -119,8 +118,6 @@ def test_converted_checkpoints_are_bit_equal_and_compute_the_same(tmp_path: Path
         torch.testing.assert_close(module.label_logits(batch), theirs, atol=2e-5, rtol=1e-4)
     with pytest.raises(UserError, match="image_newline, but llava_1_5 has none"):
         convert(tmp_path / "hf", tmp_path / "x", system="llava_1_5", target_layout="ours")
-    with pytest.raises(UserError, match="breaks ties"):
-        export(tmp_path / "ours", tmp_path / "x")
 
 
 def test_paper_size_has_the_published_number_of_parameters() -> None:
