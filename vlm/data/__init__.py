@@ -7,6 +7,7 @@ from importlib import import_module
 
 _HOMES = {
     "BatchSpec": "steps",
+    "Best": "formats.shards",
     "ChartQA": "formats.questions",
     "ChatJson": "sources",
     "CocoCaptions": "formats.captions",
@@ -39,6 +40,7 @@ _HOMES = {
     "TextLines": "formats.regions",
     "TextVQA": "benchmarks",
     "VisionLanguageData": "module",
+    "VisualFlan": "formats.flan",
     "VizWiz": "benchmarks",
     "VQAv2": "benchmarks",
     "VQAv2Training": "formats.questions",
