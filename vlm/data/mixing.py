@@ -261,9 +261,7 @@ def walk(size: int, *, start: int, count: int, seed: int) -> tuple[np.ndarray, n
     return samples, rounds - rounds[0]
 
 
-def rank_orders(
-    sizes: Sequence[int], *, rank_batch: int, ranks: int, seed: int, epoch: int
-) -> list[list[int]]:
+def rank_orders(sizes: Sequence[int], *, rank_batch: int, ranks: int, seed: int, epoch: int) -> list[list[int]]:
     """What each device sees in an epoch of VILA's `VILADistributedSampler`, in order.
 
     A source is cut into equal parts, one for each rank, of as many batches as all ranks can fill; its last samples are

@@ -131,9 +131,7 @@ class VisionLanguageData(L.LightningDataModule):
         sizes = {source.name: len(source) for source in self.sources}
         if self.mixture.ranks is not None:
             each = {"rank_batch": self.batch.size // self.mixture.ranks}
-            orders = rank_orders(
-                list(sizes.values()), ranks=self.mixture.ranks, seed=self.seed, epoch=epoch, **each
-            )
+            orders = rank_orders(list(sizes.values()), ranks=self.mixture.ranks, seed=self.seed, epoch=epoch, **each)
             return ranks_together(orders, **each)
         samples, visits = self.mixture.draws(sizes, seed=self.seed, epoch=epoch, turns=self.turns())
         return (samples + visits * len(self.samples)).tolist()

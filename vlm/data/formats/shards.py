@@ -27,7 +27,7 @@ class Best:
     """Which pairs of a shard are kept: VILA's choice from COYO (`coyo_downloader.py`) unless said otherwise.
 
     Attributes:
-        share: at most this share of a shard, those with the largest sums. Equal ones are taken in the order of the file.
+        share: at most this share of a shard, those with the largest sums; of equal ones the first.
         above: the sum has to be larger.
         keys: numbers of `KEY.json` that are added up.
     """
