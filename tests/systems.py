@@ -15,14 +15,14 @@ from tests.conftest import GOLDEN
 from tests.qformer_t5 import T5, QFormerT5
 from vlm.batch import Batch
 from vlm.codec import step_counts
-from vlm.connectors import MLP, Linear
+from vlm.connectors import MLP, Downsample, Linear
 from vlm.language import CausalLM, PartialLoRA, Surgery
 from vlm.language.causal_lm import batched_attention, label_logits
 from vlm.module import VisionLanguageModule
 from vlm.prompts import LlamaTokenizer
 from vlm.sample import ImageFile, ImagePart, Message, Sample, TextPart
 from vlm.stages import AdamW, Stage, Trained
-from vlm.systems import LLaVA, LLaVA15, LLaVANext, MiniGemini
+from vlm.systems import VILA, LLaVA, LLaVA15, LLaVANext, MiniGemini
 from vlm.vision import ConvNeXtPyramid, TimmTower
 
 TOKENIZER = LlamaTokenizer(str(GOLDEN / "_shared" / "llama_sp_tokenizer.model"), legacy=True, pad_token="<unk>")
@@ -68,6 +68,16 @@ def mini_gemini_hd(**changes: Any) -> MiniGemini:
     """80 image tokens per picture: the whole of it and 2 x 2 parts."""
     pyramid = ConvNeXtPyramid("convnext_large_mlp", 64, options=PYRAMID)
     return mini_gemini(**({"vision_high": pyramid, "grid": 2, "whole": True} | changes))
+
+
+def vila(**changes: Any) -> VILA:
+    """16 image tokens per picture, through the paper's linear connector."""
+    return VILA(**(_llava_arguments() | {"connector": Linear()} | changes))
+
+
+def vila_downsample(**changes: Any) -> VILA:
+    """4 image tokens per picture."""
+    return vila(**({"connector": Downsample()} | changes))
 
 
 def _llava_arguments() -> dict[str, Any]:
@@ -245,6 +255,13 @@ LLAVA_STAGES = {  # without new tokens (tests/test_llava.py has those); 2_scienc
     "1_align": TinyStage({"connector": RATE}, LINEAR),
     "2_chat": TinyStage({"connector": RATE, "language": RATE}, LINEAR | DECODER, {"connector": "connector"}),
 }
+VILA_STAGES = {
+    "0_align": TinyStage({"connector": RATE}, LINEAR),
+    "1_pretrain": TinyStage({"connector": RATE, "language": RATE}, LINEAR | DECODER, {"connector": "connector"}),
+    "2_sft": TinyStage(
+        {"connector": RATE, "language": RATE}, LINEAR | DECODER, {"connector": "connector", "language": "language"}
+    ),
+}
 MINING = names("mining.{query,key,value}.{0,1}.{weight,bias}")
 MINI_GEMINI_STAGES = {
     "1_align": TinyStage({"mining": RATE, "connector": RATE}, MINING | CONNECTOR),
@@ -285,6 +302,13 @@ SYSTEMS: dict[str, System] = {
     "mini_gemini_hd": System(
         mini_gemini_hd,
         {"2_finetune_hd": dataclasses.replace(MINI_GEMINI_STAGES["2_finetune"], parts={})},
+        spliced_reference,
+        causal_base_weights,
+    ),
+    "vila": System(vila, VILA_STAGES, spliced_reference, causal_base_weights),
+    "vila_downsample": System(
+        vila_downsample,
+        {"1_pretrain": TinyStage({"connector": RATE, "language": RATE}, names("connector.1.{weight,bias}") | DECODER)},
         spliced_reference,
         causal_base_weights,
     ),

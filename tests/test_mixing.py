@@ -2,7 +2,6 @@
 
 import vlm  # noqa: F401
 
-import random
 import re
 from collections import Counter
 
@@ -16,7 +15,7 @@ from tests.fake_codec import ByteCodec, ListSource, sample, samples
 from tests.test_loader import SPLITS, epoch_of, flat, same, steps_of
 from vlm.data import BatchSpec, InstructionData, Mixture, MultitaskData, PretrainingData, WithResolution
 from vlm.data.loader import Encoder
-from vlm.data.mixing import apportion, spread, walk
+from vlm.data.mixing import apportion, rank_orders, spread, walk
 from vlm.errors import UserError
 
 CODEC = ByteCodec()
@@ -196,20 +195,21 @@ def test_a_walk_is_a_window_of_one_endless_walk(size, start, count, seed):
 
 @pytest.mark.parametrize("row", golden_json("vila_sampler__a", "rows.json"), ids=lambda row: f"epoch{row['epoch']}")
 def test_sources_are_spread_as_in_vila(row):
-    """The published sampler, but for the samples that it never shows: each rank its own part of every source."""
-    block = row["batch_size"] * row["num_replicas"]
-    own = [size // block * row["batch_size"] for size in row["sample_len_list"]]
-    starts = np.cumsum([0, *row["sample_len_list"]])
-    pattern = spread(own)
-    for rank, published in enumerate(row["indices"]):
-        source = np.searchsorted(starts, published, side="right") - 1
-        assert source.tolist() == pattern.tolist()
-        random.seed(row["seed"] + row["epoch"])
-        order = [list(range(starts[k] + rank * n, starts[k] + (rank + 1) * n)) for k, n in enumerate(own)]
-        for part in order:
-            random.shuffle(part)
-        left = [iter(part) for part in order]
-        assert [next(left[kind]) for kind in pattern] == published
+    """The published sampler, each rank with its own part of every source, and a run here that takes the same steps."""
+    sizes, ranks, rank_batch = row["sample_len_list"], row["num_replicas"], row["batch_size"]
+    orders = rank_orders(sizes, rank_batch=rank_batch, ranks=ranks, seed=row["seed"], epoch=row["epoch"])
+    assert orders == row["indices"]
+    parts = [samples(size, prefix=name) for name, size in zip("abc", sizes, strict=True)]
+    batch = BatchSpec(rank_batch * ranks)
+    data = PretrainingData(parts, batch=batch, mixture=Mixture(order="ranks", ranks=ranks), seed=row["seed"])
+    for at, step in enumerate(plan(data, row["epoch"])):
+        own = slice(at * rank_batch, (at + 1) * rank_batch)
+        assert step == [index for order in row["indices"] for index in order[own]]
+    # without `ranks` the pattern over the epoch is the same
+    starts = np.cumsum([0, *sizes])
+    pattern = spread([size // batch.size * rank_batch for size in sizes])
+    for order in row["indices"]:
+        assert (np.searchsorted(starts, order, side="right") - 1).tolist() == pattern.tolist()
 
 
 @given(numbers=st.lists(st.integers(0, 60), min_size=1, max_size=5))
@@ -328,7 +328,9 @@ def test_the_resolution_of_a_source_reaches_the_codec():
         ({"factors": {"z": 2}}, "data.mixture.factors names ['z'], the sources are ['a', 'b', 'c']"),
         ({"factors": {"a": 2}, "weights": {"a": 1, "b": 1, "c": 1}}, "multiply them into data.mixture.weights"),
         ({"epoch_size": 0}, "data.mixture.epoch_size must be at least 1, found 0"),
-        ({"order": "even"}, "data.mixture.order must be random or spread, found 'even'"),
+        ({"order": "even"}, "data.mixture.order must be random, spread or ranks, found 'even'"),
+        ({"order": "ranks"}, "data.mixture.ranks: a number of devices goes with order: ranks, found None"),
+        ({"order": "ranks", "ranks": 8, "epoch_size": 4}, "order: ranks takes each source as it is"),
         ({"epoch_samples": {"a": 1.5, "b": 0, "c": 0}}, "must be whole numbers of samples"),
         ({"epoch_samples": {"a": 1, "b": 0}}, "data.mixture.epoch_samples names ['a', 'b'], the sources are"),
         ({"epoch_samples": {"a": 1, "b": 0, "c": 0}, "epoch_size": 3}, "remove the other numbers"),

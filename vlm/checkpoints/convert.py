@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vlm.checkpoints.report import LoadReport
 
 TARGETS = ("official", "hf", "ours")
-SYSTEMS = ("llava", "llava_1_5", "llava_next", "mini_gemini")
+SYSTEMS = ("llava", "llava_1_5", "llava_next", "mini_gemini", "vila")
 
 
 def main(argv: list[str]) -> int:

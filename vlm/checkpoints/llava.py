@@ -21,11 +21,12 @@ from vlm.checkpoints.table import Table
 from vlm.checkpoints.weights import WeightFiles
 from vlm.errors import UserError
 
-Connector = Literal["linear", "mlp2x_gelu"]
+Connector = Literal["linear", "mlp2x_gelu", "mlp_downsample"]
 
 _PROJECTOR = {
     "linear": {"": "connector."},
     "mlp2x_gelu": {"0.": "connector.0.", "2.": "connector.2."},
+    "mlp_downsample": {"1.": "connector.1.", "2.": "connector.2.", "4.": "connector.4."},
 }
 _HF_PROJECTOR = {"linear_1.": "connector.0.", "linear_2.": "connector.2."}
 
@@ -81,6 +82,7 @@ HF_MEMORY = Layout(
     "model.image_newline",
 )
 LAYOUTS = {layout.name: layout for layout in (OFFICIAL, HF, HF_SAVED, HF_MEMORY)}
+LAYOUTS["folders"] = replace(OFFICIAL, name="folders")  # VILA-1.5, read and written under official names
 
 
 def detect_layout(keys: Iterable[str]) -> Layout:
@@ -100,11 +102,19 @@ def detect_layout(keys: Iterable[str]) -> Layout:
 
 def detect_connector(keys: Iterable[str]) -> Connector:
     """Which projector an official or Hugging Face checkpoint holds."""
-    return "linear" if f"{OFFICIAL.connector}weight" in set(keys) else "mlp2x_gelu"
+    keys = set(keys)
+    if f"{OFFICIAL.connector}weight" in keys:
+        return "linear"
+    return "mlp_downsample" if f"{OFFICIAL.connector}4.weight" in keys else "mlp2x_gelu"
 
 
 def check_connector(layout: Layout, connector: Connector) -> None:
     """Raises a `UserError` where a layout cannot hold a connector."""
+    if layout.is_hf and connector == "mlp_downsample":
+        raise UserError(
+            "the Hugging Face class LlavaForConditionalGeneration makes a token of every feature: a model with the "
+            "downsampling projector of VILA-1.5 cannot be written for it; use --to official"
+        )
     if layout.is_hf and connector == "linear":
         raise UserError(
             "the Hugging Face class LlavaForConditionalGeneration always has a two-layer projector: a model with the "
@@ -127,7 +137,7 @@ def llava_table(
 
     Args:
         layout: one of `LAYOUTS`.
-        connector: `linear` (LLaVA) or `mlp2x_gelu` (LLaVA-1.5).
+        connector: `linear` (LLaVA), `mlp2x_gelu` (LLaVA-1.5) or `mlp_downsample` (VILA-1.5).
         num_blocks: tower blocks the system computes: 23 of 24 for layer -2.
         vocab_rows: our vocabulary. Hugging Face adds `<image>` and `<pad>` and rounds up to a multiple of 64.
         tied: the vocabulary projection is the embedding table and has no tensor of its own.

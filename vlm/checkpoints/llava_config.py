@@ -114,7 +114,8 @@ class LlavaConfig:
                 "num_heads": self.vision["num_attention_heads"],
                 "mlp_ratio": self.vision["intermediate_size"] / self.vision["hidden_size"],
             }
-        connector = {"linear": "Linear", "mlp2x_gelu": "MLP"}[self.connector]
+        connector = {"linear": "Linear", "mlp2x_gelu": "MLP", "mlp_downsample": "Downsample"}[self.connector]
+        layers = {"depth": 2, "norm": True} if self.connector == "mlp_downsample" else {}
         tiles: dict[str, Any] = {}
         if self.pinpoints is not None:
             side = self.vision["image_size"] if self.vision else 336
@@ -125,7 +126,7 @@ class LlavaConfig:
             tiles["scale_features"] = self.language.get("model_type") == "gemma"
         return {
             "vision": {"class_path": "vlm.vision.TimmTower", "init_args": tower},
-            "connector": {"class_path": f"vlm.connectors.{connector}", "init_args": {}},
+            "connector": {"class_path": f"vlm.connectors.{connector}", "init_args": layers},
             "language": {
                 "class_path": "vlm.language.CausalLM",
                 "init_args": {"config": {"model_type": "llama", **self.language}},

@@ -11,6 +11,7 @@ from vlm.checkpoints.llava import detect_connector, detect_layout
 from vlm.checkpoints.locate import find_files
 from vlm.checkpoints.mini_gemini import MARK
 from vlm.checkpoints.reading import CONNECTORS, Model, open_checkpoint, table_of
+from vlm.checkpoints.vila import PartFolders, has_part_folders, image_mode
 from vlm.checkpoints.weights import WeightFiles
 from vlm.errors import UserError
 
@@ -21,6 +22,7 @@ SYSTEMS: dict[str, tuple[str, dict[str, str]]] = {
     "llava_1_5": ("vlm.systems.llava_1_5.LLaVA15", {"template": "v1", "image": "pad"}),
     "llava_next": ("vlm.systems.llava_next.LLaVANext", {"template": "v1"}),
     "mini_gemini": ("vlm.systems.mini_gemini.MiniGemini", {"image": "pad"}),
+    "vila": ("vlm.systems.vila.VILA", {"template": "v1", "image": "pad"}),
 }
 """Class of a system, and how its published weights are talked to."""
 _PAD = "[PAD]"
@@ -53,6 +55,8 @@ def find_weights(path: str | Path) -> str:
         return str(finished[-1].parent)
     if begun := sorted(file.parent for file in (*folder.glob("config.yaml"), *folder.glob("*/config.yaml"))):
         raise UserError(f"{begun[-1]}: this stage is not finished (no artefact); start its `vlm fit` again to go on")
+    if has_part_folders(folder):
+        return str(folder)
     try:
         find_files(folder)
     except UserError as error:
@@ -71,8 +75,11 @@ def open_published(path: str) -> Model:
         UserError: another architecture, or files that do not fit together.
     """
     try:
-        keys = WeightFiles(path).keys()
-        system = next(name for name, kind in CONNECTORS.items() if kind == detect_connector(keys))
+        split = has_part_folders(path)
+        keys = (PartFolders if split else WeightFiles)(path).keys()
+        connector = detect_connector(keys)
+        # VILA v1.0 in LLaVA-1.5's layout computes what LLaVA-1.5 does, and its files do not tell them apart
+        system = next((name for name, kind in CONNECTORS.items() if kind == connector and not split), "vila")
         if detect_layout(keys).newline in keys:
             system = "llava_next"
         elif MARK in keys:
@@ -119,6 +126,8 @@ def talk(model: Model) -> tuple[str, dict[str, Any]]:
         return class_path, arguments | {"template": _next_template(model)}
     if model.system == "mini_gemini":
         return class_path, arguments | {"template": f"mini_gemini_{_family(model)}"}
+    if model.system == "vila":
+        return class_path, arguments | {"image": image_mode(model.config)}
     if not official.get("mm_use_im_start_end"):
         return class_path, dict(arguments)
     if model.system != "llava":

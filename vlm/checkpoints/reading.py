@@ -25,6 +25,7 @@ from vlm.checkpoints.llava_config import LlavaConfig, check_config, read_config,
 from vlm.checkpoints.locate import CARRIED
 from vlm.checkpoints.mini_gemini import MARK, convnext_names, high_tower
 from vlm.checkpoints.table import Table
+from vlm.checkpoints.vila import PartFolders, has_part_folders
 from vlm.checkpoints.weights import WeightFiles, fingerprint_of, hash_tensor
 from vlm.errors import UserError
 
@@ -33,7 +34,11 @@ CONNECTORS: dict[str, Connector] = {
     "llava_1_5": "mlp2x_gelu",
     "llava_next": "mlp2x_gelu",
     "mini_gemini": "mlp2x_gelu",
+    "vila": "mlp2x_gelu",
 }
+"""Projector of each system."""
+VILA_CONNECTORS = ("linear", "mlp2x_gelu", "mlp_downsample")
+"""VILA has one of several."""
 Stream = Callable[[], Iterable[tuple[str, Tensor]]]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -92,7 +97,10 @@ def open_checkpoint(
             raise UserError(f"{src}: is an artefact of ours, and only published weights are deltas; leave out --base")
         model = _open_artefact(read_artefact(src, system=system))
     else:
-        files = WeightFiles(src) if base is None else DeltaFiles(src, base)
+        if has_part_folders(src):
+            files: WeightFiles = PartFolders(src)
+        else:
+            files = WeightFiles(src) if base is None else DeltaFiles(src, base)
         model = _open_published(files, system, layout)
     lacks_tower = not any(name.startswith("vision.") for name in model.shapes)
     tower = vision if vision is not None else model.config.tower if needs_vision else None
@@ -110,7 +118,7 @@ def _open_published(files: WeightFiles, system: str, layout_name: str) -> Model:
     if layout_name not in ("auto", "hf" if layout.is_hf else layout.name):
         raise UserError(f"{files.source}: is in the {layout.name} layout, not in {layout_name!r}")
     connector = detect_connector(files.keys())
-    if connector != CONNECTORS[system]:
+    if connector not in (VILA_CONNECTORS if system == "vila" else (CONNECTORS[system],)):
         raise UserError(f"{files.source}: has the projector {connector}, but {system} has {CONNECTORS[system]}")
     if (layout.newline in set(files.keys())) != (system == "llava_next"):
         found, lacks = ("no", "one") if system == "llava_next" else ("an", "none")
@@ -123,6 +131,8 @@ def _open_published(files: WeightFiles, system: str, layout_name: str) -> Model:
     config = read_config(files.folder, layout, connector=connector)
     if system == "mini_gemini":
         config = replace(config, high=high_tower(config.originals["official"], files.shapes()))
+    if isinstance(files, PartFolders):
+        config = files.describe(config)
     tower = {
         name.removeprefix(layout.vision): shape
         for name, shape in files.shapes().items()

@@ -1,5 +1,6 @@
 """A LLaVA checkpoint under our names, written in any layout as a new folder."""
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ from vlm.checkpoints.locate import CARRIED
 from vlm.checkpoints.published import talk
 from vlm.checkpoints.reading import Model, chained, table_of
 from vlm.checkpoints.report import LoadReport
+from vlm.checkpoints.vila import FOLDERS, PREFIXES, place_of, write_configs
 from vlm.checkpoints.weights import write_safetensors
 
 SHARD_BYTES = 5_000_000_000
@@ -42,9 +44,35 @@ def write_checkpoint(dst: Path, model: Model, *, target: str, template: str | No
     if target == "ours":
         return _write_artefact(dst, model, template=template)
     with atomic_directory(dst) as folder:
-        report = fill_published(folder, model, target=target)
-        _copy_small_files(model.folder, folder)
+        if target == "official" and FOLDERS in model.config.originals:
+            report, small = _fill_folders(folder, model), folder / "llm"
+        else:
+            report, small = fill_published(folder, model, target=target), folder
+        _copy_small_files(model.folder, small)
     return report
+
+
+def _fill_folders(folder: Path, model: Model) -> LoadReport:
+    """The folders of VILA-1.5, each part in its own."""
+    table = table_of(model, FOLDERS)
+    table.check(model.shapes, side="ours")
+    for part in PREFIXES:
+        (folder / part).mkdir()
+        # read once for each part: in the order of a stream they may lie mixed, and none is held in memory
+        places = ((place_of(name), tensor) for name, tensor in table.stream_from_ours(model.stream()))
+        own = ((name, tensor) for (where, name), tensor in places if where == part)
+        if written := _any(own):
+            write_safetensors(folder / part / "model.safetensors", written, max_shard_bytes=SHARD_BYTES)
+        else:
+            (folder / part).rmdir()
+    write_configs(folder, model.config)
+    loaded = [name for name in model.shapes if not table.is_carried(name)]
+    return LoadReport(loaded=loaded, carried=[name for name in model.shapes if table.is_carried(name)])
+
+
+def _any(items: Iterator[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]] | None:
+    first = next(items, None)
+    return None if first is None else itertools.chain([first], items)
 
 
 def fill_published(folder: Path, model: Model, *, target: str) -> LoadReport:

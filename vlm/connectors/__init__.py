@@ -1,4 +1,4 @@
 from vlm.connectors.mining import PatchMining
-from vlm.connectors.projectors import MLP, Connector, Linear, Newline
+from vlm.connectors.projectors import MLP, Connector, Downsample, Linear, Newline
 
-__all__ = ["MLP", "Connector", "Linear", "Newline", "PatchMining"]
+__all__ = ["MLP", "Connector", "Downsample", "Linear", "Newline", "PatchMining"]

@@ -1,10 +1,14 @@
-"""Connectors that map every feature on its own."""
+"""Connectors that map every feature, or every 2 x 2 of them, on its own."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vlm.errors import UserError
 
 
 class Connector(ABC):
@@ -13,6 +17,10 @@ class Connector(ABC):
     @abstractmethod
     def build(self, in_dim: int, out_dim: int) -> nn.Module:
         """The network, float[..., in_dim] -> float[..., out_dim]; call it under `vlm.building.empty_weights`."""
+
+    def num_tokens(self, num_features: int) -> int:
+        """Tokens of a view that the tower sees as so many features."""
+        return num_features
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,62 @@ class MLP(Connector):
         for _ in range(1, self.depth):
             layers += [nn.GELU(), nn.Linear(out_dim, out_dim)]
         return nn.Sequential(*layers)
+
+
+@dataclass(frozen=True)
+class Downsample(Connector):
+    """Every 2 x 2 neighbours as one token, a quarter of the tokens (VILA, Lin et al., 2024).
+
+    The paper's ablation is one linear layer behind the joined features. VILA-1.5 (`mlp_downsample`) has a norm before
+    it and a second layer: `norm: true, depth: 2`, with the children 1, 2 and 4 of the published checkpoints.
+
+    Attributes:
+        depth: linear layers, with exact GELU between them.
+        norm: a LayerNorm between the joined features and the first layer.
+    """
+
+    depth: int = 1
+    norm: bool = False
+
+    def build(self, in_dim: int, out_dim: int) -> nn.Module:
+        layers: list[nn.Module] = [JoinNeighbours()]
+        if self.norm:
+            layers.append(nn.LayerNorm(4 * in_dim))
+        layers.append(nn.Linear(4 * in_dim, out_dim))
+        for _ in range(1, self.depth):
+            layers += [nn.GELU(), nn.Linear(out_dim, out_dim)]
+        return nn.Sequential(*layers)
+
+    def num_tokens(self, num_features: int) -> int:
+        return ((_side(num_features) + 1) // 2) ** 2
+
+
+class JoinNeighbours(nn.Module):
+    """The features of a square map, 2 x 2 of them one behind the other.
+
+    An odd side gets a row and a column of zeros at its end. As published, tokens go down the columns: the second one
+    is below the first, not beside it. The four features of a token are top left, top right, bottom left, bottom right.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """float[V, P, D], row by row -> float[V, ceil(side / 2) ** 2, 4 * D], column by column."""
+        side = _side(features.shape[1])
+        square = features.unflatten(1, (side, side))
+        if side % 2:
+            square = F.pad(square, (0, 0, 0, 1, 0, 1))
+        half = square.shape[1] // 2
+        pairs = square.unflatten(2, (half, 2)).unflatten(1, (half, 2))  # [V, row, 2, column, 2, D]
+        return pairs.permute(0, 3, 1, 2, 4, 5).flatten(3).flatten(1, 2)
+
+
+def _side(num_features: int) -> int:
+    side = math.isqrt(num_features)
+    if side * side != num_features:
+        raise UserError(
+            f"connector: {num_features} features are no square map, so they have no 2 x 2 neighbours; leave the "
+            "class token out (vision.class_token: false) or use another connector"
+        )
+    return side
 
 
 class Newline(nn.Module):

@@ -7,10 +7,12 @@ from importlib import import_module
 
 _HOMES = {
     "BatchSpec": "steps",
+    "Best": "formats.shards",
     "ChartQA": "formats.questions",
     "ChatJson": "sources",
     "CocoCaptions": "formats.captions",
     "DocVQA": "formats.questions",
+    "FewShot": "few_shot",
     "GQA": "benchmarks",
     "GroundedCaptions": "formats.captions",
     "ImageFolder": "folder",
@@ -23,6 +25,7 @@ _HOMES = {
     "Mixture": "mixing",
     "MMBench": "benchmarks",
     "Mmc4": "formats.documents",
+    "Mmc4Pairs": "formats.documents",
     "MmeFolder": "benchmarks",
     "MMVet": "benchmarks",
     "MultitaskData": "multitask",
@@ -39,6 +42,7 @@ _HOMES = {
     "TextLines": "formats.regions",
     "TextVQA": "benchmarks",
     "VisionLanguageData": "module",
+    "VisualFlan": "formats.flan",
     "VizWiz": "benchmarks",
     "VQAv2": "benchmarks",
     "VQAv2Training": "formats.questions",

@@ -17,7 +17,7 @@ def interleave(
     """A document of MMC4 as VILA reads it: each picture stands before the sentence that matches it.
 
     Of the pictures the first `max_images` are kept, in the order of the file, and then take the order of their
-    sentences. Sentences are joined by a blank; beside a picture there is none.
+    sentences. Sentences are joined by a blank; of the blanks beside a picture one on each side goes.
 
     Args:
         images: each with the index of its sentence.
@@ -35,17 +35,21 @@ def interleave(
                 "counted from 0; correct matched_text_index or remove the image"
             )
     kept = sorted(images[:max_images], key=lambda image: image[1])
-    content: list[dict[str, Any]] = []
-    pending = ""
+    texts = [""]  # before the first picture, and behind each one
     at = 0
     for index, sentence in enumerate(sentences):
+        texts[-1] += " " if index else ""
         while at < len(kept) and kept[at][1] == index:
-            if pending.strip():
-                content.append({"type": "text", "text": pending.rstrip(" ")})
-            content.append({"type": "image"})
-            pending = ""
+            texts.append("")
             at += 1
-        pending = f"{pending} {sentence}" if pending else sentence.lstrip(" ") if content else sentence
-    if pending.strip():
-        content.append({"type": "text", "text": pending})
+        texts[-1] += sentence
+    content: list[dict[str, Any]] = []
+    for number, words in enumerate(texts):
+        if number:
+            content.append({"type": "image"})
+            words = words.removeprefix(" ")
+        if number < len(texts) - 1:
+            words = words.removesuffix(" ")
+        if words:
+            content.append({"type": "text", "text": words})
     return content, [image for image, _ in kept]

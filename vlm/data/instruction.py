@@ -37,8 +37,10 @@ class InstructionData(VisionLanguageData):
         super().__init__(sources, batch=batch, **kwargs)
         if group_by_modality and batch.unit != "samples":
             raise UserError(f"data.group_by_modality needs a batch counted in samples, found unit {batch.unit!r}")
-        if group_by_modality and self.mixture is not None and self.mixture.order == "spread":
-            raise UserError("data.group_by_modality shuffles its steps; remove it or data.mixture.order: spread")
+        if group_by_modality and self.mixture is not None and self.mixture.order != "random":
+            raise UserError(
+                f"data.group_by_modality shuffles its steps; remove it or data.mixture.order: {self.mixture.order}"
+            )
         if text_share is not None and not 0 <= text_share < 1:
             raise UserError(f"data.text_share must be at least 0 and below 1, found {text_share}")
         if text_share is not None and self.mixture is not None:

@@ -8,6 +8,7 @@ came once, also when an epoch shows only a part of them.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Literal
 
 import numpy as np
@@ -43,9 +44,14 @@ class Mixture:
     """By name, how often an epoch shows each source: 0.5 is every other sample, 2 is all of them twice. The column of
     ratios in the same list."""
 
-    order: Literal["random", "spread"] = "random"
+    order: Literal["random", "spread", "ranks"] = "random"
     """`random`: every draw picks its source by chance, so that shares hold on average; exact numbers are shuffled.
-    `spread`: each source evenly over the epoch (VILA), in exact numbers."""
+    `spread`: each source evenly over the epoch (VILA), in exact numbers. `ranks`: the very samples of VILA's sampler
+    on the devices of its own run, whatever there are here."""
+
+    ranks: int | None = None
+    """With `order: ranks`, the devices of the published run: each has a part of every source to itself, and what fills
+    no batch of all of them is never shown."""
 
     def __post_init__(self) -> None:
         if isinstance(self.weights, Mapping):
@@ -56,8 +62,10 @@ class Mixture:
             raise UserError(
                 f"data.mixture.weights must be size, sqrt_size or a number per source, found {self.weights!r}"
             )
-        if self.order not in ("random", "spread"):
-            raise UserError(f"data.mixture.order must be random or spread, found {self.order!r}")
+        if self.order not in ("random", "spread", "ranks"):
+            raise UserError(f"data.mixture.order must be random, spread or ranks, found {self.order!r}")
+        if (self.order == "ranks") != (self.ranks is not None) or (self.ranks is not None and self.ranks < 1):
+            raise UserError(f"data.mixture.ranks: a number of devices goes with order: ranks, found {self.ranks!r}")
         if self.epoch_size is not None and self.epoch_size < 1:
             raise UserError(f"data.mixture.epoch_size must be at least 1, found {self.epoch_size}")
         if self.factors is not None:
@@ -69,6 +77,11 @@ class Mixture:
             raise UserError(
                 f"data.mixture.{exact[0]} says how many samples an epoch has; remove "
                 "the other numbers (weights, factors, epoch_size, epoch_samples, repeats)"
+            )
+        if self.order == "ranks" and (exact or self.epoch_size is not None or self.factors or self.weights != "size"):
+            raise UserError(
+                "data.mixture.order: ranks takes each source as it is; remove the other numbers (weights, factors, "
+                "epoch_size, epoch_samples, repeats)"
             )
 
     @property
@@ -246,6 +259,45 @@ def walk(size: int, *, start: int, count: int, seed: int) -> tuple[np.ndarray, n
         here = rounds == number
         samples[here] = order[stops[here] % size]
     return samples, rounds - rounds[0]
+
+
+def rank_orders(sizes: Sequence[int], *, rank_batch: int, ranks: int, seed: int, epoch: int) -> list[list[int]]:
+    """What each device sees in an epoch of VILA's `VILADistributedSampler`, in order.
+
+    A source is cut into equal parts, one for each rank, of as many batches as all ranks can fill; its last samples are
+    left out in every epoch. A rank shuffles its parts (Python's own generator, seeded by `seed + epoch` on every rank
+    alike) and spreads them evenly over the epoch.
+
+    Args:
+        sizes: samples of each source; indices count over all of them.
+        rank_batch: samples of one rank in a step.
+
+    Raises:
+        UserError: no source fills a step.
+    """
+    own = [size // (rank_batch * ranks) * rank_batch for size in sizes]
+    if not sum(own):
+        raise UserError(
+            f"data.mixture.order: ranks leaves no sample: no source has {rank_batch * ranks} of them, one step of all "
+            "devices; lower data.batch.size"
+        )
+    starts = np.cumsum([0, *sizes]).tolist()
+    pattern = spread(own).tolist()
+    orders: list[list[int]] = []
+    for rank in range(ranks):
+        random = Random(seed + epoch)
+        parts = [list(range(starts[k] + rank * n, starts[k] + (rank + 1) * n)) for k, n in enumerate(own)]
+        for part in parts:
+            random.shuffle(part)
+        left = [iter(part) for part in parts]
+        orders.append([next(left[kind]) for kind in pattern])
+    return orders
+
+
+def ranks_together(orders: Sequence[Sequence[int]], *, rank_batch: int) -> list[int]:
+    """Steps one after another: of each the samples of rank 0, of rank 1, and so on."""
+    num = len(orders[0])
+    return [index for at in range(0, num, rank_batch) for order in orders for index in order[at : at + rank_batch]]
 
 
 def apportion(shares: Sequence[float], total: int) -> list[int]:

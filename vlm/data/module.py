@@ -16,7 +16,7 @@ from vlm.data.evaluation import ShuffledImages, split
 from vlm.data.lengths import draw_lengths
 from vlm.data.lists import SampleLists
 from vlm.data.loader import Encoder, Progress, StepLoader
-from vlm.data.mixing import Mixture, Turns
+from vlm.data.mixing import Mixture, Turns, rank_orders, ranks_together
 from vlm.data.order import shuffled
 from vlm.data.progress import TrainerProgress
 from vlm.data.quarantine import Kept, Quarantine, fingerprint
@@ -82,6 +82,11 @@ class VisionLanguageData(L.LightningDataModule):
         self.mixture = mixture
         if mixture is not None:
             mixture.check([source.name for source in self.sources])
+            if mixture.ranks is not None and (batch.unit != "samples" or batch.size % mixture.ranks):
+                raise UserError(
+                    f"data.mixture.order: ranks needs a batch of samples that {mixture.ranks} devices share alike, "
+                    f"found {batch.size} {batch.unit}"
+                )
         self.max_tokens = max_tokens
         self.val_batch_size = val_batch_size
         self.num_workers = num_workers
@@ -124,6 +129,10 @@ class VisionLanguageData(L.LightningDataModule):
         if self.mixture is None:
             return shuffled(len(self.samples), seed=self.seed, epoch=epoch)
         sizes = {source.name: len(source) for source in self.sources}
+        if self.mixture.ranks is not None:
+            each = {"rank_batch": self.batch.size // self.mixture.ranks}
+            orders = rank_orders(list(sizes.values()), ranks=self.mixture.ranks, seed=self.seed, epoch=epoch, **each)
+            return ranks_together(orders, **each)
         samples, visits = self.mixture.draws(sizes, seed=self.seed, epoch=epoch, turns=self.turns())
         return (samples + visits * len(self.samples)).tolist()
 

@@ -25,6 +25,8 @@ class DocumentTemplate(Template):
     A conversation is written by the form: with the one named `document`, a picture and its caption are the shortest of
     documents.
 
+    Text that spells an image mark is no mark, but it is written `<IMAGE>`, as VILA's code does in pre-training.
+
     Attributes:
         end: trained text behind a document.
     """
@@ -33,14 +35,19 @@ class DocumentTemplate(Template):
 
     def turns(self, messages: Sequence[Message], *, generate: bool = False) -> list[list[Span]]:
         if not any(message.role == DOCUMENT for message in messages):
-            return super().turns(messages, generate=generate)
+            return [[_unmarked(span) for span in spans] for spans in super().turns(messages, generate=generate)]
         if len(messages) > 1:
             raise UserError(f"a document stands alone, found {len(messages)} messages; make each a sample of its own")
         spans: list[Span] = []
         for part in messages[0].content:
             assert isinstance(part, TextPart | ImagePart), "regions are written out before a message is rendered"
-            spans.append(TextSpan(part.text, trained=not generate) if isinstance(part, TextPart) else ImageMark())
+            written = TextSpan(part.text, trained=not generate) if isinstance(part, TextPart) else ImageMark()
+            spans.append(_unmarked(written))
         return [spans] if generate else [[*spans, TextSpan(self.end, trained=True)]]
+
+
+def _unmarked(span: Span) -> Span:
+    return TextSpan(span.text.replace("<image>", "<IMAGE>"), span.trained) if isinstance(span, TextSpan) else span
 
 
 DOCUMENTS = DocumentTemplate(

@@ -56,7 +56,7 @@ _CONVERSATION = """
   {%- elif message.role != ('assistant' if state.turn % 2 else 'user') -%}
     {{- raise_exception('user and assistant have to take turns') -}}
   {%- else -%}
-    {%- set opening = OPENING if state.system and state.turn == 0 else '' -%}
+    {%- set opening = (OPENING if state.system else BARE) if state.turn == 0 else '' -%}
     {%- if message.role == 'user' -%}
       {{- BETWEEN if state.turn else OPENING_BEFORE -}}
       {%- set text = content(message.content) TRIM -%}
@@ -101,6 +101,7 @@ def _conversation(template: Template, form: Form, *, generate: bool) -> str:
         "OPENING_BEFORE": "''" if form.opening_in_turn else "opening",
         "OPENING_INSIDE": "opening" if form.opening_in_turn else "''",
         "OPENING": f"({opening})",
+        "BARE": _quoted(form.bare),
         "BETWEEN": _quoted(form.between),
         "USER_BEFORE": _quoted(user_before),
         "USER_AFTER": _quoted(user_after),

@@ -82,7 +82,13 @@ _V0_PROMPT = Form(
 _FIRST = replace(_V0, place="given", tight=True)
 _FIRST_PROMPT = replace(_V0_PROMPT, place="back", tight=True)
 _MARKED = "<im_start>{}<im_end>"
-_V1 = Form(opening="{} ", user=(_masked("USER: {} "),), assistant=(_masked("ASSISTANT:"), _trained(" {}</s>")))
+# Without a system text the blank behind it stays (`vflan_no_system_prompt` of VILA)
+_V1 = Form(
+    opening="{} ",
+    bare=" ",
+    user=(_masked("USER: {} "),),
+    assistant=(_masked("ASSISTANT:"), _trained(" {}</s>")),
+)
 _LLAMA_2 = Form(
     opening="<<SYS>>\n{}\n<</SYS>>\n\n",
     opening_in_turn=True,

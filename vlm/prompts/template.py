@@ -88,6 +88,7 @@ class Form:
         user: spans of a user turn.
         assistant: spans of an answer; those before the first trained one are the cue that generation ends with.
         opening: text around the system text; left out where there is none.
+        bare: what stands in the place of the opening where a system message says nothing.
         opening_in_turn: the opening stands inside the first user turn, where its content begins (Llama-2).
         between: text before every user turn but the first.
         closing: what follows the last turn.
@@ -102,6 +103,7 @@ class Form:
     user: tuple[TextSpan, ...]
     assistant: tuple[TextSpan, ...]
     opening: str = "{}"
+    bare: str = ""
     opening_in_turn: bool = False
     between: str = ""
     closing: tuple[TextSpan, ...] = ()
@@ -161,7 +163,8 @@ class Template:
         system = self.system if system is None else system
         if form.trim:
             turns = [(where, _trimmed(message)) for where, message in turns]
-        opening: list[Span] = [TextSpan(form.opening.replace("{}", system))] if system else []
+        text = form.opening.replace("{}", system) if system else form.bare
+        opening: list[Span] = [TextSpan(text)] if text else []
         written: list[list[Span]] = [[] if form.opening_in_turn else opening]
         for index, (where, message) in enumerate(turns):
             if message.role == "user":

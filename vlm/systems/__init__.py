@@ -2,5 +2,6 @@ from vlm.systems.llava import LLaVA
 from vlm.systems.llava_1_5 import LLaVA15
 from vlm.systems.llava_next import LLaVANext
 from vlm.systems.mini_gemini import MiniGemini
+from vlm.systems.vila import VILA
 
-__all__ = ["LLaVA", "LLaVA15", "LLaVANext", "MiniGemini"]
+__all__ = ["VILA", "LLaVA", "LLaVA15", "LLaVANext", "MiniGemini"]

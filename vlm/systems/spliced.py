@@ -6,6 +6,7 @@ Reading order: `SplicedCodec.encode` (sample to tokens), `SplicedDecoder.image_f
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class SplicedCodec(Codec):
     """Rows in which every picture takes a fixed number of tokens; subclasses may give it a number of its own.
 
     Args:
-        tower: facts of the vision tower; one view per picture.
+        tower: facts of the vision tower, `num_tokens` behind the connector; one view per picture.
         max_tokens: longest sample, image tokens included; a longer one is an error, never cut in silence. Documents
             are cut to it, and that is counted (`vlm.prompts.documents`).
     """
@@ -206,7 +207,7 @@ class SplicedDecoder(VisionLanguageModule):
         self.codec = SplicedCodec(
             tokenizer=tokenizer,
             template=get_template(template),
-            tower=self.tower,
+            tower=replace(self.tower, num_tokens=connector.num_tokens(self.tower.num_tokens)),
             transform=ImageTransform(size=self.tower.image_size, mode=image),
             augment=augment,
             max_tokens=max_tokens,

@@ -33,6 +33,7 @@ class Mmc4(RecordSource):
         path: JSON list or JSONL (a shard).
         max_images: of a document.
         min_similarity: pictures that match their sentence less are left out.
+        images_first: all pictures, then all text; VILA's ablation, which hurts.
         **keywords: `image_root`, `name`, `max_pixels` as in `JsonSource`.
     """
 
@@ -40,24 +41,87 @@ class Mmc4(RecordSource):
     image_key = "image_info"
 
     def __init__(
-        self, path: str | Path, max_images: int = MAX_IMAGES, min_similarity: float = 0.0, **keywords: Any
+        self,
+        path: str | Path,
+        max_images: int = MAX_IMAGES,
+        min_similarity: float = 0.0,
+        images_first: bool = False,
+        **keywords: Any,
     ) -> None:
         super().__init__(path, **keywords)
-        self.max_images, self.min_similarity = max_images, min_similarity
+        self.max_images, self.min_similarity, self.images_first = max_images, min_similarity, images_first
 
-    def chat(self, fields: Fields) -> dict[str, Any]:
-        images = [
+    def matched(self, fields: Fields) -> list[tuple[str, int]]:
+        """The pictures of a record that are similar enough, each with the number of its sentence."""
+        return [
             (info.text("image_name"), info.need("matched_text_index", int, "the number of a sentence"))
             for info in fields.objects("image_info")
             if info.record.get("matched_sim", 1.0) >= self.min_similarity
         ]
+
+    def chat(self, fields: Fields) -> dict[str, Any]:
+        sentences = fields.texts("text_list")
         try:
-            content, shown = interleave(fields.texts("text_list"), images, max_images=self.max_images)
+            content, shown = interleave(sentences, self.matched(fields), max_images=self.max_images)
         except SampleError:
             raise
         except UserError as error:
             raise fields.error(str(error)) from error
+        if self.images_first:
+            content = [IMAGE] * len(shown) + [text(" ".join(sentences))]
         return {"images": shown, "messages": document(content)}
+
+
+class Mmc4Pairs(Mmc4):
+    """Documents of MMC4 in pieces: every picture with its own sentence is a sample, the rest of the text is left out.
+
+    VILA's ablation that shows what the text between pictures is good for.
+
+    Args:
+        path: JSON list or JSONL (a shard); read once more than other files, for the number of pictures of each record.
+        **keywords: as in `Mmc4`.
+    """
+
+    task = "caption"
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        """int64[records], samples up to the end of each record."""
+        records = (Fields(self._records[at], identity=at, source=str(self.path)) for at in range(len(self._records)))
+        return np.cumsum([min(len(self.matched(fields)), self.max_images) for fields in records])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name} has {len(self)} samples, asked for number {index}")
+        at = int(np.searchsorted(self._ends, index, side="right"))
+        record = self._records[at]
+        fields = Fields(record, identity=record.get("id", at), source=str(self.path))
+        sentences = fields.texts("text_list")
+        number = index - (int(self._ends[at - 1]) if at else 0)
+        image, sentence = self.matched(fields)[number]
+        if not 0 <= sentence < len(sentences):
+            raise fields.error(f"image {number} belongs to sentence {sentence}, but there are {len(sentences)}")
+        return parse_sample(
+            {
+                "id": f"{fields.identity}/{number}",
+                "task": self.task,
+                "images": [image],
+                "messages": document([IMAGE, text(sentences[sentence])]),
+            },
+            source=str(self.path),
+            position=index,
+            image_root=self.image_root,
+            max_pixels=self.max_pixels,
+        )
+
+    def has_image(self, index: int) -> bool:
+        return 0 <= index < len(self)
+
+    def image_mask(self) -> np.ndarray:
+        return np.ones(len(self), dtype=bool)
 
 
 class Obelics(RecordSource):

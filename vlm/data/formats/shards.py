@@ -4,7 +4,8 @@ import json
 import re
 import tarfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,31 @@ from vlm.sample import MAX_PIXELS, ImageFile, Sample, parse_sample
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
+@dataclass(frozen=True)
+class Best:
+    """Which pairs of a shard are kept: VILA's choice from COYO (`coyo_downloader.py`) unless said otherwise.
+
+    Attributes:
+        share: at most this share of a shard, those with the largest sums; of equal ones the first.
+        above: the sum has to be larger.
+        keys: numbers of `KEY.json` that are added up.
+    """
+
+    share: float = 0.2
+    above: float = 0.6
+    keys: Sequence[str] = ("clip_similarity_vitb32", "clip_similarity_vitl14")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise UserError(f"best.share must be above 0 and at most 1, found {self.share}")
+
+    def among(self, sums: Sequence[float]) -> list[int]:
+        """The places of those that stay, ascending."""
+        passing = [at for at, value in enumerate(sums) if value > self.above]
+        passing.sort(key=lambda at: -sums[at])
+        return sorted(passing[: int(len(sums) * self.share)])
+
+
 class WebDataset(Source):
     """Pictures and captions in tar files, read in place by position.
 
@@ -35,6 +61,7 @@ class WebDataset(Source):
         path: a tar file or URL of one, a numbered series (`shards/{00000..00099}.tar`), or a pattern (`shards/*.tar`).
         caption: where the caption is: `txt` for `KEY.txt`, or a key of `KEY.json`.
         prompt: the user's text beside the picture.
+        best: leave out pairs that do not belong together, by numbers in `KEY.json`.
         name: by default the file's name without its ending.
         max_pixels: limit on decode.
 
@@ -47,10 +74,12 @@ class WebDataset(Source):
         path: str | Path,
         caption: str = "txt",
         prompt: str = "",
+        best: Best | None = None,
         name: str | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.path = located(path)
+        self.best = best
         self.caption = caption
         self.prompt = prompt
         self.name = name if name is not None else self.path.stem
@@ -76,11 +105,18 @@ class WebDataset(Source):
         """int64[n, 5]: shard, then position and length of the picture, then of the text."""
         rows = array("q")
         for number, file in enumerate(self.files):
+            found: list[tuple[int, ...]] = []
+            facts: list[tuple[int, int] | None] = []
             for members in _samples(file):
                 image = next((members[suffix] for suffix in members if suffix in SUFFIXES), None)
                 words = members.get(".txt" if self.caption == "txt" else ".json")
                 if image is not None and words is not None:
-                    rows.extend((number, *image, *words))
+                    found.append((number, *image, *words))
+                    facts.append(members.get(".json"))
+            for at in range(len(found)) if self.best is None else self.best.among(_numbers(file, facts, self.best)):
+                rows.extend(found[at])
+        if not rows and self.best is not None:
+            raise UserError(f"{self.path}: no pair passes 'best' ({self.best}); lower it")
         if not rows:
             wanted = "KEY.txt" if self.caption == "txt" else "KEY.json"
             raise UserError(f"{self.path}: no picture with a {wanted} in it; set 'caption' to where the captions are")
@@ -180,3 +216,22 @@ def _samples(file: Path) -> Iterator[dict[str, tuple[int, int]]]:
         ) from error
     if members:
         yield members
+
+
+def _numbers(file: Path, places: Sequence[tuple[int, int] | None], best: Best) -> list[float]:
+    """The sum that decides about each sample of a shard, read from its `KEY.json`."""
+    sums: list[float] = []
+    with file.open("rb") as opened:
+        for at, place in enumerate(places):
+            try:
+                if place is None:
+                    raise KeyError("KEY.json")
+                opened.seek(place[0])
+                facts = json.loads(opened.read(place[1]))
+                sums.append(sum(float(facts[key]) for key in best.keys))
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(
+                    f"{file}: sample {at} has no number {' or '.join(best.keys)} in its .json ({error}); leave 'best' "
+                    "out or name its keys"
+                ) from error
+    return sums
