@@ -1,7 +1,6 @@
 """What a system sees, is trained on and says, in TensorBoard."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from vlm.data.loader import Encoder
 from vlm.data.progress import is_finished
 from vlm.data.sources import Concat
 from vlm.errors import SampleError, UserError
+from vlm.geometry import Box, View
 from vlm.language import Decoding
 from vlm.module import VisionLanguageModule
 from vlm.panels import Panel, Piece, as_text, draw, pieces_of, views_as_seen
@@ -24,10 +24,11 @@ from vlm.sample import Sample
 
 @dataclass(frozen=True)
 class _Shown:
-    """A sample, the pictures it is seen with, and its tokens."""
+    """A sample, the pictures it is seen with, what boxes of the first one count from, and its tokens."""
 
     sample: Sample
     pictures: tuple[Any, ...]
+    view: View | None
     pieces: tuple[Piece, ...]
 
 
@@ -133,7 +134,8 @@ def _prepare(encoder: Encoder, index: int) -> _Shown:
     tokenizer = getattr(codec, "tokenizer", None)  # not every codec has one kind of token
     sequences = [*encoded.text, *(sequence for row in encoded.rows.values() for sequence in row)]
     pieces = [piece for s in sequences for piece in pieces_of(s, tokenizer.decode)] if tokenizer is not None else []
-    return _Shown(sample, tuple(pictures), tuple(pieces))
+    sizes = [size for views in batch.views.values() for size in views.size]
+    return _Shown(sample, tuple(pictures), codec.view(*sizes[0]) if sizes else None, tuple(pieces))
 
 
 def _panel(shown: _Shown, answer: str | None, *, steps: int, codec: Codec) -> Panel:
@@ -141,6 +143,11 @@ def _panel(shown: _Shown, answer: str | None, *, steps: int, codec: Codec) -> Pa
     *turns, last = sample.messages
     is_answer = last.role == "assistant"
     target = as_text([last]) if is_answer else " | ".join(text for text, _ in sample.answers)
+    view = shown.view
+
+    def boxes(text: str) -> list[Box]:
+        return [] if view is None else [view.in_view(box) for box in codec.find_boxes(text, size=view.size)]
+
     return Panel(
         title=f"after {steps:,} steps     sample {sample.id}     {Path(sample.source).name}",
         pictures=shown.pictures,
@@ -148,5 +155,5 @@ def _panel(shown: _Shown, answer: str | None, *, steps: int, codec: Codec) -> Pa
         target=target,
         prediction=answer,
         pieces=shown.pieces,
-        find_boxes=partial(codec.find_boxes, size=shown.pictures[0].size if shown.pictures else (1, 1)),
+        find_boxes=boxes,
     )

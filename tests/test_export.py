@@ -1,17 +1,20 @@
 """`vlm export`: what transformers opens computes the same, from the same text and pictures."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import vlm
 import pytest
 import torch
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
 import cli
 from callbacks.stage_transition import write_stage
-from tests.systems import LLAMA, TOKENIZER, TOWER, llava_1_5, picture
+from tests.systems import LLAMA, TOKENIZER, TOWER, llava_1_5, llava_next, picture
+from vlm.batch import Batch
 from vlm.checkpoints.export import export
+from vlm.checkpoints.processor import sizes_cut_otherwise
 from vlm.codec import step_counts
 from vlm.connectors import MLP, Linear
 from vlm.errors import UserError
@@ -19,14 +22,15 @@ from vlm.language import CausalLM, Decoding
 from vlm.sample import ImagePart, Message, Sample, TextPart
 from vlm.stages import Follow, Stage, Trained
 from vlm.vision import TimmTower
+from vlm.vision.tiling import AnyRes
 
 
-def finished(folder: Path, **changes) -> Path:
+def finished(folder: Path, system=llava_1_5, **changes) -> Path:
     """The last of two stages: the tower is frozen in both, the connector comes out of the first where it is not."""
     last = changes.pop("last", ("connector", "language"))
     follows: list[Follow] = []
     for name, parts in {"1_align": ("connector",), "2_finetune": last}.items():
-        module = llava_1_5(**changes)
+        module = system(**changes)
         module.stage = Stage(name, {part: Trained(lr=1.0) for part in parts}, follows=follows)
         module.configure_model()
         for parameter in module.parameters():
@@ -65,6 +69,14 @@ def as_chat(sample: Sample) -> list[dict]:
     return [{"role": message.role, "content": content(message)} for message in sample.messages]
 
 
+def views_of(inputs: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+    """float[V, 3, H, W]: the views without what fills up those of a picture with fewer tiles."""
+    if inputs["pixel_values"].ndim == 4:
+        return inputs["pixel_values"]
+    counts = batch.views["image"].image_of_view.bincount().tolist()
+    return torch.cat([pixels[:count] for pixels, count in zip(inputs["pixel_values"], counts, strict=True)])
+
+
 CASES = {
     "legacy": {"image": "pad"},
     "not legacy": {"image": "crop", "tokenizer": replace(TOKENIZER, legacy=False)},
@@ -79,6 +91,15 @@ CASES = {
         "language": CausalLM(config={**LLAMA, "vocab_size": 32070}),
     },
     "connector alone": {"last": ("connector",), "template": "plain"},
+    "tiles": {"system": llava_next, "last": ("vision", "connector", "newline", "language")},
+    "tiles, mistral": {
+        "system": llava_next,
+        "language": CausalLM(config={**LLAMA, "model_type": "mistral", "sliding_window": None}),
+        "last": ("newline", "connector"),
+        "template": "mistral_instruct",
+        "grids": [[3, 1], [1, 2], [2, 2], [1, 1]],
+    },
+    "tiles to come": {"system": llava_next, "grids": None, "last": ("connector",), "template": "plain"},
 }
 
 
@@ -89,7 +110,8 @@ def test_transformers_computes_the_same_from_the_same_input(case: str, tmp_path:
     module = vlm.load(run)
     processor = AutoProcessor.from_pretrained(tmp_path / "hf", backend="pil", local_files_only=True)
     usual = AutoProcessor.from_pretrained(tmp_path / "hf", local_files_only=True)
-    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf", local_files_only=True).eval()
+    module_class = LlavaNextForConditionalGeneration if hasattr(module, "newline") else LlavaForConditionalGeneration
+    model = module_class.from_pretrained(tmp_path / "hf", local_files_only=True).eval()
     assert model.get_input_embeddings().weight.shape[0] % 64 == 0
     for sample in conversations(tmp_path):
         item = module.codec.encode(sample, generate=True)
@@ -101,9 +123,9 @@ def test_transformers_computes_the_same_from_the_same_input(case: str, tmp_path:
         ids[batch.text.slots["image"]] = model.config.image_token_id
         assert theirs["input_ids"][0].tolist() == ids.tolist()
         if images:
-            torch.testing.assert_close(theirs["pixel_values"], batch.views["image"].pixels, atol=1e-6, rtol=0)
+            torch.testing.assert_close(views_of(theirs, batch), batch.views["image"].pixels, atol=1e-6, rtol=0)
             # torchvision rounds bicubic weights otherwise: 2 grey levels are 0.03
-            near = usual(text=text, images=images, return_tensors="pt")["pixel_values"]
+            near = views_of(usual(text=text, images=images, return_tensors="pt"), batch)
             torch.testing.assert_close(near, batch.views["image"].pixels, atol=0.03, rtol=0)
         with torch.no_grad():
             logits = model(**theirs, use_cache=False).logits[0, :, : module.language.config.vocab_size]
@@ -122,6 +144,20 @@ def test_transformers_computes_the_same_from_the_same_input(case: str, tmp_path:
         assert vlm.load(tmp_path / "hf").generate([sample], decoding=Decoding(max_new_tokens=4)) == answer
 
 
+def test_the_sizes_that_transformers_unpads_otherwise_are_named(tmp_path: Path) -> None:
+    """Against transformers' own count at the published size, for every picture up to 200 x 200."""
+    (note,) = export(finished(tmp_path / "run", system=llava_next), tmp_path / "hf").notes
+    assert "features there that they do not get here (47x188, 49x588" in note
+    tiles = AnyRes(336, 24)
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf", local_files_only=True)
+    processor.patch_size = 14
+    processor.image_processor.image_grid_pinpoints = [[336 * rows, 336 * columns] for columns, rows in tiles.grids]
+    sizes = [(width, height) for width in range(1, 201) for height in range(1, 201)]
+    counts = [processor._get_number_of_features(h, w, 336, 336) - 1 for w, h in sizes]  # the CLS token
+    differ = [size for size, count in zip(sizes, counts, strict=True) if count != tiles.num_tokens(*size)]
+    assert differ == sizes_cut_otherwise(tiles, largest=200) == [(55, 176), (88, 55), (88, 99), (176, 110), (176, 198)]
+
+
 def test_a_bfloat16_folder_says_so(tmp_path: Path) -> None:
     export(finished(tmp_path / "run"), tmp_path / "hf", dtype="bfloat16")
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf", dtype="auto")
@@ -135,6 +171,7 @@ def test_a_bfloat16_folder_says_so(tmp_path: Path) -> None:
     [
         ({"connector": Linear()}, "always has a two-layer projector"),
         ({"connector": MLP(depth=3)}, "exactly two layers"),
+        ({"system": llava_next, "merge": "flat"}, "merged 'flat'"),
         ({"vision": TimmTower("vit_large_patch14_clip_quickgelu_336", class_token=True, options=TOWER)}, "class_token"),
         (
             {"vision": TimmTower("vit_base_patch16_siglip_224", options={"img_size": 28, "patch_size": 7, "depth": 2})},

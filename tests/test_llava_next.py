@@ -7,21 +7,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import vlm
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from tests.conftest import GOLDEN
 from tests.parity import check_logits_loss_and_gradients
 from tests.systems import LLAMA, llava_next, samples
+from tests.test_check_data import box, chat, write
 from vlm.batch import Views
 from vlm.building import empty_weights
 from vlm.checkpoints.convert import convert
-from vlm.checkpoints.export import export
 from vlm.checkpoints.llava import LAYOUTS, llava_table
+from vlm.checking.parts import parts_of
+from vlm.data import BatchSpec, ChatJson, InstructionData
 from vlm.errors import UserError
 from vlm.language import CausalLM
+from vlm.panels import as_text
+from vlm.showing import look_at
 from vlm.stages import Stage, Trained
 from vlm.vision import TimmTower
 from vlm.vision.preprocess import RandomCropFlip
@@ -112,8 +118,6 @@ def test_converted_checkpoints_are_bit_equal_and_compute_the_same(tmp_path: Path
         torch.testing.assert_close(module.label_logits(batch), theirs, atol=2e-5, rtol=1e-4)
     with pytest.raises(UserError, match="image_newline, but llava_1_5 has none"):
         convert(tmp_path / "hf", tmp_path / "x", system="llava_1_5", target_layout="ours")
-    with pytest.raises(UserError, match="breaks ties"):
-        export(tmp_path / "ours", tmp_path / "x")
 
 
 def test_paper_size_has_the_published_number_of_parameters() -> None:
@@ -148,6 +152,35 @@ def test_one_view_is_llava_1_5(tmp_path: Path) -> None:
     assert not any(name.startswith("newline") for name, _ in module.named_parameters())
     [encoded] = [module.codec.encode(sample) for sample in samples(tmp_path)[:1]]
     assert len(encoded.text[0].slots["image"]) == 16
+
+
+def test_boxes_count_from_the_padded_square_and_are_drawn_on_the_squashed_whole(tmp_path: Path) -> None:
+    """A red field on blue, named by a typed box and by the text that LLaVA's files spell it with."""
+    pixels = np.full((60, 160, 3), (0, 0, 255), dtype=np.uint8)
+    pixels[20:50, 40:120] = (255, 0, 0)
+    Image.fromarray(pixels).save(tmp_path / "0.png")
+    text = "[0.25, 0.44, 0.75, 0.62]"  # 50 rows are added above and below: (20 + 50) / 160 and (50 + 50) / 160
+    typed = chat("typed", box(0.25, 1 / 3, 0.75, 5 / 6))
+    data = InstructionData(
+        [ChatJson(write(tmp_path / "x.jsonl", [typed, chat("written", answer=text)]))], batch=BatchSpec(1)
+    )
+    codec = llava_next().codec
+    (part,) = parts_of(data, codec)
+    for index in (0, 1):
+        look = look_at(part, index, epoch=0)
+        assert text in as_text(look.item.sample.messages)
+        whole, *tiles = look.pictures
+        ((_, drawn),) = whole.boxes
+        assert drawn == pytest.approx((0.25, 1 / 3, 0.75, 5 / 6), abs=0.02)  # two decimals of the longer side
+        assert not any(tile.boxes for tile in tiles)
+        seen = np.asarray(whole.image.convert("RGB"))
+        red = (seen[..., 0] > 128) & (seen[..., 2] < 128)
+        rows, columns = np.flatnonzero(red.any(axis=1)), np.flatnonzero(red.any(axis=0))
+        found = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) / 28
+        assert found == pytest.approx(drawn, abs=1.5 / 28)
+    view = codec.view(160, 60)
+    ((x0, y0, x1, y1),) = (view.in_picture(found) for found in codec.find_boxes(text, size=view.size))
+    assert (160 * x0, 60 * y0, 160 * x1, 60 * y1) == pytest.approx((40, 20, 120, 50), abs=1)
 
 
 def test_a_random_cut_is_refused() -> None:

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
@@ -79,6 +80,24 @@ def test_mining_equals_the_official_numbers() -> None:
     parts = crops[:, :-1]
     tokens = projector((parts + mine_views(mining, parts, high, grid=2)).flatten(1, 2))
     torch.testing.assert_close(tokens, tensors["outputs/tokens_grid_no_global"], atol=2e-5, rtol=0)
+
+
+def test_mining_is_the_sum_as_it_is_written() -> None:
+    """Gradients too: of the parameters, of the features and of the map (a tower that is trained)."""
+    torch.manual_seed(5)
+    mining = PatchMining(6, 10).double()
+    for parameter in mining.parameters():
+        torch.nn.init.normal_(parameter)
+    low, high = torch.randn(2, 9, 6).double().requires_grad_(), torch.randn(2, 36, 10).double().requires_grad_()
+    inputs = [low, high, *mining.parameters()]
+    seen = windows(high, 9)
+    scores = mining.query(low)[:, :, None] @ mining.key(seen).transpose(-1, -2) / 6**0.5
+    plain = (scores.softmax(-1) @ mining.value(seen)).squeeze(2)
+    found = mining(low, high)
+    torch.testing.assert_close(found, plain, atol=1e-12, rtol=1e-12)
+    ours, theirs = (torch.autograd.grad(out.square().sum(), inputs) for out in (found, plain))
+    for mine, written in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, written, atol=1e-10, rtol=1e-10)
 
 
 @torch.no_grad()
@@ -316,6 +335,16 @@ def test_base_weights_of_openclip_timm_and_mixtral(tmp_path: Path) -> None:
         assert all(torch.equal(tensor, weights[name]) for name, tensor in module.vision_high.trunk.state_dict().items())
         theirs = mixtral.state_dict()
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in module.language.state_dict().items())
+
+
+def test_the_demo_has_the_tower_that_its_files_describe() -> None:
+    root = Path(__file__).parents[1]
+    overlay = yaml.safe_load((root / "configs/mini_gemini/demo/model.yaml").read_text())
+    arguments = overlay["model"]["init_args"]["vision_high"]["init_args"]
+    tower = ConvNeXtPyramid("convnext_large_mlp", **arguments).build()
+    stored = load_file(root / arguments["weights"] / "model.safetensors")
+    assert {name: t.shape for name, t in stored.items()} == {n: t.shape for n, t in tower.trunk.state_dict().items()}
+    assert tower.facts.grid == 28
 
 
 def test_new_tokens_of_gemma_are_scaled_as_the_others() -> None:

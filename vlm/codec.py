@@ -78,7 +78,7 @@ class Codec(ABC):
         return sample
 
     def view(self, width: int, height: int, *, image: int = 0, seed: int | None = None) -> View:
-        """What the system sees of a picture of this size.
+        """What the system sees of a picture of this size, and the frame that places in its texts count from.
 
         Args:
             image: its number in the sample.
@@ -87,7 +87,7 @@ class Codec(ABC):
         return View(Placement(), (width, height))
 
     def find_boxes(self, text: str, *, size: tuple[float, float]) -> list[Box]:
-        """Boxes in a text of the system, in shares of a view of `size` pixels; none that make no sense."""
+        """Boxes in a text of the system, in shares of `View.size` pixels; none that make no sense."""
         return []
 
     @abstractmethod

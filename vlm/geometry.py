@@ -54,15 +54,25 @@ MIRRORED = Placement(scale_x=-1.0, shift_x=1.0)
 
 @dataclass(frozen=True)
 class View:
-    """What a system sees of a picture.
+    """What a system sees of a picture, and the frame that its places count from.
 
     Attributes:
-        placement: of the picture in the view.
-        size: of the view in pixels, width and height; of the picture that it shows, not of what is added around it.
+        placement: of the picture in the frame.
+        size: of the frame in pixels, width and height; of the picture that it shows, not of what is added around it.
+        shown: placement of the picture in the first view, where that is not the frame.
     """
 
     placement: Placement
     size: tuple[float, float]
+    shown: Placement | None = None
+
+    def in_picture(self, box: Box) -> Box:
+        """A box of the frame, in shares of the picture."""
+        return bounds(self.placement.inverse()(corners(box)))
+
+    def in_view(self, box: Box) -> Box:
+        """A box of the frame, in shares of the first view."""
+        return box if self.shown is None else bounds(self.shown(corners(self.in_picture(box))))
 
 
 def corners(box: Box) -> Points:

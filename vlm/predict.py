@@ -269,7 +269,6 @@ class _Terminal:
 
 
 def _draw(target: Path, question: Question, answer: str, module: Any) -> None:
-    from vlm.geometry import bounds, corners
     from vlm.pictures import annotate
 
     images = [image.read(question.sample) for image in question.sample.images]
@@ -278,7 +277,7 @@ def _draw(target: Path, question: Question, answer: str, module: Any) -> None:
         width, height = images[0].size
         view = module.codec.view(width, height)
         for box in module.codec.find_boxes(answer, size=view.size):
-            x0, y0, x1, y1 = bounds(view.placement.inverse()(corners(box)))
+            x0, y0, x1, y1 = view.in_picture(box)
             boxes.append((x0 * width, y0 * height, x1 * width, y1 * height))
     target.parent.mkdir(parents=True, exist_ok=True)
     annotate(images, prompt=question.prompt, answer=answer, boxes=boxes).save(target, quality=92)

@@ -103,7 +103,7 @@ def _boxes(sample: Sample, item: Encoded, codec: Codec, *, image: int, size: tup
     view = codec.view(*size, image=image, seed=item.seed)
     if not any(isinstance(part, RegionPart) for part in parts):
         texts = [as_text([message]) for message in item.sample.messages] if image == 0 else []
-        return [("", box) for text in texts for box in codec.find_boxes(text, size=view.size)]
+        return [("", view.in_view(box)) for text in texts for box in codec.find_boxes(text, size=view.size)]
     found: list[tuple[str, Box]] = []
     label = ""
     for part in parts:
@@ -111,7 +111,8 @@ def _boxes(sample: Sample, item: Encoded, codec: Codec, *, image: int, size: tup
             label = part.text if len(part.text) <= _MAX_LABEL else f"{part.text[:_MAX_LABEL]}..."
         elif isinstance(part, RegionPart) and part.image == image:
             scale = size if part.unit == "pixel" else (1, 1)
-            points = clipped(view.placement((x / scale[0], y / scale[1]) for x, y in part.points))
+            placement = view.shown or view.placement
+            points = clipped(placement((x / scale[0], y / scale[1]) for x, y in part.points))
             x0, y0, x1, y1 = bounds(points)
             dot = _DOT if part.kind == "point" else 0.0
             found.append((label, (x0 - dot, y0 - dot, x1 + dot, y1 + dot)))

@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
     from vlm.checkpoints.reading import Model
     from vlm.checkpoints.report import LoadReport
+    from vlm.vision.tiling import AnyRes
 
 DTYPES = ("float32", "bfloat16", "float16")
+_LARGEST = 1024  # side in pixels of the pictures that the report speaks of
+_SHOWN = 6
 
 
 def main(argv: list[str]) -> int:
@@ -36,10 +39,12 @@ def main(argv: list[str]) -> int:
 
 
 def export(src: str | Path, dst: str | Path, *, dtype: str | None = None) -> "LoadReport":
-    """Writes a folder for `LlavaForConditionalGeneration` and `AutoProcessor`; returns what happened to the tensors.
+    """Writes a folder for the LLaVA classes of transformers and `AutoProcessor`; returns what happened to the tensors.
 
-    The processor gives the ids and pixels of our codec. Opened with `backend="pil"` its pixels are ours; the usual
-    backend resizes with torchvision, a grey level or two apart.
+    The class is `LlavaNextForConditionalGeneration` where pictures are cut into tiles, `LlavaForConditionalGeneration`
+    where they have one view (the caption stage of LLaVA-NeXT too). The processor gives the ids and pixels of our codec.
+    Opened with `backend="pil"` its pixels are ours; the usual backend resizes with torchvision, a grey level or two
+    apart. Of some sizes of pictures the class cuts the map of tiles otherwise; the report says of which.
 
     Args:
         src: artefact, or run folder of a stage or recipe.
@@ -55,25 +60,34 @@ def export(src: str | Path, dst: str | Path, *, dtype: str | None = None) -> "Lo
     import torch
 
     from vlm.checkpoints.atomic import atomic_directory
-    from vlm.checkpoints.processor import write_processor, write_tokenizer
+    from vlm.checkpoints.processor import sizes_cut_otherwise, write_processor, write_tokenizer
     from vlm.checkpoints.published import write_talk
     from vlm.checkpoints.writing import fill_published
     from vlm.loading import load
 
     module = load(src)
     _check(module)
+    tiles: AnyRes | None = getattr(module, "tiles", None)
     with atomic_directory(dst) as folder:
-        marks = write_tokenizer(folder, module.codec, num_rows=module.language.config.vocab_size)
-        model = _model(module, folder, marks=marks, dtype=getattr(torch, dtype) if dtype else None)
+        marks = write_tokenizer(folder, module.codec, num_rows=module.language.config.vocab_size, tiles=tiles)
+        model = _model(module, folder, tiles=tiles, marks=marks, dtype=getattr(torch, dtype) if dtype else None)
         report = fill_published(folder, model, target="hf")
         patch = module.vision.trunk.patch_embed.patch_size[0]
-        write_processor(folder, module.codec, patch_size=patch, pad_id=marks[1])
+        write_processor(folder, module.codec, patch_size=patch, pad_id=marks[1], tiles=tiles)
         write_talk(folder, module)
+    if tiles is not None:
+        found = sizes_cut_otherwise(tiles, largest=_LARGEST)
+        sizes = ", ".join(f"{width}x{height}" for width, height in found[:_SHOWN]) + ", ..." * (len(found) > _SHOWN)
+        report.notes.append(
+            "LlavaNextForConditionalGeneration rounds where the map of the tiles ends, the published code cuts off: of "
+            f"the {_LARGEST**2:,} sizes of pictures up to {_LARGEST}x{_LARGEST} px, {len(found)} get features there "
+            f"that they do not get here{f' ({sizes})' if found else ''}; all others compute the same"
+        )
     return report
 
 
 def _check(module: Any) -> None:
-    """Raises a `UserError` unless `LlavaForConditionalGeneration` computes what this module computes."""
+    """Raises a `UserError` unless a class of transformers computes what this module computes."""
     from timm.layers import QuickGELU
     from torch import nn
 
@@ -81,12 +95,6 @@ def _check(module: Any) -> None:
     from vlm.checkpoints.llava import HF, check_connector
     from vlm.connectors import MLP, Linear
 
-    if module.system == "llava_next":
-        raise UserError(
-            "llava_next: the class of Hugging Face's tools breaks ties between grids and rounds the unpadded rows in "
-            "another way than the published code, so some pictures would get other tokens; `vlm convert --to hf` "
-            "writes published weights for it all the same"
-        )
     if module.system not in SYSTEMS or module.system == "mini_gemini":
         raise UserError(f"{module.system}: has no class of its own in Hugging Face's tools; llava_1_5 does")
     connector, tower = module.arguments["connector"], module.arguments["vision"]
@@ -103,11 +111,15 @@ def _check(module: Any) -> None:
         module.vision.trunk.norm_pre, nn.Identity
     ):
         what = f"the tower {tower.name}: it is no CLIP"
+    elif getattr(module, "tiles", None) is not None and not module.has_newline:
+        what = f"tiles that are merged {module.tiles.merge!r}: it knows spatial_unpad alone"
     if what is not None:
-        raise UserError(f"the Hugging Face class LlavaForConditionalGeneration has no place for {what}")
+        raise UserError(f"the Hugging Face classes of LLaVA have no place for {what}")
 
 
-def _model(module: Any, folder: Path, *, marks: tuple[int, int], dtype: "torch.dtype | None") -> "Model":
+def _model(
+    module: Any, folder: Path, *, tiles: "AnyRes | None", marks: tuple[int, int], dtype: "torch.dtype | None"
+) -> "Model":
     """A module in memory as the checkpoint that converters read."""
     from timm.layers import QuickGELU
 
@@ -138,6 +150,7 @@ def _model(module: Any, folder: Path, *, marks: tuple[int, int], dtype: "torch.d
         tower=None,
         layout="ours",
         marks=marks,
+        pinpoints=None if tiles is None else [[tiles.tile * across, tiles.tile * down] for across, down in tiles.grids],
     )
 
     def stream() -> "Iterator[tuple[str, Tensor]]":

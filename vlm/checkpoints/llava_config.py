@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.checkpoints.llava import Connector, Layout
+from vlm.checkpoints.mini_gemini import FAMILIES
 from vlm.errors import UserError
 
 _LLAMA = {  # values a config.json leaves out when they are these (hub files do)
@@ -25,32 +26,6 @@ _LLAMA = {  # values a config.json leaves out when they are these (hub files do)
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
 }
-_GEMMA = _LLAMA | {
-    "model_type": "gemma",
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-    "head_dim": 256,
-    "hidden_act": "gelu_pytorch_tanh",
-    "hidden_size": 3072,
-    "intermediate_size": 24576,
-    "max_position_embeddings": 8192,
-    "num_attention_heads": 16,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 16,
-    "pad_token_id": 0,
-    "tie_word_embeddings": True,
-}
-_MIXTRAL = _LLAMA | {
-    "model_type": "mixtral",
-    "intermediate_size": 14336,
-    "max_position_embeddings": 131072,
-    "num_experts_per_tok": 2,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e6,
-}
-_FAMILIES = {"gemma": _GEMMA, "mixtral": _MIXTRAL}
 _CLIP = {
     "hidden_act": "quick_gelu",
     "hidden_size": 1024,
@@ -179,10 +154,9 @@ def read_config(folder: Path, layout: Layout, *, connector: Connector) -> LlavaC
     except ValueError as error:
         raise UserError(f"{file}: is not readable JSON ({error})") from error
     text = content.get("text_config") or {} if layout.is_hf else content
-    defaults = _FAMILIES.get(text.get("model_type", "").rpartition("_")[2], _LLAMA)
+    defaults = _LLAMA | FAMILIES.get(text.get("model_type", "").rpartition("_")[2], {})
     known = (*defaults, "vocab_size", "num_key_value_heads")
-    stated = {key: text[key] for key in known if key in text and key != "model_type"}
-    language = {**defaults, **stated}
+    language = {**defaults, **{key: text[key] for key in known if key in text and key != "model_type"}}
     if text.get("hidden_activation"):  # of Gemma: it came later and counts
         language["hidden_act"] = text["hidden_activation"]
     language.setdefault("num_key_value_heads", language["num_attention_heads"])
@@ -317,7 +291,6 @@ def _official(config: LlavaConfig, dtype: str) -> dict[str, Any]:
         "model_type": "llava_llama",
         "torch_dtype": dtype,
         "use_mm_proj": True,
-        **_second_tower(config),
     }
 
 
@@ -329,22 +302,6 @@ def _tiles(config: LlavaConfig) -> dict[str, Any]:
         "image_grid_pinpoints": config.pinpoints,
         "mm_patch_merge_type": "spatial_unpad",
         "unfreeze_mm_vision_tower": True,
-    }
-
-
-def _second_tower(config: LlavaConfig) -> dict[str, Any]:
-    if config.high is None:
-        return {}
-    family = config.language.get("model_type", "llama")
-    name = "Llama" if family == "llama" else family.capitalize()
-    return {
-        "architectures": [f"MGM{name}ForCausalLM"],
-        "image_aspect_ratio": "pad",
-        "image_global": config.whole,
-        "image_grid": config.grid,
-        "image_size_aux": config.high["image_size"],
-        "mm_vision_tower_aux": config.high["weights"],
-        "model_type": "mgm" if family == "llama" else f"mgm_{family}",
     }
 
 

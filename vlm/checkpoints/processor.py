@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 from PIL import Image
 from tokenizers import AddedToken, Regex, normalizers
@@ -15,17 +16,19 @@ from vlm.prompts.jinja import IMAGE_TOKEN, chat_template
 from vlm.prompts.template import IMAGE, TextSpan
 from vlm.sample import ImagePart, Message, TextPart
 from vlm.vision.preprocess import ImageTransform
+from vlm.vision.tiling import AnyRes
 
 PAD_TOKEN = "<pad>"
 _BLANK = "▁"
 
 
-def write_tokenizer(folder: Path, codec: Any, *, num_rows: int) -> tuple[int, int]:
+def write_tokenizer(folder: Path, codec: Any, *, num_rows: int, tiles: AnyRes | None = None) -> tuple[int, int]:
     """Tokenizer files with `<image>` and `<pad>` added, and the chat template.
 
     Args:
         codec: of the system.
         num_rows: rows of its embedding table.
+        tiles: of a picture, where it has more than one view.
 
     Returns:
         Ids of `<image>` and `<pad>`: the first two that the tokenizer does not use.
@@ -51,7 +54,7 @@ def write_tokenizer(folder: Path, codec: Any, *, num_rows: int) -> tuple[int, in
         "extra_special_tokens": {"image_token": IMAGE_TOKEN},
         "pad_token": PAD_TOKEN,
         "padding_side": "left",
-        "processor_class": "LlavaProcessor",
+        "processor_class": _processor_class(tiles),
     }
     _write(config_file, json.loads(config_file.read_text(encoding="utf-8")) | more)
     (folder / "chat_template.jinja").write_text(chat_template(codec.template), encoding="utf-8")
@@ -62,7 +65,7 @@ def write_tokenizer(folder: Path, codec: Any, *, num_rows: int) -> tuple[int, in
     return image_id, pad_id
 
 
-def write_processor(folder: Path, codec: Any, *, patch_size: int, pad_id: int) -> None:
+def write_processor(folder: Path, codec: Any, *, patch_size: int, pad_id: int, tiles: AnyRes | None = None) -> None:
     """`processor_config.json`, `preprocessor_config.json` and `generation_config.json`.
 
     Raises:
@@ -74,11 +77,11 @@ def write_processor(folder: Path, codec: Any, *, patch_size: int, pad_id: int) -
             "image_token": IMAGE_TOKEN,
             "num_additional_image_tokens": 1,  # the class token, which "default" takes away again
             "patch_size": patch_size,
-            "processor_class": "LlavaProcessor",
+            "processor_class": _processor_class(tiles),
             "vision_feature_select_strategy": "default",
         },
     )
-    _write(folder / "preprocessor_config.json", _image_processor(codec.transform))
+    _write(folder / "preprocessor_config.json", _image_processor(codec.transform, tiles))
     tokenizer = codec.tokenizer
     settings = Decoding().transformers_config(eos_id=tokenizer.eos_id, pad_id=pad_id)
     marks = [tokenizer.encode(mark)[0] for mark in codec.template.stop]
@@ -88,27 +91,66 @@ def write_processor(folder: Path, codec: Any, *, patch_size: int, pad_id: int) -
     settings.save_pretrained(folder)
 
 
-def _image_processor(transform: ImageTransform) -> dict[str, Any]:
-    if transform.pad_color not in (None, tuple(int(channel * 255) for channel in transform.mean)):
-        raise UserError(
-            f"pad_color {transform.pad_color}: the Hugging Face LlavaImageProcessor pads with the mean colour alone"
-        )
+def sizes_cut_otherwise(tiles: AnyRes, *, largest: int) -> list[tuple[int, int]]:
+    """(width, height) of the pictures of which Hugging Face's `unpad_image` keeps other features of the tiles.
+
+    Both scale the picture's free side to the map; the published code cuts decimals off where the port rounds to seven
+    first, so that a whole number that came out a hair too small makes the difference. Grids are chosen alike: the
+    exported list has our order, and the port counts height first in it.
+
+    Args:
+        largest: side in pixels up to which sizes are looked at.
+    """
+    sides = np.arange(1.0, largest + 1)
+    width, height = sides[:, None], sides[None]
+    found = []
+    for columns, rows in tiles.grids:
+        across, down = columns * tiles.patches, rows * tiles.patches
+        is_wide = width / height > across / down
+        shown = np.where(is_wide, height * (across / width), width * (down / height))
+        free = np.where(is_wide, down, across)
+        cut, rounded = ((free - side.astype(int)) // 2 for side in (shown, np.round(shown, 7)))
+        pairs = ((int(x) + 1, int(y) + 1) for x, y in np.argwhere(cut != rounded))
+        found += [size for size in pairs if tiles.grid(*size) == (columns, rows)]
+    return sorted(found)
+
+
+def _processor_class(tiles: AnyRes | None) -> str:
+    return "LlavaProcessor" if tiles is None else "LlavaNextProcessor"
+
+
+def _image_processor(transform: ImageTransform, tiles: AnyRes | None) -> dict[str, Any]:
     side = {"height": transform.size, "width": transform.size}
-    return {
-        "image_processor_type": "LlavaImageProcessor",
-        "processor_class": "LlavaProcessor",
+    shared = {
+        "processor_class": _processor_class(tiles),
         "do_convert_rgb": True,
-        "do_pad": transform.mode == "pad",
         "do_resize": True,
-        "size": {"shortest_edge": transform.size} if transform.mode == "crop" else side,
-        "resample": int(Image.Resampling[transform.interpolation.upper()]),
-        "do_center_crop": transform.mode == "crop",
         "crop_size": side,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": list(transform.mean),
         "image_std": list(transform.std),
+    }
+    if tiles is not None:
+        return shared | {
+            "image_processor_type": "LlavaNextImageProcessor",
+            "do_center_crop": False,
+            "do_pad": True,  # the number of views, not a picture
+            "image_grid_pinpoints": [[tiles.tile * rows, tiles.tile * columns] for columns, rows in tiles.grids],
+            "resample": int(Image.Resampling.BICUBIC),
+            "size": side,
+        }
+    if transform.pad_color not in (None, tuple(int(channel * 255) for channel in transform.mean)):
+        raise UserError(
+            f"pad_color {transform.pad_color}: the Hugging Face LlavaImageProcessor pads with the mean colour alone"
+        )
+    return shared | {
+        "image_processor_type": "LlavaImageProcessor",
+        "do_center_crop": transform.mode == "crop",
+        "do_pad": transform.mode == "pad",
+        "resample": int(Image.Resampling[transform.interpolation.upper()]),
+        "size": {"shortest_edge": transform.size} if transform.mode == "crop" else side,
     }
 
 

@@ -141,6 +141,8 @@ def _next_template(model: Model) -> str:
     kinds = {model.config.originals.get("official", {}).get("model_type"), hf.get("model_type")}
     if kinds & {"llava_mistral", "mistral"}:
         return "mistral_instruct"
+    if model.config.language["vocab_size"] >= 128_000:
+        return "llava_llama_3"
     return "chatml_direct" if model.config.language["hidden_size"] == 7168 else "v1"  # Yi-34B
 
 

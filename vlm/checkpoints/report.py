@@ -29,6 +29,7 @@ class LoadReport:
         carried: in the source, never computed with, kept for writing back.
         unexpected: in the source and unknown to the network.
         sources: per source, how many tensors came from it.
+        notes: what a person should know besides.
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -38,6 +39,7 @@ class LoadReport:
     carried: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     sources: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def render(self) -> str:
         """A short table: a row per part with counts, then each resized tensor and the first new and unexpected ones."""
@@ -62,7 +64,7 @@ class LoadReport:
         lines += [
             f"{label}: {some(names)}" for label, names in (("new", self.new), ("unexpected", self.unexpected)) if names
         ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
     def check(self, *, allow_new: Iterable[str] = ()) -> None:
         """Refuses what nobody asked for.

@@ -59,10 +59,10 @@ _CONVERSATION = """
     {%- set opening = (OPENING if state.system else BARE) if state.turn == 0 else '' -%}
     {%- if message.role == 'user' -%}
       {{- BETWEEN if state.turn else OPENING_BEFORE -}}
-      {%- set text = content(message.content) -%}
+      {%- set text = content(message.content) TRIM -%}
       {{- USER_BEFORE + OPENING_INSIDE + text + USER_AFTER if SPOKEN else OPENING_INSIDE + text -}}
     {%- else -%}
-      {{- ANSWER_BEFORE + joined(message.content) + ANSWER_AFTER -}}
+      {{- ANSWER_BEFORE + (joined(message.content) TRIM) + ANSWER_AFTER -}}
     {%- endif -%}
     {%- set state.turn = state.turn + 1 -%}
   {%- endif -%}
@@ -108,6 +108,7 @@ def _conversation(template: Template, form: Form, *, generate: bool) -> str:
         "SPOKEN": _spoken(template, generate=generate),
         "ANSWER_BEFORE": _quoted(answer_before),
         "ANSWER_AFTER": _quoted(answer_after),
+        "TRIM": "| trim" if form.trim else "",
         "END": _quoted("".join(span.text for span in end)),
     }
     text = (_CONTENT if template.instructed or generate else _PICTURES) + _CONVERSATION

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vlm.batch import IGNORE
-from vlm.prompts.template import IMAGE, Form, Template, TextSpan, Tokenized, tokenize
+from vlm.prompts.template import IMAGE, Form, MarkedTemplate, Template, TextSpan, Tokenized, tokenize
 from vlm.prompts.tokenizer import Tokenizer
 from vlm.sample import Message
 
@@ -101,6 +101,16 @@ _CHATML = Form(
     user=(_masked("<|im_start|>user\n{}<|im_end|>"),),
     assistant=(_masked("<|im_start|>assistant\n"), _trained("{}<|im_end|>")),
 )
+_LLAMA_3 = Form(
+    opening="<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
+    user=(_masked("<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"),),
+    assistant=(_trained("<|start_header_id|>assistant<|end_header_id|>\n\n{}<|eot_id|>"),),
+    trim=True,
+)
+_LLAMA_3_PROMPT = replace(
+    _LLAMA_3,
+    assistant=(_masked("<|start_header_id|>assistant<|end_header_id|>\n\n"), _trained("{}<|eot_id|>")),
+)
 
 _V0_TEMPLATE = TurnCountedTemplate(
     "v0", system=_CURIOUS.format("human"), training=_V0, generation=_V0_PROMPT, stop=("###",)
@@ -147,6 +157,17 @@ TEMPLATES: dict[str, Template] = {
         _LLAMA_2_TEMPLATE,
         name="llava_llama_2",
         system=f"You are a helpful language and vision assistant. You are {_SEEING}",
+    ),
+    # LLaVA-VL/LLaVA-NeXT, `conversation.py` and `preprocess_llama3` of `train.py`: the name of the answer's role is
+    # trained, and so are Llama 3's marks, the user's too. The blank line is on that list as well, but is named there by
+    # a text that the vocabulary does not have.
+    "llava_llama_3": MarkedTemplate(
+        "llava_llama_3",
+        system=f"You are a helpful language and vision assistant. You are {_SEEING}",
+        training=_LLAMA_3,
+        generation=_LLAMA_3_PROMPT,
+        stop=("<|eot_id|>",),
+        marks=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     ),
     "mistral_instruct": Template("mistral_instruct", system="", training=replace(_LLAMA_2, between="")),
     "mpt": _MPT_TEMPLATE,

@@ -6,15 +6,15 @@ and counting tokens of parts gives masks that drift.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
+from itertools import chain, groupby
 from typing import Literal, NamedTuple
 
 from vlm.batch import IGNORE
 from vlm.errors import UserError
 from vlm.prompts.regions import LLAVA, RegionForm
 from vlm.prompts.tokenizer import Tokenizer
-from vlm.sample import DOCUMENT, ImagePart, Message, TextPart
+from vlm.sample import DOCUMENT, ImagePart, Message, Part, TextPart
 
 IMAGE = -200
 """Id that stands where an image is, until its features take the place."""
@@ -97,6 +97,7 @@ class Form:
             newline before it, or where the message has it.
         tight: white space beside an image is left out. Tokenizers of transformers before 4.34 dropped it beside every
             added token, so the models that were trained with them never saw it.
+        trim: white space around each message is left out, as the chat template of Llama 3 does.
     """
 
     user: tuple[TextSpan, ...]
@@ -109,6 +110,7 @@ class Form:
     image: str = "{}"
     place: Literal["front", "back", "given", "numbered"] = "front"
     tight: bool = False
+    trim: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,10 @@ class Template:
         system, turns = _split(messages, generate=generate)
         form = (self.generation or self.training) if generate else self.training
         system = self.system if system is None else system
-        opening: list[Span] = [TextSpan(form.opening.replace("{}", system) if system else form.bare)]
+        if form.trim:
+            turns = [(where, _trimmed(message)) for where, message in turns]
+        text = form.opening.replace("{}", system) if system else form.bare
+        opening: list[Span] = [TextSpan(text)] if text else []
         written: list[list[Span]] = [[] if form.opening_in_turn else opening]
         for index, (where, message) in enumerate(turns):
             if message.role == "user":
@@ -207,6 +212,22 @@ class Template:
         return content
 
 
+@dataclass(frozen=True)
+class MarkedTemplate(Template):
+    """A template whose published labels train some tokens wherever they stand, whatever the spans say.
+
+    Attributes:
+        marks: these tokens.
+    """
+
+    marks: tuple[str, ...] = ()
+
+    def tokenize(self, messages: Sequence[Message], tokenizer: Tokenizer, *, generate: bool = False) -> Tokenized:
+        ids, labels = super().tokenize(messages, tokenizer, generate=generate)
+        marks = set() if generate else {tokenizer.token_id(mark) for mark in self.marks}
+        return Tokenized(ids, [token if token in marks else label for token, label in zip(ids, labels, strict=True)])
+
+
 def merge(spans: Iterable[Span]) -> list[Span]:
     """The same text with neighbouring spans of one kind joined and empty ones dropped."""
     merged: list[Span] = []
@@ -232,6 +253,19 @@ def _fill(form: Iterable[TextSpan], content: Iterable[Span]) -> list[Span]:
             spans += [TextSpan(c.text, span.trained) if isinstance(c, TextSpan) else c for c in content]
             spans.append(TextSpan(after, span.trained))
     return spans
+
+
+def _trimmed(message: Message) -> Message:
+    """The message without the white space at its ends."""
+    parts: list[Part] = []
+    for is_text, group in groupby(_written(message), key=lambda part: isinstance(part, TextPart)):
+        run = list(group)
+        parts += [TextPart("".join(part.text for part in run if isinstance(part, TextPart)))] if is_text else run
+    if parts and isinstance(parts[0], TextPart):
+        parts[0] = TextPart(parts[0].text.lstrip())
+    if parts and isinstance(parts[-1], TextPart):
+        parts[-1] = TextPart(parts[-1].text.rstrip())
+    return replace(message, content=tuple(parts))
 
 
 def _tight(spans: Iterable[Span]) -> list[Span]:

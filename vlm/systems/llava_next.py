@@ -23,13 +23,14 @@ from vlm.vision.tiling import NEWLINE, NEXT_GRIDS, AnyRes
 class AnyResCodec(SplicedCodec):
     """Rows in which a picture takes as many tokens as its shape asks for.
 
-    Boxes count from the whole picture, as the base view shows it squashed; what the data of the released models counted
-    from was not published.
+    Boxes count from the padded square, as in the files of LLaVA-1.5, of which much of the published mixture is; no view
+    shows that square.
     """
 
     def __init__(self, *, tiles: AnyRes, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.tiles = tiles
+        self.padded = replace(self.transform, mode="pad")
 
     def num_tokens(self, width: int, height: int) -> int:
         return self.tiles.num_tokens(width, height)
@@ -38,7 +39,8 @@ class AnyResCodec(SplicedCodec):
         return [self.num_tokens(*file.size(sample)) for file in sample.images]
 
     def view(self, width: int, height: int, *, image: int = 0, seed: int | None = None) -> View:
-        return View(Placement(), (float(self.transform.size), float(self.transform.size)))
+        side = float(self.transform.size)
+        return View(self.padded.placement(width, height), (side, side), shown=Placement())
 
     def read(self, items: Sequence[Encoded]) -> Views | None:
         views = read_views(items, transform=self._pixels, grid=self.tiles.grid)
