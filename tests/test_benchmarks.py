@@ -39,7 +39,7 @@ from vlm.sample import TextPart
 from vlm.submissions import LlavaReview, MathVistaExtraction, MMBenchSheet, MMVetGrader, VizWizServer, VQAServer
 
 CONFIGS = Path(__file__).parents[1] / "configs/eval"
-NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "demo")
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("demo"))
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 TEN = ["cat"] * 8 + ["dog"] * 2
@@ -89,6 +89,21 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"question_id": 7, "image": "COCO_test2015_7.jpg", "text": f"Why?\n{SHORT}", "category": "default"},
         ],
         f"{vqa}test2015/COCO_test2015_7.jpg": picture,
+        **{f"data/eval/okvqa/OpenEnded_mscoco_{split}2014_questions.json": {
+            "questions": [{"image_id": 42, "question": f"Why {n}?", "question_id": n} for n in range(count)],
+        } for split, count in (("val", 2), ("train", 5))},
+        **{f"data/eval/okvqa/mscoco_{split}2014_annotations.json": {
+            "annotations": [{"question_id": n, "image_id": 42, "answers": people} for n in range(5)]
+        } for split in ("val", "train")},
+        **{f"data/eval/okvqa/{split}2014/COCO_{split}2014_000000000042.jpg": picture for split in ("val", "train")},
+        **{f"data/eval/coco_captions/captions_{split}2014.json": {
+            "images": [{"id": n, "file_name": "a.jpg"} for n in range(5)],
+            "annotations": [{"image_id": n, "caption": f"A boat {n}."} for n in range(5)],
+        } for split in ("val", "train")},
+        **{f"data/eval/coco_captions/{split}2014/a.jpg": picture for split in ("val", "train")},
+        "data/eval/textvqa/TextVQA_0.5.1_train.json": {
+            "data": [{"question_id": n, "image_id": "0054c9", "question": f"what {n}?", "answers": TEN} for n in range(4)]
+        },
         "data/eval/gqa/data/testdev_balanced_questions.json": {
             "201": {"question": "Is it red?", "imageId": "n16", "answer": "yes", "fullAnswer": "Yes, it is."}
         },

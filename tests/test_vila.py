@@ -18,14 +18,17 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from tests.conftest import GOLDEN, golden_json
 from tests.systems import LLAMA, picture, samples, vila
+from tests.training import ListSource
 from vlm.building import empty_weights
 from vlm.checkpoints.convert import convert
 from vlm.checkpoints.llava import OFFICIAL, llava_table
 from vlm.connectors import MLP, Downsample, Linear
-from vlm.data import Best, LlavaJson, VisualFlan, WebDataset
+from vlm.data import Best, FewShot, LlavaJson, Mmc4, Mmc4Pairs, VisualFlan, WebDataset
 from vlm.errors import SampleError, UserError
 from vlm.language import CausalLM, Decoding
 from vlm.prompts import IMAGE, LlamaTokenizer, get_template
+from vlm.recipes.graph import load_recipe
+from vlm.sample import parse_sample
 from vlm.vision import TimmTower
 
 TOKENIZER = LlamaTokenizer(str(GOLDEN / "_shared/llama_sp_tokenizer.model"), legacy=False, pad_token="<unk>")
@@ -77,9 +80,9 @@ def test_a_batch_of_all_kinds_as_in_vila():
 
 def test_no_system_text_is_a_message_that_says_nothing():
     chat = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
-    spoken = vlm.sample.parse_sample({"messages": [{"role": "system", "content": ""}, *chat]})
+    spoken = parse_sample({"messages": [{"role": "system", "content": ""}, *chat]})
     assert "".join(span.text for span in V1.render(spoken.messages)) == " USER: Hi ASSISTANT: Hello.</s>"
-    assert V1.render(vlm.sample.parse_sample({"messages": chat}).messages)[0].text.startswith("A chat between")
+    assert V1.render(parse_sample({"messages": chat}).messages)[0].text.startswith("A chat between")
 
 
 # readers ------------------------------------------------------------------------------------------------------------
@@ -355,3 +358,87 @@ def test_paper_size_has_the_published_tensors(connector: str, count: int):
     ours = {f"{part}.{n}": tuple(p.shape) for part, network in parts.items() for n, p in network.named_parameters()}
     assert ours == {name: shape for name, shape in expected.items() if not table.is_carried(name)}
     assert module.codec.num_tokens(640, 480) == (144 if connector == "mlp_downsample" else 576)
+
+
+# findings -----------------------------------------------------------------------------------------------------------
+
+
+def test_documents_of_the_ablations(tmp_path: Path):
+    record = {"text_list": ["One.", "Two.", "Three."], "image_info": [
+        {"image_name": "b.png", "matched_text_index": 2}, {"image_name": "a.png", "matched_text_index": 0},
+    ]}  # fmt: skip
+    file = written(tmp_path, [record, {"text_list": ["Four."], "image_info": []}, record])
+    template = get_template("document")
+
+    def told(sample):
+        names = iter(image.name[0] for image in sample.images)
+        return "".join(getattr(span, "text", None) or f"<{next(names)}>" for span in template.render(sample.messages))
+
+    assert [told(sample) for sample in Mmc4(file)][:2] == ["<a>One. Two.<b>Three.</s>", "Four.</s>"]
+    assert told(Mmc4(file, images_first=True)[0]) == "<a><b>One. Two. Three.</s>"
+    pieces = Mmc4Pairs(file)
+    assert [told(sample) for sample in pieces] == ["<b>Three.</s>", "<a>One.</s>"] * 2
+    assert pieces.image_mask().all()
+    assert len(pieces) == 4
+    assert len(Mmc4Pairs(file, max_images=1)) == 2
+
+
+def test_a_literal_mark_in_a_document_is_no_mark():
+    content = [{"type": "image"}, {"type": "text", "text": "a <image> tag"}]
+    sample = parse_sample({"images": ["a.png"], "messages": [{"role": "document", "content": content}]})
+    spans = get_template("document").render(sample.messages)
+    assert "".join(getattr(span, "text", "") for span in spans) == "a <IMAGE> tag</s>"
+
+
+def test_every_finding_is_a_recipe_with_its_demo():
+    folder = Path(__file__).parents[1] / "configs/vila/findings"
+    files = sorted(folder.glob("*.yaml"))
+    assert len(files) >= 10
+    used = set()
+    for file in files:
+        for node in load_recipe(file).nodes:
+            assert [overlay for overlay in node.overlays if not overlay.is_file()] == []
+            used |= {config.resolve() for config in node.configs}
+    assert {path.resolve() for path in folder.glob("changes/*.yaml")} <= used
+
+
+# solved examples ----------------------------------------------------------------------------------------------------
+
+
+def asked(name: str, task: str, **more):
+    content = [{"type": "image"}, {"type": "text", "text": f"\n{name}?"}]
+    return parse_sample({"id": name, "task": task, "images": [f"{name}.png"], "messages": [
+        {"role": "user", "content": content}, {"role": "assistant", "content": f"{name}!"}]} | more)  # fmt: skip
+
+
+def test_examples_stand_in_front_of_a_question():
+    pool = ListSource([asked(f"{task}{n}", task) for task in "ab" for n in range(6)])
+    few = FewShot(pool, pool, shots=4)
+    for at in range(len(few)):
+        sample, plain = few[at], pool[at]
+        assert sample.messages[-2:] == plain.messages
+        assert sample.images[-1:] == plain.images
+        examples = [image.name for image in sample.images[:-1]]
+        assert len(set(examples)) == 4
+        assert plain.images[0].name not in examples
+        assert {name[0] for name in examples} == {plain.task}  # of the same task
+        texts = "".join(getattr(span, "text", "<>") for span in V1.render(sample.messages, generate=True))
+        assert texts.count("<>") == 5
+        assert texts.endswith("ASSISTANT:")
+        assert few[at] == sample
+    assert FewShot(pool, pool, shots=0)[3] == pool[3]
+    assert FewShot(pool, pool, seed=1)[0] != few[0]
+    with pytest.raises(SampleError, match="found 5 of 6 examples with an answer in list for the task 'a'"):
+        FewShot(pool, pool, shots=6)[0]
+
+
+def test_examples_take_answers_and_regions_along():
+    box = [{"type": "box", "box": [0.1, 0.2, 0.5, 0.9]}]
+    question = [{"role": "user", "content": [{"type": "image"}, *box]}]
+    example = asked(
+        "e", "a", messages=question, answers=[{"text": "no", "weight": 1.0}, {"text": "yes", "weight": 9.0}]
+    )
+    few = FewShot(ListSource([asked("q", "a", messages=question)]), ListSource([example]), shots=1)[0]
+    assert [message.role for message in few.messages] == ["user", "assistant", "user"]
+    assert few.messages[1].content[0].text == "yes"
+    assert [part.image for m in few.messages for part in m.content if hasattr(part, "image")] == [0, 1]
