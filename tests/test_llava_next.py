@@ -22,6 +22,9 @@ from vlm.batch import Views
 from vlm.building import empty_weights
 from vlm.checkpoints.convert import convert
 from vlm.checkpoints.llava import LAYOUTS, llava_table
+from vlm.checkpoints.llava_config import read_config
+from vlm.checkpoints.published import talk
+from vlm.checkpoints.reading import Model
 from vlm.checking.parts import parts_of
 from vlm.data import BatchSpec, ChatJson, InstructionData
 from vlm.errors import UserError
@@ -170,6 +173,35 @@ def test_paper_size_has_the_published_number_of_parameters(name: str) -> None:
     carried = {name: shape for name, shape in expected.items() if table.is_carried(name)}
     assert ours | carried == expected
     assert sum(math.prod(shape) for shape in theirs.values()) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "template"),
+    [
+        ("vicuna 7B", "llava_llama", "v1"),
+        ("vicuna 13B", "llava_llama", "v1"),
+        ("mistral 7B", "llava_mistral", "mistral_instruct"),
+        ("yi 34B", "llava_llama", "chatml_direct"),
+        ("llama 3 8B", "llava_llama", "llava_llama_3"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["official", "hf"])
+def test_a_released_folder_is_talked_to_as_it_was_trained(
+    layout: str, name: str, kind: str, template: str, tmp_path: Path
+) -> None:
+    text, _ = PUBLISHED[name]
+    pinpoints = [[336 * columns, 336 * rows] for columns, rows in NEXT_GRIDS]
+    anyres = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
+    rows = text["vocab_size"] - 64
+    content = {
+        "official": text | anyres | {"model_type": kind, "vocab_size": rows, "image_grid_pinpoints": pinpoints},
+        "hf": {"model_type": "llava_next", "text_config": text, "vision_config": {}, "image_token_index": rows,
+               "image_grid_pinpoints": pinpoints},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(content[layout]))
+    config = read_config(tmp_path, LAYOUTS[layout], connector="mlp2x_gelu")
+    class_path, arguments = talk(Model("llava_next", config, {}, lambda: (), tmp_path, {}))
+    assert (class_path, arguments["template"]) == ("vlm.systems.llava_next.LLaVANext", template)
 
 
 def test_one_view_is_llava_1_5(tmp_path: Path) -> None:
