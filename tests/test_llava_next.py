@@ -22,6 +22,9 @@ from vlm.batch import Views
 from vlm.building import empty_weights
 from vlm.checkpoints.convert import convert
 from vlm.checkpoints.llava import LAYOUTS, llava_table
+from vlm.checkpoints.llava_config import read_config
+from vlm.checkpoints.published import talk
+from vlm.checkpoints.reading import Model
 from vlm.checking.parts import parts_of
 from vlm.data import BatchSpec, ChatJson, InstructionData
 from vlm.errors import UserError
@@ -120,28 +123,85 @@ def test_converted_checkpoints_are_bit_equal_and_compute_the_same(tmp_path: Path
         convert(tmp_path / "hf", tmp_path / "x", system="llava_1_5", target_layout="ours")
 
 
-def test_paper_size_has_the_published_number_of_parameters() -> None:
+PUBLISHED = {  # text_config of the Hugging Face folders; parameters with the vocabulary padded as there
+    "vicuna 7B": ({"vocab_size": 32064}, 7_063_431_168),
+    "vicuna 13B": (
+        {"vocab_size": 32064, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
+         "num_attention_heads": 40, "num_key_value_heads": 40},
+        13_351_499_776,
+    ),
+    "mistral 7B": (
+        {"model_type": "mistral", "vocab_size": 32064, "intermediate_size": 14336, "num_key_value_heads": 8,
+         "sliding_window": None, "rope_theta": 1e6},
+        7_566_747_648,
+    ),
+    "yi 34B": (
+        {"vocab_size": 64064, "hidden_size": 7168, "intermediate_size": 20480, "num_hidden_layers": 60,
+         "num_attention_heads": 56, "num_key_value_heads": 8, "rope_theta": 5e6},
+        34_752_083_968,
+    ),
+    "llama 3 8B": (
+        {"vocab_size": 128320, "intermediate_size": 14336, "num_key_value_heads": 8, "rope_theta": 5e5},
+        8_355_276_800,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_paper_size_has_the_published_number_of_parameters(name: str) -> None:
+    text, count = PUBLISHED[name]
+    text = {"model_type": "llama", "rms_norm_eps": 1e-5, **text}
+    rows = text["vocab_size"] - 64
     module = llava_next(
         vision=TimmTower("vit_large_patch14_clip_quickgelu_336", layer=-2),
-        language=CausalLM(config={"model_type": "llama", "vocab_size": 32000, "rms_norm_eps": 1e-5}),
+        language=CausalLM(config=text | {"vocab_size": rows}),
     )
     with empty_weights():
         parts = module.build_parts()
         reference = LlavaNextForConditionalGeneration(
             LlavaNextConfig(
-                text_config={"model_type": "llama", "vocab_size": 32064, "rms_norm_eps": 1e-5},
+                text_config=text,
                 vision_config={"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096,
                                "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14,
                                "image_size": 336},
             )
         )  # fmt: skip
-    table = llava_table(LAYOUTS["hf_memory"], connector="mlp2x_gelu", num_blocks=23, vocab_rows=32000, newline=True)
+    table = llava_table(LAYOUTS["hf_memory"], connector="mlp2x_gelu", num_blocks=23, vocab_rows=rows, newline=True)
     theirs = {name: tuple(tensor.shape) for name, tensor in reference.state_dict().items()}
     expected = table.check(theirs, side="theirs")
     ours = {f"{part}.{n}": tuple(p.shape) for part, network in parts.items() for n, p in network.named_parameters()}
     carried = {name: shape for name, shape in expected.items() if table.is_carried(name)}
     assert ours | carried == expected
-    assert sum(math.prod(shape) for shape in theirs.values()) == 7_063_431_168
+    assert sum(math.prod(shape) for shape in theirs.values()) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "template"),
+    [
+        ("vicuna 7B", "llava_llama", "v1"),
+        ("vicuna 13B", "llava_llama", "v1"),
+        ("mistral 7B", "llava_mistral", "mistral_instruct"),
+        ("yi 34B", "llava_llama", "chatml_direct"),
+        ("llama 3 8B", "llava_llama", "llava_llama_3"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["official", "hf"])
+def test_a_released_folder_is_talked_to_as_it_was_trained(
+    layout: str, name: str, kind: str, template: str, tmp_path: Path
+) -> None:
+    text, _ = PUBLISHED[name]
+    pinpoints = [[336 * columns, 336 * rows] for columns, rows in NEXT_GRIDS]
+    anyres = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
+    rows = text["vocab_size"] - 64
+    content = {
+        "official": text | anyres | {"model_type": kind, "vocab_size": rows, "image_grid_pinpoints": pinpoints},
+        "hf": {"model_type": "llava_next", "text_config": text, "vision_config": {}, "image_token_index": rows,
+               "image_grid_pinpoints": pinpoints},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(content[layout]))
+    config = read_config(tmp_path, LAYOUTS[layout], connector="mlp2x_gelu")
+    class_path, arguments = talk(Model("llava_next", config, {}, lambda: (), tmp_path, {}))
+    assert (class_path, arguments["template"]) == ("vlm.systems.llava_next.LLaVANext", template)
 
 
 def test_one_view_is_llava_1_5(tmp_path: Path) -> None:

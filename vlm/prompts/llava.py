@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vlm.batch import IGNORE
-from vlm.prompts.template import IMAGE, Form, MarkedTemplate, Template, TextSpan, Tokenized, tokenize
+from vlm.prompts.template import IMAGE, Form, Template, TextSpan, Tokenized, tokenize
 from vlm.prompts.tokenizer import Tokenizer
 from vlm.sample import Message
 
@@ -45,6 +45,22 @@ class TurnCountedTemplate(Template):
                     labels[at] = IGNORE
             start = end
         return Tokenized(ids, labels)
+
+
+@dataclass(frozen=True)
+class MarkedTemplate(Template):
+    """A template whose published labels train some tokens wherever they stand, whatever the spans say.
+
+    Attributes:
+        marks: these tokens.
+    """
+
+    marks: tuple[str, ...] = ()
+
+    def tokenize(self, messages: Sequence[Message], tokenizer: Tokenizer, *, generate: bool = False) -> Tokenized:
+        ids, labels = super().tokenize(messages, tokenizer, generate=generate)
+        marks = set() if generate else {tokenizer.token_id(mark) for mark in self.marks}
+        return Tokenized(ids, [token if token in marks else label for token, label in zip(ids, labels, strict=True)])
 
 
 _POLITE = "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."

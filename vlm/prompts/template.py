@@ -212,22 +212,6 @@ class Template:
         return content
 
 
-@dataclass(frozen=True)
-class MarkedTemplate(Template):
-    """A template whose published labels train some tokens wherever they stand, whatever the spans say.
-
-    Attributes:
-        marks: these tokens.
-    """
-
-    marks: tuple[str, ...] = ()
-
-    def tokenize(self, messages: Sequence[Message], tokenizer: Tokenizer, *, generate: bool = False) -> Tokenized:
-        ids, labels = super().tokenize(messages, tokenizer, generate=generate)
-        marks = set() if generate else {tokenizer.token_id(mark) for mark in self.marks}
-        return Tokenized(ids, [token if token in marks else label for token, label in zip(ids, labels, strict=True)])
-
-
 def merge(spans: Iterable[Span]) -> list[Span]:
     """The same text with neighbouring spans of one kind joined and empty ones dropped."""
     merged: list[Span] = []
