@@ -10,16 +10,20 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import vlm  # noqa: F401
+import pyarrow
 import pytest
 import yaml
 from PIL import Image
+from pyarrow import parquet
 
 import cli
 from tests.test_export import finished
 from vlm.data import (
     GQA,
+    MMMU,
     LlavaQuestions,
     LlavaScienceQA,
+    MathVista,
     MMBench,
     MmeFolder,
     MMVet,
@@ -32,7 +36,7 @@ from vlm.data import (
 from vlm.data.sources import Source
 from vlm.errors import SampleError, UserError
 from vlm.sample import TextPart
-from vlm.submissions import LlavaReview, MMBenchSheet, MMVetGrader, VizWizServer, VQAServer
+from vlm.submissions import LlavaReview, MathVistaExtraction, MMBenchSheet, MMVetGrader, VizWizServer, VQAServer
 
 CONFIGS = Path(__file__).parents[1] / "configs/eval"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("demo"))
@@ -172,6 +176,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "v1_9": {"imagename": "v1_9.png", "question": "What is x?", "answer": "-1<OR>x = -1", "capability": ["math"]}
         },
         "data/eval/mm-vet/images/v1_9.png": picture,
+        "data/eval/math_vista/testmini.json": {
+            "1": {"pid": "1", "question": "How tall is it?", "image": "images/1.jpg", "choices": None, "unit": "cm",
+                  "precision": 1.0, "answer": "1.2", "question_type": "free_form", "answer_type": "float",
+                  "metadata": {"split": "testmini", "skills": ["arithmetic reasoning"]}},
+            "2": {"pid": "2", "question": "Which side?", "image": "images/1.jpg", "choices": ["the left", "the right"],
+                  "unit": None, "precision": None, "answer": "the left", "question_type": "multi_choice",
+                  "answer_type": "text", "metadata": {}},
+        },
+        "data/eval/math_vista/images/1.jpg": picture,
     })  # fmt: skip
     row = "{}\tWhat is it?\t{}\t{}\t{}\t\tlost\t{}\tattribute\t{}\tdev\n"
     table = "index\tquestion\thint\tA\tB\tC\tD\tanswer\tcategory\timage\tsplit\n"
@@ -181,6 +194,20 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table += row.format(1000241, "nan", '"a ""big"" box"', "a ball", "B", "241")
     for name in ("mmbench/mmbench_dev_20230712.tsv", "mmbench_cn/mmbench_dev_cn_20231003.tsv"):
         _write(root, **{f"data/eval/{name}": table})
+    subjects = {
+        "Accounting": [("What is <image 1>?", "['a $5 note', '<image 2>']", "A", "multiple-choice")],
+        "Art": [("Read <image 1>.", "[]", "['24/7', '3.429']", "open"), ("How many?", "[]", "3", "open")],
+    }
+    for subject, questions in subjects.items():
+        (root / f"data/eval/mmmu/{subject}").mkdir(parents=True)
+        rows = [
+            dict(zip(("question", "options", "answer", "question_type"), question, strict=True))
+            | {"id": f"validation_{subject}_{at + 1}", "image_1": {"bytes": picture, "path": None}, "image_2": None}
+            for at, question in enumerate(questions)
+        ]
+        parquet.write_table(
+            pyarrow.Table.from_pylist(rows), root / f"data/eval/mmmu/{subject}/validation-00000-of-00001.parquet"
+        )
     blind = "\n".join("\t".join(line.split("\t")[:7] + line.split("\t")[8:]) for line in table.splitlines())
     _write(root, **{"data/eval/mmbench/mmbench_test_20230712.tsv": blind})
     return root
@@ -256,6 +283,35 @@ def test_multiple_choice(root: Path) -> None:
     )  # fmt: skip
     whole = LlavaScienceQA(*arguments, only_images=False, image_root=folder / "images/test")
     assert [bool(whole[index].images) for index in range(len(whole))] == [True, False]
+
+
+def test_knowledge_and_reasoning(root: Path) -> None:
+    data = root / "data/eval"
+    first, *others = _asked(MMMU(data / "mmmu"))
+    options = "(A) a $5 note\n(B) <image 2>\n\n"
+    assert first == (
+        "validation_Accounting_1", f"What is <image 1>?\n{options}{LETTER}", ["A"], ["a $5 note", "<image 2>"],
+        "Accounting",
+    )  # fmt: skip
+    assert others == [
+        ("validation_Art_1", f"Read <image 1>.\n{SHORT}", ["24/7", "3.429"], [], "Art"),
+        ("validation_Art_2", f"How many?\n{SHORT}", ["3"], [], "Art"),
+    ]
+    tall, side = _asked(MathVista(data / "math_vista/testmini.json"))
+    assert tall[1] == (
+        "Question: How tall is it? (Unit: cm)\nHint: Please answer the question requiring a floating-point number with "
+        "one decimal place and provide the final value, e.g., 1.2, 1.3, 1.4, at the end.\nSolution:"
+    )
+    assert side[1] == (
+        "Question: Which side?\nChoices:\n(A) the left\n(B) the right\nHint: Please answer the question and provide the "
+        "correct option letter, e.g., A, B, C, D, at the end.\nSolution:"
+    )
+    rows = [{"id": "2", "answer": "It is (A)."}]
+    written = json.loads(MathVistaExtraction(data / "math_vista/testmini.json").content(rows))
+    problems = json.loads((data / "math_vista/testmini.json").read_text())
+    assert written == {"2": problems["2"] | {"response": "It is (A)."}}
+    with pytest.raises(UserError, match=r"testmini\.json: has no '9'"):
+        MathVistaExtraction(data / "math_vista/testmini.json").content([{"id": "9", "answer": ""}])
 
 
 def test_what_a_judge_scores(root: Path) -> None:
@@ -410,6 +466,11 @@ def test_the_sheet_for_mmbench(root: Path) -> None:
         ("vqav2_test_dev", {"vqav2/llava_vqav2_mscoco_test2015.jsonl": None}, "test2015.jsonl: cannot be read"),
         ("vqav2_test_dev", {"vqav2/llava_vqav2_mscoco_test2015.jsonl": [{"id": 1}]}, "question 0 has no 'question_id'"),
         ("mmbench_test", {"mmbench/mmbench_test_20230712.tsv": "index\tA\n1\ta\n"}, "mmbench_test_20230712.tsv"),
+        (
+            "mmmu",
+            {"mmmu/Art/validation-00000-of-00001.parquet": "x"},
+            "validation-00000-of-00001.parquet: cannot be read",
+        ),
         ("gqa", {"gqa/data/images/n16.jpg": None}, "testdev_balanced_questions.json: sample '201': image 'n16.jpg'"),
         ("gqa", {"gqa/data/testdev_balanced_questions.json": None}, "testdev_balanced_questions.json: cannot be read"),
     ],

@@ -21,12 +21,14 @@ from vlm.metrics import (
     CIDErD,
     ExactMatch,
     GroundingAccuracy,
+    MMMUAccuracy,
     MultipleChoice,
     RelaxedAccuracy,
     TextVQAAccuracy,
     VQAAccuracy,
 )
 from vlm.metrics.anls import levenshtein
+from vlm.metrics.mmmu import chosen_option
 from vlm.metrics.vqa import normalize_answer, normalize_textvqa
 from vlm.metrics.words import caption_words
 
@@ -151,6 +153,34 @@ def test_letters_are_read_as_the_official_script_reads_them() -> None:
     for answer in ("(B)", "B)", "dog.", "Dog"):
         assert value(MultipleChoice(lenient=True), (answer, question)) == 1.0, answer
     assert value(MultipleChoice(), ("B", info("dog", choices=("cat", "dog")))) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "option"),
+    [
+        ("B", "B"), ("B.", "B"), ("(C)", "C"), ("The answer is B", "B"), ("Not (A), rather (B).", "B"),
+        ("A or B", "B"), ("B. a green boat", None), ("a", None), ("red", None),
+        ("I would say it is a green boat there", "B"), ("It is neither of these, I think", None), ("", None),
+    ],
+)  # fmt: skip
+def test_options_are_read_as_mmmus_script_reads_them(answer: str, option: str | None) -> None:
+    assert chosen_option(answer, ("a red car", "a green boat", "a sun")) == option
+    asked = info("B", choices=("a red car", "a green boat", "a sun"))
+    assert value(MMMUAccuracy(), (answer, asked)) == (option == "B")
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted", "right"),
+    [
+        ("24/7", ["24/7", "3.429"], True), ("3.4291", ["24/7", "3.429"], True), ("3.44", ["3.43"], False),
+        ("1,000 dollars", ["1000"], True), ("So the total is 12 = 1e3", ["1000"], True),
+        ("First it is 5.\nThe final answer is 7", ["5"], True), ("It is 5 or so", ["7"], False),
+        ("The result is a sine wave.", ["Sine"], True), ("the x axis", ["x"], True),
+        ("x", ["x"], True), ("xylophone", ["x"], False),
+    ],
+)  # fmt: skip
+def test_open_answers_are_read_as_mmmus_script_reads_them(answer: str, wanted: list[str], right: bool) -> None:
+    assert value(MMMUAccuracy(), (answer, info(*wanted))) == right
 
 
 def test_pope_by_hand() -> None:

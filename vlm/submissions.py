@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from vlm.data.benchmarks.base import listed, records
+from vlm.data.benchmarks.base import listed, read_object, records
 from vlm.data.benchmarks.choice import table_rows
 from vlm.errors import UserError
 from vlm.metrics.vqa import normalize_textvqa
@@ -109,6 +109,28 @@ class LlavaReview(Submission):
             for row in rows
         )
         return "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines).encode()
+
+
+class MathVistaExtraction(Submission):
+    """{pid: problem with its `response`}, which MathVista's `extract_answer.py` and `calculate_score.py` read.
+
+    Args:
+        problems: the file that was asked.
+    """
+
+    file = "submission.json"
+
+    def __init__(self, problems: str | Path) -> None:
+        self.problems = Path(problems)
+
+    def check(self) -> None:
+        read_object(self.problems)
+
+    def content(self, rows: Rows) -> bytes:
+        problems = read_object(self.problems)
+        if lost := {row["id"] for row in rows} - problems.keys():
+            raise UserError(f"{self.problems}: has no {min(lost)!r}, which was answered; give the file that was asked")
+        return _json({row["id"]: problems[row["id"]] | {"response": row["answer"]} for row in rows})
 
 
 class MMBenchSheet(Submission):

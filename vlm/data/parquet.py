@@ -267,6 +267,15 @@ def _columns(file: Path, leaves: Sequence[str], needed: Sequence[str]) -> _Colum
     return _Columns(tuple(leaves), (), tuple(leaf for leaf in leaves if leaf.split(".")[0] in IMAGE_KEYS))
 
 
+def read_table(file: Path, columns: Sequence[str]) -> Any:
+    """A whole file's columns as a pyarrow table; those it does not have are left out.
+
+    Raises:
+        UserError: pyarrow is missing, no such file, not parquet.
+    """
+    return _explained(file, lambda parquet: parquet.read(columns=list(columns), use_threads=False))
+
+
 def _explained(file: Path, use: Callable[[Any], Any]) -> Any:
     """What `use` makes of the opened file; opened anew, because a handle does not survive the way to a worker."""
     try:

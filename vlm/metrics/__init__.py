@@ -10,6 +10,7 @@ from vlm.metrics.circular import CircularAccuracy
 from vlm.metrics.exact import ExactMatch
 from vlm.metrics.grounding import GroundingAccuracy
 from vlm.metrics.mme import MME
+from vlm.metrics.mmmu import MMMUAccuracy
 from vlm.metrics.pope import POPE
 from vlm.metrics.relaxed import RelaxedAccuracy
 from vlm.metrics.vqa import TextVQAAccuracy, VQAAccuracy
@@ -25,6 +26,7 @@ __all__ = [
     "CircularAccuracy",
     "ExactMatch",
     "GroundingAccuracy",
+    "MMMUAccuracy",
     "MultipleChoice",
     "RelaxedAccuracy",
     "TextVQAAccuracy",

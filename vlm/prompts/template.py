@@ -7,7 +7,7 @@ and counting tokens of parts gives masks that drift.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, groupby
+from itertools import chain
 from typing import Literal, NamedTuple
 
 from vlm.batch import IGNORE
@@ -257,14 +257,15 @@ def _fill(form: Iterable[TextSpan], content: Iterable[Span]) -> list[Span]:
 
 def _trimmed(message: Message) -> Message:
     """The message without the white space at its ends."""
-    parts: list[Part] = []
-    for is_text, group in groupby(_written(message), key=lambda part: isinstance(part, TextPart)):
-        run = list(group)
-        parts += [TextPart("".join(part.text for part in run if isinstance(part, TextPart)))] if is_text else run
-    if parts and isinstance(parts[0], TextPart):
-        parts[0] = TextPart(parts[0].text.lstrip())
-    if parts and isinstance(parts[-1], TextPart):
-        parts[-1] = TextPart(parts[-1].text.rstrip())
+    parts: list[Part] = list(_written(message))
+    for places, strip in ((range(len(parts)), str.lstrip), (reversed(range(len(parts))), str.rstrip)):
+        for at in places:
+            part = parts[at]
+            if not isinstance(part, TextPart):
+                break
+            parts[at] = TextPart(strip(part.text))
+            if strip(part.text):
+                break
     return replace(message, content=tuple(parts))
 
 

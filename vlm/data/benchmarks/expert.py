@@ -1,0 +1,116 @@
+"""Benchmarks of knowledge and reasoning: MMMU, MathVista."""
+
+import ast
+from collections.abc import Iterator, Mapping
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from vlm.data.benchmarks.base import LETTER, SHORT, Benchmark, read_object
+from vlm.data.parquet import RowImage, read_table
+from vlm.errors import SampleError, UserError
+from vlm.metrics.choice import LETTERS
+from vlm.sample import ImageFile
+
+
+class MMMU(Benchmark):
+    """MMMU as its hub folder has it: `<Subject>/<split>-*.parquet` with question, options, answer and up to 7 pictures.
+
+    Prompts are those of the benchmark's own script for LLaVA (MMMU-Benchmark/MMMU, `run_llava.py`): it shows the first
+    picture alone, and leaves `<image 1>` in the text.
+
+    Args:
+        split: `validation`, or `dev`.
+    """
+
+    task = "mmmu"
+
+    def __init__(self, path: str | Path, split: str = "validation", **keywords: Any) -> None:
+        super().__init__(path, **keywords)
+        self.split = split
+
+    def questions(self) -> Iterator[dict[str, Any]]:
+        files = sorted(self.path.glob(f"*/{self.split}-*.parquet"))
+        if not files:
+            raise UserError(f"{self.path}: has no <Subject>/{self.split}-*.parquet; give the folder of MMMU/MMMU")
+        for file in files:
+            columns = ("id", "question", "options", "answer", "question_type")
+            for row, record in enumerate(read_table(file, columns).to_pylist()):
+                yield self._question(file, row, record)
+
+    def _question(self, file: Path, row: int, record: Mapping[str, Any]) -> dict[str, Any]:
+        identity = self.text(record, "id", f"{file.parent.name} {row}")
+        question, answer = self.text(record, "question", identity), self.text(record, "answer", identity)
+        load = partial(_picture, file, row, identity, self.max_pixels)
+        found = {
+            "id": identity,
+            "image": RowImage(name=f"image_1 of {identity}", max_pixels=self.max_pixels, load=load),
+            "group": file.parent.name,
+        }
+        if self.text(record, "question_type", identity) != "multiple-choice":
+            answers = self._listed(answer, "answer", identity) if answer.startswith("[") else [answer]
+            return found | {"text": f"{question}\n{SHORT}", "answers": answers}
+        choices = self._listed(self.text(record, "options", identity), "options", identity)
+        options = "".join(f"({letter}) {choice}\n" for letter, choice in zip(LETTERS, choices, strict=False))
+        return found | {"text": f"{question}\n{options}\n{LETTER}", "choices": choices, "answers": [answer]}
+
+    def _listed(self, text: str, key: str, identity: str) -> list[str]:
+        try:
+            values = ast.literal_eval(text)
+        except (ValueError, SyntaxError) as error:
+            raise self.error(identity, f"{key!r} is no list ({error}); fetch the file again") from error
+        if not isinstance(values, list) or not values:
+            raise self.error(identity, f"{key!r} must spell a list, found {text!r}")
+        return [str(value) for value in values]
+
+
+def _picture(file: Path, row: int, identity: str, max_pixels: int) -> ImageFile:
+    data = _pictures(file)[row]
+    if data is None:
+        raise SampleError("has no 'image_1'; fetch the file again", sample_id=identity, source=str(file))
+    return ImageFile(name=f"image_1 of {identity}", data=data, max_pixels=max_pixels)
+
+
+@lru_cache(maxsize=1)  # questions are asked subject by subject
+def _pictures(file: Path) -> list[bytes | None]:
+    rows = read_table(file, ("image_1",)).to_pylist()
+    return [(row.get("image_1") or {}).get("bytes") for row in rows]
+
+
+class MathVista(Benchmark):
+    """MathVista: `testmini.json`, {pid: {question, image, choices, unit, precision, question_type, answer_type, ...}}.
+
+    Prompts are those of the benchmark's `build_query.py` without examples, captions and detected text. The answer to
+    look for is found by a language model in its `extract_answer.py`, so scoring is left to it.
+    """
+
+    task = "math_vista"
+    _HINTS: ClassVar = {
+        ("multi_choice", "text"): "and provide the correct option letter, e.g., A, B, C, D, at the end.",
+        ("free_form", "integer"): "requiring an integer answer and provide the final value, e.g., 1, 2, 3, at the end.",
+        ("free_form", "float"): "requiring a floating-point number with {} and provide the final value, e.g., {}, at "
+        "the end.",
+        ("free_form", "list"): "requiring a Python list as an answer and provide the final list, e.g., [1, 2, 3], "
+        "[1.2, 1.3, 1.4], at the end.",
+    }
+    _PLACES: ClassVar = {1: ("one decimal place", "1.2, 1.3, 1.4"), 2: ("two decimal places", "1.23, 1.34, 1.45")}
+
+    def questions(self) -> Iterator[dict[str, Any]]:
+        for identity, record in read_object(self.path).items():
+            question, unit = self.text(record, "question", identity), record.get("unit")
+            choices = record.get("choices") or []
+            if not isinstance(choices, list):
+                raise self.error(identity, f"'choices' must be a list, found {choices!r}")
+            lines = [f"Question: {question} (Unit: {unit})" if unit else f"Question: {question}"]
+            lines += ["Choices:"] if choices else []
+            lines += [f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
+            lines += [f"Hint: Please answer the question {self._hint(record, identity)}", "Solution:"]
+            found = {"id": identity, "image": self.text(record, "image", identity), "text": "\n".join(lines)}
+            yield found | {"answers": [str(self.need(record, "answer", identity))]}
+
+    def _hint(self, record: Mapping[str, Any], identity: str) -> str:
+        kind = self.text(record, "question_type", identity), self.text(record, "answer_type", identity)
+        places = int(record.get("precision") or 0)
+        if kind not in self._HINTS or (kind[1] == "float" and places not in self._PLACES):
+            raise self.error(identity, f"no prompt is published for {kind} with precision {record.get('precision')!r}")
+        return self._HINTS[kind].format(*self._PLACES.get(places, ()))
