@@ -47,7 +47,8 @@ class Grouped(Source):
         return any(self.source.has_image(at) for at in range(index * self.size, (index + 1) * self.size))
 
     def image_mask(self) -> np.ndarray:
-        return self.source.image_mask()[: len(self) * self.size].reshape(-1, self.size).any(1)
+        mask = self.source.image_mask()[: len(self) * self.size].reshape(-1, self.size)
+        return np.asarray(mask.any(axis=1))
 
     def place(self, index: int) -> tuple[str, int]:
         return self.source.place(index * self.size)
