@@ -17,7 +17,7 @@ from tests.systems import RATE, build, make, picture
 from tests.training import ListSource, trainer
 from vlm.batch import IGNORE, Row, TokenSequence, next_token_targets
 from vlm.codec import step_counts
-from vlm.data import BatchSpec, PretrainingData
+from vlm.data import BatchSpec, Grouped, PretrainingData
 from vlm.data.documents import interleave
 from vlm.data.pretraining import draw_caption
 from vlm.errors import SampleError, UserError
@@ -132,6 +132,40 @@ def test_a_document_as_a_prompt_ends_open_and_trains_nothing():
     spans = TEMPLATE.render(document("a b").messages, generate=True)
     assert [(span.text, span.trained) for span in spans] == [("a b", False)]
     assert draw_caption(document("a b"), 3) == document("a b")
+
+
+def test_documents_of_one_sample_are_sequences_of_their_own(tmp_path: Path):
+    codec = build("llava_1_5", {"connector": RATE}, template="document", max_tokens=48).codec
+    pairs = [
+        parse_sample({"id": str(n), "images": [str(picture(tmp_path, f"p{n}", (20, 20), n).path)], "messages": [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe."}]},
+            {"role": "assistant", "content": "A ball. " * (n + 1)}]})
+        for n in range(7)
+    ]  # fmt: skip
+    groups = Grouped(ListSource(pairs), size=3)
+    assert len(groups) == 2
+    assert groups.image_mask().tolist() == [True, True]
+    for number, group in enumerate(groups):
+        item = codec.encode(group)
+        alone = [codec.encode(pair) for pair in pairs[3 * number : 3 * number + 3]]
+        assert [s.ids.tolist() for s in item.text] == [one.text[0].ids.tolist() for one in alone]
+        assert [s.targets.tolist() for s in item.text] == [one.text[0].targets.tolist() for one in alone]
+        assert item.counts["lm"] == sum(one.counts["lm"] for one in alone)
+        assert item.sample.images == tuple(
+            image for pair in pairs[3 * number : 3 * number + 3] for image in pair.images
+        )
+        counts = step_counts([item])
+        together, apart = (codec.collate(items, counts=counts) for items in ([item], alone))
+        assert torch.equal(together.text.cu_seqlens, apart.text.cu_seqlens)
+        assert torch.equal(together.views["image"].pixels, apart.views["image"].pixels)
+        assert torch.equal(together.text.slots["image"], apart.text.slots["image"])
+    documents = [pictured(*["A red ball."] * 3, name=name, folder=tmp_path) for name in "gh"]
+    item = codec.encode(Grouped(ListSource(documents), size=2)[0])  # each is cut by itself
+    assert [len(s.ids) for s in item.text] == [41, 41]
+    assert len(item.sample.images) == 4
+    assert item.counts["cut_documents"] == 2
+    with pytest.raises(SampleError, match="only documents and pairs of one answer are grouped"):
+        Grouped(ListSource([dataclasses.replace(pairs[0], messages=pairs[0].messages * 2)]), size=1)[0]
 
 
 # cutting ------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ A document in which text and pictures alternate (MMC4, OBELICS) is one message, 
     {"images": ["a.png"], "messages": [{"role": "document", "content": [
         {"type": "text", "text": "The harbour at dawn."}, {"type": "image"}, {"type": "text", "text": "A boat."}]}]}
 
+Several such messages are documents that share a step and see nothing of each other (`vlm.data.Grouped`).
+
 `image` counts the entries of `images` from 0, which is the default. `unit` is `share` of the stored picture's width and
 height (the default) or `pixel`.
 """
@@ -236,7 +238,8 @@ def parse_sample(
                     f"messages[{index}]: a {part.kind} of image {part.image}, but there are {len(images)} images "
                     "(they are counted from 0)"
                 )
-        if message.role == DOCUMENT and (len(messages) > 1 or record.get("answers")):
+        alone = all(other.role == DOCUMENT for other in messages) and not record.get("answers")
+        if message.role == DOCUMENT and not alone:
             raise error(f"messages[{index}]: a document stands alone; leave other messages and 'answers' out")
         if message.role == DOCUMENT and not any(_says_something(part) for part in message.content):
             raise error(f"messages[{index}]: the document has no text, so there is nothing to train on; drop it")

@@ -14,6 +14,7 @@ _HOMES = {
     "DocVQA": "formats.questions",
     "FewShot": "few_shot",
     "GQA": "benchmarks",
+    "Grouped": "grouped",
     "GroundedCaptions": "formats.captions",
     "ImageFolder": "folder",
     "ImagePairs": "formats.questions",

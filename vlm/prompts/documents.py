@@ -37,7 +37,7 @@ class DocumentTemplate(Template):
         if not any(message.role == DOCUMENT for message in messages):
             return [[_unmarked(span) for span in spans] for spans in super().turns(messages, generate=generate)]
         if len(messages) > 1:
-            raise UserError(f"a document stands alone, found {len(messages)} messages; make each a sample of its own")
+            raise UserError(f"a document stands alone, found {len(messages)} messages; take each by itself")
         spans: list[Span] = []
         for part in messages[0].content:
             assert isinstance(part, TextPart | ImagePart), "regions are written out before a message is rendered"
@@ -61,6 +61,18 @@ DOCUMENTS = DocumentTemplate(
     instructed=False,
     stop=("</s>",),
 )
+
+
+def documents_of(sample: Sample) -> list[Sample]:
+    """Each document of a sample that is several, with its own pictures; a sample of another kind as it is."""
+    if len(sample.messages) == 1 or sample.messages[0].role != DOCUMENT:
+        return [sample]
+    found, start = [], 0
+    for message in sample.messages:
+        end = start + sum(isinstance(part, ImagePart) for part in message.content)
+        found.append(dataclasses.replace(sample, messages=(message,), images=sample.images[start:end]))
+        start = end
+    return found
 
 
 class Fitted(NamedTuple):

@@ -24,7 +24,7 @@ from vlm.language.generation import generate
 from vlm.losses import token_loss, zero_from
 from vlm.module import VisionLanguageModule
 from vlm.prompts import get_template
-from vlm.prompts.documents import fit_document
+from vlm.prompts.documents import documents_of, fit_document
 from vlm.prompts.regions import find_boxes, write_regions
 from vlm.prompts.template import IMAGE, Template
 from vlm.prompts.tokenizer import Tokenizer
@@ -85,6 +85,8 @@ class SplicedCodec(Codec):
         return write_regions(sample, self.template.regions, view=view)
 
     def encode(self, sample: Sample, *, seed: int | None = None, generate: bool = False) -> Encoded:
+        if len(documents := documents_of(sample)) > 1:
+            return joined([self.encode(one, seed=seed, generate=generate) for one in documents])
         places = places_named(sample)
         sample = self.written(sample, seed=seed)
         try:
@@ -154,6 +156,20 @@ class SplicedCodec(Codec):
         for mark in self.template.stop:
             text = text.split(mark, 1)[0]
         return text.strip()
+
+
+def joined(items: Sequence[Encoded]) -> Encoded:
+    """The documents of one sample, each a sequence of its own."""
+    counts: dict[str, float] = {}
+    for item in items:
+        for name, value in item.counts.items():
+            counts[name] = counts.get(name, 0.0) + value
+    sample = replace(
+        items[0].sample,
+        messages=tuple(message for item in items for message in item.sample.messages),
+        images=tuple(image for item in items for image in item.sample.images),
+    )
+    return replace(items[0], sample=sample, text=tuple(s for item in items for s in item.text), counts=counts)
 
 
 class SplicedDecoder(VisionLanguageModule):
