@@ -11,6 +11,7 @@ from vlm.errors import UserError
 from vlm.language import CausalLM, Decoding, PartialLoRA
 from vlm.language.attention import packed_attention
 from vlm.language.causal_lm import label_logits
+from vlm.language.choosing import choose
 from vlm.language.surgery import PartialLoRALinear
 
 SMALL = {
@@ -81,6 +82,30 @@ def test_language_errors_name_the_key(tmp_path) -> None:
         CausalLM(path=str(tmp_path)).transformers_config()
     with pytest.raises(UserError, match="num_beams: 1"):
         Decoding(temperature=0.5, num_beams=2)
+
+
+def test_the_option_with_the_lowest_mean_loss_is_chosen() -> None:
+    packed = CausalLM(config={"model_type": "qwen2", **SMALL}).build().eval()
+    reference = AutoModelForCausalLM.from_config(packed.config, attn_implementation="eager").eval()
+    for weight in packed.state_dict().values():
+        weight *= 4  # so that losses differ
+    reference.load_state_dict(packed.state_dict())
+    prompts = [torch.randint(1, 64, (n,)) for n in (9, 1, 4, 6, 5, 7)]
+    lengths = ((1, 1, 1), (2, 1), (1,), (3, 1, 2), (1, 4), (2, 2))
+    options = [[torch.randint(1, 64, (n,)).tolist() for n in group] for group in lengths]
+    wanted = []
+    for prompt, group in zip(prompts, options, strict=True):
+        losses = []
+        for ids in group:
+            whole = torch.cat([prompt, torch.tensor(ids)])
+            logits = reference(input_ids=whole[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
+            losses.append(nn.functional.cross_entropy(logits, whole[len(prompt) :]).item())
+        wanted.append(losses.index(min(losses)))
+    assert len(set(wanted)) > 1
+    embeds = [packed.get_input_embeddings()(prompt) for prompt in prompts]
+    assert choose(packed, embeds, options) == wanted
+    with pytest.raises(UserError, match=r"options must have one \{\}"):
+        Decoding(options="A")
 
 
 def test_samples_follow_the_probabilities() -> None:

@@ -23,6 +23,7 @@ from vlm.metrics import (
     GroundingAccuracy,
     MMMUAccuracy,
     MultipleChoice,
+    QwenGQA,
     RelaxedAccuracy,
     TextVQAAccuracy,
     VQAAccuracy,
@@ -115,6 +116,9 @@ def test_vqa_accuracy_leaves_each_person_out_once() -> None:
 
 def test_exact_match_anls_and_relaxed_accuracy() -> None:
     assert value(ExactMatch(), (" Yes. ", info("no", "yes")), ("yes sir", info("yes"))) == 0.5
+    # what the published code cuts out, its oddities included
+    cut = {"It is a dog, I think": "dog", "The top of it": "top", "banana tree": "tree", "Yes! No.": "yes"}
+    assert value(QwenGQA(), *((answer, info(found)) for answer, found in cut.items())) == 1.0
     assert [levenshtein(*pair) for pair in (("kitten", "sitting"), ("", "abc"), ("ab", "ba"))] == [3, 3, 2]
     # one of five letters wrong; half of the letters wrong: at the threshold; more: nothing
     assert value(ANLS(), ("hellp", info("HELLO", "x"))) == pytest.approx(0.8)

@@ -37,6 +37,9 @@ class Decoding:
         top_k: number of tokens that samples are drawn from; 0: all.
         repetition_penalty: factor against tokens that occurred.
         seed: of the samples.
+        options: nothing is written: the answer to a sample with `choices` is the letter of one of them, A, B, ..., that
+            is the likeliest to go on with (`vlm.language.choosing`). `{}` marks the letter in the text that is weighed:
+            `" {}"` is how Qwen-VL is asked.
     """
 
     max_new_tokens: int = 128
@@ -48,8 +51,11 @@ class Decoding:
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int = 0
+    options: str | None = None
 
     def __post_init__(self) -> None:
+        if self.options is not None and self.options.count("{}") != 1:
+            raise UserError(f"decoding: options must have one {{}} where the letter goes, found {self.options!r}")
         if self.temperature > 0 and self.num_beams > 1:
             raise UserError(f"decoding: temperature {self.temperature} samples, which needs num_beams: 1")
 

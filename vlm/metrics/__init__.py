@@ -7,7 +7,7 @@ from vlm.metrics.bleu import BLEU
 from vlm.metrics.choice import MultipleChoice
 from vlm.metrics.cider import CIDErD
 from vlm.metrics.circular import CircularAccuracy
-from vlm.metrics.exact import ExactMatch
+from vlm.metrics.exact import ExactMatch, QwenGQA
 from vlm.metrics.grounding import GroundingAccuracy
 from vlm.metrics.mme import MME
 from vlm.metrics.mmmu import MMMUAccuracy
@@ -28,6 +28,7 @@ __all__ = [
     "GroundingAccuracy",
     "MMMUAccuracy",
     "MultipleChoice",
+    "QwenGQA",
     "RelaxedAccuracy",
     "TextVQAAccuracy",
     "VQAAccuracy",

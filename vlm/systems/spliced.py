@@ -7,6 +7,7 @@ Reading order: `SplicedCodec.encode` (sample to tokens), `SplicedDecoder.image_f
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from string import ascii_uppercase
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from vlm.fusion import splice
 from vlm.geometry import Box, View
 from vlm.language import Decoding, LanguagePart, NewTokens
 from vlm.language.causal_lm import label_logits
+from vlm.language.choosing import choose
 from vlm.language.generation import generate
 from vlm.losses import token_loss, zero_from
 from vlm.module import VisionLanguageModule
@@ -298,10 +300,16 @@ class SplicedDecoder(VisionLanguageModule):
     def answers(self, batch: Batch, decoding: Decoding) -> list[str]:
         embeds = self.embed(batch)
         bounds = batch.text.cu_seqlens.tolist()
+        prompts = [embeds[start:end] for start, end in itertools.pairwise(bounds)]
         tokenizer = self.codec.tokenizer
+        if decoding.options is not None:
+            letters = [ascii_uppercase[: max(1, len(sample.choices))] for sample in batch.samples]
+            texts = [[decoding.options.replace("{}", letter) for letter in group] for group in letters]
+            chosen = choose(self.language, prompts, [[tokenizer.encode(t)[0] for t in group] for group in texts])
+            return [group[at] for group, at in zip(letters, chosen, strict=True)]
         answers = generate(
             self.language,
-            [embeds[start:end] for start, end in itertools.pairwise(bounds)],
+            prompts,
             decoding=decoding,
             seeds=[seed_from(decoding.seed, sample.id) for sample in batch.samples],
             eos_id=tokenizer.eos_id,
