@@ -1,8 +1,8 @@
 """Any decoder-only language model of transformers, as a part of a system.
 
-Llama, Mistral, Qwen2, Gemma and their like: they take `inputs_embeds`, run the registered packed attention, and their
-`logits_to_keep` takes label positions, so that the vocabulary projection runs at those alone. The network stays the
-stock class, so its parameter names stay the stock names.
+Llama, Mistral, Qwen2 (and with it Qwen-7B), Gemma and their like: they take `inputs_embeds`, run the registered packed
+attention, and their `logits_to_keep` takes label positions, so that the vocabulary projection runs at those alone. The
+network stays the stock class, so its parameter names stay the stock names.
 """
 
 import copy
@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from vlm.batch import Row
 from vlm.errors import UserError
 from vlm.language.attention import PACKED
+from vlm.language.qwen import as_qwen2
 
 
 class LanguagePart(ABC):
@@ -72,7 +73,11 @@ class CausalLM(LanguagePart):
         if is_folder and not (Path(self.path) / "config.json").is_file():
             raise UserError(f"language.path: no config.json in {self.path}; give a folder that holds a language model")
         try:
-            config = AutoConfig.from_pretrained(self.path)
+            stated, _ = PretrainedConfig.get_config_dict(self.path)
+            if stated.get("model_type") == "qwen":
+                config = AutoConfig.for_model(**as_qwen2(stated))
+            else:
+                config = AutoConfig.from_pretrained(self.path)
         except (OSError, ValueError) as error:
             raise UserError(f"language.path: cannot open {self.path!r}: {str(error).splitlines()[0]}") from error
         for name, value in entries.items():
