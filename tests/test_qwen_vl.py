@@ -1,13 +1,22 @@
 """Qwen-VL against the official numbers (the published `visual.py` and `modeling_qwen.py`)."""
 
+import base64
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
 from typing import Any
 
-import vlm  # noqa: F401  (first: repairs torchvision)
+import vlm  # first: repairs torchvision
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tests.conftest import golden, golden_json
+from tests.systems import QWEN, qwen_vl, samples
 from vlm.batch import IGNORE, Row, TokenSequence, next_token_targets
 from vlm.building import empty_weights
 from vlm.checkpoints.convert import convert
@@ -204,7 +213,7 @@ def test_published_files_come_back_bit_equal(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="no class or layout 'hf' is published"):
         convert(source, tmp_path / "x", system="qwen_vl", target_layout="hf")
-    with pytest.raises(UserError, match="attn_pool.query; is it qwen_vl"):
+    with pytest.raises(UserError, match=r"attn_pool\.query; is it qwen_vl"):
         convert(published_without(source, tmp_path / "y"), tmp_path / "x", system="qwen_vl", target_layout="ours")
     with pytest.raises(UserError, match="published whole; leave out --vision"):
         convert(source, tmp_path / "x", system="qwen_vl", target_layout="ours", vision="clip")
@@ -236,7 +245,9 @@ def test_base_weights_of_qwen_7b_and_openclip(tmp_path: Path) -> None:
     clip.save_pretrained(tmp_path / "clip")
     made = qwen_vl()
     vision = dataclasses.replace(made.arguments["vision"], weights=str(tmp_path / "clip"))
-    module = qwen_vl(vision=vision, language=CausalLM(str(tmp_path / "qwen")), tokenizer=QwenTokenizer(str(tmp_path / "whole")))
+    module = qwen_vl(
+        vision=vision, language=CausalLM(str(tmp_path / "qwen")), tokenizer=QwenTokenizer(str(tmp_path / "whole"))
+    )
     module.configure_model()
     expected = get_family("qwen_vl").table("official", {"visual": {"heads": 4}})
     rules = tuple(rule for rule in expected.rules if not rule.theirs[0].startswith(VISUAL))
@@ -256,9 +267,7 @@ def test_the_tower_s_layers_learn_the_slower_the_lower_they_are() -> None:
     module = nn.Module()
     for name, part in parts.items():
         module.add_module(name, part)
-    stage = Stage(
-        "2", {"vision": Trained(1.0, layer_decay=0.95), "connector": Trained(1.0), "language": Trained(1.0)}
-    )
+    stage = Stage("2", {"vision": Trained(1.0, layer_decay=0.95), "connector": Trained(1.0), "language": Trained(1.0)})
     stage.set_trainable(module)
     rates = {name: group["lr"] for group in stage.optimizer_groups(module) for name, _ in group["params"]}
     assert rates["vision.trunk.pos_embed"] == rates["vision.trunk.patch_embed.proj.weight"] == pytest.approx(0.95**49)
