@@ -4,6 +4,7 @@ from vlm.errors import UserError
 from vlm.prompts import llava, mini_gemini
 from vlm.prompts.documents import DOCUMENTS
 from vlm.prompts.template import IMAGE, Form, ImageMark, Template, TextSpan, Tokenized, tokenize
+from vlm.prompts.tiktoken import QwenTokenizer
 from vlm.prompts.tokenizer import HubTokenizer, LlamaTokenizer, Tokenizer
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "HubTokenizer",
     "ImageMark",
     "LlamaTokenizer",
+    "QwenTokenizer",
     "Template",
     "TextSpan",
     "Tokenized",

@@ -23,7 +23,7 @@ from vlm.prompts.files import download, find_file
 _BLANK = "▁"  # how SentencePiece writes a space
 
 
-class _Opened(NamedTuple):
+class Opened(NamedTuple):
     """A tokenizer in memory. The strings are those of its marks, None where it has none."""
 
     backend: tokenizers.Tokenizer
@@ -55,10 +55,10 @@ class Tokenizer(ABC):
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
 
     @abstractmethod
-    def _open(self) -> _Opened: ...
+    def _open(self) -> Opened: ...
 
     @cached_property
-    def _opened(self) -> _Opened:
+    def _opened(self) -> Opened:
         return self._open()
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -160,7 +160,7 @@ class LlamaTokenizer(Tokenizer):
     def _file(self) -> Path:
         return find_file(self.path, "tokenizer.model", "a folder with a SentencePiece `tokenizer.model`")
 
-    def _open(self) -> _Opened:
+    def _open(self) -> Opened:
         proto = _sentencepiece_proto(self._file)
         vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
         kinds = proto.SentencePiece
@@ -206,8 +206,8 @@ class LlamaTokenizer(Tokenizer):
         bos, eos = (proto.pieces[index].piece if index >= 0 else None for index in (trainer.bos_id, trainer.eos_id))
         pad = self.pad_token or unknown
         new = [pad] if pad not in vocab and pad not in self.added_tokens else []
-        _add_special(backend, [token for token in (unknown, bos, eos, *new, *self.added_tokens) if token is not None])
-        return _Opened(backend, bos, eos, pad)
+        add_special(backend, [token for token in (unknown, bos, eos, *new, *self.added_tokens) if token is not None])
+        return Opened(backend, bos, eos, pad)
 
     def save(self, folder: str | Path) -> None:
         super().save(folder)
@@ -235,7 +235,7 @@ class HubTokenizer(Tokenizer):
     pad_token: str | None = None
     eos_token: str | None = None
 
-    def _open(self) -> _Opened:
+    def _open(self) -> Opened:
         file = find_file(self.path, "tokenizer.json", "a folder with a `tokenizer.json`, or such a file")
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
@@ -248,11 +248,11 @@ class HubTokenizer(Tokenizer):
         marks = _named_marks(self.path, file)
         pad = self.pad_token or marks.get("pad_token")
         eos = self.eos_token or marks.get("eos_token")
-        _add_special(backend, [token for token in (pad, eos, *self.added_tokens) if token is not None])
-        return _Opened(backend, marks.get("bos_token"), eos, pad)
+        add_special(backend, [token for token in (pad, eos, *self.added_tokens) if token is not None])
+        return Opened(backend, marks.get("bos_token"), eos, pad)
 
 
-def _add_special(backend: tokenizers.Tokenizer, tokens: Sequence[str]) -> None:
+def add_special(backend: tokenizers.Tokenizer, tokens: Sequence[str]) -> None:
     # not normalized: found in the text as it stands, before blanks are replaced
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
 

