@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import vlm  # first: repairs torchvision
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tests.conftest import golden, golden_json
-from tests.systems import QWEN, qwen_vl, samples
+from tests.systems import qwen_vl
 from vlm.batch import IGNORE, Row, TokenSequence, next_token_targets
 from vlm.building import empty_weights
 from vlm.checkpoints.convert import convert
@@ -238,7 +237,7 @@ def test_base_weights_of_qwen_7b_and_openclip(tmp_path: Path) -> None:
     shutil.copyfile(source / "config.json", tmp_path / "qwen/config.json")
     clip = CLIPVisionModel(
         CLIPVisionConfig(
-            image_size=21, patch_size=7, hidden_size=32, intermediate_size=128, num_hidden_layers=3,
+            image_size=21, patch_size=7, hidden_size=32, intermediate_size=157, num_hidden_layers=3,
             num_attention_heads=4,
         )
     )  # fmt: skip

@@ -45,7 +45,9 @@ def test_special_ids() -> None:
     assert (more.token_id("<new>"), more.pad_id, len(more)) == (151860, 151646, 151861)
 
 
-PIECES = st.sampled_from(["<|im_start|>", "<ref>", "</box>", "<|extra_7|>", "\n", " ", "\r\n", "'S", "1", "的", "é", "한"])
+PIECES = st.sampled_from(
+    ["<|im_start|>", "<ref>", "</box>", "<|extra_7|>", "\n", " ", "\r\n", "'S", "1", "的", "é", "한"]
+)
 
 
 @given(st.lists(st.one_of(st.text(), PIECES)).map("".join))

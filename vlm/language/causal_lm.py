@@ -48,7 +48,8 @@ class CausalLM(LanguagePart):
     Attributes:
         path: folder or hub id with `config.json` and weights.
         config: entries on top of the `config.json` of `path`. Without `path` it must hold `model_type` (`llama`,
-            `mistral`, `qwen2`, `gemma`, ...), and the weights are new.
+            `mistral`, `qwen2`, `gemma`, ...), and the weights are new. With `path`, another `model_type` builds that
+            class over the same weights; what it has beyond them is new (Qwen2 over a Llama: biases, which start at 0).
         pretrained: False takes the architecture of `path` with new weights.
         checkpointing: recompute each layer's activations in the backward pass.
     """
@@ -80,6 +81,11 @@ class CausalLM(LanguagePart):
                 config = AutoConfig.from_pretrained(self.path)
         except (OSError, ValueError) as error:
             raise UserError(f"language.path: cannot open {self.path!r}: {str(error).splitlines()[0]}") from error
+        if "model_type" in entries:
+            stated, config = config.to_dict(), AutoConfig.for_model(entries.pop("model_type"))
+            for name in stated.keys() - {"model_type", "architectures", "transformers_version"}:
+                if hasattr(config, name):
+                    setattr(config, name, stated[name])
         for name, value in entries.items():
             if not hasattr(config, name):
                 raise UserError(f"language.config.{name}: {type(config).__name__} has no such entry")
