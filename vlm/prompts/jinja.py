@@ -84,7 +84,7 @@ def chat_template(template: Template) -> str:
 
 
 def _conversation(template: Template, form: Form, *, generate: bool) -> str:
-    if form.place != "front" or form.tight:
+    if form.place != "front" or form.tight or not (isinstance(form.opening, str) and isinstance(form.bare, str)):
         raise UserError(
             f"template {template.name!r}: a chat template of the Hugging Face tools cannot say where it puts an image; "
             "export a model that was trained with another template"

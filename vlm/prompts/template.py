@@ -7,7 +7,7 @@ and counting tokens of parts gives masks that drift.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, count
 from typing import Literal, NamedTuple
 
 from vlm.batch import IGNORE
@@ -22,10 +22,15 @@ IMAGE = -200
 
 @dataclass(frozen=True)
 class TextSpan:
-    """Text of which every character is trained, or none."""
+    """Text of which every character is trained, or none.
+
+    Attributes:
+        apart: tokenized apart from the text before it, where the published code joins ids instead of texts.
+    """
 
     text: str
     trained: bool = False
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,8 @@ def tokenize(spans: Iterable[Span], tokenizer: Tokenizer) -> Tokenized:
 
     for span in spans:
         if isinstance(span, TextSpan):
+            if span.apart:
+                write()
             text += span.text
             trained.extend(bytes([span.trained]) * len(span.text))
         else:
@@ -87,14 +94,15 @@ class Form:
     Attributes:
         user: spans of a user turn.
         assistant: spans of an answer; those before the first trained one are the cue that generation ends with.
-        opening: text around the system text; left out where there is none.
+        opening: text around the system text; left out where there is none. Spans where a part of it is trained.
         bare: what stands in the place of the opening where a system message says nothing.
         opening_in_turn: the opening stands inside the first user turn, where its content begins (Llama-2).
         between: text before every user turn but the first.
         closing: what follows the last turn.
-        image: text around each image.
+        image: text around each image, `{n}` its number in the conversation, from 1.
         place: of the single image of a turn: moved to its front with a newline behind it, moved to its end with a
-            newline before it, or where the message has it.
+            newline before it, or where the message has it; `listed`: there, but without the newline that the message
+            has behind it.
         tight: white space beside an image is left out. Tokenizers of transformers before 4.34 dropped it beside every
             added token, so the models that were trained with them never saw it.
         trim: white space around each message is left out, as the chat template of Llama 3 does.
@@ -102,13 +110,13 @@ class Form:
 
     user: tuple[TextSpan, ...]
     assistant: tuple[TextSpan, ...]
-    opening: str = "{}"
-    bare: str = ""
+    opening: str | tuple[TextSpan, ...] = "{}"
+    bare: str | tuple[TextSpan, ...] = ""
     opening_in_turn: bool = False
     between: str = ""
     closing: tuple[TextSpan, ...] = ()
     image: str = "{}"
-    place: Literal["front", "back", "given", "numbered"] = "front"
+    place: Literal["front", "back", "given", "listed", "numbered"] = "front"
     tight: bool = False
     trim: bool = False
 
@@ -163,8 +171,10 @@ class Template:
         system = self.system if system is None else system
         if form.trim:
             turns = [(where, _trimmed(message)) for where, message in turns]
-        text = form.opening.replace("{}", system) if system else form.bare
-        opening: list[Span] = [TextSpan(text)] if text else []
+        text = form.opening if system else form.bare
+        around = (TextSpan(text),) if isinstance(text, str) else text
+        opening = [span for span in _fill(around, [TextSpan(system)]) if span != TextSpan("")]
+        num_images = 0
         written: list[list[Span]] = [[] if form.opening_in_turn else opening]
         for index, (where, message) in enumerate(turns):
             if message.role == "user":
@@ -173,14 +183,15 @@ class Template:
                     content = [*opening, *content]
                 bare = not self.instructed and not (generate and _joined_text(message).strip())
                 spans = content if bare else _fill(form.user, content)
-                spans = _surround(_tight(spans) if form.tight else spans, form.image)
+                spans = _surround(_tight(spans) if form.tight else spans, form.image, first=num_images + 1)
+                num_images += sum(isinstance(span, ImageMark) for span in spans)
                 written.append([TextSpan(form.between), *spans] if index else spans)
             else:
                 written.append(_fill(form.assistant, [TextSpan(_text_of(message, where=where))]))
         if generate:
             cue = next((i for i, span in enumerate(form.assistant) if span.trained), len(form.assistant))
             written.append(list(form.assistant[:cue]))
-            return [[TextSpan(s.text) if isinstance(s, TextSpan) else s for s in spans] for spans in written]
+            return [[replace(s, trained=False) if isinstance(s, TextSpan) else s for s in spans] for spans in written]
         return [*written, list(form.closing)]
 
     def _user_content(self, message: Message, form: Form, *, where: int, generate: bool) -> list[Span]:
@@ -194,6 +205,8 @@ class Template:
             return [TextSpan(text)]
         if form.place == "given":
             return [TextSpan(part.text) if isinstance(part, TextPart) else ImageMark() for part in _written(message)]
+        if form.place == "listed":
+            return _listed(message)
         if form.place == "numbered":
             return _numbered(message, strip=not generate)
         if len(images) == 1:
@@ -215,15 +228,20 @@ class Template:
 def merge(spans: Iterable[Span]) -> list[Span]:
     """The same text with neighbouring spans of one kind joined and empty ones dropped."""
     merged: list[Span] = []
+    apart = False  # an empty span keeps the texts around it apart, too
     for span in spans:
         last = merged[-1] if merged else None
         if not isinstance(span, TextSpan):
             merged.append(span)
-        elif span.text:
-            if isinstance(last, TextSpan) and last.trained == span.trained:
-                merged[-1] = TextSpan(last.text + span.text, span.trained)
+            apart = False
+            continue
+        apart = apart or span.apart
+        if span.text:
+            if isinstance(last, TextSpan) and last.trained == span.trained and not apart:
+                merged[-1] = replace(last, text=last.text + span.text)
             else:
-                merged.append(span)
+                merged.append(replace(span, apart=apart and isinstance(last, TextSpan)))
+            apart = False
     return merged
 
 
@@ -232,9 +250,9 @@ def _fill(form: Iterable[TextSpan], content: Iterable[Span]) -> list[Span]:
     spans: list[Span] = []
     for span in form:
         before, place, after = span.text.partition("{}")
-        spans.append(TextSpan(before, span.trained))
+        spans.append(replace(span, text=before))
         if place:
-            spans += [TextSpan(c.text, span.trained) if isinstance(c, TextSpan) else c for c in content]
+            spans += [replace(c, trained=span.trained) if isinstance(c, TextSpan) else c for c in content]
             spans.append(TextSpan(after, span.trained))
     return spans
 
@@ -264,27 +282,44 @@ def _tight(spans: Iterable[Span]) -> list[Span]:
                 text = text.lstrip()
             if index + 1 < len(merged) and isinstance(merged[index + 1], ImageMark):
                 text = text.rstrip()
-            bare.append(TextSpan(text, span.trained))
+            bare.append(replace(span, text=text))
         else:
             bare.append(span)
     return bare
 
 
-def _surround(spans: Iterable[Span], form: str) -> list[Span]:
-    """The spans with each image between the two halves of `form`."""
-    before, _, after = form.partition("{}")
+def _surround(spans: Iterable[Span], form: str, *, first: int) -> list[Span]:
+    """The spans with each image between the two halves of `form`; `first` is the number of the first image."""
+    numbers = count(first)
     surrounded: list[Span] = []
     for span in spans:
-        surrounded += [span] if isinstance(span, TextSpan) else [TextSpan(before), span, TextSpan(after)]
+        if isinstance(span, TextSpan):
+            surrounded.append(span)
+        else:
+            before, _, after = form.replace("{n}", str(next(numbers))).partition("{}")
+            surrounded += [TextSpan(before), span, TextSpan(after)]
     return surrounded
+
+
+def _listed(message: Message) -> list[Span]:
+    """Texts and images in their order, without the newline behind an image."""
+    content: list[Span] = []
+    behind = False
+    for part in _written(message):
+        if isinstance(part, TextPart):
+            content.append(TextSpan(part.text.removeprefix("\n") if behind else part.text))
+        else:
+            content.append(ImageMark())
+        behind = isinstance(part, ImagePart)
+    return content
 
 
 def _numbered(message: Message, *, strip: bool) -> list[Span]:
     """The images, numbered where they are several, before the text; without `strip` its end stays as it is."""
     spans = _tight(TextSpan(part.text) if isinstance(part, TextPart) else ImageMark() for part in _written(message))
     text = "".join(span.text for span in spans if isinstance(span, TextSpan))
-    count = sum(isinstance(span, ImageMark) for span in spans)
-    heads = [f"Image {number}:" if count > 1 else "" for number in range(1, count + 1)]
+    num_images = sum(isinstance(span, ImageMark) for span in spans)
+    heads = [f"Image {number}:" if num_images > 1 else "" for number in range(1, num_images + 1)]
     content: list[Span] = [span for head in heads for span in (TextSpan(head), ImageMark(), TextSpan("\n"))]
     text = text.strip() if strip else text
     return [*content, TextSpan(text)] if text else content[:-1]

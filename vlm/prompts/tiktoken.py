@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 import tokenizers
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from vlm.errors import UserError
 from vlm.prompts.files import find_file
@@ -82,7 +82,10 @@ class QwenTokenizer(Tokenizer):
         backend.post_processor = processors.ByteLevel(trim_offsets=False)
         pad = self.pad_token or END
         new = [pad] if pad not in self.added_tokens else []
-        add_special(backend, [END, *TURNS, *EXTRAS, *PLACES, *IMAGES, *new, *self.added_tokens])
+        add_special(backend, [END, *TURNS, *EXTRAS])
+        # no special ones: they stay in an answer when it is decoded
+        backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in PLACES])
+        add_special(backend, [*IMAGES, *new, *self.added_tokens])
         return Opened(backend, None, END, pad)
 
     def save(self, folder: str | Path) -> None:
