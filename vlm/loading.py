@@ -3,12 +3,14 @@
 import copy
 import dataclasses
 import importlib
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
@@ -88,7 +90,11 @@ def _same_names(files: WeightFiles, network: Any) -> _Names:
         made = frozenset(table.check(files.shapes(), side="theirs"))
         return _Names(made, lambda: table.stream_to_ours(files.items()))
     names = {name for name in files.keys() if name in known or not name.endswith("rotary_emb.inv_freq")}  # noqa: SIM118
-    return _Names(frozenset(names), files.items)
+    # Qwen2's class over a Llama (`CausalLM.config`): the same with biases of zero
+    llama = getattr(network, "config", None) is not None and network.config.model_type == "qwen2"
+    biases = [name for name in known if llama and name.endswith("_proj.bias") and name not in names]
+    zeros = {name: torch.zeros(known[name].shape) for name in biases}
+    return _Names(frozenset({*names, *zeros}), lambda: itertools.chain(files.items(), zeros.items()))
 
 
 def _tower_names(files: WeightFiles, facts: Any) -> _Names:

@@ -49,7 +49,7 @@ class CausalLM(LanguagePart):
         path: folder or hub id with `config.json` and weights.
         config: entries on top of the `config.json` of `path`. Without `path` it must hold `model_type` (`llama`,
             `mistral`, `qwen2`, `gemma`, ...), and the weights are new. With `path`, another `model_type` builds that
-            class over the same weights; what it has beyond them is new (Qwen2 over a Llama: biases, which start at 0).
+            class over the same weights (`qwen2` over a Llama computes the same: its biases are zero).
         pretrained: False takes the architecture of `path` with new weights.
         checkpointing: recompute each layer's activations in the backward pass.
     """
