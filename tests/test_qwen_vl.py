@@ -8,14 +8,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import vlm  # first: repairs torchvision
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from callbacks.stage_transition import write_stage
 from tests.conftest import golden, golden_json
-from tests.systems import qwen_vl
+from tests.systems import qwen_vl, samples, spliced_reference
 from vlm.batch import IGNORE, Row, TokenSequence, next_token_targets
 from vlm.building import empty_weights
 from vlm.checkpoints.convert import convert
@@ -29,7 +31,7 @@ from vlm.language.qwen import as_qwen2
 from vlm.losses import token_loss
 from vlm.positions import resized, sincos_2d
 from vlm.prompts import QwenTokenizer
-from vlm.stages import Stage, Trained
+from vlm.stages import Follow, Stage, Trained
 from vlm.systems import QwenVL
 from vlm.vision import TimmTower
 
@@ -336,3 +338,30 @@ def test_paper_size_has_the_published_tensors() -> None:
     assert table.check(theirs, side="theirs") == ours
     assert table.check(ours, side="ours") == theirs
     assert sum(math.prod(shape) for shape in ours.values()) == 9_656_935_168
+
+
+def test_a_published_folder_opens_and_a_trained_stage_goes_back(tmp_path: Path) -> None:
+    """Both computed by the stock language model without packs, and once more from the files that were written."""
+    source = published_folder(tmp_path / "chat", chat=True)
+    module = vlm.load(source)
+    assert (module.system, module.codec.template.name) == ("qwen_vl", "qwen_vl_chat")
+    assert vlm.load(published_folder(tmp_path / "base")).codec.template.name == "qwen_vl"
+    pool = samples(tmp_path, 3)
+    for sample, found in zip(pool, module.score(pool), strict=True):
+        torch.testing.assert_close(found, spliced_reference(module, sample), atol=1e-5, rtol=1e-5)
+
+    convert(source, tmp_path / "ours", system="qwen_vl", target_layout="ours")
+    trained = vlm.systems.QwenVL(**module.arguments)
+    trained.stage = Stage("3_sft", {"connector": Trained(1.0)}, follows=[Follow(str(tmp_path / "ours"))])
+    trained.configure_model()
+    for parameter in trained.connector.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    write_stage(tmp_path / "run/artefact", trained, global_step=1)
+    convert(tmp_path / "run/artefact", tmp_path / "back", system="qwen_vl", target_layout="official")
+    again, before = vlm.load(tmp_path / "back"), load_file(source / "model.safetensors")
+    after = load_file(tmp_path / "back/model.safetensors")
+    different = {name for name in before if not torch.equal(before[name], after[name])}
+    assert different
+    assert all("attn_pool" in name or "ln_post" in name or name.endswith("visual.proj") for name in different)
+    for mine, theirs in zip(trained.score(pool), again.score(pool), strict=True):
+        assert torch.equal(mine, theirs)

@@ -60,6 +60,10 @@ class Family(ABC):
     def config(self, module: Any, layout: str) -> dict[str, Any]:
         """`config.json` of a system of ours that was not published before."""
 
+    def write_files(self, folder: Path, module: Any) -> None:
+        """What lies beside the weights, of a system of ours that was not published before."""
+        module.codec.tokenizer.save(folder)
+
     def translated(self, config: Mapping[str, Any], *, source: str, target: str) -> dict[str, Any]:
         """`config.json` of one layout for another; the same where layouts differ in names alone."""
         return dict(config)
@@ -90,16 +94,16 @@ class Opened:
         layout: of the files it was read from; of an artefact, the one it was published in.
         config: `config.json` of that layout.
         stream: reads (name, tensor) pairs, one at a time.
-        folder: where tokenizer files lie.
         model: `class_path` and `init_args`.
+        write_files: puts what lies beside the weights into a folder.
     """
 
     layout: str
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     stream: Callable[[], Iterable[tuple[str, Tensor]]]
-    folder: Path
     model: Mapping[str, Any]
+    write_files: Callable[[Path], None]
 
 
 def open_family(family: Family, path: str | Path, *, layout: str = "auto") -> Opened:
@@ -122,7 +126,8 @@ def open_family(family: Family, path: str | Path, *, layout: str = "auto") -> Op
     if (files.folder / CARRIED).exists():
         carried = WeightFiles(files.folder / CARRIED)
         shapes, stream = shapes | carried.shapes(), chained(stream, carried.items)
-    return Opened(found, config, shapes, stream, files.folder, family.describe(config, files.folder))
+    model = family.describe(config, files.folder)
+    return Opened(found, config, shapes, stream, model, partial(_copy, files.folder, family.files))
 
 
 def open_trained(family: Family, path: str | Path, *, layout: str) -> Opened:
@@ -133,7 +138,7 @@ def open_trained(family: Family, path: str | Path, *, layout: str) -> Opened:
         config = family.translated(published["config"], source=published["layout"], target=layout)
         shapes = artefact.weights.shapes() | {name: tuple(t.shape) for name, t in artefact.carried.items()}
         stream: Stream = chained(artefact.items, artefact.carried.items)
-        return Opened(layout, config, shapes, stream, artefact.folder, model)
+        return Opened(layout, config, shapes, stream, model, partial(_copy, artefact.folder, family.files))
     from vlm.loading import load
 
     module = load(path)
@@ -142,7 +147,8 @@ def open_trained(family: Family, path: str | Path, *, layout: str) -> Opened:
         raise UserError(f"{path}: was changed by {changed}, which published files of {family.system} have no place for")
     tensors = {name: tensor.detach() for name, tensor in module.state_dict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return Opened(layout, family.config(module, layout), shapes, tensors.items, artefact.folder, model)
+    write_files = partial(_write_files, family, module)
+    return Opened(layout, family.config(module, layout), shapes, tensors.items, model, write_files)
 
 
 def convert_family(
@@ -170,9 +176,7 @@ def convert_family(
             report = _fill_ours(folder, family, opened, template=template)
         else:
             report = _fill_published(folder, family, opened, layout=target_layout)
-        for name in family.files:
-            if (opened.folder / name).is_file():
-                shutil.copyfile(opened.folder / name, folder / name)
+        opened.write_files(folder)
     return report
 
 
@@ -215,6 +219,16 @@ def _fill_published(folder: Path, family: Family, opened: Opened, *, layout: str
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     carried = [name for name in opened.shapes if table.is_carried(name)]
     return LoadReport(loaded=[name for name in opened.shapes if name not in carried], carried=carried)
+
+
+def _copy(source: Path, names: Iterable[str], target: Path) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _write_files(family: Family, module: Any, folder: Path) -> None:
+    family.write_files(folder, module)
 
 
 def _converted(table: Table, files: WeightFiles) -> Iterator[tuple[str, Tensor]]:

@@ -76,6 +76,9 @@ class QwenVLFamily(Family):
     def config(self, module: Any, layout: str) -> dict[str, Any]:
         language, trunk, facts = module.language.config, module.vision.trunk, module.tower
         block = trunk.blocks[0]
+        # the published code has heads of 128 channels whatever its files say; ours asks
+        num_heads = module.connector.attention.num_heads
+        own = {} if num_heads == language.hidden_size // 128 else {"resampler_heads": num_heads}
         return {
             "architectures": ["QWenLMHeadModel"],
             "auto_map": {
@@ -99,7 +102,8 @@ class QwenVLFamily(Family):
             "torch_dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
             "use_dynamic_ntk": True,
             "use_logn_attn": True,
-            "visual": {
+            "visual": own
+            | {
                 "heads": block.attn.num_heads,
                 "image_size": facts.image_size,
                 "layers": facts.num_blocks,
@@ -111,6 +115,11 @@ class QwenVLFamily(Family):
             },
             "vocab_size": language.vocab_size,
         }
+
+    def write_files(self, folder: Path, module: Any) -> None:
+        super().write_files(folder, module)
+        chat_format = "chatml" if module.codec.template.name.startswith("qwen_vl_chat") else "raw"
+        (folder / "generation_config.json").write_text(json.dumps({"chat_format": chat_format}, indent=2) + "\n")
 
 
 def _vision_rules(num_heads: int) -> tuple[Rule, ...]:
