@@ -140,7 +140,7 @@ def test_boxes_are_right_from_an_iou_of_one_half() -> None:
     assert value(GroundingAccuracy(), ("no box", half)) == 0.0
     qwen = ("<ref>a</ref><box>(0,0),(500,1000)</box>", info("<box>(0,0),(480,1000)</box>"))
     assert value(GroundingAccuracy(form="qwen"), qwen) == 1.0
-    with pytest.raises(UserError, match=r"like 'voc'; use one of llava, qwen, cogvlm"):
+    with pytest.raises(UserError, match=r"like 'voc'; use one of llava, qwen, qwen_999, cogvlm"):
         GroundingAccuracy(form="voc")
 
 

@@ -4,6 +4,7 @@ import vlm  # noqa: F401
 
 import importlib.resources
 import itertools
+import json
 import pickle
 import re
 import unicodedata
@@ -16,9 +17,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import golden_json
+from vlm.batch import SampleInfo
+from vlm.data import QwenJson
+from vlm.data.formats.qwen import parse_text
 from vlm.errors import UserError
+from vlm.geometry import Placement, View
+from vlm.metrics import GroundingAccuracy
 from vlm.prompts import QwenTokenizer, get_template
 from vlm.prompts.qwen import NUM_SLOTS, path_slots
+from vlm.prompts.regions import REGION_FORMS, find_boxes, write_regions
 from vlm.prompts.template import IMAGE, Tokenized
 from vlm.sample import ImagePart, Message, TextPart
 
@@ -33,13 +40,11 @@ def flat(runs: list[list[int]]) -> list[int]:
 
 def message(role: str, text: str, paths: list[str]) -> Message:
     """A published text, its pictures as parts; their paths are added to `paths`."""
+    pieces = re.split(r"(?:Picture \d+: )?<img>(.*?)</img>", text)
+    paths += pieces[1::2]
     parts: list[ImagePart | TextPart] = []
-    for at, piece in enumerate(re.split(r"(?:Picture \d+: )?<img>(.*?)</img>", text)):
-        if at % 2:
-            paths.append(piece)
-            parts.append(ImagePart())
-        elif piece:
-            parts.append(TextPart(piece))
+    for at, piece in enumerate(pieces):
+        parts += [ImagePart()] if at % 2 else [TextPart(piece)] if piece else []
     return Message(role, tuple(parts))
 
 
@@ -140,3 +145,88 @@ def test_prompts_of_the_chat(case: dict) -> None:
     tokens = get_template("qwen_vl_chat").tokenize(messages, TOKENIZER, generate=True)
     assert with_paths(tokens, paths)[0] == flat(case["tokens_rle"])
     assert set(tokens.labels) == {-100}
+
+
+def plain(text: str) -> tuple[list[int], list[int]]:
+    """Ids and labels of a text of the pre-trained model with no answer yet."""
+    paths: list[str] = []
+    content = message("user", text, paths)
+    return with_paths(get_template("qwen_vl").tokenize([content], TOKENIZER, generate=True), paths)
+
+
+def test_texts_of_the_pre_trained_model() -> None:
+    for text, runs in CASE["text_ids"]:
+        assert plain(text)[0] == flat(runs)
+
+
+@pytest.mark.parametrize("case", CASE["list_format"], ids=range(len(CASE["list_format"])))
+def test_lists_of_pictures_and_texts(case: dict, tmp_path: Path) -> None:
+    """The published text of a list, through the reader and the template, is the published row again."""
+    (tmp_path / "a.json").write_text(
+        json.dumps([{"conversations": [{"from": "user", "value": case["text"]}, {"from": "assistant", "value": "ok"}]}])
+    )
+    source = QwenJson(tmp_path / "a.json", image_root=tmp_path)
+    listed = [entry["image"] for entry in case["list_format"] if "image" in entry]
+    assert [file.name for file in source[0].images] == listed
+    assert source.has_image(0) == bool(listed)
+    written = write_regions(source[0], REGION_FORMS["qwen"], view=lambda image: View(Placement(), (448.0, 448.0)))
+    tokens = get_template("qwen_vl_chat").tokenize(written.messages, TOKENIZER)
+    ids, _ = with_paths(tokens, listed)
+    opening = len(TOKENIZER.encode("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n")[0])
+    end = len(ids) - len(TOKENIZER.encode("<|im_end|>\n<|im_start|>assistant\nok<|im_end|>\n")[0])
+    assert ids[opening:end] == flat(case["ids_rle"])
+
+
+def test_marks_of_a_text_are_parts() -> None:
+    for case in CASE["box_parse"]:
+        parts, _ = parse_text(case["text"], first_image=1)
+        found, ref = [], None
+        for part in parts:
+            if part["type"] == "ref":
+                ref = part["text"].strip()
+            elif part["type"] == "box":
+                box = [round(value * 1000) for value in part["box"]]
+                found.append({"box": box} | ({"ref": ref} if ref is not None else {}))
+                ref = None
+        assert found == case["boxes"]
+    content = "<ref> </ref><box>(5,5),(1,1)</box><box>(1,2),(3,1000)</box> <quad>(1,2)</quad>"
+    assert parse_text(content, first_image=1) == ([{"type": "text", "text": content}], [])
+    alone = "<box>(1,2),(3,4)</box>"
+    assert parse_text(alone)[0] == [{"type": "text", "text": alone}]  # of no picture
+    parts, paths = parse_text(f"Picture 1: <img>a</img>\nPicture 2: <img>b</img>\n{alone}")
+    assert (paths, parts[-1]) == (["a", "b"], {"type": "box", "box": [0.001, 0.002, 0.003, 0.004], "image": 1})
+
+
+def test_every_number_is_written_as_it_was_read() -> None:
+    for number in range(1000):
+        [(kind, points)] = REGION_FORMS["qwen"].find(f"({number},0),(999,{number})")
+        written = REGION_FORMS["qwen"].write(kind, [points], size=(1.0, 1.0))
+        assert written == f"<box>({number},0),(999,{number})</box>"
+
+
+def test_paths_in_the_slots() -> None:
+    for length, span in CASE["image_path_length_limit"]:
+        if isinstance(span, int):
+            assert len(path_slots("a" * length, pad_id=151859)) == span - 2
+        else:
+            with pytest.raises(UserError, match="has room for 256"):
+                path_slots("a" * length, pad_id=151859)
+    assert path_slots("é", pad_id=7, num_slots=4) == [0xC3, 0xA9, 7, 7]
+
+
+def test_boxes_as_they_are_drawn_and_as_they_are_judged() -> None:
+    for box, width, height, drawn in CASE["draw_box_decode"]:
+        [found] = find_boxes("<box>({},{}),({},{})</box>".format(*box), REGION_FORMS["qwen"])
+        assert [int(v * side) for v, side in zip(found, (width, height) * 2, strict=True)] == drawn
+    metric = GroundingAccuracy(form="qwen_999", references="llava")
+    for answer, width, height, judged in CASE["eval_box_decode"]:
+        [found] = metric.parse(answer) or [(0.0, 0.0, 0.0, 0.0)]
+        assert [v * side for v, side in zip(found, (width, height) * 2, strict=True)] == pytest.approx(judged, rel=1e-6)
+
+
+def test_boxes_are_judged_against_references_that_are_not_rounded() -> None:
+    sample = SampleInfo("a", "", None, None, (("[0, 0, 1, 1]", 1.0),), ())
+    for form, right in (("qwen_999", 1.0), ("qwen", 0.0)):  # 0.5005 and 0.4995 of the picture
+        metric = GroundingAccuracy(form=form, references="llava")
+        metric.update(["(0,0),(500,999)</box>"], [sample])
+        assert metric.compute() == right

@@ -37,6 +37,7 @@ _HOMES = {
     "PlainText": "formats.documents",
     "Pope": "benchmarks",
     "PretrainingData": "pretraining",
+    "QwenJson": "formats.qwen",
     "ReferringExpressions": "formats.regions",
     "ScienceQA": "science_qa",
     "ScreenElements": "formats.regions",

@@ -88,11 +88,18 @@ class QwenRegions(RegionForm):
     """Qwen-VL's `<ref>a dog</ref><box>(120,300),(550,800)</box>`: whole numbers in [0, 1000) of the picture.
 
     The encoder was never published; cutting off, as here, and dividing by a thousand stays within a unit of the
-    examples in the paper.
+    examples in the paper. Published readers disagree: what draws boxes divides by 1000 (`tokenization_qwen.py`), what
+    judges them by 999 (`eval_mm/evaluate_grounding.py`).
+
+    Args:
+        right: the number that is read as the right or lower edge of the picture.
     """
 
-    name = "qwen"
     _part = re.compile(rf"{_PAIR}(?:\s*,\s*{_PAIR}){{0,3}}")
+
+    def __init__(self, name: str = "qwen", *, right: int = _THOUSAND) -> None:
+        self.name = name
+        self.right = right
 
     def ref(self, text: str) -> str:
         return f"<ref>{text}</ref>"
@@ -106,7 +113,7 @@ class QwenRegions(RegionForm):
     def find(self, text: str, *, size: tuple[float, float] | None = None) -> list[Region]:
         found: list[Region] = []
         for match in self._part.finditer(text):
-            points = _pairs(float(value) / _THOUSAND for value in re.findall(_NUMBER, match.group()))
+            points = _pairs(float(value) / self.right for value in re.findall(_NUMBER, match.group()))
             if len(points) in (2, 4):
                 found.append(Region("box" if len(points) == 2 else "quad", points))
         return found
@@ -170,7 +177,9 @@ class FuyuRegions(RegionForm):
 
 
 LLAVA = LlavaRegions()
-REGION_FORMS: dict[str, RegionForm] = {form.name: form for form in (LLAVA, QwenRegions(), CogRegions(), FuyuRegions())}
+REGION_FORMS: dict[str, RegionForm] = {
+    form.name: form for form in (LLAVA, QwenRegions(), QwenRegions("qwen_999", right=999), CogRegions(), FuyuRegions())
+}
 
 
 def find_boxes(text: str, form: RegionForm, *, size: tuple[float, float] | None = None) -> list[Box]:
