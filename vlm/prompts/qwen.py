@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from vlm.errors import UserError
 from vlm.prompts.regions import REGION_FORMS
-from vlm.prompts.template import Form, Span, Template, TextSpan
+from vlm.prompts.template import Form, Span, Template, TextSpan, merge
 from vlm.prompts.tiktoken import END
 from vlm.sample import Message
 
@@ -35,7 +35,7 @@ class ContinuedTemplate(Template):
     """
 
     def turns(self, messages: Sequence[Message], *, generate: bool = False) -> list[list[Span]]:
-        written = super().turns(messages, generate=generate)
+        written = [merge(spans) for spans in super().turns(messages, generate=generate)]
         for before, after in itertools.pairwise(written):
             last, first = before[-1] if before else None, after[0] if after else None
             joined = isinstance(last, TextSpan) and last.text.endswith(("</ref>", "<box>", "<quad>"))

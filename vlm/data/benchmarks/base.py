@@ -1,6 +1,7 @@
 """What benchmark readers share: questions with a picture each, and reading with errors that name the question."""
 
 import json
+import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -16,6 +17,18 @@ from vlm.sample import MAX_PIXELS, ImageFile, Sample, parse_sample
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
+
+
+def asked(question: str, request: str) -> str:
+    """The question as a request puts it: in the place of its `{}`, else on a line before it."""
+    if "{}" in request:
+        return request.replace("{}", question, 1)
+    return f"{question}\n{request}" if request else question
+
+
+def filled(form: str, **fields: str) -> str:
+    """A form with each `{name}` that is one of the fields replaced."""
+    return re.sub(rf"\{{({'|'.join(fields)})\}}", lambda match: fields[match[1]], form)
 
 
 class Benchmark(Source):

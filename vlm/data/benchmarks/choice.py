@@ -3,14 +3,15 @@
 import base64
 import csv
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from vlm.data.benchmarks.base import LETTER, Benchmark, listed
+from vlm.data.benchmarks.base import LETTER, Benchmark, filled, listed, read_object
 from vlm.errors import UserError
 
+LETTERS = "ABCDEFGHIJ"
 CHINESE_LETTER = "请直接回答选项字母。"
 _ROUND = 1_000_000
 """MMBench numbers a question's rotations index, index + 1,000,000, index + 2,000,000, ..."""
@@ -85,9 +86,23 @@ class SeedBench(Benchmark):
     """SEED-Bench: `SEED-Bench.json`, {"questions": [{question_id, question, choice_a.., answer, data_id, data_type}]}.
 
     The questions about pictures alone; those about videos are left out.
+
+    Args:
+        form: the text of `{question}` and `{options}`, which are lines such as `A. a cat`.
     """
 
     task = "seed_bench"
+
+    def __init__(
+        self,
+        path: str | Path,
+        image_root: str | Path | None = None,
+        *,
+        form: str = f"{{question}}\n{{options}}\n{LETTER}",
+        **keywords: Any,
+    ) -> None:
+        super().__init__(path, image_root, **keywords)
+        self.form = form
 
     def questions(self) -> Iterator[dict[str, Any]]:
         for number, record in enumerate(listed(self.path, "questions")):
@@ -95,13 +110,60 @@ class SeedBench(Benchmark):
             if record.get("data_type", "image") != "image":
                 continue
             choices = [self.text(record, f"choice_{letter}", identity) for letter in "abcd"]
-            lines = [self.text(record, "question", identity)]
-            lines += [f"{letter}. {choice}" for letter, choice in zip("ABCD", choices, strict=True)]
+            question = self.text(record, "question", identity)
             yield {
                 "id": identity,
                 "image": self.text(record, "data_id", identity),
-                "text": "\n".join([*lines, LETTER]),
+                "text": filled(self.form, question=question, options=_lines(choices)),
                 "choices": choices,
                 "answers": [self.text(record, "answer", identity)],
                 "group": str(record.get("question_type_id", "")),
             }
+
+
+class ScienceQAPictures(Benchmark):
+    """ScienceQA in its own layout, the questions of a split that have a picture, asked in any form.
+
+    The folder holds `problems.json` and `images/<split>/<id>/image.png`; `vlm.data.ScienceQA` reads it to train on.
+
+    Args:
+        path: the folder.
+        image_root: by default its `images`.
+        split: as the questions name it.
+        form: the text of `{hint}` (N/A where there is none), `{question}` and `{options}`, which are lines such as
+            `A. a ball`.
+    """
+
+    task = "science_qa"
+
+    def __init__(
+        self,
+        path: str | Path,
+        image_root: str | Path | None = None,
+        *,
+        split: str = "test",
+        form: str = f"{{question}}\nContext: {{hint}}\n{{options}}\n{LETTER}",
+        **keywords: Any,
+    ) -> None:
+        super().__init__(path, Path(path) / "images" if image_root is None else image_root, **keywords)
+        self.split, self.form = split, form
+
+    def questions(self) -> Iterator[dict[str, Any]]:
+        for identity, problem in read_object(self.path / "problems.json").items():
+            if self.need(problem, "split", identity) != self.split or not problem.get("image"):
+                continue
+            choices, answer = (self.need(problem, key, identity) for key in ("choices", "answer"))
+            if not isinstance(choices, list) or answer not in range(len(choices)):
+                raise self.error(identity, f"'answer' must be the place of one of the 'choices', found {answer!r}")
+            fields = {"question": self.text(problem, "question", identity), "hint": problem.get("hint") or "N/A"}
+            yield {
+                "id": identity,
+                "image": f"{self.split}/{identity}/{problem['image']}",
+                "text": filled(self.form, **fields, options=_lines(choices)),
+                "choices": choices,
+                "answers": [LETTERS[answer]],
+            }
+
+
+def _lines(choices: Sequence[str]) -> str:
+    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlm.data.benchmarks.base import SHORT, Benchmark, listed, read_object, records
+from vlm.data.benchmarks.base import SHORT, Benchmark, asked, listed, read_object, records
 
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 
@@ -15,6 +15,7 @@ class VQAv2(Benchmark):
     Args:
         annotations: `{"annotations": [{question_id, answers: [{answer}]}]}`, ten people each; test splits have none.
         image_pattern: file name from the number of the picture; `COCO_test2015_{:012d}.jpg` for the test splits.
+        request: on a line behind the question, or text with `{}` in the place of the question.
     """
 
     task = "vqav2"
@@ -24,11 +25,12 @@ class VQAv2(Benchmark):
         path: str | Path,
         annotations: str | Path | None = None,
         image_pattern: str = "COCO_val2014_{:012d}.jpg",
+        request: str = SHORT,
         **keywords: Any,
     ) -> None:
         super().__init__(path, **keywords)
         self.annotations = None if annotations is None else Path(annotations)
-        self.image_pattern = image_pattern
+        self.image_pattern, self.request = image_pattern, request
 
     def questions(self) -> Iterator[dict[str, Any]]:
         entries = listed(self.annotations, "annotations") if self.annotations is not None else []
@@ -38,7 +40,7 @@ class VQAv2(Benchmark):
             found = {
                 "id": identity,
                 "image": self.file_name(self.image_pattern, self.need(record, "image_id", identity), identity),
-                "text": f"{self.text(record, 'question', identity)}\n{SHORT}",
+                "text": asked(self.text(record, "question", identity), self.request),
             }
             if self.annotations is not None:
                 if identity not in answers:
@@ -48,24 +50,49 @@ class VQAv2(Benchmark):
 
 
 class GQA(Benchmark):
-    """GQA: `testdev_balanced_questions.json`, {id: {question, imageId, answer}}; pictures are `<imageId>.jpg`."""
+    """GQA: `testdev_balanced_questions.json`, {id: {question, imageId, answer}}; pictures are `<imageId>.jpg`.
+
+    Args:
+        request: as in `VQAv2`.
+    """
 
     task = "gqa"
+
+    def __init__(
+        self, path: str | Path, image_root: str | Path | None = None, *, request: str = SHORT, **keywords: Any
+    ) -> None:
+        super().__init__(path, image_root, **keywords)
+        self.request = request
 
     def questions(self) -> Iterator[dict[str, Any]]:
         for identity, record in read_object(self.path).items():
             yield {
                 "id": identity,
                 "image": f"{self.text(record, 'imageId', identity)}.jpg",
-                "text": f"{self.text(record, 'question', identity)}\n{SHORT}",
+                "text": asked(self.text(record, "question", identity), self.request),
                 "answers": [self.text(record, "answer", identity)],
             }
 
 
 class VizWiz(Benchmark):
-    """VizWiz: `val.json`, [{image, question, answers: [{answer}]}]."""
+    """VizWiz: `val.json`, [{image, question, answers: [{answer}]}].
+
+    Args:
+        request: as in `VQAv2`.
+    """
 
     task = "vizwiz"
+
+    def __init__(
+        self,
+        path: str | Path,
+        image_root: str | Path | None = None,
+        *,
+        request: str = f"{UNANSWERABLE}\n{SHORT}",
+        **keywords: Any,
+    ) -> None:
+        super().__init__(path, image_root, **keywords)
+        self.request = request
 
     def questions(self) -> Iterator[dict[str, Any]]:
         for number, record in enumerate(records(self.path)):
@@ -73,7 +100,7 @@ class VizWiz(Benchmark):
             yield {
                 "id": image,
                 "image": image,
-                "text": f"{self.text(record, 'question', image)}\n{UNANSWERABLE}\n{SHORT}",
+                "text": asked(self.text(record, "question", image), self.request),
                 "answers": self.people(self.need(record, "answers", image), image),
             }
 
@@ -85,13 +112,17 @@ class TextVQA(Benchmark):
     Args:
         prompts: LLaVA's `llava_textvqa_val_v051_ocr.jsonl`, whose texts name the OCR tokens that the paper's figures
             were measured with; without it the question stands alone.
+        request: as in `VQAv2`, without `prompts`.
     """
 
     task = "textvqa"
 
-    def __init__(self, path: str | Path, prompts: str | Path | None = None, **keywords: Any) -> None:
+    def __init__(
+        self, path: str | Path, prompts: str | Path | None = None, request: str = SHORT, **keywords: Any
+    ) -> None:
         super().__init__(path, **keywords)
         self.prompts = None if prompts is None else Path(prompts)
+        self.request = request
 
     def questions(self) -> Iterator[dict[str, Any]]:
         told: dict[tuple[str, str], str] = {}
@@ -108,7 +139,7 @@ class TextVQA(Benchmark):
             yield {
                 "id": identity,
                 "image": f"{image}.jpg",
-                "text": told[key] if self.prompts is not None else f"{question}\n{SHORT}",
+                "text": told[key] if self.prompts is not None else asked(question, self.request),
                 "answers": self.people(self.need(record, "answers", identity), identity),
             }
 

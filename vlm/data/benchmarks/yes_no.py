@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlm.data.benchmarks.base import SHORT, Benchmark, records
+from vlm.data.benchmarks.base import SHORT, Benchmark, asked, records
 from vlm.errors import UserError
 from vlm.sample import MAX_PIXELS
 
@@ -33,13 +33,21 @@ class Pope(Benchmark):
 
 class MmeFolder(Benchmark):
     """MME: a folder per subtask; `<picture>.txt` beside the picture, or pictures in `images/` and texts in
-    `questions_answers_YN/`; a line is a question, a tab, and Yes or No."""
+    `questions_answers_YN/`; a line is a question, a tab, and Yes or No.
+
+    Args:
+        request: on a line behind the question, or text with `{}` in the place of the question. The file's own request,
+            "Please answer yes or no.", is cut off.
+    """
 
     task = "mme"
     _ENDING = "Please answer yes or no."
 
-    def __init__(self, path: str | Path, name: str | None = None, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+        self, path: str | Path, name: str | None = None, max_pixels: int = MAX_PIXELS, request: str = SHORT
+    ) -> None:
         super().__init__(path, image_root=path, name=name, max_pixels=max_pixels)
+        self.request = request
 
     def questions(self) -> Iterator[dict[str, Any]]:
         if not self.path.is_dir():
@@ -59,7 +67,7 @@ class MmeFolder(Benchmark):
                     yield {
                         "id": f"{group}/{number}",
                         "image": str(images[file.stem].relative_to(self.path)),
-                        "text": f"{question.replace(self._ENDING, '').strip()}\n{SHORT}",
+                        "text": asked(question.replace(self._ENDING, "").strip(), self.request),
                         "answers": [answer.lower()],
                         "group": group,
                     }

@@ -66,6 +66,46 @@ class CocoCaptions(ObjectSource):
         }
 
 
+class KarpathyCaptions(ObjectSource):
+    """Captions in the form of Karpathy's splits (Karpathy and Fei-Fei, 2015) of Flickr30k, Flickr8k and COCO.
+
+    ::
+
+        {"images": [{"imgid": 0, "filename": "a.jpg", "split": "test", "sentences": [{"raw": "A boat."}]}]}
+
+    One sample per picture, all its captions in `answers`; see `CocoCaptions`.
+
+    Args:
+        path: `dataset_flickr30k.json` or any file of its form.
+        split: whose pictures to take.
+        prompt: the user's text beside the picture.
+        **keywords: `image_root`, `name`, `max_pixels` as in `JsonSource`.
+    """
+
+    task = "caption"
+
+    def __init__(self, path: str | Path, split: str = "test", prompt: str = "", **keywords: Any) -> None:
+        super().__init__(path, **keywords)
+        self.split, self.prompt = split, prompt
+
+    def records(self) -> Iterator[Record]:
+        for identity, image in by_unique(self.path, listed(self.path, "images"), "imgid").items():
+            if image.get("split") == self.split:
+                yield {**image, "id": str(identity)}
+
+    def chat(self, fields: Fields) -> dict[str, Any]:
+        captions = [sentence.text("raw").strip() for sentence in fields.objects("sentences")]
+        if not captions:
+            raise fields.error("'sentences' is empty; remove the picture")
+        folder = fields.record.get("filepath")  # of COCO's pictures
+        name = fields.text("filename")
+        return {
+            "images": [f"{folder}/{name}" if folder else name],
+            "messages": exchange(after_image(self.prompt), [text(captions[0])]),
+            "answers": captions,
+        }
+
+
 class GroundedCaptions(RecordSource):
     """Captions whose phrases carry boxes, as in GRIT (Kosmos-2, Peng et al., 2023).
 

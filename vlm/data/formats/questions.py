@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlm.data.benchmarks.base import SHORT, listed
+from vlm.data.benchmarks.base import SHORT, asked, listed
 from vlm.data.formats.base import (
     IMAGE,
     Fields,
@@ -31,7 +31,7 @@ class VQAv2Training(ObjectSource):
         path: `{"questions": [{question_id, image_id, question}]}`.
         annotations: `{"annotations": [{question_id, answers: [{answer}]}]}`.
         image_pattern: file name from the number of the picture.
-        request: on a line behind the question.
+        request: on a line behind the question, or text with `{}` in the place of the question.
         **keywords: `image_root`, `name`, `max_pixels` as in `JsonSource`.
     """
 
@@ -67,7 +67,7 @@ class VQAv2Training(ObjectSource):
             image = self.image_pattern.format(fields.need("image_id", (int, str), "the number of a picture"))
         except (IndexError, KeyError, ValueError) as error:
             raise fields.error(f"image_pattern {self.image_pattern!r} makes no file name ({error})") from error
-        question = "\n".join(filter(None, (fields.text("question"), self.request)))
+        question = asked(fields.text("question"), self.request)
         return {
             "images": [image],
             "messages": exchange(after_image(question), [text(counts.most_common(1)[0][0])]),
@@ -85,7 +85,7 @@ class DocVQA(ObjectSource):
     Args:
         path: `train_v1.0.json` or any file of its form; InfographicVQA's are (`image_key: image_local_name`).
         image_key: of the file name.
-        request: on a line behind the question.
+        request: as in `VQAv2Training`.
         **keywords: `image_root`, `name`, `max_pixels` as in `JsonSource`.
     """
 
@@ -101,7 +101,7 @@ class DocVQA(ObjectSource):
 
     def chat(self, fields: Fields) -> dict[str, Any]:
         answers = fields.texts("answers")
-        question = "\n".join(filter(None, (fields.text("question"), self.request)))
+        question = asked(fields.text("question"), self.request)
         return {
             "images": [fields.text(self.image_key)],
             "messages": exchange(after_image(question), [text(answers[0])]),
@@ -118,7 +118,7 @@ class ChartQA(RecordSource):
 
     Args:
         path: `train_human.json`, `train_augmented.json` or any file of their form.
-        request: on a line behind the question.
+        request: as in `VQAv2Training`.
         **keywords: `image_root`, `name`, `max_pixels` as in `JsonSource`.
     """
 
@@ -131,7 +131,7 @@ class ChartQA(RecordSource):
 
     def chat(self, fields: Fields) -> dict[str, Any]:
         answer = fields.text("label")
-        question = "\n".join(filter(None, (fields.text("query"), self.request)))
+        question = asked(fields.text("query"), self.request)
         return {
             "images": [fields.text("imgname")],
             "messages": exchange(after_image(question), [text(answer)]),

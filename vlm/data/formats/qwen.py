@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from vlm.data.formats.base import IMAGE, Fields, Part, RecordSource, text
+from vlm.data.benchmarks.base import asked
+from vlm.data.formats.base import IMAGE, Fields, Part, RecordSource, after_image, exchange, text
 
 _PART = re.compile(
     r"(?:Picture \d+: ?)?<img>(?P<img>.*?)</img>|<ref>(?P<ref>.*?)</ref>"
@@ -86,6 +88,73 @@ class QwenJson(RecordSource):
             messages.append({"role": role, "content": content})
             paths += found
         return {"images": paths, "messages": messages}
+
+
+class QwenQuestions(RecordSource):
+    """Questions in the files that Qwen-VL publishes for its benchmarks, to ask and to train on.
+
+    ::
+
+        {"image": "a.png", "question": "Who is the author?", "question_id": 7, "answer": "Ann"}
+
+    `answer` may be a list, of which the first is trained.
+
+    Args:
+        path: JSONL.
+        task: name of the benchmark.
+        request: on a line behind the question, or text with `{}` in the place of the question.
+        **keywords: `image_root`, `name`, `max_pixels` as in `JsonSource`.
+    """
+
+    def __init__(self, path: str | Path, task: str, request: str = "{} Answer:", **keywords: Any) -> None:
+        super().__init__(path, **keywords)
+        self.task, self.request = task, request
+
+    def chat(self, fields: Fields) -> dict[str, Any]:
+        found = fields.need("answer", (str, list), "a text or a list of texts")
+        answers = fields.texts("answer") if isinstance(found, list) else [fields.text("answer")]
+        question = asked(fields.text("question"), self.request)
+        return {
+            "images": [fields.text("image")],
+            "messages": exchange(after_image(question), [text(answers[0])]),
+            "answers": answers,
+        } | ({"id": fields.record["question_id"]} if "question_id" in fields.record else {})
+
+
+class QwenReferring(RecordSource):
+    """RefCOCO, RefCOCO+ and RefCOCOg in the files that Qwen-VL publishes: one expression and its box a line.
+
+    ::
+
+        {"image": "a.jpg", "sent": "the left dog", "bbox": [x0, y0, x1, y1], "width": 640, "height": 480}
+
+    Questions alone: the box is the only one of `answers`, in LLaVA's form and not rounded, to be judged with
+    `vlm.metrics.GroundingAccuracy` and `references: llava`.
+
+    Args:
+        path: JSONL.
+        request: text with `{}` in the place of the expression.
+        **keywords: `image_root`, `name`, `max_pixels` as in `JsonSource`.
+    """
+
+    task = "refcoco"
+
+    def __init__(self, path: str | Path, request: str = "<ref>{}</ref><box>", **keywords: Any) -> None:
+        super().__init__(path, **keywords)
+        self.request = request
+
+    def chat(self, fields: Fields) -> dict[str, Any]:
+        values = fields.numbers("bbox", 4)
+        sides = [fields.need(key, (int, float), "a number of pixels") for key in ("width", "height")] * 2
+        if min(sides) <= 0 or values[0] >= values[2] or values[1] >= values[3]:
+            raise fields.error(f"'bbox' {values} must be left, top, right, bottom in a picture of {sides[:2]} pixels")
+        shares = ", ".join(f"{value / side:.9f}" for value, side in zip(values, sides, strict=True))
+        content = after_image(asked(fields.text("sent"), self.request))
+        return {
+            "images": [fields.text("image")],
+            "messages": [{"role": "user", "content": content}],
+            "answers": [f"[{shares}]"],
+        }
 
 
 def _place(kind: str, value: str, *, image: int) -> Part | None:

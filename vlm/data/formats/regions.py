@@ -38,11 +38,13 @@ class _Turns(RecordSource):
         messages: list[dict[str, Any]] = []
         for words, region in pairs:
             start: list[Part] = [] if messages else after_image("")
-            lead = text(f"{self.request} " if messages else f"\n{self.request} ")
+            before, _, after = (self.request if "{}" in self.request else f"{self.request} {{}}").partition("{}")
+            before = before if messages else f"\n{before}"
             if self.direction == "ground":
-                messages += exchange([*start, text(f"{lead['text']}{words}")], [region])
+                messages += exchange([*start, text(f"{before}{words}{after}")], [region])
             else:
-                messages += exchange([*start, lead, region], [text(words)])
+                behind = [text(after)] if after else []
+                messages += exchange([*start, text(before), region, *behind], [text(words)])
         return {"images": [fields.text("image")], "messages": messages}
 
 
@@ -58,7 +60,7 @@ class ReferringExpressions(_Turns):
     Args:
         path: JSON list or JSONL.
         direction: `ground`, from a sentence to the box (REC), or `refer`, from the box to a sentence (REG).
-        request: what stands before the sentence or the box; by default LLaVA-1.5's.
+        request: what stands before the sentence or the box, or text with `{}` in its place; by default LLaVA-1.5's.
         unit: of `bbox`.
         **keywords: `image_root`, `name`, `max_pixels` as in `JsonSource`.
     """
@@ -83,7 +85,7 @@ class ScreenElements(_Turns):
     Args:
         path: JSON list or JSONL.
         direction: `ground`, from the element to its box (REC), or `refer`, from the box to the element (REG).
-        request: what stands before the element or the box; by default LLaVA-1.5's.
+        request: what stands before the element or the box, or text with `{}` in its place; by default LLaVA-1.5's.
         unit: of `box`.
         **keywords: `image_root`, `name`, `max_pixels` as in `JsonSource`.
     """
@@ -115,6 +117,7 @@ class TextLines(RecordSource):
         path: JSON list or JSONL.
         prompt: the user's text beside the picture.
         places: write where each line is.
+        between: text between two lines; Qwen-VL has none.
         unit: of `quad`.
         **keywords: `image_root`, `name`, `max_pixels` as in `JsonSource`.
     """
@@ -127,16 +130,17 @@ class TextLines(RecordSource):
         prompt: str = "Read the text in the picture.",
         places: bool = True,
         unit: Literal["pixel", "share"] = "pixel",
+        between: str = "\n",
         **keywords: Any,
     ) -> None:
         super().__init__(path, **keywords)
-        self.prompt, self.places, self.unit = prompt, places, unit
+        self.prompt, self.places, self.unit, self.between = prompt, places, unit, between
 
     def chat(self, fields: Fields) -> dict[str, Any]:
         answer: list[Part] = []
         for line in fields.objects("lines"):
-            if answer:
-                answer.append(text("\n"))
+            if answer and self.between:
+                answer.append(text(self.between))
             if self.places:
                 quad = {"type": "quad", "quad": line.numbers("quad", 8), "unit": self.unit}
                 answer += [{"type": "ref", "text": line.text("text")}, quad]
