@@ -15,14 +15,14 @@ from tests.conftest import GOLDEN
 from tests.qformer_t5 import T5, QFormerT5
 from vlm.batch import Batch
 from vlm.codec import step_counts
-from vlm.connectors import MLP, Downsample, Linear
+from vlm.connectors import MLP, Downsample, Linear, Resampler
 from vlm.language import CausalLM, PartialLoRA, Surgery
 from vlm.language.causal_lm import batched_attention, label_logits
 from vlm.module import VisionLanguageModule
 from vlm.prompts import LlamaTokenizer
 from vlm.sample import ImageFile, ImagePart, Message, Sample, TextPart
 from vlm.stages import AdamW, Stage, Trained
-from vlm.systems import VILA, LLaVA, LLaVA15, LLaVANext, MiniGemini
+from vlm.systems import VILA, LLaVA, LLaVA15, LLaVANext, MiniGemini, QwenVL
 from vlm.vision import ConvNeXtPyramid, TimmTower
 
 TOKENIZER = LlamaTokenizer(str(GOLDEN / "_shared" / "llama_sp_tokenizer.model"), legacy=True, pad_token="<unk>")
@@ -78,6 +78,22 @@ def vila(**changes: Any) -> VILA:
 def vila_downsample(**changes: Any) -> VILA:
     """4 image tokens per picture."""
     return vila(**({"connector": Downsample()} | changes))
+
+
+QWEN = LLAMA | {"model_type": "qwen2", "num_key_value_heads": 4}
+
+
+def qwen_vl(**changes: Any) -> QwenVL:
+    """9 image tokens per picture; the table of positions is stretched from 3 x 3 to 4 x 4 patches."""
+    options = TOWER | {"class_token": False, "global_pool": "avg"}
+    tower = TimmTower("vit_gigantic_patch14_clip_224", position_grid=3, norm_eps=1e-6, options=options)
+    published = {
+        "vision": tower,
+        "connector": Resampler(num_queries=9, num_heads=2),
+        "language": CausalLM(config=QWEN),
+        "image": "squash",
+    }
+    return QwenVL(**(_llava_arguments() | published | changes))
 
 
 def _llava_arguments() -> dict[str, Any]:
@@ -271,6 +287,28 @@ MINI_GEMINI_STAGES = {
         {"mining": "mining", "connector": "connector"},
     ),
 }
+THREE_BLOCKS = names(
+    "vision.trunk.{pos_embed,patch_embed.proj.weight,norm_pre.weight,norm_pre.bias}",
+    "vision.trunk.blocks.{0,1,2}.{norm1,norm2,attn.qkv,attn.proj,mlp.fc1,mlp.fc2}.{weight,bias}",
+)
+RESAMPLER = names(
+    "connector.{query,kv_proj.weight,proj.weight,attention.in_proj_weight,attention.in_proj_bias}",
+    "connector.{norm_q,norm_kv,norm_out,attention.out_proj}.{weight,bias}",
+)
+QWEN_DECODER = DECODER | names("language.model.layers.{0,1}.self_attn.{q,k,v}_proj.bias")
+QWEN_VL_STAGES = {
+    "1_pretrain": TinyStage({"vision": RATE, "connector": RATE}, THREE_BLOCKS | RESAMPLER),
+    "2_multitask": TinyStage(
+        {"vision": Trained(lr=1e-2, layer_decay=0.95), "connector": RATE, "language": RATE},
+        THREE_BLOCKS | RESAMPLER | QWEN_DECODER,
+        {"vision": "vision", "connector": "connector"},
+    ),
+    "3_sft": TinyStage(
+        {"connector": RATE, "language": RATE},
+        RESAMPLER | QWEN_DECODER,
+        {"vision": "vision", "connector": "connector", "language": "language"},
+    ),
+}
 
 SYSTEMS: dict[str, System] = {
     "llava": System(llava, LLAVA_STAGES, spliced_reference, causal_base_weights),
@@ -305,6 +343,7 @@ SYSTEMS: dict[str, System] = {
         spliced_reference,
         causal_base_weights,
     ),
+    "qwen_vl": System(qwen_vl, QWEN_VL_STAGES, spliced_reference, causal_base_weights),
     "vila": System(vila, VILA_STAGES, spliced_reference, causal_base_weights),
     "vila_downsample": System(
         vila_downsample,

@@ -12,8 +12,8 @@ COMMON = {"vlm", "vlm.errors", "vlm.files", "vlm.geometry", "vlm.sample", "vlm.b
 """What everything may import; `vlm` itself is the import hook."""
 
 ALLOWED = {
-    "vlm.vision": set(),
-    "vlm.connectors": set(),
+    "vlm.vision": {"vlm.positions"},
+    "vlm.connectors": {"vlm.positions"},
     "vlm.language": set(),
     "vlm.systems": {
         *("vlm.module", "vlm.vision", "vlm.connectors", "vlm.language", "vlm.fusion", "vlm.losses", "vlm.prompts")

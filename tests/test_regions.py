@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.conftest import GOLDEN
 from tests.systems import make
+from vlm.data import LlavaJson
 from vlm.errors import SampleError
 from vlm.geometry import Placement, View, bounds, corners
 from vlm.prompts.regions import REGION_FORMS, Region, find_boxes, write_regions
@@ -221,3 +222,33 @@ def test_a_codec_writes_regions_before_it_counts_tokens(tmp_path: Path) -> None:
     assert encoded.info().answers == (("[0.25, 0.25, 0.75, 0.75]", 1.0),)
     seen = codec.find_boxes("[0.25, 0.25, 0.75, 0.75]", size=(336, 336))
     assert codec.view(200, 100).placement.inverse()(corners(seen[0])) == corners((0.25, 0.0, 0.75, 1.0))
+
+
+def test_boxes_in_texts_of_llava_are_places(tmp_path: Path) -> None:
+    """Written again they are the same; another system writes them in its own form."""
+    Image.new("RGB", (96, 120)).save(tmp_path / "a.png")
+    Image.new("RGB", (200, 100)).save(tmp_path / "b.png")
+    turns = [
+        ("human", "<image>\nWhere is it?"), ("gpt", "[0.53, 0.07, 0.87, 0.42]"),
+        ("human", "[0.20, 0.10, 0.90, 1.00] or [0.9, 0.1, 0.2, 0.3], [1, 2, 3, 4]?<image>And here?"),
+        ("gpt", "At [0.25, 0.30, 0.50, 0.70]."),
+    ]  # fmt: skip
+    record = {
+        "id": "7", "image": ["a.png", "b.png"],
+        "conversations": [{"from": who, "value": value} for who, value in turns],
+        "answers": [{"text": turns[-1][1], "weight": 1.0}],
+    }  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps([record]))
+    plain, marked = (LlavaJson(tmp_path / "a.json", places=places)[0] for places in (False, True))
+    transform = ImageTransform(336, mode="pad")
+
+    def padded(image: int) -> View:
+        return View(transform.placement(*marked.images[image].size(marked)), (336, 336))
+
+    again = write_regions(marked, REGION_FORMS["llava"], view=padded)
+    assert again.messages == plain.messages
+    assert again.answers == plain.answers
+    qwen = write_regions(marked, REGION_FORMS["qwen"], view=lambda image: View(Placement(), (448, 448)))
+    assert _text(qwen) == "At <box>(250,100),(500,900)</box>."
+    assert qwen.answers == (("At <box>(250,100),(500,900)</box>.", 1.0),)
+    assert "".join(part.text for part in qwen.messages[1].content) == "<box>(537,70),(962,420)</box>"

@@ -3,12 +3,14 @@
 import copy
 import dataclasses
 import importlib
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
@@ -19,6 +21,7 @@ from vlm.checkpoints.locate import some
 from vlm.checkpoints.mini_gemini import convnext_names
 from vlm.checkpoints.mixtral import mixtral_table
 from vlm.checkpoints.published import describe_published, find_weights, is_artefact, published_source
+from vlm.checkpoints.qwen_vl import qwen_table
 from vlm.checkpoints.weights import WeightFiles, fingerprint_of
 from vlm.errors import UserError
 from vlm.stages import matches
@@ -61,6 +64,8 @@ def base_source(part: str, description: Any, network: Any) -> WeightSource:
     """The published weights of one part, under our names."""
     files = WeightFiles(description.weights)
     names = _tower_names(files, network.facts) if hasattr(network, "facts") else _same_names(files, network)
+    if getattr(getattr(network, "trunk", None), "cls_token", True) is None:
+        names = _without_class_token(names)
     return WeightSource(
         f"base weights of {part} ({description.weights})",
         frozenset(f"{part}.{name}" for name in names.names),
@@ -76,12 +81,20 @@ class _Names(NamedTuple):
 def _same_names(files: WeightFiles, network: Any) -> _Names:
     # rotary tables that old versions of transformers saved are recomputed, not read
     known = network.state_dict()
+    table = None
     if "model.layers.0.block_sparse_moe.gate.weight" in files:
         table = mixtral_table(num_experts=network.config.num_local_experts)
+    elif "transformer.h.0.attn.c_attn.weight" in files:
+        table = qwen_table()
+    if table is not None:
         made = frozenset(table.check(files.shapes(), side="theirs"))
         return _Names(made, lambda: table.stream_to_ours(files.items()))
     names = {name for name in files.keys() if name in known or not name.endswith("rotary_emb.inv_freq")}  # noqa: SIM118
-    return _Names(frozenset(names), files.items)
+    # Qwen2's class over a Llama (`CausalLM.config`): the same with biases of zero
+    llama = getattr(network, "config", None) is not None and network.config.model_type == "qwen2"
+    biases = [name for name in known if llama and name.endswith("_proj.bias") and name not in names]
+    zeros = {name: torch.zeros(known[name].shape) for name in biases}
+    return _Names(frozenset({*names, *zeros}), lambda: itertools.chain(files.items(), zeros.items()))
 
 
 def _tower_names(files: WeightFiles, facts: Any) -> _Names:
@@ -107,6 +120,20 @@ def _tower_names(files: WeightFiles, facts: Any) -> _Names:
     )
     names = {f"trunk.{key}" for key in keys if not above.match(key)}
     return _Names(frozenset(names), lambda: ((f"trunk.{key}", tensor) for key, tensor in files.items()))
+
+
+def _without_class_token(names: _Names) -> _Names:
+    """A tower's weights for one that has no class token: neither it nor its position, the first one."""
+
+    def items() -> Iterator[tuple[str, Tensor]]:
+        has_token = "trunk.cls_token" in names.names
+        for name, tensor in names.items():
+            if name == "trunk.pos_embed" and has_token:
+                yield name, tensor[:, 1:]
+            elif name != "trunk.cls_token":
+                yield name, tensor
+
+    return _Names(names.names - {"trunk.cls_token"}, items)
 
 
 Rename = Callable[[str], str | None]

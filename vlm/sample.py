@@ -24,7 +24,7 @@ A document in which text and pictures alternate (MMC4, OBELICS) is one message, 
 Several such messages are documents that share a step and see nothing of each other (`vlm.data.Grouped`).
 
 `image` counts the entries of `images` from 0, which is the default. `unit` is `share` of the stored picture's width and
-height (the default) or `pixel`.
+height (the default), `pixel`, or `square`: share of the side of the picture padded to square, as LLaVA-1.5 counts.
 """
 
 import io
@@ -66,7 +66,7 @@ class RefPart:
 
 
 RegionKind = Literal["box", "quad", "point"]
-RegionUnit = Literal["share", "pixel"]
+RegionUnit = Literal["share", "pixel", "square"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,16 @@ class RegionPart:
     points: Points
     image: int = 0
     unit: RegionUnit = "share"
+
+    def shares(self, width: int, height: int) -> Points:
+        """The points in shares of the stored picture, given its size in pixels; those beyond its edge too."""
+        if self.unit == "share":
+            return self.points
+        side = max(width, height)
+        if self.unit == "pixel":
+            return tuple((x / width, y / height) for x, y in self.points)
+        shift_x, shift_y = (side - width) / 2, (side - height) / 2
+        return tuple(((x * side - shift_x) / width, (y * side - shift_y) / height) for x, y in self.points)
 
 
 Part = ImagePart | TextPart | RefPart | RegionPart
@@ -331,9 +341,9 @@ def _region(value: Mapping[str, Any], kind: RegionKind, key: str, error) -> Regi
     if unit not in get_args(RegionUnit):
         raise error(f"{key}: 'unit' must be one of {', '.join(get_args(RegionUnit))}, found {unit!r}")
     values = [float(number) for number in numbers]
-    if min(values) < 0 or (unit == "share" and max(values) > 1):
+    if min(values) < 0 or (unit != "pixel" and max(values) > 1):
         limits = (
-            "shares of the picture lie in 0..1 ('unit': 'pixel' for pixels)" if unit == "share" else "pixels start at 0"
+            "pixels start at 0" if unit == "pixel" else "shares of the picture lie in 0..1 ('unit': 'pixel' for pixels)"
         )
         raise error(f"{key}: {kind} {list(numbers)} lies outside of its picture; {limits}")
     if kind == "box" and not (values[0] < values[2] and values[1] < values[3]):

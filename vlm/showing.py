@@ -110,9 +110,8 @@ def _boxes(sample: Sample, item: Encoded, codec: Codec, *, image: int, size: tup
         if isinstance(part, RefPart):
             label = part.text if len(part.text) <= _MAX_LABEL else f"{part.text[:_MAX_LABEL]}..."
         elif isinstance(part, RegionPart) and part.image == image:
-            scale = size if part.unit == "pixel" else (1, 1)
             placement = view.shown or view.placement
-            points = clipped(placement((x / scale[0], y / scale[1]) for x, y in part.points))
+            points = clipped(placement(part.shares(*size)))
             x0, y0, x1, y1 = bounds(points)
             dot = _DOT if part.kind == "point" else 0.0
             found.append((label, (x0 - dot, y0 - dot, x1 + dot, y1 + dot)))

@@ -140,8 +140,7 @@ def _picture(sample: Sample, place: int) -> str:
     boxes = []
     for part in (part for message in sample.messages for part in message.content):
         if isinstance(part, RegionPart) and part.kind == "box" and part.image == place:
-            scale = image.size if part.unit == "pixel" else (1, 1)
-            (x0, y0), (x1, y1) = ((x / scale[0], y / scale[1]) for x, y in part.points)
+            (x0, y0), (x1, y1) = part.shares(*image.size)
             boxes.append(("", (x0, y0, x1, y1)))
     return figure(image, f"{file.name}, {image.width} x {image.height}", side=_SIDE, boxes=boxes)
 

@@ -1,6 +1,7 @@
 """`vlm convert`: published checkpoints into artefacts of ours, and back.
 
-Official and Hugging Face folders are rewritten tensor by tensor through the table of `vlm.checkpoints.llava`. Nothing
+Official and Hugging Face folders are rewritten tensor by tensor through the table of `vlm.checkpoints.llava`, or of the
+system's family (`vlm.checkpoints.family`). Nothing
 is computed, no dtype changes, and what one layout has no place for lies in `carried.safetensors` beside it, so that
 every way round ends with the same bits.
 """
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from vlm.checkpoints.report import LoadReport
 
 TARGETS = ("official", "hf", "ours")
-SYSTEMS = ("llava", "llava_1_5", "llava_next", "mini_gemini", "vila")
+SYSTEMS = ("llava", "llava_1_5", "llava_next", "mini_gemini", "vila", "qwen_vl")
 
 
 def main(argv: list[str]) -> int:
@@ -78,6 +79,7 @@ def convert(
     dst = Path(dst)
     if dst.exists():
         raise UserError(f"{dst}: exists already; remove it or give another folder")
+    from vlm.checkpoints.family import FAMILIES, convert_family
     from vlm.checkpoints.reading import open_checkpoint
     from vlm.checkpoints.writing import write_checkpoint
     from vlm.prompts import get_template
@@ -86,5 +88,11 @@ def convert(
         get_template(template)
         if target_layout != "ours":
             raise UserError(f"--template {template}: only our artefacts say how a model is talked to; use --to ours")
+    if system in FAMILIES:
+        if vision is not None or base is not None:
+            raise UserError(f"{system}: is published whole; leave out --vision and --base")
+        return convert_family(
+            src, dst, system=system, target_layout=target_layout, source_layout=source_layout, template=template
+        )
     model = open_checkpoint(src, system=system, layout=source_layout, vision=vision, target=target_layout, base=base)
     return write_checkpoint(dst, model, target=target_layout, template=template)

@@ -1,4 +1,4 @@
-"""A published LLaVA folder (official, or of Hugging Face's tools), opened as one of our systems as it is."""
+"""A published folder (official, or of Hugging Face's tools), opened as one of our systems as it is."""
 
 import json
 from dataclasses import asdict
@@ -7,6 +7,7 @@ from typing import Any
 
 from vlm.building import WeightSource
 from vlm.checkpoints.artefact import STAGE_FILE
+from vlm.checkpoints.family import Family, family_source, find_family, open_family
 from vlm.checkpoints.llava import detect_connector, detect_layout
 from vlm.checkpoints.locate import find_files
 from vlm.checkpoints.mini_gemini import MARK
@@ -96,6 +97,8 @@ def open_published(path: str) -> Model:
 
 def describe_published(path: str) -> dict[str, Any]:
     """`class_path` and `init_args` of the system in a published folder, all of its weights to come from there."""
+    if (family := _family_of(path)) is not None:
+        return dict(open_family(family, path).model)
     model = open_published(path)
     class_path, arguments = talk(model)
     parts = model.config.model_parts(has_tower=True)
@@ -184,7 +187,13 @@ def write_talk(folder: Path, module: Any) -> None:
 
 def published_source(path: str) -> WeightSource:
     """Every tensor of a published folder that the network computes with, under our names."""
+    if (family := _family_of(path)) is not None:
+        return family_source(family, path)
     model = open_published(path)
     table = table_of(model, model.config.layout)
     names = frozenset(name for name in model.shapes if not table.is_carried(name))
     return WeightSource(f"published weights {path}", names, lambda: iter(model.stream()))
+
+
+def _family_of(path: str) -> Family | None:
+    return None if has_part_folders(path) else find_family(WeightFiles(path).keys())

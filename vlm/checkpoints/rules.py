@@ -58,6 +58,46 @@ class Fused(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Split(Rule):
+    """One tensor whose equal parts along dimension 0 (q, k and v) are tensors of their own with us."""
+
+    def to_ours(self, parts: list[Part]) -> list[Part]:
+        (whole,) = parts
+        assert whole is not None
+        if len(whole) % len(self.ours):
+            raise UserError(f"tensor {self.theirs[0]!r} has {len(whole)} rows, which are not {len(self.ours)} parts")
+        return list(whole.chunk(len(self.ours)))
+
+    def from_ours(self, parts: list[Part]) -> list[Part]:
+        return [torch.cat([part for part in parts if part is not None])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerHead(Rule):
+    """q, k and v of one head after another (Megatron), where ours has all of q, then k, then v.
+
+    Attributes:
+        num_heads: of the attention.
+    """
+
+    num_heads: int
+
+    def to_ours(self, parts: list[Part]) -> list[Part]:
+        (rows,) = parts
+        assert rows is not None
+        if len(rows) % (3 * self.num_heads):
+            raise UserError(
+                f"tensor {self.theirs[0]!r} has {len(rows)} rows, which {self.num_heads} heads do not share"
+            )
+        return [rows.unflatten(0, (self.num_heads, 3, -1)).transpose(0, 1).flatten(0, 2).contiguous()]
+
+    def from_ours(self, parts: list[Part]) -> list[Part]:
+        (rows,) = parts
+        assert rows is not None
+        return [rows.unflatten(0, (3, self.num_heads, -1)).transpose(0, 1).flatten(0, 2).contiguous()]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stacked(Fused):
     """Parts that lie one after another, as many rows in each of `count` layers of one tensor of ours (experts).
 

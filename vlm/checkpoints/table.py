@@ -159,7 +159,7 @@ def holes(names: Iterable[str]) -> list[str]:
     """Names that stacked layers lack: every layer of a stack has the same tensors, and the indices start at 0."""
     stacks: dict[str, dict[str, set[int]]] = {}
     for name in names:
-        found = re.match(r"(.*\b(?:layers|blocks)\.)(\d+)(\..+)", name)
+        found = re.match(r"(.*\b(?:layers|blocks|resblocks|h)\.)(\d+)(\..+)", name)
         if found:
             stacks.setdefault(found[1], {}).setdefault(found[3], set()).add(int(found[2]))
     return [

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ _DTYPES = {
     "U64": torch.uint64,
     "BOOL": torch.bool,
 }
+SHARD_BYTES = 5_000_000_000
+"""Size of the files that a large checkpoint is written in."""
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -187,6 +189,17 @@ def write_safetensors(
         for number, name in enumerate(names):
             (folder / str(number)).rename(folder / name)
     return [path.with_name(name) for name in names]
+
+
+def aside(
+    items: Iterable[tuple[str, Tensor]], goes_aside: Callable[[str], bool], beside: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The items that do not go aside; the others are put into `beside`."""
+    for name, tensor in items:
+        if goes_aside(name):
+            beside[name] = tensor
+        else:
+            yield name, tensor
 
 
 def _shards(items: Iterable[tuple[str, Tensor]], max_bytes: int | None) -> Iterator[dict[str, Tensor]]:

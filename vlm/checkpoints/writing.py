@@ -2,7 +2,7 @@
 
 import itertools
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +18,8 @@ from vlm.checkpoints.published import talk
 from vlm.checkpoints.reading import Model, chained, table_of
 from vlm.checkpoints.report import LoadReport
 from vlm.checkpoints.vila import FOLDERS, PREFIXES, place_of, write_configs
-from vlm.checkpoints.weights import write_safetensors
+from vlm.checkpoints.weights import SHARD_BYTES, aside, write_safetensors
 
-SHARD_BYTES = 5_000_000_000
 _COPIED = (
     "tokenizer.model",
     "tokenizer.json",
@@ -86,7 +85,7 @@ def fill_published(folder: Path, model: Model, *, target: str) -> LoadReport:
     table.check(kept, side="ours")
     beside: dict[str, Tensor] = {}
     dtypes: list[str] = []
-    stream = _aside(model.stream(), lambda name: name not in kept, beside)
+    stream = aside(model.stream(), lambda name: name not in kept, beside)
     published = _noting_dtype(table.stream_from_ours(stream), dtypes)
     write_safetensors(folder / "model.safetensors", published, max_shard_bytes=SHARD_BYTES)
     if beside:
@@ -124,7 +123,7 @@ def _write_artefact(dst: Path, model: Model, *, template: str | None) -> LoadRep
         "published": model.config.to_json(),
     }
     with atomic_directory(dst) as folder:
-        stream = _aside(model.stream(), table.is_carried, carried)
+        stream = aside(model.stream(), table.is_carried, carried)
         fill_artefact(folder, tensors=stream, meta=meta, carried=carried, max_shard_bytes=SHARD_BYTES)
         _copy_small_files(model.folder, folder)
     return LoadReport(loaded=[name for name in model.shapes if name not in carried], carried=list(carried))
@@ -140,16 +139,6 @@ def _with_unused_norm(model: Model) -> tuple[Model, list[str]]:
     config = replace(model.config, vision=vision, vision_layer=-1, originals={})
     shapes = model.shapes | {name: tuple(tensor.shape) for name, tensor in norm.items()}
     return replace(model, config=config, shapes=shapes, stream=chained(model.stream, norm.items)), list(norm)
-
-
-def _aside(
-    items: Iterable[tuple[str, Tensor]], goes_aside: Callable[[str], bool], aside: dict[str, Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in items:
-        if goes_aside(name):
-            aside[name] = tensor
-        else:
-            yield name, tensor
 
 
 def _noting_dtype(items: Iterable[tuple[str, Tensor]], dtypes: list[str]) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,5 @@
 from vlm.connectors.mining import PatchMining
 from vlm.connectors.projectors import MLP, Connector, Downsample, Linear, Newline
+from vlm.connectors.resampler import Resampler
 
-__all__ = ["MLP", "Connector", "Downsample", "Linear", "Newline", "PatchMining"]
+__all__ = ["MLP", "Connector", "Downsample", "Linear", "Newline", "PatchMining", "Resampler"]

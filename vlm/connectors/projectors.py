@@ -70,7 +70,7 @@ class Downsample(Connector):
         return nn.Sequential(*layers)
 
     def num_tokens(self, num_features: int) -> int:
-        return ((_side(num_features) + 1) // 2) ** 2
+        return ((side_of(num_features) + 1) // 2) ** 2
 
 
 class JoinNeighbours(nn.Module):
@@ -82,7 +82,7 @@ class JoinNeighbours(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """float[V, P, D], row by row -> float[V, ceil(side / 2) ** 2, 4 * D], column by column."""
-        side = _side(features.shape[1])
+        side = side_of(features.shape[1])
         square = features.unflatten(1, (side, side))
         if side % 2:
             square = F.pad(square, (0, 0, 0, 1, 0, 1))
@@ -91,12 +91,17 @@ class JoinNeighbours(nn.Module):
         return pairs.permute(0, 3, 1, 2, 4, 5).flatten(3).flatten(1, 2)
 
 
-def _side(num_features: int) -> int:
+def side_of(num_features: int) -> int:
+    """Side of the square map that so many features are.
+
+    Raises:
+        UserError: they are none.
+    """
     side = math.isqrt(num_features)
     if side * side != num_features:
         raise UserError(
-            f"connector: {num_features} features are no square map, so they have no 2 x 2 neighbours; leave the "
-            "class token out (vision.class_token: false) or use another connector"
+            f"connector: {num_features} features are no square map, leave the class token "
+            "out (vision.class_token: false) or use another connector"
         )
     return side
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm.data.places import mark_places, says_again
 from vlm.data.records import RecordFile
 from vlm.errors import SampleError, UserError
 from vlm.files import located
@@ -116,7 +117,18 @@ class LlavaJson(JsonSource):
 
     Each `<image>` becomes an image part where it stands; the text around it is kept to the last blank, because what
     to strip is the template's business and differs between the systems. `image` (or `images`) is a path or a list.
+
+    Args:
+        path: as in `JsonSource`.
+        places: boxes in the text, such as `[0.12, 0.30, 0.55, 0.80]`, are places in the (last) picture, counted from
+            its padded square: each system then writes them in its own form, and every transform moves them along.
+            `answers` that only say the answer again are written in that form too. Without, they are text.
+        **keywords: as in `JsonSource`.
     """
+
+    def __init__(self, path: str | Path, places: bool = False, **keywords: Any) -> None:
+        super().__init__(path, **keywords)
+        self.places = places
 
     @staticmethod
     def _flag(record: Mapping[str, Any]) -> bool:
@@ -141,7 +153,12 @@ class LlavaJson(JsonSource):
             "images": [images] if isinstance(images, str) else images,
             "messages": [_message(turn, f"conversations[{i}]", error) for i, turn in enumerate(turns)],
         }
-        return converted | {key: record[key] for key in EXTRA_KEYS if key in record}
+        extra = {key: record[key] for key in EXTRA_KEYS if key in record}
+        if self.places and images:
+            answer_has_some = mark_places(converted["messages"])
+            if answer_has_some and says_again(extra.get("answers"), turns[-1]["value"]):
+                del extra["answers"]
+        return converted | extra
 
 
 def without_turns(record: Mapping[str, Any]) -> str:

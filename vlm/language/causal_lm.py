@@ -1,8 +1,8 @@
 """Any decoder-only language model of transformers, as a part of a system.
 
-Llama, Mistral, Qwen2, Gemma and their like: they take `inputs_embeds`, run the registered packed attention, and their
-`logits_to_keep` takes label positions, so that the vocabulary projection runs at those alone. The network stays the
-stock class, so its parameter names stay the stock names.
+Llama, Mistral, Qwen2 (and with it Qwen-7B), Gemma and their like: they take `inputs_embeds`, run the registered packed
+attention, and their `logits_to_keep` takes label positions, so that the vocabulary projection runs at those alone. The
+network stays the stock class, so its parameter names stay the stock names.
 """
 
 import copy
@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from vlm.batch import Row
 from vlm.errors import UserError
 from vlm.language.attention import PACKED
+from vlm.language.qwen import as_qwen2
 
 
 class LanguagePart(ABC):
@@ -47,7 +48,8 @@ class CausalLM(LanguagePart):
     Attributes:
         path: folder or hub id with `config.json` and weights.
         config: entries on top of the `config.json` of `path`. Without `path` it must hold `model_type` (`llama`,
-            `mistral`, `qwen2`, `gemma`, ...), and the weights are new.
+            `mistral`, `qwen2`, `gemma`, ...), and the weights are new. With `path`, another `model_type` builds that
+            class over the same weights (`qwen2` over a Llama computes the same: its biases are zero).
         pretrained: False takes the architecture of `path` with new weights.
         checkpointing: recompute each layer's activations in the backward pass.
     """
@@ -72,9 +74,18 @@ class CausalLM(LanguagePart):
         if is_folder and not (Path(self.path) / "config.json").is_file():
             raise UserError(f"language.path: no config.json in {self.path}; give a folder that holds a language model")
         try:
-            config = AutoConfig.from_pretrained(self.path)
+            stated, _ = PretrainedConfig.get_config_dict(self.path)
+            if stated.get("model_type") == "qwen":
+                config = AutoConfig.for_model(**as_qwen2(stated))
+            else:
+                config = AutoConfig.from_pretrained(self.path)
         except (OSError, ValueError) as error:
             raise UserError(f"language.path: cannot open {self.path!r}: {str(error).splitlines()[0]}") from error
+        if "model_type" in entries:
+            stated, config = config.to_dict(), AutoConfig.for_model(entries.pop("model_type"))
+            for name in stated.keys() - {"model_type", "architectures", "transformers_version"}:
+                if hasattr(config, name):
+                    setattr(config, name, stated[name])
         for name, value in entries.items():
             if not hasattr(config, name):
                 raise UserError(f"language.config.{name}: {type(config).__name__} has no such entry")

@@ -233,14 +233,14 @@ def _written(message: Message, sample: Sample, form: RegionForm, view: Callable[
 
 def _in_view(region: RegionPart, sample: Sample, view: View) -> Points:
     points = region.points
-    if region.unit == "pixel":
+    if region.unit != "share":
         width, height = sample.images[region.image].size(sample)
-        if max(x for x, _ in points) > width or max(y for _, y in points) > height:
+        if region.unit == "pixel" and (max(x for x, _ in points) > width or max(y for _, y in points) > height):
             raise sample.error(
                 f"{region.kind} {_numbers(points)} lies outside of its picture of {width}x{height} pixels; "
                 "correct it, or give shares with 'unit': 'share'"
             )
-        points = tuple((x / width, y / height) for x, y in points)
+        points = region.shares(width, height)
     moved = view.placement(points)
     if region.kind == "box":
         moved = corners(bounds(moved))

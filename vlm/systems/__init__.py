@@ -2,6 +2,7 @@ from vlm.systems.llava import LLaVA
 from vlm.systems.llava_1_5 import LLaVA15
 from vlm.systems.llava_next import LLaVANext
 from vlm.systems.mini_gemini import MiniGemini
+from vlm.systems.qwen_vl import QwenVL
 from vlm.systems.vila import VILA
 
-__all__ = ["VILA", "LLaVA", "LLaVA15", "LLaVANext", "MiniGemini"]
+__all__ = ["VILA", "LLaVA", "LLaVA15", "LLaVANext", "MiniGemini", "QwenVL"]

@@ -7,9 +7,11 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from vlm.errors import UserError
+from vlm.positions import resized
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,9 @@ class TimmTower(VisionTower):
         final_norm: apply the network's last normalisation (BLIP); needs `layer: -1`.
         weights: folder, file or hub id with the base weights, in timm's or Hugging Face CLIP's layout; None: new ones.
         options: further arguments of the timm constructor (`img_size`, and for small towers `depth`, `embed_dim`, ...).
+        position_grid: side of the table of positions, which is stretched to the patches of a view in each forward pass
+            (Qwen-VL: 16, at 224 and at 448 px); None: a table with a place for every patch.
+        norm_eps: of every LayerNorm, where it is not the architecture's own.
         checkpointing: recompute each block's activations in the backward pass.
     """
 
@@ -77,6 +82,8 @@ class TimmTower(VisionTower):
     weights: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     checkpointing: bool = False
+    position_grid: int | None = None
+    norm_eps: float | None = None
 
     def facts(self) -> TowerFacts:
         """The tower's dimensions, found by building it on the meta device."""
@@ -90,7 +97,9 @@ class TimmTower(VisionTower):
         facts = self._facts(trunk)
         trunk.prune_intermediate_layers([facts.num_blocks - 1], prune_norm=not self.final_norm, prune_head=True)
         trunk.set_grad_checkpointing(self.checkpointing)
-        return Tower(trunk, facts, class_token=self.class_token)
+        if self.position_grid is None:
+            return Tower(trunk, facts, class_token=self.class_token)
+        return StretchedTower(trunk, facts, class_token=False)
 
     def initialise(self, tower: nn.Module, module: nn.Module) -> None:
         """Draws the new tensors of one submodule: truncated normal for tables, the layer's own rule elsewhere."""
@@ -108,7 +117,19 @@ class TimmTower(VisionTower):
     def _trunk(self) -> Any:
         if not timm.is_model(self.name):
             raise UserError(f"vision.name: timm has no architecture {self.name!r}; see timm.list_models('vit*')")
-        return timm.create_model(self.name, pretrained=False, num_classes=0, **self.options)
+        trunk: Any = timm.create_model(self.name, pretrained=False, num_classes=0, **self.options)
+        if self.norm_eps is not None:
+            for module in trunk.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.eps = self.norm_eps
+        if self.position_grid is not None:
+            if trunk.num_prefix_tokens:
+                raise UserError(
+                    "vision.position_grid: only a tower without class token stretches its positions; add "
+                    "options: {class_token: false, global_pool: avg}"
+                )
+            trunk.pos_embed = nn.Parameter(torch.empty(1, self.position_grid**2, trunk.embed_dim))
+        return trunk
 
     def _facts(self, trunk: Any) -> TowerFacts:
         depth = len(trunk.blocks)
@@ -137,3 +158,17 @@ class Tower(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         features = self.trunk.forward_features(pixels)
         return features if self.class_token else features[:, self.trunk.num_prefix_tokens :]
+
+
+class StretchedTower(Tower):
+    """A tower whose positions are stretched to its patches: timm's own way antialiases, which is another curve."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        trunk = self.trunk
+        features = trunk.patch_embed(pixels)
+        features = trunk.norm_pre(features + resized(trunk.pos_embed[0], self.facts.grid))
+        if trunk.grad_checkpointing and torch.is_grad_enabled():
+            features = checkpoint_seq(trunk.blocks, features)
+        else:
+            features = trunk.blocks(features)
+        return trunk.norm(features)
