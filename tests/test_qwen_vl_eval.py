@@ -10,7 +10,7 @@ import yaml
 
 import cli
 import vlm.data
-from tests.test_benchmarks import TEN, _picture, _write, root, weights  # noqa: F401  (fixtures)
+from tests.test_benchmarks import TEN, _picture, _write, root, weights
 from vlm.errors import SampleError
 from vlm.prompts import ImageMark, TextSpan, get_template
 
@@ -53,7 +53,7 @@ BOXES = {"image": "val2014/a.jpg", "bbox": [10.5, 0, 20, 7], "width": 20, "heigh
 
 
 @pytest.fixture
-def files(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
+def files(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     picture = _picture()
     names = [(n, s) for n in ("refcoco", "refcoco+") for s in ("val", "testA", "testB")]
     names += [("refcocog", "val"), ("refcocog", "test")]
@@ -109,7 +109,7 @@ def test_prompts_and_decoding_are_the_published_ones(name: str, files: Path) -> 
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_the_protocol_runs(name: str, files: Path, weights: Path, capfd: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_the_protocol_runs(name: str, files: Path, weights: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = ["test", "-c", str(CONFIGS / f"{name}.yaml"), "--weights", str(weights)]
     options = ["--data.init_args.num_workers=0", "--trainer.accelerator=cpu"]
     options += ["--evaluation.decoding.max_new_tokens=2", "--evaluation.decoding.min_new_tokens=0"]
@@ -127,7 +127,7 @@ def test_a_protocol_brings_its_template(
     files: Path,
     weights: Path,
     tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],  # noqa: F811
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     text = (CONFIGS / "gqa.yaml").read_text().replace("template: qwen_vl", "template: qwen_xl")
     (tmp_path / "a.yaml").write_text(text)

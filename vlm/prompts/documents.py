@@ -25,24 +25,26 @@ class DocumentTemplate(Template):
     A conversation is written by the form: with the one named `document`, a picture and its caption are the shortest of
     documents.
 
-    Text that spells an image mark is no mark, but it is written `<IMAGE>`, as VILA's code does in pre-training.
-
     Attributes:
         end: trained text behind a document.
+        unmark: text that spells an image mark is written `<IMAGE>`, as VILA's code does in pre-training. It is no mark
+            either way.
     """
 
     end: str = "</s>"
+    unmark: bool = True
 
     def turns(self, messages: Sequence[Message], *, generate: bool = False) -> list[list[Span]]:
         if not any(message.role == DOCUMENT for message in messages):
-            return [[_unmarked(span) for span in spans] for spans in super().turns(messages, generate=generate)]
+            turns = super().turns(messages, generate=generate)
+            return [[_unmarked(span) for span in spans] for spans in turns] if self.unmark else turns
         if len(messages) > 1:
             raise UserError(f"a document stands alone, found {len(messages)} messages; take each by itself")
         spans: list[Span] = []
         for part in messages[0].content:
             assert isinstance(part, TextPart | ImagePart), "regions are written out before a message is rendered"
             written = TextSpan(part.text, trained=not generate) if isinstance(part, TextPart) else ImageMark()
-            spans.append(_unmarked(written))
+            spans.append(_unmarked(written) if self.unmark else written)
         return [spans] if generate else [[*spans, TextSpan(self.end, trained=True)]]
 
 

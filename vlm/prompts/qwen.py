@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vlm.errors import UserError
+from vlm.prompts.documents import DocumentTemplate
 from vlm.prompts.regions import REGION_FORMS
 from vlm.prompts.template import Form, Span, Template, TextSpan, merge
 from vlm.prompts.tiktoken import END
-from vlm.sample import Message
+from vlm.sample import DOCUMENT, ImagePart, Message
 
 NUM_SLOTS = 256
 """Places between `<img>` and `</img>`, at any resolution."""
@@ -28,13 +29,15 @@ def _trained(text: str, *, apart: bool = False) -> TextSpan:
 
 
 @dataclass(frozen=True)
-class ContinuedTemplate(Template):
+class ContinuedTemplate(DocumentTemplate):
     """Texts without turns: the answer goes on where the user's text ends, behind a blank.
 
-    No blank stands between a phrase and its regions (`<ref>the ear</ref><box>...`).
+    No blank stands between a phrase and its regions (`<ref>the ear</ref><box>...`). A document is text alone.
     """
 
     def turns(self, messages: Sequence[Message], *, generate: bool = False) -> list[list[Span]]:
+        if any(message.role == DOCUMENT and ImagePart() in message.content for message in messages):
+            raise UserError(f"template {self.name!r}: a document with pictures; it was trained on plain ones alone")
         written = [merge(spans) for spans in super().turns(messages, generate=generate)]
         for before, after in itertools.pairwise(written):
             last, first = before[-1] if before else None, after[0] if after else None
@@ -93,6 +96,8 @@ TEMPLATES: dict[str, Template] = {
             ),
             stop=(END,),
             regions=_QWEN,
+            end=END,
+            unmark=False,
         ),
     )
 }
