@@ -1,4 +1,5 @@
 """Qwen-VL's evaluation: each protocol asks what `eval_mm` of QwenLM/Qwen-VL asks, and runs from its own file."""
+# ruff: noqa: F401, F811
 
 import vlm
 
