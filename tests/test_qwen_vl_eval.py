@@ -93,6 +93,8 @@ def sources(config: dict) -> list:
 
 def test_every_protocol_stands_here() -> None:
     assert sorted(path.stem for path in CONFIGS.glob("*.yaml")) == sorted(PROTOCOLS)
+    text = (CONFIGS.parents[2] / "docs/evaluation.md").read_text(encoding="utf-8")
+    assert [name for name in PROTOCOLS if f"| `qwen_vl/{name}` |" not in text] == []
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
