@@ -72,6 +72,8 @@ def test_special_ids() -> None:
     assert {token: TOKENIZER.token_id(token) for token in CASE["special_ids"]} == CASE["special_ids"]
     assert (TOKENIZER.token_id("<|extra_0|>"), TOKENIZER.token_id("<|extra_204|>")) == (151646, 151850)
     assert len(TOKENIZER) == CASE["vocab_size"]
+    text = "<ref>狗</ref><box>(1,2),(3,4)</box><quad></quad>"  # answers keep their places
+    assert TOKENIZER.decode(TOKENIZER.encode(f"<img><imgpad></img>{text}<|im_end|>\n<|extra_3|>")[0]) == f"{text}\n"
     assert (TOKENIZER.bos_id, TOKENIZER.eos_id, TOKENIZER.pad_id) == (None, 151643, 151643)
     more = QwenTokenizer(str(FILE), added_tokens=["<new>"], pad_token="<|extra_0|>")
     assert (more.token_id("<new>"), more.pad_id, len(more)) == (151860, 151646, 151861)
@@ -278,7 +280,9 @@ def test_pictures_are_numbered_over_the_conversation() -> None:
         one, two, three = (f"{mark.format(n)}<img>*</img>\n" for n in (1, 2, 3))
         assert f"user\n{one}{two}What differs?<|im_end|>\n" in text
         assert f"user\nAnd here?\n{three}<|im_end|>\n" in text
-    # the pre-trained model's texts have neither numbers nor newlines
+    # the pre-trained model's texts have neither numbers nor newlines, and examples in a prompt do not end
+    text = "".join(getattr(span, "text", "*") for span in get_template("qwen_vl").render(messages, generate=True))
+    assert text == "<img>*</img><img>*</img>What differs? The dog.And here?\n<img>*</img>"
     spans = get_template("qwen_vl").render(messages[:2])
     assert [span.text for span in spans if isinstance(span, TextSpan)] == [
         "<img>", "</img><img>", "</img>What differs?", " The dog.<|endoftext|>",

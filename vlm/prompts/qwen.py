@@ -72,6 +72,9 @@ _CHAT_TEMPLATE = Template(
     regions=_QWEN,
 )
 _PLAIN_IMAGE = "<img>{}</img>\n"
+_TEXT = Form(
+    opening="", user=(_masked("{}"),), assistant=(_trained(" {}" + END),), image="<img>{}</img>", place="listed"
+)
 
 TEMPLATES: dict[str, Template] = {
     template.name: template
@@ -87,13 +90,9 @@ TEMPLATES: dict[str, Template] = {
         ContinuedTemplate(
             "qwen_vl",
             system="",
-            training=Form(
-                opening="",
-                user=(_masked("{}"),),
-                assistant=(_trained(" {}" + END),),
-                image="<img>{}</img>",
-                place="listed",
-            ),
+            training=_TEXT,
+            # solved examples before a question do not end, as in the published evaluation
+            generation=replace(_TEXT, assistant=(_trained(" {}"),)),
             stop=(END,),
             regions=_QWEN,
             end=END,

@@ -7,38 +7,18 @@ and counting tokens of parts gives masks that drift.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, count
+from itertools import chain
 from typing import Literal, NamedTuple
 
 from vlm.batch import IGNORE
 from vlm.errors import UserError
 from vlm.prompts.regions import LLAVA, RegionForm
+from vlm.prompts.spans import ImageMark, Span, TextSpan, fill, merge, surround, tight
 from vlm.prompts.tokenizer import Tokenizer
 from vlm.sample import DOCUMENT, ImagePart, Message, Part, TextPart
 
 IMAGE = -200
 """Id that stands where an image is, until its features take the place."""
-
-
-@dataclass(frozen=True)
-class TextSpan:
-    """Text of which every character is trained, or none.
-
-    Attributes:
-        apart: tokenized apart from the text before it, where the published code joins ids instead of texts.
-    """
-
-    text: str
-    trained: bool = False
-    apart: bool = False
-
-
-@dataclass(frozen=True)
-class ImageMark:
-    """Place of the next image."""
-
-
-Span = TextSpan | ImageMark
 
 
 class Tokenized(NamedTuple):
@@ -173,7 +153,7 @@ class Template:
             turns = [(where, _trimmed(message)) for where, message in turns]
         text = form.opening if system else form.bare
         around = (TextSpan(text),) if isinstance(text, str) else text
-        opening = [span for span in _fill(around, [TextSpan(system)]) if span != TextSpan("")]
+        opening = [span for span in fill(around, [TextSpan(system)]) if span != TextSpan("")]
         num_images = 0
         written: list[list[Span]] = [[] if form.opening_in_turn else opening]
         for index, (where, message) in enumerate(turns):
@@ -182,12 +162,12 @@ class Template:
                 if index == 0 and form.opening_in_turn:
                     content = [*opening, *content]
                 bare = not self.instructed and not (generate and _joined_text(message).strip())
-                spans = content if bare else _fill(form.user, content)
-                spans = _surround(_tight(spans) if form.tight else spans, form.image, first=num_images + 1)
+                spans = content if bare else fill(form.user, content)
+                spans = surround(tight(spans) if form.tight else spans, form.image, first=num_images + 1)
                 num_images += sum(isinstance(span, ImageMark) for span in spans)
                 written.append([TextSpan(form.between), *spans] if index else spans)
             else:
-                written.append(_fill(form.assistant, [TextSpan(_text_of(message, where=where))]))
+                written.append(fill(form.assistant, [TextSpan(_text_of(message, where=where))]))
         if generate:
             cue = next((i for i, span in enumerate(form.assistant) if span.trained), len(form.assistant))
             written.append(list(form.assistant[:cue]))
@@ -225,38 +205,6 @@ class Template:
         return content
 
 
-def merge(spans: Iterable[Span]) -> list[Span]:
-    """The same text with neighbouring spans of one kind joined and empty ones dropped."""
-    merged: list[Span] = []
-    apart = False  # an empty span keeps the texts around it apart, too
-    for span in spans:
-        last = merged[-1] if merged else None
-        if not isinstance(span, TextSpan):
-            merged.append(span)
-            apart = False
-            continue
-        apart = apart or span.apart
-        if span.text:
-            if isinstance(last, TextSpan) and last.trained == span.trained and not apart:
-                merged[-1] = replace(last, text=last.text + span.text)
-            else:
-                merged.append(replace(span, apart=apart and isinstance(last, TextSpan)))
-            apart = False
-    return merged
-
-
-def _fill(form: Iterable[TextSpan], content: Iterable[Span]) -> list[Span]:
-    """Spans of one turn with the content in the place of `{}`, trained where the place is."""
-    spans: list[Span] = []
-    for span in form:
-        before, place, after = span.text.partition("{}")
-        spans.append(replace(span, text=before))
-        if place:
-            spans += [replace(c, trained=span.trained) if isinstance(c, TextSpan) else c for c in content]
-            spans.append(TextSpan(after, span.trained))
-    return spans
-
-
 def _trimmed(message: Message) -> Message:
     """The message without the white space at its ends."""
     parts: list[Part] = list(_written(message))
@@ -269,36 +217,6 @@ def _trimmed(message: Message) -> Message:
             if strip(part.text):
                 break
     return replace(message, content=tuple(parts))
-
-
-def _tight(spans: Iterable[Span]) -> list[Span]:
-    """The spans of a turn without the white space beside its images."""
-    merged = merge(spans)
-    bare: list[Span] = []
-    for index, span in enumerate(merged):
-        if isinstance(span, TextSpan):
-            text = span.text
-            if index and isinstance(merged[index - 1], ImageMark):
-                text = text.lstrip()
-            if index + 1 < len(merged) and isinstance(merged[index + 1], ImageMark):
-                text = text.rstrip()
-            bare.append(replace(span, text=text))
-        else:
-            bare.append(span)
-    return bare
-
-
-def _surround(spans: Iterable[Span], form: str, *, first: int) -> list[Span]:
-    """The spans with each image between the two halves of `form`; `first` is the number of the first image."""
-    numbers = count(first)
-    surrounded: list[Span] = []
-    for span in spans:
-        if isinstance(span, TextSpan):
-            surrounded.append(span)
-        else:
-            before, _, after = form.replace("{n}", str(next(numbers))).partition("{}")
-            surrounded += [TextSpan(before), span, TextSpan(after)]
-    return surrounded
 
 
 def _listed(message: Message) -> list[Span]:
@@ -316,7 +234,7 @@ def _listed(message: Message) -> list[Span]:
 
 def _numbered(message: Message, *, strip: bool) -> list[Span]:
     """The images, numbered where they are several, before the text; without `strip` its end stays as it is."""
-    spans = _tight(TextSpan(part.text) if isinstance(part, TextPart) else ImageMark() for part in _written(message))
+    spans = tight(TextSpan(part.text) if isinstance(part, TextPart) else ImageMark() for part in _written(message))
     text = "".join(span.text for span in spans if isinstance(span, TextSpan))
     num_images = sum(isinstance(span, ImageMark) for span in spans)
     heads = [f"Image {number}:" if num_images > 1 else "" for number in range(1, num_images + 1)]
