@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from tests.test_qwen_vl_prompts import TOKENIZER
@@ -76,3 +77,23 @@ def test_the_seven_texts_of_the_second_stage(name: str, tmp_path: Path) -> None:
     assert TOKENIZER.decode(trained, skip_special=False) == answer + "<|endoftext|>"
     asked, _ = template.tokenize(written.messages, TOKENIZER, generate=True)
     assert asked == ids[: len(ids) - len(trained)]  # a prompt ends where training ends to mask
+
+
+def test_the_stage_names_the_task_and_the_text_of_every_source() -> None:
+    data = yaml.safe_load((Path(__file__).parents[1] / "configs/qwen_vl/2_multitask.yaml").read_text())["data"]
+    entries = data["init_args"]["sources"]
+    tasks = data["init_args"]["tasks"]
+    assert sorted(entry["init_args"]["name"] for entry in entries) == sorted(tasks)
+    assert data["init_args"]["batch"] == {"size": 4096, "unit": "rows", "row_tokens": 2048}
+    texts = {
+        "caption": "caption", "vqa": "ocr_vqa", "grounding": "caption with grounding", "ocr": "ocr",
+        "referring": "referring grounding", "captioned": "grounded captioning",
+    }  # fmt: skip
+    for entry in entries:
+        told = entry["init_args"]
+        if tasks[told["name"]] == "text":
+            continue
+        wanted = SEVEN[texts[tasks[told["name"]]]][2]
+        for key in ("prompt", "request", "between"):
+            assert told.get(key) == wanted.get(key), told
+        assert told.get("direction", "ground") == wanted.get("direction", "ground")
