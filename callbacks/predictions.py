@@ -130,7 +130,7 @@ def _prepare(encoder: Encoder, index: int) -> _Shown:
     encoded = encoder(index, epoch=0)
     sample = encoded.sample
     batch = codec.collate([encoded], counts=step_counts([encoded]))
-    pictures = [picture for views in views_as_seen(batch, codec).values() for picture in views]
+    pictures = [picture for views in views_as_seen(batch, codec).values() for _, picture in views]
     tokenizer = getattr(codec, "tokenizer", None)  # not every codec has one kind of token
     sequences = [*encoded.text, *(sequence for row in encoded.rows.values() for sequence in row)]
     pieces = [piece for s in sequences for piece in pieces_of(s, tokenizer.decode)] if tokenizer is not None else []

@@ -19,12 +19,14 @@ from vlm.connectors import MLP, Downsample, Linear, Resampler
 from vlm.language import CausalLM, PartialLoRA, Surgery
 from vlm.language.causal_lm import batched_attention, label_logits
 from vlm.module import VisionLanguageModule
-from vlm.prompts import LlamaTokenizer
+from vlm.prompts import FuyuTokenizer, LlamaTokenizer
 from vlm.sample import ImageFile, ImagePart, Message, Sample, TextPart
 from vlm.stages import AdamW, Stage, Trained
-from vlm.systems import VILA, LLaVA, LLaVA15, LLaVANext, MiniGemini, QwenVL
+from vlm.systems import VILA, Fuyu, LLaVA, LLaVA15, LLaVANext, MiniGemini, QwenVL
 from vlm.vision import ConvNeXtPyramid, TimmTower
+from vlm.vision.patches import Patches
 
+ROOT = Path(__file__).parents[1]
 TOKENIZER = LlamaTokenizer(str(GOLDEN / "_shared" / "llama_sp_tokenizer.model"), legacy=True, pad_token="<unk>")
 TOWER = {"img_size": 28, "patch_size": 7, "embed_dim": 32, "depth": 3, "num_heads": 4}
 LLAMA = {
@@ -94,6 +96,28 @@ def qwen_vl(**changes: Any) -> QwenVL:
         "image": "squash",
     }
     return QwenVL(**(_llava_arguments() | published | changes))
+
+
+PERSIMMON = {
+    "model_type": "persimmon",
+    "vocab_size": 1280,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "tie_word_embeddings": False,
+}
+
+
+def fuyu(**changes: Any) -> Fuyu:
+    """A token for each 10 x 10 pixels of a picture of up to 60 x 40, and one for each row of them."""
+    arguments = {
+        "patches": Patches(10, max_width=60, max_height=40),
+        "language": CausalLM(config=PERSIMMON),
+        "tokenizer": FuyuTokenizer(str(ROOT / "vlm/demo/assets/persimmon")),
+        "max_tokens": 512,
+    }
+    return Fuyu(**(arguments | changes))
 
 
 def _llava_arguments() -> dict[str, Any]:
@@ -187,6 +211,7 @@ class System:
         surgery: what is done to the network before its stages.
         ties: {alias: owner}, as the architecture says.
         generates: whether it answers.
+        marks: tokens of the vocabulary among those that a picture of some width and height takes.
     """
 
     make: Callable[..., VisionLanguageModule]
@@ -196,6 +221,7 @@ class System:
     surgery: Sequence[Surgery] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
     generates: bool = True
+    marks: Callable[[Any, int, int], int] = lambda module, width, height: 0
 
     @property
     def last(self) -> TinyStage:
@@ -310,7 +336,23 @@ QWEN_VL_STAGES = {
     ),
 }
 
+PERSIMMON_DECODER = names(
+    "language.model.embed_tokens.weight",
+    "language.model.final_layernorm.{weight,bias}",
+    "language.model.layers.{0,1}.{input,post_attention}_layernorm.{weight,bias}",
+    "language.model.layers.{0,1}.self_attn.{query_key_value,dense,q_layernorm,k_layernorm}.{weight,bias}",
+    "language.model.layers.{0,1}.mlp.{dense_h_to_4h,dense_4h_to_h}.{weight,bias}",
+    "language.lm_head.weight",
+)
+
 SYSTEMS: dict[str, System] = {
+    "fuyu": System(
+        fuyu,
+        {"finetune": TinyStage({"connector": RATE, "language": RATE}, LINEAR | PERSIMMON_DECODER)},
+        spliced_reference,
+        causal_base_weights,
+        marks=lambda module, width, height: module.patches.grid(width, height)[1],  # a newline behind each row
+    ),
     "llava": System(llava, LLAVA_STAGES, spliced_reference, causal_base_weights),
     "llava_1_5": System(
         llava_1_5,

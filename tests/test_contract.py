@@ -146,10 +146,12 @@ def test_codec_and_network_agree_on_the_number_of_tokens(name: str, tmp_path: Pa
     module = build(name)
     for sample in samples(tmp_path):
         item = module.codec.encode(sample)
-        promised = sum(module.codec.num_tokens(*image.size(sample)) for image in sample.images)
+        sizes = [image.size(sample) for image in sample.images]
+        promised = sum(module.codec.num_tokens(*size) for size in sizes)
         reserved = sum(len(slots) for sequence in item.text for slots in sequence.slots.values())
         features = module.image_features(collate(module, [sample]))
-        assert promised == reserved == len(features)
+        assert reserved == len(features)
+        assert promised == reserved + sum(SYSTEMS[name].marks(module, *size) for size in sizes)
 
 
 def test_a_pack_equals_its_samples(name: str, tmp_path: Path) -> None:
@@ -387,13 +389,14 @@ def test_use_leaves_no_trace(name: str, tmp_path: Path) -> None:
     """Modes, attention implementation and random numbers; and dropout never reaches an answer."""
     module, asked = build(name), questions(tmp_path)
     uses = [module.score] + [module.generate] * SYSTEMS[name].generates
-    for part in (module.vision, module.language.get_input_embeddings()):
+    pictured = module.vision if hasattr(module, "vision") else module.connector
+    for part in (pictured, module.language.get_input_embeddings()):
         part.register_forward_hook(_dropout)
     module.eval()
     expected = [use(asked) for use in uses]
     for number, child in enumerate(module.modules()):
         child.training = number % 3 != 0
-    module.vision.training = module.language.get_input_embeddings().training = True
+    pictured.training = module.language.get_input_embeddings().training = True
     modes = [child.training for child in module.modules()]
     attention, state = module.language.config._attn_implementation, torch.get_rng_state()
     scores, *answers = [use(asked) for use in uses]

@@ -61,9 +61,11 @@ class Codec(ABC):
 
     Attributes:
         resolutions: values of `Sample.resolution` that `encode` and `collate` obey.
+        joins_views: the views of a picture are the patches of one map, row by row.
     """
 
     resolutions: Sequence[str] = ()
+    joins_views: bool = False
 
     @abstractmethod
     def num_tokens(self, width: int, height: int) -> int:

@@ -14,6 +14,7 @@ from vlm.codec import Codec
 from vlm.geometry import Box
 from vlm.lettering import font_for, printable, spelled, typeset
 from vlm.sample import Message, TextPart
+from vlm.vision.patches import joined
 
 WIDTH = 760  # TensorBoard shows pictures at half of it until they are clicked
 _MARGIN, _GAP, _PICTURE, _TEXT, _SMALL = 20, 18, 288, 20, 15
@@ -83,12 +84,17 @@ def as_seen(pixels: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> I
     return Image.fromarray((values * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy())
 
 
-def views_as_seen(batch: Batch, codec: Codec) -> dict[str, list[Image.Image]]:
-    """Every view of a pack as a picture, by stream."""
+def views_as_seen(batch: Batch, codec: Codec) -> dict[str, list[tuple[int, Image.Image]]]:
+    """Every view of a pack as a picture with the number of the one it shows, by stream; patches put together again."""
     found = {}
     for stream, views in batch.views.items():
         mean, std = codec.normalization(stream)
-        found[stream] = [as_seen(pixels, mean=mean, std=std) for pixels in views.pixels]
+        owners = views.image_of_view.tolist()
+        pixels: Iterable[tuple[int, Tensor]] = zip(owners, views.pixels, strict=True)
+        if codec.joins_views:
+            pictures = views.pixels.split([columns * rows for columns, rows in views.grid])
+            pixels = ((at, joined(own, columns=views.grid[at][0])) for at, own in enumerate(pictures))
+        found[stream] = [(owner, as_seen(view, mean=mean, std=std)) for owner, view in pixels]
     return found
 
 

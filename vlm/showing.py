@@ -85,8 +85,8 @@ def look_at(part: Part, index: int, *, epoch: int) -> Look:
 def _pictures(sample: Sample, item: Encoded, batch: Batch, codec: Codec) -> list[Picture]:
     found = []
     for at, (stream, views) in enumerate(views_as_seen(batch, codec).items()):
-        sizes, owners = batch.views[stream].size, batch.views[stream].image_of_view.tolist()
-        for number, (owner, image) in enumerate(zip(owners, views, strict=True)):
+        sizes, owners = batch.views[stream].size, [owner for owner, _ in views]
+        for number, (owner, image) in enumerate(views):
             is_whole = number == 0 or owners[number - 1] != owner
             width, height = sizes[owner]
             part = "" if is_whole else f", part {number - owners.index(owner)}"

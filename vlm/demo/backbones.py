@@ -10,6 +10,8 @@
                              templates of several systems, as the published ones were tuned in their own
     clip/model.safetensors   a tower of CLIP's class, pretrained on pictures (`vlm.demo.tower`)
     convnext/model.safetensors  a ConvNeXt, the same
+    persimmon/tokenizer.json    the same tokenizer with Fuyu's marks and a token for each small number
+    persimmon/model.safetensors a decoder of Persimmon's class, pretrained on text in Fuyu's template
 
 Everything is learned from training compositions alone: none of validation or test (`scenes.split_of`) was ever drawn
 or told. The weights are stored in float16.
@@ -17,6 +19,7 @@ or told. The weights are stored in float16.
 
 import argparse
 import io
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -26,9 +29,10 @@ from typing import Any
 
 import sentencepiece
 import timm
+import tokenizers
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PersimmonConfig, PersimmonForCausalLM
 
 from vlm.checkpoints.atomic import atomic_file
 from vlm.demo.language import CHAT_TEMPLATES, train_language
@@ -36,7 +40,8 @@ from vlm.demo.scenes import Scene
 from vlm.demo.tasks import dialogue
 from vlm.demo.tower import train_pyramid, train_tower
 from vlm.demo.write import all_tasks, captions, draw_language, scenes
-from vlm.prompts import LlamaTokenizer
+from vlm.prompts import FuyuTokenizer, LlamaTokenizer
+from vlm.prompts.fuyu import END, NEWLINE
 from vlm.prompts.llava import TEMPLATES
 from vlm.sample import Message, TextPart
 from vlm.vision import ConvNeXtPyramid
@@ -64,6 +69,18 @@ LANGUAGE_STEPS = 5000
 LANGUAGE_CYCLES = 2
 CHAT_STEPS = 2000
 CHAT_RATE = 5e-4
+PERSIMMON: dict[str, Any] = {
+    "vocab_size": 1280,
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+}
+PERSIMMON_STEPS = 2500
+_LARGEST_NUMBER = 80  # half the side of the largest picture of the demo
 _NUM_SCENES = 2000
 _TAUGHT = (
     *("plain", "v0", "llava_v0", "v0_mmtag", "v1", "vicuna_v1", "llava_v1", "v1_mmtag"),
@@ -129,11 +146,26 @@ def train_tokenizer() -> bytes:
     return model.getvalue()
 
 
+def fuyu_tokenizer(llama: LlamaTokenizer, folder: Path) -> None:
+    """Writes `tokenizer.json`: every number up to `_LARGEST_NUMBER` is a token that text is never cut into."""
+    llama.save(folder)
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"]
+    for number in range(_LARGEST_NUMBER + 1):
+        vocab.setdefault(str(number), len(vocab))
+    backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+    backend.add_special_tokens(["|SPEAKER|", NEWLINE, END])
+    backend.save(str(file))
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (folder / name).unlink()
+
+
 def main(arguments: list[str]) -> int:
     """`python -m vlm.demo.backbones FOLDER`."""
     parser = argparse.ArgumentParser(prog="python -m vlm.demo.backbones")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", choices=("tokenizer", "llama", "clip", "convnext"), help="default: all")
+    parser.add_argument("--only", choices=("tokenizer", "llama", "clip", "convnext", "persimmon"), help="default: all")
     options = parser.parse_args(arguments)
     llama, clip = options.folder / "llama", options.folder / "clip"
     if options.only in (None, "tokenizer"):
@@ -168,6 +200,15 @@ def main(arguments: list[str]) -> int:
         convnext = options.folder / "convnext"
         convnext.mkdir(parents=True, exist_ok=True)
         save_file(tower.trunk.half().state_dict(), convnext / "model.safetensors")
+    if options.only in (None, "persimmon"):
+        torch.manual_seed(0)
+        persimmon = options.folder / "persimmon"
+        fuyu_tokenizer(LlamaTokenizer(str(llama), legacy=True), persimmon)
+        decoder = PersimmonForCausalLM(PersimmonConfig(**PERSIMMON))
+        tuned = FuyuTokenizer(str(persimmon))
+        for line in train_language(decoder, tuned, steps=PERSIMMON_STEPS, templates=("fuyu",)):
+            print("persimmon", line, flush=True)
+        decoder.half().save_pretrained(persimmon)
     return 0
 
 

@@ -1,8 +1,9 @@
 """Conversation formats and tokenizers."""
 
 from vlm.errors import UserError
-from vlm.prompts import llava, mini_gemini, qwen
+from vlm.prompts import fuyu, llava, mini_gemini, qwen
 from vlm.prompts.documents import DOCUMENTS
+from vlm.prompts.fuyu import FuyuTokenizer
 from vlm.prompts.template import IMAGE, Form, ImageMark, Template, TextSpan, Tokenized, tokenize
 from vlm.prompts.tiktoken import QwenTokenizer
 from vlm.prompts.tokenizer import HubTokenizer, LlamaTokenizer, Tokenizer
@@ -10,6 +11,7 @@ from vlm.prompts.tokenizer import HubTokenizer, LlamaTokenizer, Tokenizer
 __all__ = [
     "IMAGE",
     "Form",
+    "FuyuTokenizer",
     "HubTokenizer",
     "ImageMark",
     "LlamaTokenizer",
@@ -29,7 +31,8 @@ def get_template(name: str) -> Template:
     Raises:
         UserError: there is none; the message lists those there are.
     """
-    templates = {**llava.TEMPLATES, DOCUMENTS.name: DOCUMENTS, **mini_gemini.TEMPLATES, **qwen.TEMPLATES}
+    modules = (llava, mini_gemini, qwen, fuyu)
+    templates = {DOCUMENTS.name: DOCUMENTS} | {k: v for module in modules for k, v in module.TEMPLATES.items()}
     if name not in templates:
         raise UserError(f"unknown template {name!r}; use one of {', '.join(sorted(templates))}")
     return templates[name]

@@ -15,6 +15,7 @@ from vlm.connectors import Newline
 from vlm.errors import UserError
 from vlm.geometry import Placement, View
 from vlm.sample import Sample
+from vlm.systems.row import RowCodec
 from vlm.systems.spliced import SplicedCodec, SplicedDecoder
 from vlm.vision.preprocess import normalize
 from vlm.vision.tiling import NEWLINE, NEXT_GRIDS, AnyRes
@@ -36,7 +37,7 @@ class AnyResCodec(SplicedCodec):
         return self.tiles.num_tokens(width, height)
 
     def image_tokens(self, sample: Sample) -> list[int]:
-        return [self.num_tokens(*file.size(sample)) for file in sample.images]
+        return RowCodec.image_tokens(self, sample)
 
     def view(self, width: int, height: int, *, image: int = 0, seed: int | None = None) -> View:
         side = float(self.transform.size)

@@ -1,45 +1,27 @@
-"""Systems whose image features take the place of placeholder tokens in a decoder's row.
+"""Systems whose image features take the place of placeholder tokens in a decoder's row (`vlm.systems.row`)."""
 
-Reading order: `SplicedCodec.encode` (sample to tokens), `SplicedDecoder.image_features` (pixels to features),
-`SplicedDecoder.embed` (splice), `SplicedDecoder.losses` (decode, loss).
-"""
-
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from string import ascii_uppercase
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from vlm.batch import IGNORE, Batch, TokenSequence, Views, next_token_targets
-from vlm.codec import Codec, Encoded, lay_out, read_views
+from vlm.batch import Views
+from vlm.codec import Encoded, read_views
 from vlm.connectors import Connector
-from vlm.errors import UserError
-from vlm.fusion import splice
-from vlm.geometry import Box, View
-from vlm.language import Decoding, LanguagePart, NewTokens
-from vlm.language.causal_lm import label_logits
-from vlm.language.choosing import choose
-from vlm.language.generation import generate
-from vlm.losses import token_loss, zero_from
-from vlm.module import VisionLanguageModule
+from vlm.geometry import View
+from vlm.language import LanguagePart
 from vlm.prompts import get_template
-from vlm.prompts.documents import documents_of, fit_document
-from vlm.prompts.regions import find_boxes, write_regions
-from vlm.prompts.template import IMAGE, Template
+from vlm.prompts.template import Template
 from vlm.prompts.tokenizer import Tokenizer
 from vlm.sample import Sample
 from vlm.seeding import seed_from
+from vlm.systems.row import RowCodec, RowDecoder
 from vlm.vision import TowerFacts, VisionTower
-from vlm.vision.augment import places_named
 from vlm.vision.preprocess import ImageMode, ImageTransform, RandomCropFlip
 
-STREAM = "image"
 
-
-class SplicedCodec(Codec):
+class SplicedCodec(RowCodec):
     """Rows in which every picture takes a fixed number of tokens; subclasses may give it a number of its own.
 
     Args:
@@ -58,12 +40,10 @@ class SplicedCodec(Codec):
         augment: RandomCropFlip | None,
         max_tokens: int,
     ) -> None:
-        self.tokenizer = tokenizer
-        self.template = template
+        super().__init__(tokenizer=tokenizer, template=template, max_tokens=max_tokens)
         self.tower = tower
         self.transform = transform
         self.augment = augment
-        self.max_tokens = max_tokens
 
     def num_tokens(self, width: int, height: int) -> int:
         return self.tower.num_tokens
@@ -76,105 +56,17 @@ class SplicedCodec(Codec):
         cut = self.augment.placement(width, height, seed=seed_from(seed, image), places="regions")
         return View(cut.then(self.transform.placement(self.augment.size, self.augment.size)), (side, side))
 
-    def find_boxes(self, text: str, *, size: tuple[float, float]) -> list[Box]:
-        return find_boxes(text, self.template.regions, size=size)
-
-    def written(self, sample: Sample, *, seed: int | None = None) -> Sample:
-        def view(image: int) -> View:
-            width, height = sample.images[image].size(sample)
-            return self.view(width, height, image=image, seed=seed)
-
-        return write_regions(sample, self.template.regions, view=view)
-
-    def encode(self, sample: Sample, *, seed: int | None = None, generate: bool = False) -> Encoded:
-        if len(documents := documents_of(sample)) > 1:
-            return joined([self.encode(one, seed=seed, generate=generate) for one in documents])
-        places = places_named(sample)
-        sample = self.written(sample, seed=seed)
-        try:
-            tokens = self.template.tokenize(sample.messages, self.tokenizer, generate=generate)
-        except UserError as error:
-            raise sample.error(str(error)) from error
-        limit = None if generate else self.max_tokens  # the end of a prompt is what is to be continued
-        sample, tokens, widths, events = fit_document(sample, tokens, self.image_tokens(sample), max_tokens=limit)
-        ids, labels, slots = self.reserve(tokens.ids, tokens.labels, widths)
-        if len(ids) > self.max_tokens:
-            raise sample.error(
-                f"{len(ids)} tokens ({len(slots)} of them for {len(sample.images)} images), over the limit of "
-                f"{self.max_tokens}; shorten it or raise max_tokens"
-            )
-        targets = next_token_targets(torch.tensor(labels))
-        num_labels = int((targets != IGNORE).sum())
-        if not generate and num_labels == 0:
-            raise sample.error(f"no token is trained under this template ({self.template.name}); is there an answer?")
-        text = TokenSequence(torch.tensor(ids), targets, slots={STREAM: torch.tensor(slots, dtype=torch.int64)})
-        return Encoded(sample, (text,), counts={"lm": float(num_labels), **events}, seed=seed, places=places)
-
     def image_tokens(self, sample: Sample) -> list[int]:
-        """How many tokens each picture of a sample takes."""
         return [self.tower.num_tokens] * len(sample.images)
 
-    @staticmethod
-    def reserve(
-        marked: Sequence[int], labels: Sequence[int], image_tokens: Sequence[int]
-    ) -> tuple[list[int], list[int], list[int]]:
-        """Widens each image mark to the tokens that its picture takes: ids, labels, and the positions of features."""
-        widths = iter(image_tokens)
-        ids: list[int] = []
-        wide: list[int] = []
-        slots: list[int] = []
-        for token, label in zip(marked, labels, strict=True):
-            if token == IMAGE:
-                width = next(widths)
-                slots += range(len(ids), len(ids) + width)
-                ids += [0] * width  # never looked at: features take these positions
-                wide += [IGNORE] * width
-            else:
-                ids.append(token)
-                wide.append(label)
-        return ids, wide, slots
-
-    def collate(self, items: Sequence[Encoded], *, counts: Mapping[str, float], packs: int = 1) -> Batch:
-        text, _ = lay_out(items, streams=[STREAM])
-        views = self.read(items)
-        return Batch(
-            text=text,
-            rows={},
-            views={} if views is None else {STREAM: views},
-            samples=tuple(item.info() for item in items),
-            counts=dict(counts),
-            packs=packs,
-        )
-
     def read(self, items: Sequence[Encoded]) -> Views | None:
-        """The views of a pack's pictures."""
         return read_views(items, transform=self.transform, augment=self.augment)
 
     def normalization(self, stream: str) -> tuple[Sequence[float], Sequence[float]]:
         return self.transform.mean, self.transform.std
 
-    def decode(self, ids: Sequence[int]) -> str:
-        text = self.tokenizer.decode(ids)
-        for mark in self.template.stop:
-            text = text.split(mark, 1)[0]
-        return text.strip()
 
-
-def joined(items: Sequence[Encoded]) -> Encoded:
-    """The documents of one sample, each a sequence of its own."""
-    counts: dict[str, float] = {}
-    for item in items:
-        for name, value in item.counts.items():
-            counts[name] = counts.get(name, 0.0) + value
-    sample = replace(
-        items[0].sample,
-        messages=tuple(message for item in items for message in item.sample.messages),
-        images=tuple(image for item in items for image in item.sample.images),
-    )
-    return replace(items[0], sample=sample, text=tuple(s for item in items for s in item.text), counts=counts)
-
-
-class SplicedDecoder(VisionLanguageModule):
+class SplicedDecoder(RowDecoder):
     """pixels -> vision tower -> connector -> features spliced into the token row -> language model -> label positions.
 
     Args:
@@ -193,7 +85,6 @@ class SplicedDecoder(VisionLanguageModule):
     codec: SplicedCodec
     vision: nn.Module
     connector: nn.Module
-    language: PreTrainedModel
 
     def __init__(
         self,
@@ -219,8 +110,6 @@ class SplicedDecoder(VisionLanguageModule):
             max_tokens=max_tokens,
             seed=seed,
         )
-        if tokenizer.added_tokens:
-            self.surgery.append(NewTokens())
         self.tower = vision.facts()
         self.codec = SplicedCodec(
             tokenizer=tokenizer,
@@ -232,90 +121,21 @@ class SplicedDecoder(VisionLanguageModule):
         )
 
     def build_parts(self) -> dict[str, nn.Module]:
-        language = self.arguments["language"].build()
-        width = language.config.hidden_size
-        tokenizer, rows = self.codec.tokenizer, language.config.vocab_size
-        last = len(tokenizer) - 1
-        last -= tokenizer.pad_id == last  # no row of a pack ever holds it
-        if not tokenizer.added_tokens and last >= rows:
-            raise UserError(
-                f"model.tokenizer ({tokenizer.path}) makes ids up to {last}, but the language model has {rows} token "
-                "embeddings; give the tokenizer that belongs to it"
-            )
+        language = self.build_language()
         return {
             "vision": self.arguments["vision"].build(),
-            "connector": self.arguments["connector"].build(self.tower.dim, width),
+            "connector": self.arguments["connector"].build(self.tower.dim, language.config.hidden_size),
             "language": language,
         }
 
-    # -- forward
-
-    def image_features(self, batch: Batch) -> Tensor:
-        """float[K, D] features of all pictures, in the order of the row's slots."""
-        views = batch.views.get(STREAM)
-        return self.no_features(batch) if views is None else self.lay_out(self.connect(views.pixels), views.layout)
-
-    def lay_out(self, features: Tensor, layout: Tensor | None) -> Tensor:
-        """float[V, P, D] features of all views as float[K, D] image tokens (see `Views.layout`)."""
-        return features.flatten(0, 1)
+    @property
+    def blank_size(self) -> tuple[int, int]:
+        return self.tower.image_size, self.tower.image_size
 
     def picture_parts(self) -> tuple[nn.Module, ...]:
-        """What pictures go through."""
         return self.vision, self.connector
 
-    def no_features(self, batch: Batch) -> Tensor:
-        """float[0, D] for a pack without pictures, connected to what it left out.
-
-        A step in which no rank has a picture skips the tower everywhere. In a mixed step, a rank without one runs a
-        blank view, at the same place as the others run theirs, so that the ranks of a sharded model stay in step.
-        """
-        device = batch.text.ids.device
-        if batch.counts.get("images"):
-            size = self.tower.image_size
-            return self.lay_out(self.connect(torch.zeros(1, 3, size, size, device=device)), None)[:0]
-        features = torch.zeros(0, self.language.config.hidden_size, device=device)
-        if not torch.is_grad_enabled():
-            return features
-        return features + zero_from(p for part in self.picture_parts() for p in part.parameters())
-
     def connect(self, pixels: Tensor) -> Tensor:
-        """float[V, 3, H, W] -> float[V, P, D]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())):
             features = self.vision(pixels.to(next(self.vision.parameters()).dtype))
         return self.connector(features)
-
-    def embed(self, batch: Batch) -> Tensor:
-        """float[N, D]: token embeddings with the image features in place."""
-        embeds = self.language.get_input_embeddings()(batch.text.ids)
-        return splice(embeds, self.image_features(batch), batch.text.slots[STREAM])
-
-    def label_logits(self, batch: Batch) -> Tensor:
-        """float[L, vocabulary] at the label positions."""
-        return label_logits(self.language, self.embed(batch), batch.text)
-
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        row = batch.text
-        return {"lm": token_loss(self.label_logits(batch), row.targets, row.weights)}
-
-    def answers(self, batch: Batch, decoding: Decoding) -> list[str]:
-        embeds = self.embed(batch)
-        bounds = batch.text.cu_seqlens.tolist()
-        prompts = [embeds[start:end] for start, end in itertools.pairwise(bounds)]
-        tokenizer = self.codec.tokenizer
-        if decoding.options is not None:
-            letters = [ascii_uppercase[: max(1, len(sample.choices))] for sample in batch.samples]
-            texts = [[decoding.options.replace("{}", letter) for letter in group] for group in letters]
-            chosen = choose(self.language, prompts, [[tokenizer.encode(t)[0] for t in group] for group in texts])
-            return [group[at] for group, at in zip(letters, chosen, strict=True)]
-        answers = generate(
-            self.language,
-            prompts,
-            decoding=decoding,
-            seeds=[seed_from(decoding.seed, sample.id) for sample in batch.samples],
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-            stop=self.codec.template.stop,
-            decode=lambda ids: tokenizer.decode(ids, skip_special=False),
-            synced=self.is_sharded,
-        )
-        return [self.codec.decode(ids) for ids in answers]
