@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vlm.checkpoints.report import LoadReport
 
 TARGETS = ("official", "hf", "ours")
-SYSTEMS = ("llava", "llava_1_5", "llava_next", "mini_gemini", "vila", "qwen_vl")
+SYSTEMS = ("llava", "llava_1_5", "llava_next", "mini_gemini", "vila", "fuyu", "qwen_vl")
 
 
 def main(argv: list[str]) -> int:

@@ -41,8 +41,9 @@ def main(argv: list[str]) -> int:
 def export(src: str | Path, dst: str | Path, *, dtype: str | None = None) -> "LoadReport":
     """Writes a folder for the LLaVA classes of transformers and `AutoProcessor`; returns what happened to the tensors.
 
-    The class is `LlavaNextForConditionalGeneration` where pictures are cut into tiles, `LlavaForConditionalGeneration`
-    where they have one view (the caption stage of LLaVA-NeXT too). The processor gives the ids and pixels of our codec.
+    Fuyu is written for its own class. For the others it is `LlavaNextForConditionalGeneration` where pictures are cut
+    into tiles, `LlavaForConditionalGeneration` where they have one view (the caption stage of LLaVA-NeXT too). The
+    processor gives the ids and pixels of our codec.
     Opened with `backend="pil"` its pixels are ours; the usual backend resizes with torchvision, a grey level or two
     apart. Of some sizes of pictures the class cuts the map of tiles otherwise; the report says of which.
 
@@ -59,12 +60,19 @@ def export(src: str | Path, dst: str | Path, *, dtype: str | None = None) -> "Lo
         raise UserError(f"{dst}: exists already; remove it or give another folder")
     import torch
 
+    from vlm.checkpoints.artefact import read_artefact
     from vlm.checkpoints.atomic import atomic_directory
+    from vlm.checkpoints.family import FAMILIES, convert_family, get_family
     from vlm.checkpoints.processor import sizes_cut_otherwise, write_processor, write_tokenizer
-    from vlm.checkpoints.published import write_talk
+    from vlm.checkpoints.published import find_weights, is_artefact, write_talk
     from vlm.checkpoints.writing import fill_published
     from vlm.loading import load
 
+    weights = find_weights(src)
+    system = read_artefact(weights).meta["system"] if is_artefact(weights) else None
+    if system in FAMILIES and get_family(system).is_known_to_transformers:
+        as_type = getattr(torch, dtype) if dtype else None
+        return convert_family(weights, dst, system=system, target_layout="official", dtype=as_type)
     module = load(src)
     _check(module)
     tiles: AnyRes | None = getattr(module, "tiles", None)

@@ -8,11 +8,12 @@ import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from vlm.building import WeightSource
@@ -33,11 +34,13 @@ class Family(ABC):
         system: its name.
         marks: {layout: a tensor that no other system and no other layout has}; the first layout is the published one.
         files: what lies beside the weights, copied along.
+        is_known_to_transformers: its library opens the first layout without the release's own code.
     """
 
     system: ClassVar[str]
     marks: ClassVar[Mapping[str, str]]
     files: ClassVar[tuple[str, ...]]
+    is_known_to_transformers: ClassVar[bool] = False
 
     @abstractmethod
     def table(self, layout: str, config: Mapping[str, Any]) -> Table:
@@ -69,7 +72,7 @@ class Family(ABC):
         return dict(config)
 
 
-FAMILIES = {"qwen_vl": "vlm.checkpoints.qwen_vl.QwenVLFamily"}
+FAMILIES = {"fuyu": "vlm.checkpoints.fuyu.FuyuFamily", "qwen_vl": "vlm.checkpoints.qwen_vl.QwenVLFamily"}
 """Where each family is."""
 
 
@@ -159,8 +162,9 @@ def convert_family(
     target_layout: str,
     source_layout: str = "auto",
     template: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> LoadReport:
-    """`vlm.checkpoints.convert.convert` for the systems of `FAMILIES`."""
+    """`vlm.checkpoints.convert.convert` for the systems of `FAMILIES`; None keeps each tensor's own type."""
     family = get_family(system)
     if target_layout != "ours" and target_layout not in family.marks:
         known = " or ".join(f"--to {name}" for name in (*family.marks, "ours"))
@@ -171,6 +175,8 @@ def convert_family(
         opened = open_trained(family, src, layout=target_layout)
     else:
         opened = open_family(family, src, layout=source_layout)
+    if dtype is not None:
+        opened = replace(opened, stream=partial(_as_dtype, opened.stream, dtype))
     with atomic_directory(dst) as folder:
         if target_layout == "ours":
             report = _fill_ours(folder, family, opened, template=template)
@@ -219,6 +225,10 @@ def _fill_published(folder: Path, family: Family, opened: Opened, *, layout: str
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     carried = [name for name in opened.shapes if table.is_carried(name)]
     return LoadReport(loaded=[name for name in opened.shapes if name not in carried], carried=carried)
+
+
+def _as_dtype(stream: Stream, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    return ((name, tensor.to(dtype)) for name, tensor in stream())
 
 
 def _copy(source: Path, names: Iterable[str], target: Path) -> None:

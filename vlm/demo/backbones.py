@@ -32,6 +32,7 @@ import timm
 import tokenizers
 import torch
 from safetensors.torch import save_file
+from tokenizers import pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PersimmonConfig, PersimmonForCausalLM
 
 from vlm.checkpoints.atomic import atomic_file
@@ -41,7 +42,7 @@ from vlm.demo.tasks import dialogue
 from vlm.demo.tower import train_pyramid, train_tower
 from vlm.demo.write import all_tasks, captions, draw_language, scenes
 from vlm.prompts import FuyuTokenizer, LlamaTokenizer
-from vlm.prompts.fuyu import END, NEWLINE
+from vlm.prompts.fuyu import END, NEWLINE, SPEAKER
 from vlm.prompts.llava import TEMPLATES
 from vlm.sample import Message, TextPart
 from vlm.vision import ConvNeXtPyramid
@@ -147,15 +148,23 @@ def train_tokenizer() -> bytes:
 
 
 def fuyu_tokenizer(llama: LlamaTokenizer, folder: Path) -> None:
-    """Writes `tokenizer.json`: every number up to `_LARGEST_NUMBER` is a token that text is never cut into."""
+    """Writes `tokenizer.json`: every number up to `_LARGEST_NUMBER` is a token that text is never cut into.
+
+    The tokens of a picture are pieces of the vocabulary, as in the published file: `FuyuProcessor` counts on the blank
+    that a text gets in front of them, and takes it away.
+    """
     llama.save(folder)
     file = folder / "tokenizer.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     vocab = content["model"]["vocab"]
-    for number in range(_LARGEST_NUMBER + 1):
-        vocab.setdefault(str(number), len(vocab))
+    for token in (*map(str, range(_LARGEST_NUMBER + 1)), SPEAKER, NEWLINE):
+        vocab.setdefault(token, len(vocab))
+    content["model"]["ignore_merges"] = True
     backend = tokenizers.Tokenizer.from_str(json.dumps(content))
-    backend.add_special_tokens(["|SPEAKER|", NEWLINE, END])
+    whole = tokenizers.Regex("|".join(map(re.escape, (SPEAKER, NEWLINE))))
+    backend.pre_tokenizer = pre_tokenizers.Split(whole, behavior="isolated")
+    marks = (END, *(f"<0x0{number}>" for number in range(5)))
+    backend.add_special_tokens([tokenizers.AddedToken(mark, normalized=False, special=True) for mark in marks])
     backend.save(str(file))
     for name in ("tokenizer.model", "tokenizer_config.json"):
         (folder / name).unlink()

@@ -4,8 +4,10 @@ What follows is `processing_fuyu.py` of transformers 4.35; later versions comput
 """
 
 import re
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from pathlib import Path
 
 from vlm.errors import UserError
 from vlm.prompts.regions import REGION_FORMS
@@ -15,10 +17,10 @@ from vlm.prompts.tokenizer import HubTokenizer, Opened, add_special
 from vlm.sample import Message
 
 BOS, ANSWER, END = "<s>", "<0x04>", "|ENDOFTEXT|"
-NEWLINE = "|NEWLINE|"
-"""Token behind each row of patches."""
+SPEAKER, NEWLINE = "|SPEAKER|", "|NEWLINE|"
+"""Tokens in the place of a patch, and behind each row of patches."""
 _MARKS = {"box": ("<0x00>", "<0x01>"), "point": ("<0x02>", "<0x03>")}
-_TOKENS = (BOS, ANSWER, END, NEWLINE, *(mark for pair in _MARKS.values() for mark in pair))
+_SPECIAL = (BOS, ANSWER, END, *(mark for pair in _MARKS.values() for mark in pair))
 _PLACE = re.compile(r"<(box|point)>(\d+(?:, \d+)+)</\1>")
 _NUMBER = re.compile(r"\d+")
 
@@ -44,10 +46,16 @@ class FuyuTokenizer(HubTokenizer):
     def _open(self) -> Opened:
         opened = super()._open()
         known = opened.backend.get_vocab(with_added_tokens=True)
-        if missing := [token for token in _TOKENS if token not in known]:
+        if missing := [token for token in (*_SPECIAL, SPEAKER, NEWLINE) if token not in known]:
             raise UserError(f"tokenizer {self.path}: has no token {missing[0]!r}; is it Fuyu's?")
-        add_special(opened.backend, _TOKENS)
+        add_special(opened.backend, _SPECIAL)
         return opened._replace(pad=opened.pad or END)
+
+    def save(self, folder: str | Path) -> None:
+        """The file as it is, which `FuyuProcessor` reads in its own way."""
+        super().save(folder)
+        if not self.added_tokens:
+            shutil.copyfile(self._file, Path(folder) / "tokenizer.json")
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         ids: list[int] = []

@@ -235,8 +235,12 @@ class HubTokenizer(Tokenizer):
     pad_token: str | None = None
     eos_token: str | None = None
 
+    @cached_property
+    def _file(self) -> Path:
+        return find_file(self.path, "tokenizer.json", "a folder with a `tokenizer.json`, or such a file")
+
     def _open(self) -> Opened:
-        file = find_file(self.path, "tokenizer.json", "a folder with a `tokenizer.json`, or such a file")
+        file = self._file
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain Exception
