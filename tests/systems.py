@@ -114,7 +114,7 @@ def fuyu(**changes: Any) -> Fuyu:
     arguments = {
         "patches": Patches(10, max_width=60, max_height=40),
         "language": CausalLM(config=PERSIMMON),
-        "tokenizer": FuyuTokenizer(str(ROOT / "vlm/demo/assets/persimmon")),
+        "tokenizer": FuyuTokenizer(str(ROOT / "vlm/demo/assets/fuyu")),
         "max_tokens": 512,
     }
     return Fuyu(**(arguments | changes))

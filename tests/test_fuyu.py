@@ -221,7 +221,7 @@ def released(folder: Path, *, rows: int = 1280) -> tuple[Path, Any]:
     save_file(tensors, old / "model.safetensors")
     shutil.copyfile(folder / "hf/config.json", old / "config.json")
     for target in (folder / "hf", old):
-        shutil.copyfile(ROOT / "vlm/demo/assets/persimmon/tokenizer.json", target / "tokenizer.json")
+        shutil.copyfile(ROOT / "vlm/demo/assets/fuyu/tokenizer.json", target / "tokenizer.json")
         size = {"size": {"width": 60, "height": 40}}
         (target / "preprocessor_config.json").write_text(json.dumps(size))
     return old, model
@@ -315,7 +315,7 @@ def test_paper_size_has_the_published_tensors() -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
     module = Fuyu(
         patches=Patches(),
-        language=CausalLM(config=get_family("fuyu").describe({}, ROOT / "vlm/demo/assets/persimmon")["init_args"][
+        language=CausalLM(config=get_family("fuyu").describe({}, ROOT / "vlm/demo/assets/fuyu")["init_args"][
             "language"]["init_args"]["config"]),
         tokenizer=FuyuTokenizer("adept/fuyu-8b"),
     )  # fmt: skip

@@ -10,8 +10,8 @@
                              templates of several systems, as the published ones were tuned in their own
     clip/model.safetensors   a tower of CLIP's class, pretrained on pictures (`vlm.demo.tower`)
     convnext/model.safetensors  a ConvNeXt, the same
-    persimmon/tokenizer.json    the same tokenizer with Fuyu's marks and a token for each small number
-    persimmon/model.safetensors a decoder of Persimmon's class, pretrained on text in Fuyu's template
+    fuyu/tokenizer.json      the same tokenizer with Fuyu's marks and a token for each small number
+    fuyu/artefact            a small Fuyu, pretrained on text in its template and on pictures (`vlm.demo.fuyu`)
 
 Everything is learned from training compositions alone: none of validation or test (`scenes.split_of`) was ever drawn
 or told. The weights are stored in float16.
@@ -33,19 +33,27 @@ import tokenizers
 import torch
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PersimmonConfig, PersimmonForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from vlm.checkpoints.atomic import atomic_file
+from vlm.checkpoints.artefact import fill_artefact
+from vlm.checkpoints.atomic import atomic_directory, atomic_file
+from vlm.demo.fuyu import train_on_pictures
 from vlm.demo.language import CHAT_TEMPLATES, train_language
 from vlm.demo.scenes import Scene
 from vlm.demo.tasks import dialogue
 from vlm.demo.tower import train_pyramid, train_tower
 from vlm.demo.write import all_tasks, captions, draw_language, scenes
+from vlm.language import CausalLM
+from vlm.language.attention import PACKED
+from vlm.loading import describe_module
 from vlm.prompts import FuyuTokenizer, LlamaTokenizer
 from vlm.prompts.fuyu import END, NEWLINE, SPEAKER
 from vlm.prompts.llava import TEMPLATES
 from vlm.sample import Message, TextPart
+from vlm.stages import Stage, Trained
+from vlm.systems import Fuyu
 from vlm.vision import ConvNeXtPyramid
+from vlm.vision.patches import Patches
 
 TOWER = "vit_large_patch14_clip_quickgelu_336"
 TOWER_OPTIONS: dict[str, Any] = {"img_size": 98, "embed_dim": 128, "depth": 5, "num_heads": 4}
@@ -71,6 +79,7 @@ LANGUAGE_CYCLES = 2
 CHAT_STEPS = 2000
 CHAT_RATE = 5e-4
 PERSIMMON: dict[str, Any] = {
+    "model_type": "persimmon",
     "vocab_size": 1280,
     "hidden_size": 128,
     "intermediate_size": 512,
@@ -81,7 +90,9 @@ PERSIMMON: dict[str, Any] = {
     "pad_token_id": 0,
 }
 PERSIMMON_STEPS = 2500
-_LARGEST_NUMBER = 80  # half the side of the largest picture of the demo
+PICTURE_STEPS = 2500
+FUYU_PATCHES = Patches(16, max_width=128, max_height=128)
+_LARGEST_NUMBER = 80  # more than half the side of the largest picture of the demo
 _NUM_SCENES = 2000
 _TAUGHT = (
     *("plain", "v0", "llava_v0", "v0_mmtag", "v1", "vicuna_v1", "llava_v1", "v1_mmtag"),
@@ -170,11 +181,31 @@ def fuyu_tokenizer(llama: LlamaTokenizer, folder: Path) -> None:
         (folder / name).unlink()
 
 
+def make_fuyu(folder: Path, *, llama: Path) -> None:
+    """Writes the tokenizer and, as an artefact that a stage can follow, the pretrained network."""
+    torch.manual_seed(0)
+    fuyu_tokenizer(LlamaTokenizer(str(llama), legacy=True), folder)
+    tokenizer = FuyuTokenizer(str(folder))
+    module = Fuyu(patches=FUYU_PATCHES, language=CausalLM(config=PERSIMMON), tokenizer=tokenizer)
+    module.stage = Stage("pretrained", {"connector": Trained(lr=1.0), "language": Trained(lr=1.0)})
+    module.configure_model()
+    module.language.set_attn_implementation("sdpa")
+    for line in train_language(module.language, tokenizer, steps=PERSIMMON_STEPS, templates=("fuyu",)):
+        print("fuyu", line, flush=True)
+    module.language.set_attn_implementation(PACKED)
+    for line in train_on_pictures(module, steps=PICTURE_STEPS):
+        print("fuyu", line, flush=True)
+    with atomic_directory(folder / "artefact") as artefact:
+        tensors = ((name, tensor.detach().half()) for name, tensor in module.state_dict().items())
+        meta = {"system": "fuyu", "stage": "pretrained", "global_step": 0, "model": describe_module(module)}
+        fill_artefact(artefact, tensors=tensors, meta=meta)
+
+
 def main(arguments: list[str]) -> int:
     """`python -m vlm.demo.backbones FOLDER`."""
     parser = argparse.ArgumentParser(prog="python -m vlm.demo.backbones")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", choices=("tokenizer", "llama", "clip", "convnext", "persimmon"), help="default: all")
+    parser.add_argument("--only", choices=("tokenizer", "llama", "clip", "convnext", "fuyu"), help="default: all")
     options = parser.parse_args(arguments)
     llama, clip = options.folder / "llama", options.folder / "clip"
     if options.only in (None, "tokenizer"):
@@ -209,15 +240,8 @@ def main(arguments: list[str]) -> int:
         convnext = options.folder / "convnext"
         convnext.mkdir(parents=True, exist_ok=True)
         save_file(tower.trunk.half().state_dict(), convnext / "model.safetensors")
-    if options.only in (None, "persimmon"):
-        torch.manual_seed(0)
-        persimmon = options.folder / "persimmon"
-        fuyu_tokenizer(LlamaTokenizer(str(llama), legacy=True), persimmon)
-        decoder = PersimmonForCausalLM(PersimmonConfig(**PERSIMMON))
-        tuned = FuyuTokenizer(str(persimmon))
-        for line in train_language(decoder, tuned, steps=PERSIMMON_STEPS, templates=("fuyu",)):
-            print("persimmon", line, flush=True)
-        decoder.half().save_pretrained(persimmon)
+    if options.only in (None, "fuyu"):
+        make_fuyu(options.folder / "fuyu", llama=llama)
     return 0
 
 
