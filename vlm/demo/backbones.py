@@ -90,7 +90,7 @@ PERSIMMON: dict[str, Any] = {
     "pad_token_id": 0,
 }
 PERSIMMON_STEPS = 2500
-PICTURE_STEPS = 2500
+PICTURE_STEPS = 1500
 FUYU_PATCHES = Patches(16, max_width=128, max_height=128)
 _LARGEST_NUMBER = 80  # more than half the side of the largest picture of the demo
 _NUM_SCENES = 2000
