@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vlm.vision.tiling import AnyRes
 
 DTYPES = ("float32", "bfloat16", "float16")
+_LLAVA_CLASSES = ("llava_1_5", "llava_next", "vila", "llava")
 _LARGEST = 1024  # side in pixels of the pictures that the report speaks of
 _SHOWN = 6
 
@@ -99,12 +100,12 @@ def _check(module: Any) -> None:
     from timm.layers import QuickGELU
     from torch import nn
 
-    from vlm.checkpoints.convert import SYSTEMS
     from vlm.checkpoints.llava import HF, check_connector
     from vlm.connectors import MLP, Linear
 
-    if module.system not in SYSTEMS or module.system == "mini_gemini":
-        raise UserError(f"{module.system}: has no class of its own in Hugging Face's tools; llava_1_5 does")
+    if module.system not in _LLAVA_CLASSES:
+        known = ", ".join((*_LLAVA_CLASSES, "fuyu"))
+        raise UserError(f"{module.system}: has no class of its own in Hugging Face's tools; {known} have")
     connector, tower = module.arguments["connector"], module.arguments["vision"]
     if isinstance(connector, Linear):
         check_connector(HF, "linear")
