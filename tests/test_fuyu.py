@@ -4,9 +4,11 @@ import json
 import math
 import shutil
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import vlm  # first: repairs torchvision
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -182,6 +184,20 @@ def test_places_count_in_halves_of_the_scaled_picture(tmp_path: Path) -> None:
     assert (codec.num_tokens(120, 160), codec.patches.grid(120, 160)) == (16, (3, 4))
     shown = codec.view(50, 35)  # 5 x 4 patches, the last row half filled
     assert shown.in_view((0.0, 0.0, 1.0, 1.0)) == pytest.approx((0, 0, 1, 35 / 40))
+
+
+def test_places_are_rounded_as_published() -> None:
+    """np.round(value / 2 * scale) with the scale as a float32, also where that is half a number."""
+    random, codec = Random(1), fuyu().codec
+    for _ in range(500):
+        width, height = random.randint(20, 200), random.randint(20, 200)
+        left, top = random.randint(0, width - 4), random.randint(0, height - 4)
+        right, bottom = random.randint(left + 3, width), random.randint(top + 3, height)
+        scale = np.float32(codec.patches.scaled(width, height)[1] / height).item()
+        official = [int(np.round(value / 2 * scale)) for value in (top, left, bottom, right)]
+        box = ((left / width, top / height), (right / width, bottom / height))
+        text = codec.template.regions.write("box", [box], size=codec.view(width, height).size)
+        assert text == f"<box>{', '.join(map(str, official))}</box>"
 
 
 def test_pictures_that_cannot_be_cut_are_named(tmp_path: Path) -> None:
