@@ -157,7 +157,8 @@ class FuyuRegions(RegionForm):
         width, height = size
         texts = []
         for points in regions:
-            halves = [(round(x * width / 2), round(y * height / 2)) for x, y in points]
+            # nine decimals: 25 of 39 pixels are a share of which the half is 12.500000000000002
+            halves = [(round(round(x * width / 2, 9)), round(round(y * height / 2, 9))) for x, y in points]
             # y first in boxes, x first in points: as published
             values = [value for x, y in halves for value in ((y, x) if kind == "box" else (x, y))]
             texts.append(f"<{kind}>{', '.join(map(str, values))}</{kind}>")

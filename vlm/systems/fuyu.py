@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vlm.batch import TokenSequence, Views
@@ -41,7 +42,8 @@ class FuyuCodec(RowCodec):
     def view(self, width: int, height: int, *, image: int = 0, seed: int | None = None) -> View:
         across, down = self.patches.scaled(width, height)
         columns, rows = self.patches.grid(width, height)
-        side, scale = self.patches.side, down / height  # the published factor, of both directions
+        # the published factor, of both directions; its float32 decides where half a number is rounded to
+        side, scale = self.patches.side, torch.tensor(down / height).item()
         shown = Placement(scale_x=across / (columns * side), scale_y=down / (rows * side))
         return View(Placement(), (width * scale, height * scale), shown=shown)
 
