@@ -1,4 +1,4 @@
-"""Qwen-VL's evaluation: each protocol asks what `eval_mm` of QwenLM/Qwen-VL asks, and runs from its own file."""
+"""Protocols of single systems, from their own files: Qwen-VL asks what its `eval_mm` asks, Fuyu what its release does."""
 # ruff: noqa: F401, F811
 
 import vlm
@@ -15,7 +15,7 @@ from tests.test_benchmarks import TEN, _picture, _write, root, weights
 from vlm.errors import SampleError
 from vlm.prompts import ImageMark, TextSpan, get_template
 
-CONFIGS = Path(__file__).parents[1] / "configs/eval/qwen_vl"
+CONFIGS = Path(__file__).parents[1] / "configs/eval"
 OPTIONS = "A. a ball\nB. air"
 SEED = "A. One\nB. Two\nC. Three\nD. Four"
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -23,27 +23,33 @@ SHORT = {"max_new_tokens": 10, "min_new_tokens": 1}
 LONG = {"max_new_tokens": 100, "min_new_tokens": 1}
 BOX = {"max_new_tokens": 28, "min_new_tokens": 10}
 CAPTION = {"max_new_tokens": 30, "min_new_tokens": 8, "length_penalty": 0.0}
+DOG = "<img>PATH</img><ref>dog of {}</ref><box>"
+ASKED = "Answer the following VQAv2 question based on the image: {}\n<0x04>"
 # name: decoding, and of each source the first prompt
 PROTOCOLS = {
-    "vqav2": (SHORT, "<img>PATH</img>What is it? Answer:"),
-    "okvqa": (SHORT, "<img>PATH</img>Why 0? Answer:"),
-    "textvqa": (SHORT, "<img>PATH</img>what brand is it? Answer:"),
-    "vizwiz": (SHORT, "<img>PATH</img>What? Answer:"),
-    "gqa": (SHORT, "<img>PATH</img>Is it red? Answer:"),
-    "ai2d": (SHORT, "<img>PATH</img>What eats algae? Answer:"),
-    "docvqa": (LONG, "<img>PATH</img>Who signed? Answer:"),
-    "chartqa": (LONG, "<img>PATH</img>How much? Answer:", "<img>PATH</img>Which is the tallest? Answer:"),
-    "ocr_vqa": (LONG, "<img>PATH</img>Who wrote this? Answer:"),
-    "flickr30k": (CAPTION, "<img>PATH</img>Describe the image in English:"),
-    "nocaps": (CAPTION, "<img>PATH</img>Describe the image in English:"),
-    "refcoco": (BOX, *(f"<img>PATH</img><ref>dog of {split}</ref><box>" for split in ("val", "testA", "testB"))),
-    "refcoco_plus": (BOX, *(f"<img>PATH</img><ref>dog of {split}</ref><box>" for split in ("val", "testA", "testB"))),
-    "refcocog": (BOX, *(f"<img>PATH</img><ref>dog of {split}</ref><box>" for split in ("val", "test"))),
-    "science_qa": (
+    "fuyu/vqav2": (SHORT, f"PATH<s>{ASKED.format('What is it?')}"),
+    "fuyu/okvqa": (SHORT, f"PATH<s>{ASKED.format('Why 0?')}"),
+    "fuyu/ai2d": (SHORT, f"PATH<s>{ASKED.format('What eats algae?')}"),
+    "fuyu/coco_captions": ({"max_new_tokens": 30}, "PATH<s>Generate a coco-style caption.\n<0x04>"),
+    "qwen_vl/vqav2": (SHORT, "<img>PATH</img>What is it? Answer:"),
+    "qwen_vl/okvqa": (SHORT, "<img>PATH</img>Why 0? Answer:"),
+    "qwen_vl/textvqa": (SHORT, "<img>PATH</img>what brand is it? Answer:"),
+    "qwen_vl/vizwiz": (SHORT, "<img>PATH</img>What? Answer:"),
+    "qwen_vl/gqa": (SHORT, "<img>PATH</img>Is it red? Answer:"),
+    "qwen_vl/ai2d": (SHORT, "<img>PATH</img>What eats algae? Answer:"),
+    "qwen_vl/docvqa": (LONG, "<img>PATH</img>Who signed? Answer:"),
+    "qwen_vl/chartqa": (LONG, "<img>PATH</img>How much? Answer:", "<img>PATH</img>Which is the tallest? Answer:"),
+    "qwen_vl/ocr_vqa": (LONG, "<img>PATH</img>Who wrote this? Answer:"),
+    "qwen_vl/flickr30k": (CAPTION, "<img>PATH</img>Describe the image in English:"),
+    "qwen_vl/nocaps": (CAPTION, "<img>PATH</img>Describe the image in English:"),
+    "qwen_vl/refcoco": (BOX, *(DOG.format(split) for split in ("val", "testA", "testB"))),
+    "qwen_vl/refcoco_plus": (BOX, *(DOG.format(split) for split in ("val", "testA", "testB"))),
+    "qwen_vl/refcocog": (BOX, *(DOG.format(split) for split in ("val", "test"))),
+    "qwen_vl/science_qa": (
         {"options": " {}"}, f"<img>PATH</img>Context: N/A\nQuestion: Which is solid?\nOptions: {OPTIONS}\nAnswer:"
     ),
-    "seed_bench": ({"options": " {}"}, f"<img>PATH</img>\nQuestion: How many?\nOptions: {SEED}\nAnswer:"),
-    "mme": (
+    "qwen_vl/seed_bench": ({"options": " {}"}, f"<img>PATH</img>\nQuestion: How many?\nOptions: {SEED}\nAnswer:"),
+    "qwen_vl/mme": (
         {"max_new_tokens": 512, "temperature": 1.0, "top_p": 0.01},
         f"{SYSTEM}<|im_start|>user\n<img>PATH</img>\nIs the word \"A\"? Please answer yes or no.<|im_end|>\n"
         "<|im_start|>assistant\n",
@@ -75,6 +81,8 @@ def files(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             {"imgid": n, "filename": f"{n}.jpg", "split": "test" if n else "train",
              "sentences": [{"raw": "A boat . "}, {"raw": "Boats ."}]} for n in range(2)]},
         "data/eval/flickr30k/images/1.jpg": picture,
+        "data/eval/coco/dataset_coco.json": {"images": [
+            {"imgid": 1, "filename": "a.jpg", "split": "test", "sentences": [{"raw": "A boat ."}]}]},
         "data/eval/nocaps/nocaps_val_4500_captions.json": {
             "images": [{"id": 0, "file_name": "a.jpg", "domain": "near-domain"}],
             "annotations": [{"image_id": 0, "id": n, "caption": f"A boat {n}."} for n in range(3)]},
@@ -92,9 +100,9 @@ def sources(config: dict) -> list:
 
 
 def test_every_protocol_stands_here() -> None:
-    assert sorted(path.stem for path in CONFIGS.glob("*.yaml")) == sorted(PROTOCOLS)
-    text = (CONFIGS.parents[2] / "docs/evaluation.md").read_text(encoding="utf-8")
-    assert [name for name in PROTOCOLS if f"| `qwen_vl/{name}` |" not in text] == []
+    assert sorted(f"{path.parent.name}/{path.stem}" for path in CONFIGS.glob("*/*.yaml")) == sorted(PROTOCOLS)
+    text = (CONFIGS.parents[1] / "docs/evaluation.md").read_text(encoding="utf-8")
+    assert [name for name in PROTOCOLS if f"| `{name}` |" not in text] == []
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
@@ -132,14 +140,14 @@ def test_a_protocol_brings_its_template(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    text = (CONFIGS / "gqa.yaml").read_text().replace("template: qwen_vl", "template: qwen_xl")
+    text = (CONFIGS / "qwen_vl/gqa.yaml").read_text().replace("template: qwen_vl", "template: qwen_xl")
     (tmp_path / "a.yaml").write_text(text)
     assert cli.main(["test", "-c", str(tmp_path / "a.yaml"), "--weights", str(weights)]) == 2
     assert "unknown template 'qwen_xl'" in capfd.readouterr().err
 
 
 def test_references_are_shares_that_are_not_rounded(files: Path, tmp_path: Path) -> None:
-    [source, *_] = sources(yaml.safe_load((CONFIGS / "refcoco.yaml").read_text()))
+    [source, *_] = sources(yaml.safe_load((CONFIGS / "qwen_vl/refcoco.yaml").read_text()))
     assert source[0].answers == (("[0.525000000, 0.000000000, 1.000000000, 0.500000000]", 1.0),)
     _write(tmp_path, **{"a.jsonl": [BOXES | {"sent": "a", "bbox": [5, 0, 5, 7]}]})
     with pytest.raises(SampleError, match=r"'bbox' .* must be left, top, right, bottom"):
@@ -147,5 +155,5 @@ def test_references_are_shares_that_are_not_rounded(files: Path, tmp_path: Path)
 
 
 def test_people_are_judged_as_in_vqa(files: Path) -> None:
-    [source] = sources(yaml.safe_load((CONFIGS / "textvqa.yaml").read_text()))
+    [source] = sources(yaml.safe_load((CONFIGS / "qwen_vl/textvqa.yaml").read_text()))
     assert [text for text, _ in source[0].answers] == TEN
