@@ -1,4 +1,4 @@
-"""Protocols of single systems, from their own files: Qwen-VL asks what its `eval_mm` asks, Fuyu what its release does."""
+"""Protocols of single systems, from their own files: Qwen-VL asks as its `eval_mm` does, Fuyu as its release does."""
 # ruff: noqa: F401, F811
 
 import vlm
