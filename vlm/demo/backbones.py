@@ -2,7 +2,7 @@
 
 ::
 
-    python -m vlm.demo.backbones vlm/demo/assets          # about an hour and a quarter on two cores
+    python -m vlm.demo.backbones vlm/demo/assets          # about two hours on two cores
 
     llama/tokenizer.model    SentencePiece BPE with the traits of LLaMA's: `<unk>` 0, `<s>` 1, `</s>` 2, bytes for
                              unknown characters, no normalisation, blanks kept, a blank put before the text
@@ -11,7 +11,8 @@
     clip/model.safetensors   a tower of CLIP's class, pretrained on pictures (`vlm.demo.tower`)
     convnext/model.safetensors  a ConvNeXt, the same
     fuyu/tokenizer.json      the same tokenizer with Fuyu's marks and a token for each small number
-    fuyu/artefact            a small Fuyu, pretrained on text in its template and on pictures (`vlm.demo.fuyu`)
+    fuyu/artefact            a small Fuyu, pretrained on text in its template and on pictures (`vlm.demo.pictures`)
+    qwen_vl/artefact         tower and resampler of a small Qwen-VL behind a long first stage (`vlm.demo.pictures`)
 
 Everything is learned from training compositions alone: none of validation or test (`scenes.split_of`) was ever drawn
 or told. The weights are stored in float16.
@@ -37,8 +38,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from vlm.checkpoints.artefact import fill_artefact
 from vlm.checkpoints.atomic import atomic_directory, atomic_file
-from vlm.demo.fuyu import train_on_pictures
+from vlm.connectors import Resampler
 from vlm.demo.language import CHAT_TEMPLATES, train_language
+from vlm.demo.pictures import train_on_pictures
 from vlm.demo.scenes import Scene
 from vlm.demo.tasks import dialogue
 from vlm.demo.tower import train_pyramid, train_tower
@@ -51,8 +53,8 @@ from vlm.prompts.fuyu import END, NEWLINE, SPEAKER
 from vlm.prompts.llava import TEMPLATES
 from vlm.sample import Message, TextPart
 from vlm.stages import Stage, Trained
-from vlm.systems import Fuyu
-from vlm.vision import ConvNeXtPyramid
+from vlm.systems import Fuyu, QwenVL
+from vlm.vision import ConvNeXtPyramid, TimmTower
 from vlm.vision.patches import Patches
 
 TOWER = "vit_large_patch14_clip_quickgelu_336"
@@ -90,8 +92,20 @@ PERSIMMON: dict[str, Any] = {
     "pad_token_id": 0,
 }
 PERSIMMON_STEPS = 2500
-PICTURE_STEPS = 1500
+PICTURE_STEPS = 5000
 FUYU_PATCHES = Patches(16, max_width=128, max_height=128)
+QWEN_TOWER = "vit_gigantic_patch14_clip_224"
+QWEN_TOWER_OPTIONS: dict[str, Any] = {
+    **TOWER_OPTIONS,
+    "class_token": False,
+    "global_pool": "avg",
+    "mlp_ratio": 4.0,
+}
+QWEN_TOKENS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>"),
+)
+RESAMPLER_STEPS = 2500
 _LARGEST_NUMBER = 80  # more than half the side of the largest picture of the demo
 _NUM_SCENES = 2000
 _TAUGHT = (
@@ -187,17 +201,48 @@ def make_fuyu(folder: Path, *, llama: Path) -> None:
     fuyu_tokenizer(LlamaTokenizer(str(llama), legacy=True), folder)
     tokenizer = FuyuTokenizer(str(folder))
     module = Fuyu(patches=FUYU_PATCHES, language=CausalLM(config=PERSIMMON), tokenizer=tokenizer)
-    module.stage = Stage("pretrained", {"connector": Trained(lr=1.0), "language": Trained(lr=1.0)})
+    how = Trained(lr=1e-3, weight_decay=0.05)
+    module.stage = Stage("pretrained", {"connector": how, "language": how})
     module.configure_model()
     module.language.set_attn_implementation("sdpa")
     for line in train_language(module.language, tokenizer, steps=PERSIMMON_STEPS, templates=("fuyu",)):
         print("fuyu", line, flush=True)
     module.language.set_attn_implementation(PACKED)
-    for line in train_on_pictures(module, steps=PICTURE_STEPS):
+    module.train()
+    for line in train_on_pictures(module, steps=PICTURE_STEPS, drawing_share=0.5):
         print("fuyu", line, flush=True)
-    with atomic_directory(folder / "artefact") as artefact:
-        tensors = ((name, tensor.detach().half()) for name, tensor in module.state_dict().items())
-        meta = {"system": "fuyu", "stage": "pretrained", "global_step": 0, "model": describe_module(module)}
+    write_pretrained(folder / "artefact", module)
+
+
+def make_qwen_vl(folder: Path, *, llama: Path, clip: Path) -> None:
+    """Writes tower and resampler behind a long first stage, as an artefact that a stage can follow."""
+    module = QwenVL(
+        vision=TimmTower(QWEN_TOWER, layer=-1, weights=str(clip), options=QWEN_TOWER_OPTIONS, position_grid=7),
+        connector=Resampler(num_queries=49, num_heads=8),
+        language=CausalLM(str(llama), config={"model_type": "qwen2"}),
+        tokenizer=LlamaTokenizer(str(llama), legacy=False, added_tokens=QWEN_TOKENS),
+        template="qwen_vl",
+        image="squash",
+    )
+    train = {"vision": Trained(lr=3e-4, weight_decay=0.05), "connector": Trained(lr=3e-3, weight_decay=0.05)}
+    module.stage = Stage("pretrained", train)
+    module.configure_model()
+    for line in train_on_pictures(module, steps=RESAMPLER_STEPS):
+        print("qwen_vl", line, flush=True)
+    write_pretrained(folder / "artefact", module)
+
+
+def write_pretrained(folder: Path, module: Any) -> None:
+    """An artefact of what the stage of a module has trained, in float16."""
+    trained = module.trained_names()
+    tensors = ((name, tensor.detach().half()) for name, tensor in module.state_dict().items() if name in trained)
+    meta = {
+        "system": module.system,
+        "stage": module.stage.name,
+        "global_step": 0,
+        "model": describe_module(module),
+    }
+    with atomic_directory(folder) as artefact:
         fill_artefact(artefact, tensors=tensors, meta=meta)
 
 
@@ -205,7 +250,8 @@ def main(arguments: list[str]) -> int:
     """`python -m vlm.demo.backbones FOLDER`."""
     parser = argparse.ArgumentParser(prog="python -m vlm.demo.backbones")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", choices=("tokenizer", "llama", "clip", "convnext", "fuyu"), help="default: all")
+    parts = ("tokenizer", "llama", "clip", "convnext", "fuyu", "qwen_vl")
+    parser.add_argument("--only", choices=parts, help="default: all")
     options = parser.parse_args(arguments)
     llama, clip = options.folder / "llama", options.folder / "clip"
     if options.only in (None, "tokenizer"):
@@ -242,6 +288,8 @@ def main(arguments: list[str]) -> int:
         save_file(tower.trunk.half().state_dict(), convnext / "model.safetensors")
     if options.only in (None, "fuyu"):
         make_fuyu(options.folder / "fuyu", llama=llama)
+    if options.only in (None, "qwen_vl"):
+        make_qwen_vl(options.folder / "qwen_vl", llama=llama, clip=clip)
     return 0
 
 
