@@ -178,10 +178,11 @@ def test_all_tokens_are_shown(tmp_path: Path) -> None:
 
 
 def test_signs_for_what_cannot_be_seen() -> None:
-    shown = tokens_as_html([Piece("a\n\n", ids=(5, 6)), Piece("\t<"), Piece("")])
+    shown = tokens_as_html([Piece("a\n\n", ids=(5, 6)), Piece("\t<"), Piece(""), Piece("\x04")])
     assert shown == (
         '<div class=\'tokens\'><span class="" title="5 6">a\u21b5\u21b5</span>\n\n'
-        '<span class="">\u21e5&lt;</span><span class="">\u2205</span></div>'
+        '<span class="">\u21e5&lt;</span><span class="">\u2205</span>'
+        '<span class="">&lt;0x04&gt;</span></div>'
     )
 
 

@@ -5,6 +5,7 @@ by token, those that are trained in colour.
 """
 
 import argparse
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from vlm.sample import RefPart, RegionPart, Sample
 
 _WHOLE, _TILE, _DOT = 300, 140, 0.012
 _MAX_LABEL = 24
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # shown by the names that vocabularies give to bytes
 
 
 @dataclass(frozen=True)
@@ -161,12 +163,13 @@ def _shown(look: Look) -> str:
 
 
 def tokens_as_html(pieces: Sequence[Piece]) -> str:
-    """Tokens in a row; the ids show where the pointer rests, white space has a sign."""
+    """Tokens in a row; the ids show where the pointer rests, white space and control characters have signs."""
     made = []
     for piece in pieces:
         style = "mark" if piece.is_mark else "trained" if piece.trained else ""
         title = f' title="{" ".join(map(str, piece.ids))}"' if piece.ids else ""
-        text = escape(piece.text if piece.text else "\u2205").replace("\t", "\u21e5")
+        named = _CONTROL.sub(lambda found: f"<0x{ord(found[0]):02X}>", piece.text)
+        text = escape(named or "\u2205").replace("\t", "\u21e5")
         # the sign stands in the token, the break behind it
         breaks = "\n" * text.count("\n")
         made.append(f'<span class="{style}"{title}>{text.replace(chr(10), chr(0x21B5))}</span>{breaks}')
