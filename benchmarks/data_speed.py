@@ -112,8 +112,8 @@ def collate(items: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> tup
     pixels, ids, labels = zip(*items, strict=True)
     return (
         torch.stack(pixels),
-        pad_sequence(ids, batch_first=True),
-        pad_sequence(labels, batch_first=True, padding_value=-100),
+        pad_sequence(list(ids), batch_first=True),
+        pad_sequence(list(labels), batch_first=True, padding_value=-100),
     )
 
 
