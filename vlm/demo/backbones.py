@@ -36,8 +36,8 @@ from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vlm.checkpoints.artefact import fill_artefact
-from vlm.checkpoints.atomic import atomic_directory, atomic_file
+from vlm.checkpoints.artefact import write_artefact
+from vlm.checkpoints.atomic import atomic_file
 from vlm.connectors import Resampler
 from vlm.demo.language import CHAT_TEMPLATES, train_language
 from vlm.demo.pictures import train_on_pictures
@@ -208,7 +208,6 @@ def make_fuyu(folder: Path, *, llama: Path) -> None:
     for line in train_language(module.language, tokenizer, steps=PERSIMMON_STEPS, templates=("fuyu",)):
         print("fuyu", line, flush=True)
     module.language.set_attn_implementation(PACKED)
-    module.train()
     for line in train_on_pictures(module, steps=PICTURE_STEPS, drawing_share=0.5):
         print("fuyu", line, flush=True)
     write_pretrained(folder / "artefact", module)
@@ -236,14 +235,9 @@ def write_pretrained(folder: Path, module: Any) -> None:
     """An artefact of what the stage of a module has trained, in float16."""
     trained = module.trained_names()
     tensors = ((name, tensor.detach().half()) for name, tensor in module.state_dict().items() if name in trained)
-    meta = {
-        "system": module.system,
-        "stage": module.stage.name,
-        "global_step": 0,
-        "model": describe_module(module),
-    }
-    with atomic_directory(folder) as artefact:
-        fill_artefact(artefact, tensors=tensors, meta=meta)
+    model = describe_module(module)
+    meta = {"system": module.system, "stage": module.stage.name, "global_step": 0, "model": model}
+    write_artefact(folder, tensors=tensors, meta=meta)
 
 
 def main(arguments: list[str]) -> int:

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 from random import Random
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from vlm.batch import IGNORE
 from vlm.demo import tasks
+from vlm.demo.one_cycle import OneCycle
 from vlm.demo.scenes import make_scene
 from vlm.prompts import TextSpan, Tokenized, Tokenizer, get_template, tokenize
 from vlm.sample import Message, TextPart
@@ -105,16 +106,12 @@ def train_language(
         A line of progress every hundred steps.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    cycle = OneCycle(optimizer, steps=steps)
     model.train()
     mean = 0.0
     for step, (ids, labels) in enumerate(_batches(tokenizer, templates, first=first, steps=steps, batch=batch)):
         loss = model(input_ids=ids, labels=labels).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        cycle.step(loss)
         mean += loss.item() / 100
         if step % 100 == 99:
             yield f"{first + step + 1}: loss {mean:.3f}"

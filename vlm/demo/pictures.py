@@ -11,10 +11,10 @@ from random import Random
 from typing import Any
 
 import torch
-from torch import nn
 
 from vlm.codec import step_counts
 from vlm.demo import tasks
+from vlm.demo.one_cycle import OneCycle
 from vlm.demo.scenes import make_scene
 from vlm.sample import ImageFile, ImagePart, Message, Sample, TextPart
 
@@ -45,22 +45,16 @@ def train_on_pictures(module: Any, *, steps: int, drawing_share: float = 0.0, ba
     Yields:
         A line of progress every hundred steps.
     """
+    module.stage.set_trainable(module)
     groups = module.stage.optimizer_groups(module)
-    optimizer = torch.optim.AdamW(groups, betas=module.stage.optimizer.betas)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=0.1)
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    cycle = OneCycle(torch.optim.AdamW(groups, betas=module.stage.optimizer.betas), steps=steps)
     mean = 0.0
     for step in range(steps):
         numbers = range(step * batch, (step + 1) * batch)
         items = [module.codec.encode(picture_sample(number, drawing_share=drawing_share)) for number in numbers]
         counts = step_counts(items)
         loss = module.losses(module.codec.collate(items, counts=counts))["lm"] / counts["lm"]
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
+        cycle.step(loss)
         mean += loss.item() / 100
         if step % 100 == 99:
             yield f"pictures {step + 1}: loss {mean:.3f}"

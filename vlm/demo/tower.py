@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from vlm.demo.one_cycle import OneCycle
 from vlm.demo.scenes import COLORS, Scene, make_scene
 from vlm.demo.sprites import NOUNS, WORDS
 from vlm.vision import Pyramid
@@ -134,15 +135,11 @@ def _teach(
     parameters = [*tower.parameters(), *readers.parameters()]
     steps = len(data) // batch
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    cycle = OneCycle(optimizer, steps=steps)
     for step, (pixels, labels) in enumerate(DataLoader(data, batch_size=batch, num_workers=workers)):
         told = [reader(features, labels) for reader, features in zip(readers, read(pixels), strict=True)]
         loss = torch.stack([loss for loss, _ in told]).sum()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        cycle.step(loss)
         if step % 100 == 99 or step == steps - 1:
             noun, color, word, box = told[0][1].tolist()
             yield f"{step + 1}: noun {noun:.3f} color {color:.3f} word {word:.3f} box error {box:.4f}"
