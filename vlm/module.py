@@ -22,6 +22,7 @@ from vlm.errors import UserError
 from vlm.evaluation import EpochMeans, Judges
 from vlm.language import Decoding
 from vlm.loading import check_finished, is_resuming, weight_sources
+from vlm.recomputation import recompute_blocks
 from vlm.sample import Sample
 from vlm.seeding import seed_from
 from vlm.stages import Stage
@@ -102,7 +103,8 @@ class VisionLanguageModule(LightningModule):
     def configure_model(self) -> None:
         """Builds the network; after it every tensor has its value and nothing is on the meta device.
 
-        The order is fixed: build on meta, surgery, what is trained, sharding, memory, base weights, artefacts.
+        The order is fixed: build on meta, surgery, what is trained, recomputation, sharding, memory, base weights,
+        artefacts.
         """
         if self.load_report is not None:  # Lightning calls again for validate after fit
             return
@@ -117,6 +119,9 @@ class VisionLanguageModule(LightningModule):
             self.stage.set_trainable(self)
         else:
             self.requires_grad_(False).eval()
+        for part, description in self.arguments.items():
+            if getattr(description, "checkpointing", False):
+                recompute_blocks(self.get_submodule(part))
         if self.device_mesh is not None:
             if self.shard is None:
                 raise UserError("a sharding strategy needs the callback callbacks.MixedPrecisionFSDP")
