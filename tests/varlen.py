@@ -1,4 +1,4 @@
-"""A stand-in for CUDA's variable-length attention: the signatures and checks of `torch.nn.attention.varlen`, any device.
+"""A stand-in for CUDA's variable-length attention: its signatures and checks, on any device.
 
 What it computes is written out, in float32, and rounded to the dtype of its inputs as the kernel's result is.
 """
