@@ -1,6 +1,6 @@
-"""The packed attention as a GPU run takes it, through a stand-in for the kernel (`tests.varlen`), on the CPU.
+"""The packed attention as a GPU run takes it, through a stand-in for the kernel (`tests.support.varlen`), on the CPU.
 
-`tests/test_gpu.py` asks the real one the same.
+`tests/language/test_gpu.py` asks the real one the same.
 """
 
 from contextlib import nullcontext
@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.systems import SYSTEMS, build, samples
-from tests.varlen import SIGNATURES, StandIn, no_host_reads
+from tests.support.systems import SYSTEMS, build, samples
+from tests.support.varlen import SIGNATURES, StandIn, no_host_reads
 from vlm.codec import step_counts
 from vlm.language.attention import PACKED, packed_attention
 
