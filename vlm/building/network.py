@@ -25,9 +25,9 @@ Initialiser = Callable[[nn.Module], None]
 def empty_weights() -> Iterator[None]:
     """Inside, new modules keep their buffers, on the CPU, but their parameters take no memory (on the meta device).
 
-    The CPU whatever context surrounds it: Lightning builds inside one of the device, whose tables would differ in their
-    last bits. Unlike `torch.device("meta")`, tables that constructors compute (rotary frequencies) stay real; unlike accelerate's
-    context of this kind, parameters that are registered twice stay tied.
+    On the CPU whatever surrounds it: Lightning builds in the context of its device, whose tables would differ in their
+    last bits. Unlike `torch.device("meta")`, tables that constructors compute (rotary frequencies) stay real; unlike
+    accelerate's context of this kind, parameters that are registered twice stay tied.
     """
     register: Any = nn.Module.register_parameter
 
