@@ -132,7 +132,7 @@ class Fuyu(RowDecoder):
     def view_sizes(self) -> dict[str, tuple[int, int]]:
         return {STREAM: (self.patches.side, self.patches.side)}
 
-    def picture_parts(self) -> tuple[nn.Module, ...]:
+    def image_modules(self) -> tuple[nn.Module, ...]:
         return (self.connector,)
 
     def encode_images(self, batch: Batch) -> Tensor:

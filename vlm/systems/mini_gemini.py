@@ -13,7 +13,7 @@ from vlm.connectors.mining import mine_views
 from vlm.errors import UserError
 from vlm.systems.row import STREAM
 from vlm.systems.spliced import SplicedDecoder
-from vlm.vision import TowerFacts, VisionTower
+from vlm.vision import TowerDescription, TowerFacts
 from vlm.vision.tiling import low_views
 
 
@@ -52,7 +52,7 @@ class MiniGemini(SplicedDecoder):
     def __init__(
         self,
         *,
-        vision_high: VisionTower,
+        vision_high: TowerDescription,
         grid: int = 1,
         whole: bool = False,
         scale_features: bool = False,
@@ -93,7 +93,7 @@ class MiniGemini(SplicedDecoder):
         }
         return {name: parts[name] for name in order}
 
-    def picture_parts(self) -> tuple[nn.Module, ...]:
+    def image_modules(self) -> tuple[nn.Module, ...]:
         return self.vision, self.vision_high, self.mining, self.connector
 
     def encode_images(self, batch: Batch) -> Tensor:

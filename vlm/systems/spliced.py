@@ -19,7 +19,7 @@ from vlm.prompts.tokenizer import Tokenizer
 from vlm.sample import Sample
 from vlm.seeding import seed_from
 from vlm.systems.row import STREAM, RowCodec, RowDecoder
-from vlm.vision import TowerFacts, VisionTower
+from vlm.vision import TowerDescription, TowerFacts
 from vlm.vision.preprocess import ImageMode, ImageTransform, RandomCropFlip
 
 
@@ -96,7 +96,7 @@ class SplicedDecoder(RowDecoder):
     def __init__(
         self,
         *,
-        vision: VisionTower,
+        vision: TowerDescription,
         connector: Connector,
         language: LanguagePart,
         tokenizer: Tokenizer,
@@ -152,7 +152,7 @@ class SplicedDecoder(RowDecoder):
     def view_sizes(self) -> dict[str, tuple[int, int]]:
         return {STREAM: (self.tower.image_size, self.tower.image_size)}
 
-    def picture_parts(self) -> tuple[nn.Module, ...]:
+    def image_modules(self) -> tuple[nn.Module, ...]:
         return self.vision, self.connector
 
     def encode_images(self, batch: Batch) -> Tensor:
