@@ -117,10 +117,10 @@ class RowCodec(Codec):
         return ids, wide, slots
 
     def collate(self, items: Sequence[Encoded], *, counts: Mapping[str, float], packs: int = 1) -> Batch:
-        text, _ = pack_rows(items, streams=[STREAM])
+        text, rows = pack_rows(items, streams=[STREAM])
         return Batch(
             text=text,
-            rows={},
+            rows=rows,
             views=self.read(items),
             samples=tuple(item.info() for item in items),
             counts=dict(counts),
