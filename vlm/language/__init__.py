@@ -1,6 +1,7 @@
 from vlm.language.causal_lm import CausalLM, LanguagePart
 from vlm.language.generation import Decoding
-from vlm.language.surgery import PartialLoRA, Surgery
+from vlm.language.partial_lora import PartialLoRA
+from vlm.language.surgery import Surgery
 from vlm.language.tokens import NewTokens
 
 __all__ = ["CausalLM", "Decoding", "LanguagePart", "NewTokens", "PartialLoRA", "Surgery"]
