@@ -25,6 +25,8 @@ def packed_attention(
     *,
     cu_seqlens: Tensor | None = None,
     max_len: int | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_len_k: int | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -41,6 +43,9 @@ def packed_attention(
         attention_mask: must be None; what may be seen is said by `cu_seqlens` alone.
         cu_seqlens: int32[S + 1].
         max_len: longest sequence; a plain int.
+        cu_seqlens_k: bounds of the keys where they are not those of the queries (cross-attention, never causal). A
+            sequence without any key finds zeros.
+        max_len_k: most keys of a sequence.
         sliding_window: number of positions a token sees, itself included (Mistral v0.1, Qwen2).
         softcap: Gemma 2's soft cap on the scores.
 
@@ -56,17 +61,22 @@ def packed_attention(
             "packed attention takes one row with cu_seqlens and max_len and no attention mask; "
             "generate() switches to another implementation by itself"
         )
+    if cu_seqlens_k is None or max_len_k is None:
+        cu_seqlens_k, max_len_k = cu_seqlens, max_len
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if query.is_cuda and softcap is None and dropout == 0.0:
-        return _varlen(query, key, value, cu_seqlens, max_len, scaling, causal, sliding_window), None
-    lengths = cu_seqlens.diff().tolist()  # on the CPU; the CUDA path above never reads values
+        return _varlen(
+            query, key, value, cu_seqlens, max_len, cu_seqlens_k, max_len_k, scaling, causal, sliding_window
+        ), None
+    # on the CPU; the CUDA path above never reads values
+    bounds = zip((query, key, value), (cu_seqlens, cu_seqlens_k, cu_seqlens_k), strict=True)
     # `split` and not slices: the gradient of each slice would be a tensor of the whole row, mostly zeros
-    sequences = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    sequences = zip(*(tensor.split(cu.diff().tolist(), dim=2) for tensor, cu in bounds), strict=True)
     pieces = [_one_sequence(q, k, v, scaling, causal, dropout, sliding_window, softcap) for q, k, v in sequences]
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 
 
-def _varlen(query, key, value, cu_seqlens, max_len, scaling, causal, sliding_window):
+def _varlen(query, key, value, cu_seqlens, max_len, cu_seqlens_k, max_len_k, scaling, causal, sliding_window):
     from torch.nn.attention.varlen import varlen_attn
 
     left = sliding_window - 1 if sliding_window is not None and sliding_window < max_len else -1
@@ -76,9 +86,9 @@ def _varlen(query, key, value, cu_seqlens, max_len, scaling, causal, sliding_win
         keys,
         values,
         cu_seqlens,
-        cu_seqlens,
+        cu_seqlens_k,
         max_len,
-        max_len,
+        max_len_k,
         scale=scaling,
         window_size=(left, 0) if causal else (-1, -1),
         enable_gqa=query.shape[1] != key.shape[1],
@@ -88,6 +98,8 @@ def _varlen(query, key, value, cu_seqlens, max_len, scaling, causal, sliding_win
 
 def _one_sequence(query, key, value, scaling, causal, dropout, sliding_window, softcap):
     length = query.shape[2]
+    if key.shape[2] == 0:
+        return query * 0.0
     windowed = sliding_window is not None and length > sliding_window
     if softcap is None and not windowed:
         return F.scaled_dot_product_attention(
