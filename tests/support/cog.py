@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vlm.batch import Batch, TokenSequence
 from vlm.language.layer_inputs import Context, LayerInputs
-from vlm.losses import zero_from
+from vlm.functional import zero_from
 from vlm.sample import Sample
 from vlm.systems.row import STREAM
 from vlm.systems.spliced import SplicedCodec, SplicedDecoder
