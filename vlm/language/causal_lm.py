@@ -52,7 +52,7 @@ class CausalLM(LanguagePart):
             `mistral`, `qwen2`, `gemma`, ...), and the weights are new. With `path`, another `model_type` builds that
             class over the same weights (`qwen2` over a Llama computes the same: its biases are zero).
         pretrained: False takes the architecture of `path` with new weights.
-        checkpointing: recompute each layer's activations in the backward pass.
+        checkpointing: recompute each layer's activations in the backward pass, also where the layers are frozen.
     """
 
     path: str | None = None
@@ -100,8 +100,6 @@ class CausalLM(LanguagePart):
             copy.deepcopy(self.transformers_config()), dtype=torch.float32, attn_implementation=PACKED
         )
         model.tie_weights()
-        if self.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
         return model
 
     def initialise(self, model: Any, module: nn.Module) -> None:
