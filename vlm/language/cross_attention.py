@@ -80,7 +80,9 @@ class ContextAttention(nn.Module):
             cu_seqlens: int32[S + 1], of a packed row.
         """
         if (context := inputs.context) is None:
-            raise ValueError("cross-attention takes a context; the system's `layer_inputs` gives an empty one if need be")
+            raise ValueError(
+                "cross-attention takes a context; the system's `layer_inputs` gives an empty one if need be"
+            )
         query = inputs.restore(self.query(hidden).flatten(0, -2))
         key, value = self._states(inputs, layer)
         if cu_seqlens is None:  # a prompt's beams look at the same keys, as if they were one sequence
@@ -88,20 +90,17 @@ class ContextAttention(nn.Module):
             max_len = len(query) // num_sequences
             steps = torch.arange(num_sequences + 1, device=query.device, dtype=torch.int32)
             cu_seqlens = steps * max_len
-        if len(context.features):
-            found, _ = packed_attention(
-                self,
-                *(self._split_heads(tensor) for tensor in (query, key, value)),
-                None,
-                cu_seqlens=cu_seqlens,
-                max_len=max_len,
-                cu_seqlens_k=context.cu_seqlens,
-                max_len_k=context.max_len,
-                is_causal=False,
-            )
-            found = found[0].flatten(1)
-        else:  # nothing to see, but all is in the graph
-            found = query * 0.0 + (key.sum() + value.sum())
+        found, _ = packed_attention(
+            self,
+            *(self._split_heads(tensor) for tensor in (query, key, value)),
+            None,
+            cu_seqlens=cu_seqlens,
+            max_len=max_len,
+            cu_seqlens_k=context.cu_seqlens,
+            max_len_k=context.max_len,
+            is_causal=False,
+        )
+        found = found[0].flatten(1).to(hidden.dtype)
         return self.dense(inputs.sort(found)).unflatten(0, hidden.shape[:-1])
 
     def _states(self, inputs: LayerInputs, layer: int) -> tuple[Tensor, Tensor]:
