@@ -92,7 +92,7 @@ def from_internlm2(tensors: Mapping[str, Tensor], *, groups: int, head_dim: int)
 
 def official(case: str, weights: Mapping[str, Tensor], language: nn.Module) -> None:
     missing, unexpected = language.load_state_dict(dict(weights), strict=False)
-    assert not missing and not unexpected, case
+    assert not missing + unexpected, case
 
 
 def packed(tensors: Mapping[str, Tensor], *, width: int) -> tuple[Row, Tensor]:
@@ -345,10 +345,10 @@ def test_what_cannot_be_told_is_refused() -> None:
     language = Holder(LLAMA, PartialLoRA(rank=2)).language
     with pytest.raises(ValueError, match="takes `layer_inputs`"):
         language(input_ids=torch.tensor([[1, 2]]), use_cache=False)
+    changed, ids = Holder(LLAMA, CrossAttention(context=8, width=8, heads=2)).language, torch.tensor([1, 2])
+    row, embeds = Row.pack([TokenSequence(ids, ids)]), changed.get_input_embeddings()(ids)
     with pytest.raises(ValueError, match="takes a context"):
-        changed = Holder(LLAMA, CrossAttention(context=8, width=8, heads=2)).language
-        ids = torch.tensor([1, 2])
-        label_logits(changed, changed.get_input_embeddings()(ids), Row.pack([TokenSequence(ids, ids)]))
+        label_logits(changed, embeds, row)
     with pytest.raises(UserError, match=r"in no layer"):
         Holder(LLAMA, PartialLoRA(rank=2, targets=[r"language\.lm_head"]))
     with pytest.raises(UserError, match="matches no linear layer"):

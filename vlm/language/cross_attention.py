@@ -21,8 +21,8 @@ class CrossAttention(Surgery):
 
         layer: h + self_attn(norm(h)) -> h + cross_attn(norm(h)) -> h + mlp(norm(h))
 
-    What is looked at (`LayerInputs.context`) may be much finer than the tokens of the row, because the attention is thin:
-    its queries, keys and values have their own, small width. It has no mask and no positions.
+    What is looked at (`LayerInputs.context`) may be much finer than the tokens of the row, because the attention is
+    thin: its queries, keys and values have their own, small width. It has no mask and no positions.
 
     Attributes:
         context: width of the features.
