@@ -11,7 +11,7 @@ from vlm.errors import UserError
 from vlm.language import CausalLM, Decoding, PartialLoRA
 from vlm.language.attention import packed_attention
 from vlm.language.causal_lm import label_logits
-from vlm.language.choosing import choose
+from vlm.language.choosing import rank_options
 from vlm.language.layer_inputs import LayerInputs, Prompt, informing
 from vlm.language.partial_lora import PartialLoRALinear
 
@@ -107,7 +107,7 @@ def test_the_option_with_the_lowest_mean_loss_is_chosen() -> None:
         Prompt(packed.get_input_embeddings()(ids), torch.arange(len(ids)), torch.zeros(len(ids), dtype=torch.bool))
         for ids in prompts
     ]
-    assert choose(packed, told, options) == wanted
+    assert rank_options(packed, told, options) == wanted
     with pytest.raises(UserError, match=r"options must have one \{\}"):
         Decoding(options="A")
 
