@@ -29,7 +29,7 @@ def image_blocks(ids: Tensor, slots: Tensor, width: int) -> tuple[Tensor, Tensor
 
 
 class CogCodec(SplicedCodec):
-    """A picture takes a mark, its patches and a mark."""
+    """An image takes a mark, its patches and a mark."""
 
     def num_tokens(self, width: int, height: int) -> int:
         return self.tower.num_tokens + 2
@@ -81,15 +81,18 @@ class TinyCog(SplicedDecoder):
         return *super().image_modules(), self.marks
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        return self.marks(super().connect(pixels))
+        return self.marks(super().encode_images(pixels))
 
     def layer_inputs(self, batch: Batch) -> LayerInputs:
-        owners = batch.text.owner.tolist()
-        views = batch.views.get(STREAM)
-        if views is None:
-            return LayerInputs.of(batch.text, Context.pack([self._nothing(batch)] * len(owners)))
-        features, of = self._look(views.pixels), views.sample_of_image
-        return LayerInputs.of(batch.text, Context.pack([features[of == owner].flatten(0, 1) for owner in owners]))
+        row, views = batch.text, batch.views.get(STREAM)
+        features = self._nothing(batch) if views is None else self._look(views.pixels).flatten(0, 1)
+        first = row.slots[STREAM].view(-1, self.tower.num_tokens + 2)[:, 0].contiguous()  # of each image
+        sequence = torch.searchsorted(row.cu_seqlens[1:].to(torch.int64), first, right=True)
+        images = torch.zeros_like(row.cu_seqlens).index_add(
+            0, sequence + 1, torch.ones_like(sequence, dtype=torch.int32)
+        )
+        bounds = (images.cumsum(0) * self.high.num_tokens).to(torch.int32)
+        return LayerInputs.of(row, Context(features, bounds, max_len=len(features)))
 
     def _look(self, pixels: Tensor) -> Tensor:
         dtype = next(self.vision_high.parameters()).dtype

@@ -203,7 +203,7 @@ def extend(module: nn.Module, subclass: Callable[[type], type]) -> None:
     module.__class__.__name__ = base.__name__
 
 
-def take_inputs(decoder: nn.Module) -> None:
+def take_inputs(decoder: Any) -> None:
     """Makes a stack (`decoder.layers`) take `layer_inputs`, or find them in the cache, and each of its layers too."""
     for module, subclass in ((decoder, _informed_decoder), *((layer, _informed_layer) for layer in decoder.layers)):
         if not getattr(type(module), "takes_inputs", False):

@@ -38,7 +38,8 @@ class PartialLoRA(Surgery):
         object.__setattr__(self, "targets", tuple(self.targets))  # files deliver lists
 
     def apply(self, module: nn.Module) -> None:
-        decoders, downs = set(), {}
+        decoders: set[str] = set()
+        downs: dict[str, Down] = {}  # by what shares them
         for target in self.targets:
             matched = [
                 name
