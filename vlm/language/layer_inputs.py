@@ -176,6 +176,19 @@ class InformedLinear(nn.Linear):
     def inform(self, inputs: LayerInputs | None) -> None:
         self.inputs = inputs
 
+    @property
+    def told(self) -> LayerInputs:
+        """Its inputs.
+
+        Raises:
+            ValueError: no layer has told it; what surgery added would be left out in silence.
+        """
+        if self.inputs is None:
+            raise ValueError(
+                f"{type(self).__name__} was told nothing about its tokens; it runs inside of a layer that does"
+            )
+        return self.inputs
+
 
 @contextmanager
 def informing(layer: nn.Module, inputs: LayerInputs | None) -> Iterator[None]:
