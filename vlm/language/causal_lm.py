@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from vlm.batch import Row
 from vlm.errors import UserError
 from vlm.language.attention import PACKED
+from vlm.language.layer_inputs import LayerInputs
 from vlm.language.qwen import as_qwen2
 
 
@@ -105,26 +106,27 @@ class CausalLM(LanguagePart):
         model._init_weights(module)  # as the architecture's authors do
 
 
-def label_logits(language: PreTrainedModel, embeds: Tensor, row: Row, **keywords: Any) -> Tensor:
+def label_logits(language: PreTrainedModel, embeds: Tensor, row: Row, inputs: LayerInputs | None = None) -> Tensor:
     """Logits at the label positions of a row.
 
     Args:
         language: a causal language model with packed attention.
         embeds: float[N, D] input embeddings, image features in place.
         row: the row they were made from.
-        keywords: passed on to every layer (partial LoRA's and the visual expert's mask travel here).
+        inputs: what its layers are told; None: what the row says.
 
     Returns:
         float[L, vocabulary].
     """
+    inputs = LayerInputs.of(row) if inputs is None else inputs
     return language(
         inputs_embeds=embeds[None],
-        position_ids=row.positions[None],
+        position_ids=inputs.positions[None],
         use_cache=False,  # with a cache, transformers ignores the sequence bounds
         logits_to_keep=row.label_positions,
         cu_seqlens=row.cu_seqlens,
         max_len=row.max_len,
-        **keywords,
+        layer_inputs=inputs,
     ).logits[0]
 
 
