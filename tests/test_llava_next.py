@@ -201,7 +201,7 @@ def test_a_released_folder_is_talked_to_as_it_was_trained(
     (tmp_path / "config.json").write_text(json.dumps(content[layout]))
     config = read_config(tmp_path, LAYOUTS[layout], connector="mlp2x_gelu")
     class_path, arguments = talk(Model("llava_next", config, {}, lambda: (), tmp_path, {}))
-    assert (class_path, arguments["template"]) == ("vlm.systems.llava_next.LLaVANext", template)
+    assert (class_path, arguments["template"]) == ("vlm.systems.LLaVANext", template)
 
 
 def test_one_view_is_llava_1_5(tmp_path: Path) -> None:

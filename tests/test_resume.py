@@ -71,7 +71,7 @@ class World:
                         }
                     },
                     "tokenizer": {"init_args": {"path": str(GOLDEN / "_shared" / "llama_sp_tokenizer.model")}},
-                    "augment": {"class_path": "vlm.vision.preprocess.RandomCropFlip", "init_args": {"size": 28}},
+                    "augment": {"class_path": "vlm.vision.RandomCropFlip", "init_args": {"size": 28}},
                 }
             },
             "data": {

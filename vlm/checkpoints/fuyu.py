@@ -73,9 +73,9 @@ class FuyuFamily(Family):
             raise UserError(f"{folder}: has no tokenizer.json; put the tokenizer's files beside")
         patches = {"side": config.get("patch_size", 30), **_limits(folder)}
         return {
-            "class_path": "vlm.systems.fuyu.Fuyu",
+            "class_path": "vlm.systems.Fuyu",
             "init_args": {
-                "patches": {"class_path": "vlm.vision.patches.Patches", "init_args": patches},
+                "patches": {"class_path": "vlm.vision.Patches", "init_args": patches},
                 "language": {
                     "class_path": "vlm.language.CausalLM",
                     "init_args": {"config": {"model_type": "persimmon", **text, "rope_parameters": _ROPE | rope}},

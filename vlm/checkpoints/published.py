@@ -19,11 +19,11 @@ from vlm.errors import UserError
 TALK_FILE = "vlm.json"
 """Beside the weights that `vlm export` writes: what a published config has no place for."""
 SYSTEMS: dict[str, tuple[str, dict[str, str]]] = {
-    "llava": ("vlm.systems.llava.LLaVA", {"template": "v0", "image": "crop"}),
-    "llava_1_5": ("vlm.systems.llava_1_5.LLaVA15", {"template": "v1", "image": "pad"}),
-    "llava_next": ("vlm.systems.llava_next.LLaVANext", {"template": "v1"}),
-    "mini_gemini": ("vlm.systems.mini_gemini.MiniGemini", {"image": "pad"}),
-    "vila": ("vlm.systems.vila.VILA", {"template": "v1", "image": "pad"}),
+    "llava": ("vlm.systems.LLaVA", {"template": "v0", "image": "crop"}),
+    "llava_1_5": ("vlm.systems.LLaVA15", {"template": "v1", "image": "pad"}),
+    "llava_next": ("vlm.systems.LLaVANext", {"template": "v1"}),
+    "mini_gemini": ("vlm.systems.MiniGemini", {"image": "pad"}),
+    "vila": ("vlm.systems.VILA", {"template": "v1", "image": "pad"}),
 }
 """Class of a system, and how its published weights are talked to."""
 _PAD = "[PAD]"

@@ -61,7 +61,7 @@ class QwenVLFamily(Family):
         }
         resampler = {"num_queries": visual["n_queries"], "num_heads": visual.get("resampler_heads")}
         return {
-            "class_path": "vlm.systems.qwen_vl.QwenVL",
+            "class_path": "vlm.systems.QwenVL",
             "init_args": {
                 "vision": {"class_path": "vlm.vision.TimmTower", "init_args": tower},
                 "connector": {"class_path": "vlm.connectors.Resampler", "init_args": resampler},
