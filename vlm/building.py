@@ -90,6 +90,7 @@ def initialisers(parts: Mapping[str, nn.Module], descriptions: Mapping[str, Any]
 
     def initialiser(network: nn.Module, description: Any) -> Initialiser:
         def initialise(module: Any) -> None:
+            module = getattr(module, "base_layer", module)  # of an adapter, whose own tensors are those of the base
             if hasattr(module, "initialise_new"):  # modules of surgery know how their paths start
                 module.initialise_new()
             elif hasattr(description, "initialise"):

@@ -20,7 +20,9 @@ from vlm.checkpoints.report import LoadReport
 from vlm.codec import Codec
 from vlm.errors import UserError
 from vlm.evaluation import EpochMeans, Judges
-from vlm.language import Decoding
+from vlm.inherited_surgery import inherited_surgery
+from vlm.language import Decoding, Surgery
+from vlm.language.surgery import combine
 from vlm.loading import check_finished, is_resuming, weight_sources
 from vlm.sample import Sample
 from vlm.seeding import seed_from
@@ -39,7 +41,8 @@ class VisionLanguageModule(LightningModule):
     Attributes:
         arguments: the constructor's arguments; part descriptions among them know base weights and initial values.
         stage: what is trained; None: everything is frozen and in eval mode.
-        surgery: changes to the network, applied in order, stored with artefacts and replayed by whoever loads them.
+        surgery: changes to the network (`register_surgery`). `configure_model` puts those before them that the weights
+            were trained with; artefacts store all, so that whoever loads one has them.
         weights: artefact or published folder to load instead of what the stage follows.
         judges: metrics of answers in validation and test, and how answers are searched for.
         shard: applies FSDP2 to the still empty network; set by the `MixedPrecisionFSDP` callback.
@@ -65,7 +68,7 @@ class VisionLanguageModule(LightningModule):
         self.seed = seed
         self.arguments = {**arguments, "seed": seed}
         self.stage: Stage | None = None
-        self.surgery: list[Any] = []
+        self.surgery: list[Surgery] = []
         self.weights: str | None = None
         self.judges = Judges()
         self.shard: Callable[[nn.Module, Any], None] | None = None
@@ -99,6 +102,18 @@ class VisionLanguageModule(LightningModule):
 
     # -- building
 
+    def register_surgery(self, operation: Surgery) -> None:
+        """Has `configure_model` change the network; registered again, it still happens once.
+
+        Raises:
+            UserError: the network is built already, without this change.
+        """
+        if operation in self.surgery:
+            return
+        if self.load_report is not None:
+            raise UserError(f"surgery: {operation} comes after the network was built; register it before")
+        self.surgery.append(operation)
+
     def configure_model(self) -> None:
         """Builds the network; after it every tensor has its value and nothing is on the meta device.
 
@@ -110,6 +125,7 @@ class VisionLanguageModule(LightningModule):
             for part, network in self.build_parts().items():
                 self.add_module(part, network)
             plain = {name for name, _ in self.named_parameters()}
+            self.surgery = combine(self, inherited_surgery(self), self.surgery)
             for operation in self.surgery:
                 operation.apply(self)
         self.ties = find_ties(self)

@@ -1,6 +1,5 @@
 """Partial LoRA: low-rank updates for image tokens alone (InternLM-XComposer2, 2024)."""
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlm.errors import UserError
-from vlm.language.surgery import Surgery
+from vlm.language.surgery import Down, Surgery, Up, find_linears, targeted_linears
 
 
 @dataclass(frozen=True)
@@ -33,24 +31,21 @@ class PartialLoRA(Surgery):
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))  # files deliver lists
 
+    def find_layers(self, module: nn.Module) -> list[str]:
+        return list(find_linears(module, self.targets))
+
+    @property
+    def cannot_merge(self) -> str | None:
+        return "partial LoRA acts on image tokens alone, so no plain weights compute the same"
+
     def apply(self, module: nn.Module) -> None:
         layers: dict[str, nn.Module] = {}
-        for target in self.targets:
-            matched = [
-                name
-                for name, child in module.named_modules()
-                if re.fullmatch(target, name) and isinstance(child, nn.Linear)
-            ]
-            if not matched:
-                raise UserError(f"surgery PartialLoRA: target {target!r} matches no linear layer")
-            for name in matched:
-                parent, _, leaf = name.rpartition(".")
-                linear = module.get_submodule(name)
-                assert isinstance(linear, nn.Linear)
-                setattr(module.get_submodule(parent), leaf, PartialLoRALinear(linear, self))
-                found = re.match(r".*?\.layers\.\d+", name)
-                assert found is not None, name
-                layers[found[0]] = module.get_submodule(found[0])
+        for name, linear in targeted_linears(module, self.targets, operation=self).items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, PartialLoRALinear(linear, self))
+            found = re.match(r".*?\.layers\.\d+", name)
+            assert found is not None, name
+            layers[found[0]] = module.get_submodule(found[0])
         for layer in layers.values():
             layer.register_forward_pre_hook(_hand_down_mask, with_kwargs=True)
 
@@ -60,8 +55,8 @@ class PartialLoRALinear(nn.Linear):
 
     def __init__(self, linear: nn.Linear, surgery: PartialLoRA) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        self.Plora_A = _Down(linear.in_features, surgery.rank, bias=False)
-        self.Plora_B = _Up(surgery.rank, linear.out_features, bias=False)
+        self.Plora_A = Down(linear.in_features, surgery.rank, bias=False)
+        self.Plora_B = Up(surgery.rank, linear.out_features, bias=False)
         self.scale = surgery.scale
         self.dropout = surgery.dropout
         self.visual_mask: Tensor | None = None
@@ -73,16 +68,6 @@ class PartialLoRALinear(nn.Linear):
             return out
         update = self.Plora_B(self.Plora_A(F.dropout(x, self.dropout, self.training))) * self.scale
         return out + update * self.visual_mask[..., None].to(update.dtype)
-
-
-class _Down(nn.Linear):
-    def initialise_new(self) -> None:
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-
-
-class _Up(nn.Linear):
-    def initialise_new(self) -> None:
-        nn.init.zeros_(self.weight)  # the new path starts as the identity
 
 
 def _hand_down_mask(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

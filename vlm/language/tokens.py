@@ -23,11 +23,22 @@ class NewTokens(Surgery):
     already, nothing happens.
     """
 
+    @property
+    def cannot_merge(self) -> str | None:
+        return None
+
+    def find_layers(self, module: nn.Module) -> list[str]:
+        if _missing_rows(module) <= 0:
+            return []
+        language: Any = module.language
+        layers = (language.get_input_embeddings(), language.get_output_embeddings())
+        return [name for name, child in module.named_modules() if any(child is layer for layer in layers)]
+
     def apply(self, module: nn.Module) -> None:
         system: Any = module
         language, rows = system.language, len(system.codec.tokenizer)
         table, head = language.get_input_embeddings(), language.get_output_embeddings()
-        extra = rows - table.num_embeddings
+        extra = _missing_rows(module)
         if extra <= 0:
             return
         added = AddedRows(extra, table)
@@ -36,6 +47,10 @@ class NewTokens(Surgery):
             tied = head.weight is table.weight
             language.set_output_embeddings(ExtendedHead(head, added if tied else AddedRows(extra, head)))
         language.config.vocab_size = rows
+
+
+def _missing_rows(system: Any) -> int:
+    return len(system.codec.tokenizer) - system.language.get_input_embeddings().num_embeddings
 
 
 class AddedRows(nn.Module):
