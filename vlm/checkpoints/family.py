@@ -25,6 +25,7 @@ from vlm.checkpoints.report import LoadReport
 from vlm.checkpoints.table import Table
 from vlm.checkpoints.weights import SHARD_BYTES, WeightFiles, aside, write_safetensors
 from vlm.errors import UserError
+from vlm.language.surgery import refuse_changed
 
 
 class Family(ABC):
@@ -145,9 +146,7 @@ def open_trained(family: Family, path: str | Path, *, layout: str) -> Opened:
     from vlm.loading import load
 
     module = load(path)
-    if module.surgery:
-        changed = ", ".join(type(operation).__name__ for operation in module.surgery)
-        raise UserError(f"{path}: was changed by {changed}, which published files of {family.system} have no place for")
+    refuse_changed(module.surgery, path)
     tensors = {name: tensor.detach() for name, tensor in module.state_dict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     write_files = partial(_write_files, family, module)
