@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from vlm.building import WeightSource
+from vlm.building.network import WeightSource
 from vlm.checkpoints.artefact import Artefact, read_artefact
-from vlm.checkpoints.clip import clip_table
-from vlm.checkpoints.locate import some
-from vlm.checkpoints.mini_gemini import convnext_names
-from vlm.checkpoints.mixtral import mixtral_table
-from vlm.checkpoints.published import describe_published, find_weights, is_artefact, published_source
-from vlm.checkpoints.qwen_vl import qwen_table
-from vlm.checkpoints.weights import WeightFiles, fingerprint_of
+from vlm.checkpoints.files.locate import some
+from vlm.checkpoints.files.weights import WeightFiles, fingerprint_of
+from vlm.checkpoints.published.open import describe_published, find_weights, is_artefact, published_source
+from vlm.checkpoints.published.qwen_vl import qwen_table
+from vlm.checkpoints.tables.clip import clip_table
+from vlm.checkpoints.tables.mini_gemini import convnext_names
+from vlm.checkpoints.tables.mixtral import mixtral_table
 from vlm.errors import UserError
 from vlm.stages import matches
 
