@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from vlm.building.instantiate import instantiate
 from vlm.checkpoints.artefact import Artefact, read_artefact
 from vlm.checkpoints.published.open import is_artefact
 from vlm.language import Surgery
-from vlm.loading import instantiate
 from vlm.stages import matches
 
 
