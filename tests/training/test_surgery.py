@@ -23,7 +23,7 @@ from vlm.commands.export import export
 from vlm.errors import UserError
 from vlm.language import CausalLM, Decoding, PartialLoRA, PeftAdapter, Surgery
 from vlm.module import VisionLanguageModule
-from vlm.stages import AdamW, Follow, Schedule, Stage, Trained
+from vlm.stages import AdamW, InitFrom, Schedule, Stage, Trained
 
 BLOCKS = r"language\.model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 TOWER = r"vision\.trunk\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
@@ -139,7 +139,7 @@ def test_what_follows_inherits_it(operation: Any, base: CausalLM, tmp_path: Path
     folder = str(tmp_path / "1")
     write_stage(Path(folder), first, global_step=1)
 
-    second = make(base, train=("connector",), follows=[Follow(folder)])
+    second = make(base, train=("connector",), follows=[InitFrom(folder)])
     assert second.surgery == [operation]
     assert torch.equal(logits(second, tmp_path), logits(first, tmp_path))
     disturb(second, second.trained_names())
@@ -147,21 +147,21 @@ def test_what_follows_inherits_it(operation: Any, base: CausalLM, tmp_path: Path
     loaded = vlm.load(tmp_path / "2")
     assert loaded.surgery == [operation]
     assert torch.equal(logits(loaded, tmp_path), logits(second, tmp_path))
-    assert make(base, operation, follows=[Follow(folder)]).surgery == [operation]  # said again, it happens once
+    assert make(base, operation, follows=[InitFrom(folder)]).surgery == [operation]  # said again, it happens once
 
     other = dataclasses.replace(operation, rank=3)
     with pytest.raises(UserError, match=rf"changed twice .* in {folder} and in this run, .*\(rank: 2 and 3\)"):
-        make(base, other, follows=[Follow(folder)])
-    connector = make(base, train=("connector",), follows=[Follow(folder, {"connector": "connector"})])
+        make(base, other, follows=[InitFrom(folder)])
+    connector = make(base, train=("connector",), follows=[InitFrom(folder, {"connector": "connector"})])
     assert connector.surgery == []
-    assert make(base, other, follows=[Follow(folder, {"connector": "connector"})]).surgery == [other]
+    assert make(base, other, follows=[InitFrom(folder, {"connector": "connector"})]).surgery == [other]
 
 
 def test_it_lies_over_weights_that_were_trained_without(base: CausalLM, tmp_path: Path) -> None:
     first = make(base, train=("connector", "language"))
     disturb(first, first.trained_names())
     write_stage(tmp_path / "1", first, global_step=1)
-    second = make(base, PeftAdapter(rank=2, alpha=4, dora=True), follows=[Follow(str(tmp_path / "1"))])
+    second = make(base, PeftAdapter(rank=2, alpha=4, dora=True), follows=[InitFrom(str(tmp_path / "1"))])
     assert torch.equal(logits(second, tmp_path), logits(first, tmp_path))
     write_stage(tmp_path / "2", second, global_step=2)
     assert torch.equal(logits(vlm.load(tmp_path / "2"), tmp_path), logits(first, tmp_path))
