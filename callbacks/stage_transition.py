@@ -174,6 +174,7 @@ def write_stage(
                 "path": os.path.relpath(artefact.folder, folder),
                 "fingerprint": artefact.fingerprint,
                 "parts": dict(follow.parts),
+                "leave_out": list(follow.leave_out),
             }
             for follow, artefact in follows
         ],

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from vlm.batch import EVENTS, Batch, Row
 from vlm.building.inherited_surgery import inherited_surgery
 from vlm.building.network import allocate, empty_weights, find_ties, initialisers, load_or_init, tie
-from vlm.building.weight_sources import check_finished, is_resuming, weight_sources
+from vlm.building.weight_sources import check_finished, check_new, is_resuming, weight_sources
 from vlm.checkpoints.artefact import read_artefact
 from vlm.checkpoints.report import LoadReport
 from vlm.checkpoints.resume.moments import restore_moments
@@ -141,19 +141,16 @@ class VisionLanguageModule(LightningModule):
         trainer = self._trainer
         allocate(self, trainer.strategy.root_device if trainer is not None else self.device)
         tie(self, self.ties)
+        sources = weight_sources(self)
         self.load_report, self.frozen_hashes = load_or_init(
             self,
-            weight_sources(self),
+            sources,
             seed=self.seed,
             initialisers=initialisers(dict(self.named_children()), self.arguments),
         )
         if self.weights is not None and self.stage is None:
             check_finished(self)
-        # a part with base weights may start nothing fresh, but for what surgery added
-        complete = tuple(f"{part}." for part, value in self.arguments.items() if getattr(value, "weights", None))
-        self.load_report.check(
-            allow_new=[n for n in self.load_report.new if n not in plain or not n.startswith(complete)]
-        )
+        check_new(self, sources, added=dict(self.named_parameters()).keys() - plain)
 
     # -- training
 
