@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 
 from vlm.batch import EVENTS, Batch, Row
+from vlm.building.blocks import recompute_blocks
 from vlm.building.inherited_surgery import inherited_surgery
 from vlm.building.network import allocate, empty_weights, find_ties, initialisers, load_or_init, tie
 from vlm.building.weight_sources import check_finished, check_new, is_resuming, weight_sources
@@ -118,7 +119,8 @@ class VisionLanguageModule(LightningModule):
     def configure_model(self) -> None:
         """Builds the network; after it every tensor has its value and nothing is on the meta device.
 
-        The order is fixed: build on meta, surgery, what is trained, sharding, memory, base weights, artefacts.
+        The order is fixed: build on meta, surgery, what is trained, recomputation, sharding, memory, base weights,
+        artefacts.
         """
         if self.load_report is not None:  # Lightning calls again for validate after fit
             return
@@ -134,6 +136,9 @@ class VisionLanguageModule(LightningModule):
             self.stage.set_trainable(self)
         else:
             self.requires_grad_(False).eval()
+        for part, description in self.arguments.items():
+            if getattr(description, "checkpointing", False):
+                recompute_blocks(self.get_submodule(part))
         if self.device_mesh is not None:
             if self.shard is None:
                 raise UserError("a sharding strategy needs the callback callbacks.MixedPrecisionFSDP")

@@ -1,5 +1,6 @@
 """Adapters of peft, whose layers take the place of linear ones without renaming anything."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vlm.errors import UserError
-from vlm.language.surgery import Down, Surgery, Up, find_linears, targeted_linears
+from vlm.language.surgery import Surgery, Up, find_linears, targeted_linears
 
 ADAPTER = "default"
 """Peft's name of its first adapter, part of the names of the new tensors: `q_proj.lora_A.default.weight`."""
@@ -70,6 +71,13 @@ class PeftAdapter(Surgery):
             magnitude.initialise_new = partial(_draw_magnitude, magnitude, linear)
         _keep_names(layer, linear)
         return layer
+
+
+class Down(nn.Linear):
+    """The first half of a low-rank path, float[..., in] -> float[..., rank]."""
+
+    def initialise_new(self) -> None:
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
 
 def _draw_magnitude(magnitude: Any, linear: nn.Linear) -> None:

@@ -4,10 +4,9 @@ Surgery never renames pretrained weights, and a new path starts as the identity.
 """
 
 import dataclasses
-import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -81,6 +80,12 @@ def _explain_conflict(layer: str, first_origin: str, first: Surgery, origin: str
     )
 
 
+def names_of(module: nn.Module, layers: Iterable[nn.Module]) -> list[str]:
+    """The full names of layers somewhere in `module`."""
+    wanted = {id(layer) for layer in layers}
+    return [name for name, child in module.named_modules() if id(child) in wanted]
+
+
 def find_linears(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
     """{name: layer} of the linear layers whose full name one of the regular expressions matches as a whole."""
     compiled = [re.compile(target) for target in targets]
@@ -119,15 +124,8 @@ def refuse_changed(operations: Sequence[Surgery], source: object) -> None:
         )
 
 
-class Down(nn.Linear):
-    """The first half of a low-rank path, float[..., in] -> float[..., rank], as LoRA draws it (Hu et al., 2022)."""
-
-    def initialise_new(self) -> None:
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-
-
 class Up(nn.Linear):
-    """The second half, float[..., rank] -> float[..., out]: zero, so that the new path starts as the identity."""
+    """The second half of a low-rank path, float[..., rank] -> float[..., out], which starts as zero: as the identity."""
 
     def initialise_new(self) -> None:
         nn.init.zeros_(self.weight)

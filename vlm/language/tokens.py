@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vlm.language.surgery import Surgery
+from vlm.language.surgery import Surgery, names_of
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,7 @@ class NewTokens(Surgery):
         if _missing_rows(module) <= 0:
             return []
         language: Any = module.language
-        layers = (language.get_input_embeddings(), language.get_output_embeddings())
-        return [name for name, child in module.named_modules() if any(child is layer for layer in layers)]
+        return names_of(module, (language.get_input_embeddings(), language.get_output_embeddings()))
 
     def apply(self, module: nn.Module) -> None:
         system: Any = module
