@@ -125,7 +125,7 @@ def refuse_changed(operations: Sequence[Surgery], source: object) -> None:
 
 
 class Up(nn.Linear):
-    """The second half of a low-rank path, float[..., rank] -> float[..., out], which starts as zero: as the identity."""
+    """The second half of a low-rank path, float[..., rank] -> float[..., out]; zero, the identity, at the start."""
 
     def initialise_new(self) -> None:
         nn.init.zeros_(self.weight)
