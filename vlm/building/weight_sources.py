@@ -125,11 +125,14 @@ def followed_sources(follow: InitFrom, *, covers: bool) -> list[WeightSource]:
 def _whole_parts(artefact: Artefact) -> set[str]:
     """The parts of which an artefact and those it follows hold everything, or say where the rest comes from."""
     meta = artefact.meta
-    stored = {name.split(".")[0] for name in meta["tensors"]}
     drawn = {part for part, entry in meta["frozen"].items() if str(entry["source"]).startswith(DRAWN)}
-    return (stored - drawn).union(
-        *(_whole_parts(read_artefact(artefact.folder / reference["path"])) for reference in meta["follows"])
-    )
+    whole = {name.split(".")[0] for name in meta["tensors"]} - drawn
+    for reference in meta["follows"]:
+        earlier = _whole_parts(read_artefact(artefact.folder / reference["path"]))
+        earlier -= {pattern.split(".")[0] for pattern in reference.get("leave_out", ())}
+        parts = reference["parts"] or {part: part for part in earlier}
+        whole |= {mine for mine, theirs in parts.items() if theirs in earlier and "." not in mine}
+    return whole
 
 
 def artefact_chain(artefact: Artefact, selection: Selection) -> list[WeightSource]:
