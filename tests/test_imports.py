@@ -19,10 +19,13 @@ COMMON = {
 }
 """What everything may import; `vlm` itself is the import hook."""
 
+READING = {"vlm.checkpoints.files", "vlm.checkpoints.tables"}
+"""A part's description reads its base weights."""
+
 ALLOWED = {
-    "vlm.vision": {"vlm.functional"},
-    "vlm.connectors": {"vlm.functional"},
-    "vlm.language": set(),
+    "vlm.vision": {"vlm.functional", *READING},
+    "vlm.connectors": {"vlm.functional", *READING},
+    "vlm.language": {*READING},
     "vlm.systems": {*("vlm.module", "vlm.vision", "vlm.connectors", "vlm.language", "vlm.functional", "vlm.prompts")},
 }
 """Package -> what it may import from `vlm` besides itself and `COMMON`."""

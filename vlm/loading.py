@@ -30,7 +30,6 @@ def load(path: str | Path) -> Any:
         return module
     artefact = read_artefact(weights)
     module = instantiate(model_of(artefact))
-    module.surgery = instantiate(artefact.meta.get("surgery", []))
     module.weights = str(artefact.folder)
     module.configure_model()
     return module

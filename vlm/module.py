@@ -15,8 +15,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from vlm.batch import EVENTS, Batch, Row
 from vlm.building.blocks import recompute_blocks
+from vlm.building.inherited_surgery import inherited_surgery
 from vlm.building.network import allocate, empty_weights, find_ties, initialisers, load_or_init, tie
-from vlm.building.weight_sources import check_finished, is_resuming, weight_sources
+from vlm.building.weight_sources import check_finished, check_new, is_resuming, weight_sources
 from vlm.checkpoints.artefact import read_artefact
 from vlm.checkpoints.report import LoadReport
 from vlm.checkpoints.resume.moments import restore_moments
@@ -24,7 +25,8 @@ from vlm.codec import Codec
 from vlm.errors import UserError
 from vlm.evaluation.inference import as_pack, chunks_in_step, evaluating, label_scores
 from vlm.evaluation.means import EpochMeans
-from vlm.language import Decoding
+from vlm.language import Decoding, Surgery
+from vlm.language.surgery import combine
 from vlm.metrics.judges import Judges
 from vlm.sample import Sample
 from vlm.seeding import seed_from
@@ -42,7 +44,8 @@ class VisionLanguageModule(LightningModule):
     Attributes:
         arguments: the constructor's arguments; part descriptions among them know base weights and initial values.
         stage: what is trained; None: everything is frozen and in eval mode.
-        surgery: changes to the network, applied in order, stored with artefacts and replayed by whoever loads them.
+        surgery: changes to the network (`register_surgery`). `configure_model` puts those before them that the weights
+            were trained with; artefacts store all, so that whoever loads one has them.
         weights: artefact or published folder to load instead of what the stage follows.
         judges: metrics of answers in validation and test, and how answers are searched for.
         shard: applies FSDP2 to the still empty network; set by the `MixedPrecisionFSDP` callback.
@@ -72,7 +75,7 @@ class VisionLanguageModule(LightningModule):
         self.seed = seed
         self.arguments = {**arguments, "seed": seed}
         self.stage: Stage | None = None
-        self.surgery: list[Any] = []
+        self.surgery: list[Surgery] = []
         self.weights: str | None = None
         self.judges = Judges()
         self.shard: Callable[[nn.Module, Any], None] | None = None
@@ -111,6 +114,18 @@ class VisionLanguageModule(LightningModule):
 
     # -- building
 
+    def register_surgery(self, operation: Surgery) -> None:
+        """Has `configure_model` change the network; registered again, it still happens once.
+
+        Raises:
+            UserError: the network is built already, without this change.
+        """
+        if operation in self.surgery:
+            return
+        if self.load_report is not None:
+            raise UserError(f"surgery: {operation} comes after the network was built; register it before")
+        self.surgery.append(operation)
+
     def configure_model(self) -> None:
         """Builds the network; after it every tensor has its value and nothing is on the meta device.
 
@@ -123,6 +138,7 @@ class VisionLanguageModule(LightningModule):
             for part, network in self.build_parts().items():
                 self.add_module(part, network)
             plain = {name for name, _ in self.named_parameters()}
+            self.surgery = combine(self, inherited_surgery(self), self.surgery)
             for operation in self.surgery:
                 operation.apply(self)
         self.ties = find_ties(self)
@@ -140,19 +156,16 @@ class VisionLanguageModule(LightningModule):
         trainer = self._trainer
         allocate(self, trainer.strategy.root_device if trainer is not None else self.device)
         tie(self, self.ties)
+        sources = weight_sources(self)
         self.load_report, self.frozen_hashes = load_or_init(
             self,
-            weight_sources(self),
+            sources,
             seed=self.seed,
             initialisers=initialisers(dict(self.named_children()), self.arguments),
         )
         if self.weights is not None and self.stage is None:
             check_finished(self)
-        # a part with base weights may start nothing fresh, but for what surgery added
-        complete = tuple(f"{part}." for part, value in self.arguments.items() if getattr(value, "weights", None))
-        self.load_report.check(
-            allow_new=[n for n in self.load_report.new if n not in plain or not n.startswith(complete)]
-        )
+        check_new(self, sources, added=dict(self.named_parameters()).keys() - plain)
 
     # -- training
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.checkpoints.files.weights import WeightSource, assign, hash_tensor
-from vlm.checkpoints.report import LoadReport
+from vlm.checkpoints.report import LoadReport, Resized
 from vlm.errors import UserError
 from vlm.seeding import seed_from
 
@@ -75,6 +75,7 @@ def initialisers(parts: Mapping[str, nn.Module], descriptions: Mapping[str, Any]
 
     def initialiser(network: nn.Module, description: Any) -> Initialiser:
         def initialise(module: Any) -> None:
+            module = getattr(module, "base_layer", module)  # of an adapter, whose own tensors are those of the base
             if hasattr(module, "initialise_new"):  # modules of surgery know how their paths start
                 module.initialise_new()
             elif hasattr(description, "initialise"):
@@ -110,6 +111,8 @@ def load_or_init(
     provider = {name: source for source in sources for name in source.names}
     report, hashes = LoadReport(), {}
     for source in sources:
+        report.dropped += source.dropped
+        report.carried += source.carried
         unknown = sorted(source.names - tensors.keys())
         if unknown:
             raise UserError(
@@ -123,13 +126,17 @@ def load_or_init(
                 contents[name] = hash_tensor(value)
             if name not in wanted:
                 continue
-            target = tensors[name]
+            target, old = tensors[name], tuple(value.shape)
+            value, method = _adopted(module, name, value)
             if value.shape != target.shape:
                 raise UserError(
                     f"{source.label}: {name} has shape {tuple(value.shape)}, the network {tuple(target.shape)}"
                 )
             assign(target, value)
-            report.loaded.append(name)
+            if method is None:
+                report.loaded.append(name)
+            else:
+                report.resized[name] = Resized(old, tuple(value.shape), method)
             report.sources[source.label] = report.sources.get(source.label, 0) + 1
             if not target.requires_grad:
                 hashes[name] = hash_tensor(value.to(target.dtype))
@@ -152,6 +159,22 @@ def load_or_init(
             if not own[name].requires_grad:
                 hashes[prefix + name] = hash_tensor(values[name])
     return report, hashes
+
+
+def _adopted(module: nn.Module, name: str, value: Tensor) -> tuple[Tensor, str | None]:
+    """What the nearest module above a tensor makes of a value for it, and how; the value itself where none does.
+
+    A module with a method `adopt(name, value)`, whose name is the tensor's as seen from it, may bring a value to the
+    form that it keeps: stretched to another resolution, or quantised. It returns None for what it takes as it is.
+    """
+    path, inner = name, ""
+    while path:
+        path, _, leaf = path.rpartition(".")
+        inner = f"{leaf}.{inner}" if inner else leaf
+        adopt = getattr(module.get_submodule(path), "adopt", None)
+        if adopt is not None and (found := adopt(inner, value)) is not None:
+            return found
+    return value, None
 
 
 def _draw(module: nn.Module, own: Mapping[str, nn.Parameter], initialise: Initialiser, seed: int) -> dict[str, Tensor]:

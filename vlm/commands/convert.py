@@ -79,10 +79,13 @@ def convert(
     dst = Path(dst)
     if dst.exists():
         raise UserError(f"{dst}: exists already; remove it or give another folder")
+    from vlm.building.instantiate import instantiate
+    from vlm.checkpoints.artefact import STAGE_FILE, read_artefact
     from vlm.checkpoints.published.family import FAMILIES
     from vlm.checkpoints.published.llava_reading import open_checkpoint
     from vlm.checkpoints.published.llava_writing import write_checkpoint
     from vlm.commands.convert_family import convert_family
+    from vlm.language.surgery import refuse_changed
     from vlm.prompts import get_template
 
     if template is not None:
@@ -95,5 +98,7 @@ def convert(
         return convert_family(
             src, dst, system=system, target_layout=target_layout, source_layout=source_layout, template=template
         )
+    if (Path(src) / STAGE_FILE).is_file():
+        refuse_changed(instantiate(read_artefact(src).meta["surgery"]), src)
     model = open_checkpoint(src, system=system, layout=source_layout, vision=vision, target=target_layout, base=base)
     return write_checkpoint(dst, model, target=target_layout, template=template)

@@ -18,6 +18,7 @@ from vlm.checkpoints.published.family import Family, OpenedCheckpoint, _copy, ge
 from vlm.checkpoints.published.llava_reading import Stream, chained
 from vlm.checkpoints.report import LoadReport
 from vlm.errors import UserError
+from vlm.language.surgery import refuse_changed
 
 
 def open_trained(family: Family, path: str | Path, *, layout: str) -> OpenedCheckpoint:
@@ -32,9 +33,7 @@ def open_trained(family: Family, path: str | Path, *, layout: str) -> OpenedChec
     from vlm.loading import load
 
     module = load(path)
-    if module.surgery:
-        changed = ", ".join(type(operation).__name__ for operation in module.surgery)
-        raise UserError(f"{path}: was changed by {changed}, which published files of {family.system} have no place for")
+    refuse_changed(module.surgery, path)
     tensors = {name: tensor.detach() for name, tensor in module.state_dict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     write_files = partial(_write_files, family, module)

@@ -76,7 +76,7 @@ def export(src: str | Path, dst: str | Path, *, dtype: str | None = None) -> "Lo
         as_type = getattr(torch, dtype) if dtype else None
         return convert_family(weights, dst, system=system, target_layout="official", dtype=as_type)
     module = load(src)
-    _check(module)
+    _check(module, src)
     tiles: AnyRes | None = getattr(module, "tiles", None)
     with atomic_directory(dst) as folder:
         marks = write_tokenizer(folder, module.codec, num_rows=module.language.config.vocab_size, tiles=tiles)
@@ -96,25 +96,25 @@ def export(src: str | Path, dst: str | Path, *, dtype: str | None = None) -> "Lo
     return report
 
 
-def _check(module: Any) -> None:
+def _check(module: Any, source: str | Path) -> None:
     """Raises a `UserError` unless a class of transformers computes what this module computes."""
     from timm.layers import QuickGELU
     from torch import nn
 
     from vlm.checkpoints.tables.llava import HF, check_connector
     from vlm.connectors import MLP, Linear
+    from vlm.language.surgery import refuse_changed
 
     if module.system not in _LLAVA_CLASSES:
         known = ", ".join((*_LLAVA_CLASSES, "fuyu"))
         raise UserError(f"{module.system}: has no class of its own in Hugging Face's tools; {known} have")
+    refuse_changed(module.surgery, source)
     connector, tower = module.arguments["connector"], module.arguments["vision"]
     if isinstance(connector, Linear):
         check_connector(HF, "linear")
     what = None
     if not (isinstance(connector, MLP) and connector.depth == 2):
         what = f"the connector {connector}: its projector has exactly two layers"
-    elif module.surgery:
-        what = f"surgery ({', '.join(type(operation).__name__ for operation in module.surgery)})"
     elif tower.class_token or tower.final_norm:
         what = "class_token or final_norm of the tower: it takes patches before the last norm"
     elif not isinstance(module.vision.trunk.blocks[0].mlp.act, (QuickGELU, nn.GELU)) or isinstance(

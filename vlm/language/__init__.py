@@ -1,3 +1,4 @@
+from vlm.language.adapters import PeftAdapter
 from vlm.language.causal_lm import CausalLM, LanguagePart
 from vlm.language.cross_attention import CrossAttention
 from vlm.language.generation import Decoding
@@ -13,6 +14,7 @@ __all__ = [
     "LanguagePart",
     "NewTokens",
     "PartialLoRA",
+    "PeftAdapter",
     "Surgery",
     "VisualExpert",
 ]

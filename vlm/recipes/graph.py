@@ -9,7 +9,7 @@
       2_finetune:
         configs: [model.yaml, 2_finetune.yaml]
         follows:                                 # <system>/<stage>; {our part: its part}, without parts everything
-          - {artefact: llava_1_5/1_align, parts: {connector: connector}}
+          - {artefact: llava_1_5/1_align, parts: {connector: connector}}   # also leave_out, fresh: patterns
       3_longer:
         configs: [model.yaml, 3_longer.yaml]
         continues: 2_finetune                    # same schedule and optimizer, another phase
@@ -45,11 +45,15 @@ class StageRef:
         system: whose recipe makes it.
         stage: its name there.
         parts: {our prefix: its prefix}; empty: every tensor it holds, under its own name.
+        leave_out: patterns, in its names, of what is dropped on purpose.
+        fresh: patterns, in our names, of what may start new in these parts.
     """
 
     system: str
     stage: str
     parts: Mapping[str, str] = field(default_factory=dict)
+    leave_out: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.system}/{self.stage}"
@@ -239,7 +243,7 @@ class _Reader:
         return self.path.parent / value
 
     def followed(self, value: Any, key: str, *, system: str, trained: list[str]) -> StageRef:
-        self.keys(value, key, required={"artefact"}, optional=frozenset({"parts"}))
+        self.keys(value, key, required={"artefact"}, optional=frozenset({"parts", "leave_out", "fresh"}))
         artefact, parts = value["artefact"], value.get("parts", {})
         owner, _, stage = artefact.partition("/") if isinstance(artefact, str) else ("", "", "")
         if not _NAME.fullmatch(owner) or not _NAME.fullmatch(stage):
@@ -248,7 +252,19 @@ class _Reader:
             self.one_of(stage, f"{key}.artefact", trained)
         if not isinstance(parts, dict) or not all(isinstance(part, str) for item in parts.items() for part in item):
             raise self.error(f"{key}.parts", f"must be a mapping {{our part: its part}}, found {parts!r}")
-        return StageRef(owner, stage, parts)
+        return StageRef(
+            owner,
+            stage,
+            parts,
+            leave_out=self.patterns(value.get("leave_out", []), f"{key}.leave_out"),
+            fresh=self.patterns(value.get("fresh", []), f"{key}.fresh"),
+        )
+
+    def patterns(self, value: Any, key: str) -> tuple[str, ...]:
+        found = self.sequence(value, key)
+        if not all(isinstance(pattern, str) for pattern in found):
+            raise self.error(key, f"must be a list of patterns of tensor names, found {value!r}")
+        return tuple(found)
 
 
 def _is_procedure(value: Any) -> bool:

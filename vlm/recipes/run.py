@@ -218,15 +218,19 @@ def _fit_arguments(request: _Request, node: TrainingStage | Procedure) -> list[s
         arguments += ["-c", from_here(file)]
     arguments += ["--trainer.default_root_dir", str(request.run / node.name), "--stage.name", node.name]
     if node.follows:
-        follows = [
-            {"artefact": str(_artefact(request, followed)), "parts": dict(followed.parts)} for followed in node.follows
-        ]
-        arguments += ["--stage.follows", json.dumps(follows)]
+        arguments += ["--stage.follows", json.dumps([_follow(request, followed) for followed in node.follows])]
     if node.continues is not None:
         arguments += ["--stage.continues", str(_artefact(request, StageRef(recipe.system, node.continues)))]
     if any(isinstance(other, TrainingStage) and other.continues == node.name for other in recipe.nodes):
         arguments += ["--stage.keep_optimizer", "true"]
     return [*arguments, *request.options, *request.stage_options.get(node.name, ())]
+
+
+def _follow(request: _Request, followed: StageRef) -> dict[str, object]:
+    """An entry of `stage.follows`."""
+    patterns = {"leave_out": list(followed.leave_out), "fresh": list(followed.fresh)}
+    given = {key: value for key, value in patterns.items() if value}
+    return {"artefact": str(_artefact(request, followed)), "parts": dict(followed.parts), **given}
 
 
 def _artefact(request: _Request, followed: StageRef) -> Path:

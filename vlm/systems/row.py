@@ -169,7 +169,7 @@ class RowDecoder(VisionLanguageModule):
     def __init__(self, *, language: LanguagePart, tokenizer: Tokenizer, **arguments: Any) -> None:
         super().__init__(language=language, tokenizer=tokenizer, **arguments)
         if tokenizer.added_tokens:
-            self.surgery.append(NewTokens())
+            self.register_surgery(NewTokens())
 
     def build_language(self) -> PreTrainedModel:
         """The decoder.
