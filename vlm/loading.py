@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from vlm.building import WeightSource
+from vlm.building.network import WeightSource
 from vlm.checkpoints.artefact import Artefact, read_artefact
-from vlm.checkpoints.clip import clip_table
-from vlm.checkpoints.locate import some
-from vlm.checkpoints.mini_gemini import convnext_names
-from vlm.checkpoints.mixtral import mixtral_table
-from vlm.checkpoints.published import describe_published, find_weights, is_artefact, published_source
-from vlm.checkpoints.qwen_vl import qwen_table
-from vlm.checkpoints.weights import WeightFiles, fingerprint_of
+from vlm.checkpoints.files.locate import some
+from vlm.checkpoints.files.weights import WeightFiles, fingerprint_of
+from vlm.checkpoints.published.open import describe_published, find_weights, is_artefact, published_source
+from vlm.checkpoints.published.qwen_vl import qwen_table
+from vlm.checkpoints.tables.clip import clip_table
+from vlm.checkpoints.tables.mini_gemini import convnext_names
+from vlm.checkpoints.tables.mixtral import mixtral_table
 from vlm.errors import UserError
 from vlm.stages import matches
 
@@ -222,7 +222,7 @@ def describe(value: Any) -> Any:
     """A value as plain data that `instantiate` turns back; descriptions become `class_path` and `init_args`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         arguments = {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": arguments}
+        return {"class_path": public_path(type(value)), "init_args": arguments}
     if isinstance(value, Mapping):
         return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -230,6 +230,19 @@ def describe(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value
+
+
+def public_path(kind: type) -> str:
+    """The path under which a class is exported (`vlm.language.CausalLM`), so that files outlive a move of its module.
+
+    A class of ours has one; that of another package is named by its module.
+    """
+    if kind.__module__.split(".")[0] != "vlm":
+        return f"{kind.__module__}.{kind.__qualname__}"
+    package = kind.__module__.rpartition(".")[0]
+    exported = getattr(importlib.import_module(package), kind.__name__, None)
+    assert exported is kind, f"{package} has to export {kind.__name__}: it is written to files"
+    return f"{package}.{kind.__name__}"
 
 
 def system_class(module: Any) -> type:
@@ -240,7 +253,7 @@ def system_class(module: Any) -> type:
 def describe_module(module: Any) -> dict[str, Any]:
     """`class_path` and `init_args` of a system."""
     system = system_class(module)
-    return {"class_path": f"{system.__module__}.{system.__qualname__}", "init_args": describe(module.arguments)}
+    return {"class_path": public_path(system), "init_args": describe(module.arguments)}
 
 
 def instantiate(value: Any) -> Any:

@@ -37,7 +37,7 @@ from tokenizers import pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vlm.checkpoints.artefact import write_artefact
-from vlm.checkpoints.atomic import atomic_file
+from vlm.checkpoints.files.atomic import atomic_file
 from vlm.connectors import Resampler
 from vlm.demo.language import CHAT_TEMPLATES, train_language
 from vlm.demo.pictures import train_on_pictures
