@@ -21,14 +21,15 @@ COMMON = {
 """What everything may import; `vlm` itself is the import hook."""
 
 ALLOWED = {
+    "vlm.bert": set(),
     "vlm.vision": {"vlm.functional"},
-    "vlm.connectors": {"vlm.functional"},
-    "vlm.language": set(),
+    "vlm.connectors": {"vlm.functional", "vlm.bert"},
+    "vlm.language": {"vlm.bert"},
     "vlm.systems": {*("vlm.module", "vlm.vision", "vlm.connectors", "vlm.language", "vlm.functional", "vlm.prompts")},
 }
 """Package -> what it may import from `vlm` besides itself and `COMMON`."""
 
-WITHOUT_LIGHTNING = ("vlm.vision", "vlm.connectors", "vlm.language", "vlm.prompts", "vlm.batch", "vlm.codec")
+WITHOUT_LIGHTNING = ("vlm.bert", "vlm.vision", "vlm.connectors", "vlm.language", "vlm.prompts", "vlm.batch", "vlm.codec")
 
 
 def _files() -> dict[str, Path]:

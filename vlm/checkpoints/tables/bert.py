@@ -5,35 +5,8 @@ it once; it is written back under all of them. Buffers of position numbers are c
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import torch
-
-from vlm.checkpoints.rules import Part, Rule, Side, rename
-from vlm.errors import UserError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Same(Rule):
-    """One tensor that one side or both have under several names; published files may leave out all but the first."""
-
-    def to_ours(self, parts: list[Part]) -> list[Part]:
-        return self._copies(parts, self.theirs, len(self.ours))
-
-    def from_ours(self, parts: list[Part]) -> list[Part]:
-        return self._copies(parts, self.ours, len(self.theirs))
-
-    def spare(self, side: Side) -> frozenset[int]:
-        return frozenset(range(1, len(self.theirs))) if side == "theirs" else frozenset()
-
-    @staticmethod
-    def _copies(parts: list[Part], names: tuple[str, ...], count: int) -> list[Part]:
-        given = [(name, part) for name, part in zip(names, parts, strict=True) if part is not None]
-        (first, tensor), *others = given
-        for name, other in others:
-            if not tensor.is_meta and not torch.equal(tensor, other):
-                raise UserError(f"tensors {first!r} and {name!r} differ, but they are one in this layout")
-        return [tensor] * count
+from vlm.checkpoints.tables.rules import Rule, Same, rename
 
 
 def qformer_rules(
