@@ -29,7 +29,15 @@ ALLOWED = {
 }
 """Package -> what it may import from `vlm` besides itself and `COMMON`."""
 
-WITHOUT_LIGHTNING = ("vlm.bert", "vlm.vision", "vlm.connectors", "vlm.language", "vlm.prompts", "vlm.batch", "vlm.codec")
+WITHOUT_LIGHTNING = (
+    "vlm.bert",
+    "vlm.vision",
+    "vlm.connectors",
+    "vlm.language",
+    "vlm.prompts",
+    "vlm.batch",
+    "vlm.codec",
+)
 
 
 def _files() -> dict[str, Path]:

@@ -44,9 +44,7 @@ def med_rules(*, encoder: str | None, decoder: str | None, ours: str = "language
     halves = [half for half in (encoder, None if decoder is None else decoder + "bert.") if half is not None]
     layers, block = [half + "encoder.layer.{i}." for half in halves], ours + "layers.{i}."
     rules = [
-        Same(
-            theirs=tuple(half + "embeddings.LayerNorm.{p}" for half in halves), ours=(ours + "embeddings.norm.{p}",)
-        ),
+        Same(theirs=tuple(half + "embeddings.LayerNorm.{p}" for half in halves), ours=(ours + "embeddings.norm.{p}",)),
         *_attention([layer + "crossattention." for layer in layers], [block + "cross_attention."]),
         *_mlp(layers, [block + "mlp."]),
         *_text(halves, [] if decoder is None else [decoder + "cls.predictions."], ours),
