@@ -173,7 +173,7 @@ def _run_lightning(arguments: list[str]) -> None:
     from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
     from vlm.checkpoints.published.open import find_weights, is_artefact
     from vlm.data import VisionLanguageData
-    from vlm.loading import instantiate
+    from vlm.building.instantiate import instantiate
     from vlm.module import VisionLanguageModule
     from vlm.recipes.run_folder import RunFolder
 
@@ -340,7 +340,7 @@ def _from_weights(options: Sequence[str]) -> list[str]:
     """What weights know about themselves, as options that configuration files and other options come after."""
     from vlm.checkpoints.artefact import read_artefact
     from vlm.checkpoints.published.open import describe_published, find_weights, is_artefact
-    from vlm.loading import model_of
+    from vlm.building.instantiate import model_of
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--weights")

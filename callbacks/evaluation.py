@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from vlm.batch import Batch
 from vlm.checkpoints.files.atomic import atomic_file
 from vlm.errors import UserError
-from vlm.evaluation.means import Judges
+from vlm.metrics.judges import Judges
 from vlm.language import Decoding
 from vlm.metrics import AnswerMetric, Answers
 from vlm.module import VisionLanguageModule

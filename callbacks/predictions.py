@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from vlm.codec import Codec, step_counts
 from vlm.data import VisionLanguageData
-from vlm.data.loading.loader import Encoder
+from vlm.data.loading.encoder import Encoder
 from vlm.data.loading.trainer_progress import is_finished
 from vlm.data.sources.base import Concat
 from vlm.errors import SampleError, UserError

@@ -18,7 +18,7 @@ from tests.commands.test_cli import World, _truncated
 from tests.data.test_loader_resume import Model, SaveAt, SharedModel, fit
 from vlm.data import BatchSpec, InstructionData, MultitaskData
 from vlm.data.loading.rank_gather import gather_over_ranks
-from vlm.data.loading.loader import Encoder
+from vlm.data.loading.encoder import Encoder
 from vlm.data.sampling.mixture import Mixture
 from vlm.errors import SampleError, UserError
 

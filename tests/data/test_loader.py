@@ -14,7 +14,7 @@ from tests.support.fake_codec import ByteCodec, ListSource, answer, sample, samp
 from vlm.batch import IGNORE
 from vlm.codec import step_counts
 from vlm.data import BatchSpec, InstructionData, MultitaskData, PretrainingData
-from vlm.data.loading.loader import Encoder
+from vlm.data.loading.encoder import Encoder
 from vlm.data.sampling.packs import as_filler, check_pack, deal, fill
 from vlm.data.sources.base import Concat
 from vlm.data.sampling.batches import cut

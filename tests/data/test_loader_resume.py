@@ -10,7 +10,7 @@ import torch
 from tests.support.fake_codec import ByteCodec, samples
 from vlm.data import BatchSpec, InstructionData
 from vlm.errors import UserError
-from vlm.evaluation.means import Judges
+from vlm.metrics.judges import Judges
 
 
 class Model(L.LightningModule):

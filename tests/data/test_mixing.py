@@ -14,7 +14,7 @@ from tests.conftest import golden_json
 from tests.support.fake_codec import ByteCodec, ListSource, sample, samples
 from tests.data.test_loader import SPLITS, epoch_of, flat, same, steps_of
 from vlm.data import BatchSpec, InstructionData, Mixture, MultitaskData, PretrainingData, WithResolution
-from vlm.data.loading.loader import Encoder
+from vlm.data.loading.encoder import Encoder
 from vlm.data.sampling.mixture import apportion, rank_orders, spread, walk
 from vlm.errors import UserError
 

@@ -17,10 +17,11 @@ from tests.support.systems import make, picture, samples
 from tests.commands.test_cli import World
 from tests.support.training import ListSource, trainer
 from vlm.data import BatchSpec, InstructionData
-from vlm.data.modules.passes import ShuffledImages, split
+from vlm.data.modules.passes import split
+from vlm.data.wrappers.shuffled_images import ShuffledImages
 from vlm.data.sources.base import Concat
 from vlm.errors import UserError
-from vlm.evaluation.means import Judges
+from vlm.metrics.judges import Judges
 from vlm.language import Decoding
 from vlm.metrics import CIDErD, ExactMatch
 from vlm.sample import Sample

@@ -30,7 +30,7 @@ from vlm.codec import step_counts
 from vlm.data import BatchSpec, VisionLanguageData
 from vlm.errors import UserError
 from vlm.language import Decoding
-from vlm.loading import describe
+from vlm.building.instantiate import describe
 from vlm.module import VisionLanguageModule
 from vlm.sample import ImagePart, Message, Sample, TextPart
 from vlm.stages import AdamW, Follow, Schedule, Stage, Trained

@@ -16,7 +16,8 @@ from tests.support.systems import RATE, build
 from vlm.errors import UserError
 from vlm.geometry import bounds, corners
 from vlm.sample import ImageFile, parse_sample
-from vlm.vision.augment import MOVING, OPERATIONS, RandAugment, places_named
+from vlm.vision.augment import MOVING, OPERATIONS, RandAugment
+from vlm.sample.places import places_named
 from vlm.vision.preprocess import RandomCropFlip
 
 

@@ -7,35 +7,18 @@ a generator seeded by (seed, name) before each rank keeps its part.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from vlm.checkpoints.files.weights import hash_tensor
+from vlm.checkpoints.files.weights import WeightSource, assign, hash_tensor
 from vlm.checkpoints.report import LoadReport
 from vlm.errors import UserError
 from vlm.seeding import seed_from
 
 Initialiser = Callable[[nn.Module], None]
 """Draws the tensors that a module holds itself (not those of its children), in place."""
-
-
-@dataclass(frozen=True)
-class WeightSource:
-    """Somewhere weights come from.
-
-    Attributes:
-        label: for the load report: `base weights of language (folder)`, `artefact 1_align`.
-        names: our names of the tensors it provides.
-        items: streams (our name, tensor), one at a time.
-    """
-
-    label: str
-    names: frozenset[str]
-    items: Callable[[], Iterator[tuple[str, Tensor]]]
 
 
 @contextmanager
@@ -184,16 +167,3 @@ def _draw(module: nn.Module, own: Mapping[str, nn.Parameter], initialise: Initia
         return {name: module.get_parameter(name).detach().to(p.dtype) for name, p in own.items()}
     finally:
         module._parameters.update(kept)
-
-
-@torch.no_grad()
-def assign(target: Tensor, value: Tensor) -> None:
-    """Copies a full tensor into `target`; of a sharded one each rank keeps its part."""
-    if isinstance(target, DTensor):
-        # src_data_rank=None: every rank holds the full value already, nothing is sent
-        value = distribute_tensor(
-            value.to(target.device, target.dtype), target.device_mesh, target.placements, src_data_rank=None
-        )
-        target.to_local().copy_(value.to_local())
-    else:
-        target.copy_(value)

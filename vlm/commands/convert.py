@@ -79,9 +79,10 @@ def convert(
     dst = Path(dst)
     if dst.exists():
         raise UserError(f"{dst}: exists already; remove it or give another folder")
-    from vlm.checkpoints.published.family import FAMILIES, convert_family
+    from vlm.checkpoints.published.family import FAMILIES
     from vlm.checkpoints.published.llava_reading import open_checkpoint
     from vlm.checkpoints.published.llava_writing import write_checkpoint
+    from vlm.commands.convert_family import convert_family
     from vlm.prompts import get_template
 
     if template is not None:

@@ -63,10 +63,11 @@ def export(src: str | Path, dst: str | Path, *, dtype: str | None = None) -> "Lo
 
     from vlm.checkpoints.artefact import read_artefact
     from vlm.checkpoints.files.atomic import atomic_directory
-    from vlm.checkpoints.published.family import FAMILIES, convert_family, get_family
+    from vlm.checkpoints.published.family import FAMILIES, get_family
     from vlm.checkpoints.published.hf_processor import sizes_cut_otherwise, write_processor, write_tokenizer
     from vlm.checkpoints.published.llava_writing import fill_published
     from vlm.checkpoints.published.open import find_weights, is_artefact, write_talk
+    from vlm.commands.convert_family import convert_family
     from vlm.loading import load
 
     weights = find_weights(src)

@@ -1,31 +1,12 @@
-"""What validation and test measure: the loss, and metrics of the answers that a system writes."""
+"""Means of the loss over an epoch of validation."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlm.batch import Batch
-from vlm.language import Decoding
-from vlm.metrics import AnswerMetric
-
-
-@dataclass(frozen=True)
-class Judges:
-    """Attributes:
-
-    metrics: those of each source or task, by its name.
-    decoding: how the answers are searched for.
-    """
-
-    metrics: Mapping[str, Sequence[AnswerMetric]] = field(default_factory=dict)
-    decoding: Decoding = field(default_factory=Decoding)
-
-    def of(self, *, source: str, task: str | None) -> str | None:
-        """Name of the metrics for a sample, those of its source before those of its task; None if there are none."""
-        return next((name for name in (source, task) if name in self.metrics), None)
 
 
 class EpochMeans:

@@ -1,201 +1,27 @@
-"""The one form every source delivers: a chat with images, plus what evaluation needs.
+"""One record in, a checked `Sample` out; `vlm.sample` describes the form."""
 
-::
-
-    {"id": "7", "images": ["a.png"], "task": "vqa", "source": "coco",
-     "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
-                  {"role": "assistant", "content": "A boat."}],
-     "answers": [{"text": "boat", "weight": 1.0}], "choices": [], "group": null}
-
-It is the content-part form of the Hugging Face chat tools. `content` may be a plain string. Image parts take the
-entries of `images` in order. Places in a picture are parts too, and every system writes them in its own way
-(`vlm.prompts.regions`)::
-
-    {"type": "ref", "text": "the boat"}                                  a phrase; the regions behind it belong to it
-    {"type": "box", "box": [0.1, 0.2, 0.5, 0.9]}                         left, top, right, bottom
-    {"type": "quad", "quad": [0.1, 0.2, 0.5, 0.2, 0.5, 0.9, 0.1, 0.9]}   corners, clockwise from the text's top left
-    {"type": "point", "point": [0.1, 0.2], "image": 1, "unit": "share"}
-
-A document in which text and pictures alternate (MMC4, OBELICS) is one message, of the role `document`::
-
-    {"images": ["a.png"], "messages": [{"role": "document", "content": [
-        {"type": "text", "text": "The harbour at dawn."}, {"type": "image"}, {"type": "text", "text": "A boat."}]}]}
-
-Several such messages are documents that share a step and see nothing of each other (`vlm.data.Grouped`).
-
-`image` counts the entries of `images` from 0, which is the default. `unit` is `share` of the stored picture's width and
-height (the default), `pixel`, or `square`: share of the side of the picture padded to square, as LLaVA-1.5 counts.
-"""
-
-import io
 import math
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
-
-import numpy as np
-from PIL import Image, UnidentifiedImageError
+from typing import Any, get_args
 
 from vlm.errors import SampleError
-from vlm.geometry import Points
-from vlm.sample.paths import is_remote, located
+from vlm.sample.images import MAX_PIXELS, parse_image
+from vlm.sample.parts import (
+    DOCUMENT,
+    ROLES,
+    ImagePart,
+    Message,
+    Part,
+    RefPart,
+    RegionKind,
+    RegionPart,
+    RegionUnit,
+    Sample,
+    TextPart,
+)
 
-DOCUMENT = "document"
-ROLES = ("system", "user", "assistant", DOCUMENT)
-MAX_PIXELS = 100_000_000
-"""Default limit on decode: a 100-megapixel picture is a mistake or an attack."""
-
-
-@dataclass(frozen=True)
-class ImagePart:
-    """Stands where a picture is; takes the next entry of `Sample.images`."""
-
-
-@dataclass(frozen=True)
-class TextPart:
-    text: str
-
-
-@dataclass(frozen=True)
-class RefPart:
-    """A phrase that the regions behind it belong to."""
-
-    text: str
-
-
-RegionKind = Literal["box", "quad", "point"]
-RegionUnit = Literal["share", "pixel", "square"]
-
-
-@dataclass(frozen=True)
-class RegionPart:
-    """A place in a picture.
-
-    Attributes:
-        kind: box, quad or point.
-        points: top left and bottom right of a box, the four corners of a quad, or the one point.
-        image: index into `Sample.images`.
-        unit: of the points.
-    """
-
-    kind: RegionKind
-    points: Points
-    image: int = 0
-    unit: RegionUnit = "share"
-
-    def shares(self, width: int, height: int) -> Points:
-        """The points in shares of the stored picture, given its size in pixels; those beyond its edge too."""
-        if self.unit == "share":
-            return self.points
-        side = max(width, height)
-        if self.unit == "pixel":
-            return tuple((x / width, y / height) for x, y in self.points)
-        shift_x, shift_y = (side - width) / 2, (side - height) / 2
-        return tuple(((x * side - shift_x) / width, (y * side - shift_y) / height) for x, y in self.points)
-
-
-Part = ImagePart | TextPart | RefPart | RegionPart
-Places = Literal["unnamed", "sides", "regions"]
-"""What a sample says about where things are in its pictures: nothing, left or right, or regions."""
 _NUM_VALUES: dict[RegionKind, int] = {"box": 4, "quad": 8, "point": 2}
-
-
-@dataclass(frozen=True)
-class Message:
-    role: str
-    content: tuple[Part, ...]
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """A picture that is not decoded yet: a file, or bytes out of a shard or a parquet row."""
-
-    name: str
-    path: Path | None = None
-    data: bytes | None = None
-    max_pixels: int = MAX_PIXELS
-
-    def size(self, sample: "Sample") -> tuple[int, int]:
-        """(width, height), read from the header alone."""
-        with self._open(sample) as image:
-            return image.size
-
-    def read(self, sample: "Sample") -> Image.Image:
-        """The picture, decoded, in RGB, as the published pipelines have it: `Image.open(...).convert("RGB")`.
-
-        So transparency is dropped, of an animation the first frame is taken, and a rotation that a camera noted in
-        EXIF is not applied. 16 bits of grey become the upper 8, where that conversion would cut them off to white.
-
-        Raises:
-            SampleError: missing, truncated, not a picture, larger than `max_pixels`, or with pixels of 32 bits, whose
-                range nobody knows.
-        """
-        with self._open(sample) as image, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Palette images with Transparency")  # dropped, as said above
-            if image.mode in ("I", "F"):
-                raise sample.error(f"image {self.name!r} has pixels of 32 bits; bring them to 0..255 and save 8 bits")
-            try:
-                if image.mode.startswith("I;16"):
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                return image.convert("RGB")
-            except (OSError, SyntaxError, ValueError) as error:
-                raise sample.error(f"image {self.name!r} cannot be decoded ({error}); replace or remove it") from error
-
-    def _open(self, sample: "Sample") -> Image.Image:
-        try:
-            with warnings.catch_warnings():
-                # our own limit below says the same with the sample's name
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                if self.path is not None and is_remote(self.path):
-                    image = Image.open(io.BytesIO(self.path.read_bytes()))
-                else:
-                    image = Image.open(self.path if self.path is not None else io.BytesIO(self.data or b""))
-        except FileNotFoundError as error:
-            remedy = "correct the path or image_root"
-            if "\\" in self.name:
-                remedy = "write / for \\ in paths"
-            elif "://" in self.name:
-                remedy = "download it and give its path"
-            raise sample.error(f"image {self.name!r} does not exist (looked at {self.path}); {remedy}") from error
-        except Image.DecompressionBombError as error:
-            raise sample.error(f"image {self.name!r} is too large ({error}); shrink it") from error
-        except (UnidentifiedImageError, OSError) as error:
-            raise sample.error(
-                f"image {self.name!r} is not a readable picture ({error}); save it as PNG or JPEG"
-            ) from error
-        width, height = image.size
-        if width * height > self.max_pixels:
-            image.close()
-            raise sample.error(
-                f"image {self.name!r} has {width}x{height} pixels, over the limit of {self.max_pixels:,}; "
-                "shrink it or raise max_pixels"
-            )
-        return image
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One parsed sample. Build it with `parse_sample`, which checks everything that can be wrong with it.
-
-    `resolution` is not part of a record: the data module says at which resolution the pictures of a data set are shown
-    (`vlm.data.wrappers.resolution`), in words of the system's codec; None leaves it to the system.
-    """
-
-    id: str
-    messages: tuple[Message, ...]
-    images: tuple[ImageFile, ...] = ()
-    source: str = "<memory>"
-    task: str | None = None
-    group: str | None = None
-    answers: tuple[tuple[str, float], ...] = ()
-    choices: tuple[str, ...] = ()
-    resolution: str | None = None
-
-    def error(self, message: str) -> SampleError:
-        """A `SampleError` that names this sample and its file."""
-        return SampleError(message, sample_id=self.id, source=self.source)
 
 
 def parse_sample(
@@ -265,29 +91,6 @@ def parse_sample(
         answers=tuple(_answer(a, error) for a in _sequence(record.get("answers") or [], "answers", error)),
         choices=tuple(str(choice) for choice in _sequence(record.get("choices") or [], "choices", error)),
     )
-
-
-def parse_image(entry: Any, *, error, image_root: str | Path | None, max_pixels: int = MAX_PIXELS) -> ImageFile:
-    """A path (or bytes) as an `ImageFile`; `error` makes the exception for a bad one. A finished one stays as it is."""
-    if isinstance(entry, ImageFile):
-        return entry
-    if isinstance(entry, bytes):
-        return ImageFile(name="<bytes>", data=entry, max_pixels=max_pixels)
-    if not isinstance(entry, str) or not entry:
-        raise error(f"an image must be a path, found {entry!r}")
-    if image_root is None:
-        return ImageFile(name=entry, path=Path(entry), max_pixels=max_pixels)
-    root = located(image_root)
-    outside = f"image {entry!r} lies outside the image root {root}; set image_root to a folder that holds it"
-    if is_remote(root):
-        if ".." in entry.split("/") or entry.startswith("/") or "://" in entry:
-            raise error(outside)
-        return ImageFile(name=entry, path=root / entry, max_pixels=max_pixels)
-    root = root.resolve()
-    path = (root / entry).resolve()
-    if not path.is_relative_to(root):
-        raise error(outside)
-    return ImageFile(name=entry, path=path, max_pixels=max_pixels)
 
 
 def _sequence(value: Any, key: str, error) -> list:

@@ -30,8 +30,8 @@ from vlm.prompts.regions import find_boxes, write_regions
 from vlm.prompts.template import IMAGE, Template
 from vlm.prompts.tokenizer import Tokenizer
 from vlm.sample import Sample
+from vlm.sample.places import places_named
 from vlm.seeding import seed_from
-from vlm.vision.augment import places_named
 
 STREAM = "image"
 

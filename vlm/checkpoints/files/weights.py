@@ -8,12 +8,14 @@ import hashlib
 import json
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vlm.checkpoints.files.atomic import atomic_files
 from vlm.checkpoints.files.locate import download, find_files, some
@@ -270,3 +272,31 @@ def _explain(file: Path) -> Iterator[None]:
     except (RuntimeError, EOFError, OSError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{file}: is truncated or no weight file ({reason}); fetch it again") from error
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Somewhere weights come from.
+
+    Attributes:
+        label: for the load report: `base weights of language (folder)`, `artefact 1_align`.
+        names: our names of the tensors it provides.
+        items: streams (our name, tensor), one at a time.
+    """
+
+    label: str
+    names: frozenset[str]
+    items: Callable[[], Iterator[tuple[str, Tensor]]]
+
+
+@torch.no_grad()
+def assign(target: Tensor, value: Tensor) -> None:
+    """Copies a full tensor into `target`; of a sharded one each rank keeps its part."""
+    if isinstance(target, DTensor):
+        # src_data_rank=None: every rank holds the full value already, nothing is sent
+        value = distribute_tensor(
+            value.to(target.device, target.dtype), target.device_mesh, target.placements, src_data_rank=None
+        )
+        target.to_local().copy_(value.to_local())
+    else:
+        target.copy_(value)

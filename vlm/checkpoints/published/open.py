@@ -5,10 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vlm.building.network import WeightSource
 from vlm.checkpoints.artefact import STAGE_FILE
 from vlm.checkpoints.files.locate import find_files
-from vlm.checkpoints.files.weights import WeightFiles
+from vlm.checkpoints.files.weights import WeightFiles, WeightSource
 from vlm.checkpoints.published.family import Family, family_source, find_family, open_family
 from vlm.checkpoints.published.llava_reading import CONNECTORS, Model, open_checkpoint, table_of
 from vlm.checkpoints.published.vila import PartFolders, has_part_folders, image_mode

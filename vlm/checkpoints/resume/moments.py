@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from vlm.building.network import assign
 from vlm.checkpoints.artefact import Artefact
-from vlm.checkpoints.files.weights import hash_tensor
+from vlm.checkpoints.files.weights import assign, hash_tensor
 from vlm.errors import UserError
 
 

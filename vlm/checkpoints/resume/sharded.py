@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from vlm.checkpoints.files.atomic import explain_full_disk
 from vlm.checkpoints.files.weights import write_safetensors
-from vlm.checkpoints.resume.single_file import check_plain
+from vlm.checkpoints.resume.plain import check_plain
 from vlm.errors import UserError
 
 STATE = "state.pt"

@@ -1,23 +1,20 @@
 """Checkpoints of a running training: complete or not there, and loadable without running any code of theirs."""
 
 import pickle
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from torch import Tensor
 
 from vlm.checkpoints.files.atomic import atomic_directory, atomic_file, remove, remove_leftovers
+from vlm.checkpoints.resume.plain import check_plain
 from vlm.errors import UserError
 
 __all__ = ["LAST", "AtomicCheckpointIO", "atomic_directory", "point_last", "read_last"]
 
 LAST = "last"
 """Small text file in the checkpoint folder: name of the newest complete checkpoint."""
-
-_PLAIN = {str, bytes, int, float, complex, bool, type(None), torch.Size, torch.dtype, torch.device}
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -105,23 +102,3 @@ def read_last(folder: str | Path) -> Path | None:
             f"{pointer}: names {name!r}, which is not there; put it back, or write another name into the file"
         )
     return path
-
-
-def check_plain(value: Any, where: str = "") -> int:
-    """Bytes of all tensors in a checkpoint.
-
-    Raises:
-        UserError: it holds something that `weights_only=True` would refuse at the resume.
-    """
-    if isinstance(value, Tensor):
-        return value.nbytes
-    if type(value) in (dict, OrderedDict):
-        return sum(check_plain(k, f"{where}[{k!r}]") + check_plain(v, f"{where}[{k!r}]") for k, v in value.items())
-    if type(value) in (list, tuple, set):
-        return sum(check_plain(item, f"{where}[{index}]") for index, item in enumerate(value))
-    if type(value) in _PLAIN:
-        return 0
-    raise UserError(
-        f"checkpoint{where} is a {type(value).__module__}.{type(value).__qualname__}, which a resume could not read; "
-        "its state_dict must return tensors, numbers, strings, lists and dicts"
-    )

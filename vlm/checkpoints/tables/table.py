@@ -2,7 +2,8 @@
 
 A table is a list of rules (`vlm.checkpoints.tables.rules` has the kinds). A rule names tensors on both sides
 with patterns and knows how contents change; nothing else in the project renames a weight. In a pattern `{i}` stands
-for a layer index, `{p}` for `weight` or `bias`, `{rest}` for all that follows; `{i>=23}` (in `Table.unused` only) for an index from 23 on.
+for a layer index, `{p}` for `weight` or `bias`, `{rest}` for all that follows; `{i>=23}` (in `Table.unused` only) for
+an index from 23 on.
 
 What a published layout has and our computation never uses gets a name of ours too and is *carried*: kept aside and put
 back bit-equal. Names of ours are the common tongue of all layouts, so what one layout carries another can take in.

@@ -6,7 +6,7 @@ from typing import Any
 
 from vlm.batch import IGNORE
 from vlm.codec import Encoded
-from vlm.data.loading.loader import Encoder
+from vlm.data.loading.encoder import Encoder
 from vlm.sample import ImageFile, ImagePart, Message, TextPart
 
 KINDS = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlm.codec import Codec
-from vlm.data.loading.loader import Encoder
+from vlm.data.loading.encoder import Encoder
 from vlm.data.modules.base import VisionLanguageData
 from vlm.data.sources.base import Concat
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vlm.data.loading.loader import Encoder
+from vlm.data.loading.encoder import Encoder
 from vlm.data.loading.workers import worker_context
 from vlm.errors import SampleError, UserError
 

@@ -14,63 +14,25 @@ the step again without any of these. The step is then the one that it would be i
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
 from vlm.batch import Batch
-from vlm.codec import Codec, Encoded
+from vlm.data.loading.encoder import Encoder
 from vlm.data.loading.opaque import Sealed
 from vlm.data.loading.rank_gather import Gather
 from vlm.data.loading.shared_memory import Parcel, unwrap
 from vlm.data.loading.step_dataset import Made, Step, StepDataset
 from vlm.data.loading.workers import worker_context
-from vlm.data.sources.base import Source
 from vlm.data.wrappers.quarantine import LeftOut
 from vlm.errors import SampleError, UserError
-from vlm.sample import Sample
-from vlm.seeding import seed_from
 
 Plan = Callable[[int], Sequence[Sequence[int]]]
 """The steps of an epoch. A *draw* is an int: the sample's index, plus a multiple of len(samples) that grows each time
 the epoch comes back to the sample, so that a sample drawn twice makes its random choices anew."""
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """A draw as token sequences: the one place where a sample's seed is made.
-
-    Args:
-        prepare: what the kind of training does to a sample before it is encoded, given the sample's seed.
-        training: False in evaluation, where the codec makes no random choices.
-        judged_by: samples are to be answered, and these metrics judge the answers (see `Batch.judged_by`).
-    """
-
-    samples: Source
-    codec: Codec
-    seed: int = 0
-    prepare: Callable[[Sample, int], Sample] | None = None
-    training: bool = True
-    judged_by: str | None = None
-
-    def __call__(self, draw: int, *, epoch: int) -> Encoded:
-        sample = self.samples[draw % len(self.samples)]
-        seed = seed_from(self.seed, epoch, draw)
-        try:
-            if self.prepare is not None:
-                sample = self.prepare(sample, seed)
-            if sample.resolution is not None and sample.resolution not in self.codec.resolutions:
-                known = ", ".join(self.codec.resolutions) or "no such words"
-                raise sample.error(
-                    f"data.resolution {sample.resolution!r}: this system knows {known}; correct or remove it"
-                )
-            generate = self.judged_by is not None
-            return self.codec.encode(sample, seed=seed if self.training else None, generate=generate)
-        except Exception as error:
-            error.add_note(f"while encoding sample {sample.id!r} of {sample.source}")
-            raise
 
 
 class StepSampler(Sampler[Step]):

@@ -15,7 +15,7 @@ from vlm.data.sampling.packs import check_pack, deal, fill
 from vlm.errors import SampleError, UserError
 
 if TYPE_CHECKING:
-    from vlm.data.loading.loader import Encoder
+    from vlm.data.loading.encoder import Encoder
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 
 from vlm.codec import Codec
+from vlm.data.loading.encoder import Encoder
 from vlm.data.loading.lengths import draw_lengths
-from vlm.data.loading.loader import Encoder, Progress, StepLoader
+from vlm.data.loading.loader import Progress, StepLoader
 from vlm.data.loading.predict_dataset import SampleLists
 from vlm.data.loading.rank_gather import Gather, gather_over_ranks
 from vlm.data.loading.trainer_progress import TrainerProgress
 from vlm.data.loading.workers import worker_context
-from vlm.data.modules.passes import ShuffledImages, split
+from vlm.data.modules.passes import split
 from vlm.data.sampling.batches import BatchSpec, cut
 from vlm.data.sampling.mixture import Mixture, Turns, rank_orders, ranks_together
 from vlm.data.sampling.order import shuffled
 from vlm.data.sources.base import Concat, Source
 from vlm.data.wrappers.quarantine import Kept, Quarantine, fingerprint
+from vlm.data.wrappers.shuffled_images import ShuffledImages
 from vlm.errors import UserError
 from vlm.sample import Sample
 

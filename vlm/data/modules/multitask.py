@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm.data.loading.loader import Encoder
+from vlm.data.loading.encoder import Encoder
 from vlm.data.modules.base import VisionLanguageData
 from vlm.data.sampling.batches import BatchSpec, Pure, cut_pure
 from vlm.data.sampling.mixture import Turns, arranged, check_names
