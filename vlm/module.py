@@ -24,6 +24,7 @@ from vlm.evaluation.inference import as_pack, chunks_in_step, evaluating, label_
 from vlm.evaluation.means import EpochMeans
 from vlm.language import Decoding
 from vlm.metrics.judges import Judges
+from vlm.recomputation import recompute_blocks
 from vlm.sample import Sample
 from vlm.seeding import seed_from
 from vlm.stages import Stage
@@ -103,7 +104,8 @@ class VisionLanguageModule(LightningModule):
     def configure_model(self) -> None:
         """Builds the network; after it every tensor has its value and nothing is on the meta device.
 
-        The order is fixed: build on meta, surgery, what is trained, sharding, memory, base weights, artefacts.
+        The order is fixed: build on meta, surgery, what is trained, recomputation, sharding, memory, base weights,
+        artefacts.
         """
         if self.load_report is not None:  # Lightning calls again for validate after fit
             return
@@ -118,6 +120,9 @@ class VisionLanguageModule(LightningModule):
             self.stage.set_trainable(self)
         else:
             self.requires_grad_(False).eval()
+        for part, description in self.arguments.items():
+            if getattr(description, "checkpointing", False):
+                recompute_blocks(self.get_submodule(part))
         if self.device_mesh is not None:
             if self.shard is None:
                 raise UserError("a sharding strategy needs the callback callbacks.MixedPrecisionFSDP")

@@ -14,6 +14,7 @@ from vlm.checkpoints.tables.bert import bert_unused, qformer_rules
 from vlm.checkpoints.tables.table import Table
 from vlm.connectors import QFormer
 from vlm.connectors.qformer import QFormerModule
+from vlm.recomputation import recompute_blocks
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 """Float32 noise between SDPA and the published softmax: at most 2.4e-6 seen on hidden states of size 3."""
@@ -150,8 +151,8 @@ def test_new_tensors_and_recomputation() -> None:
     """Normal with 0.02 as BERT's, none left out; recomputed layers give the same gradients, dropout included."""
     size: dict[str, Any] = {"dim": 64, "num_layers": 3, "num_heads": 4, "mlp_dim": 96, "vocab_size": 50}
     gradients = []
-    for checkpointing in (False, True):
-        description = QFormer(**size, max_positions=16, text=True, head=True, checkpointing=checkpointing)
+    for recomputed in (False, True):
+        description = QFormer(**size, max_positions=16, text=True, head=True)
         with empty_weights():
             parts = {"qformer": description.build(in_dim=24)}
         module = torch.nn.Module()
@@ -159,6 +160,8 @@ def test_new_tensors_and_recomputation() -> None:
         allocate(module, torch.device("cpu"))
         fill(module, [], seed=1, initialisers=initialisers(parts, {"qformer": description}))
         network = parts["qformer"].train()
+        if recomputed:
+            recompute_blocks(network)
         torch.manual_seed(3)
         features, ids = torch.randn(2, 5, 24), torch.randint(50, (2, 7))
         torch.manual_seed(4)

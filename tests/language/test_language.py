@@ -12,7 +12,7 @@ from vlm.language import CausalLM, Decoding, PartialLoRA
 from vlm.language.attention import packed_attention
 from vlm.language.causal_lm import label_logits
 from vlm.language.choosing import choose
-from vlm.language.surgery import PartialLoRALinear
+from vlm.language.partial_lora import PartialLoRALinear
 
 SMALL = {
     "vocab_size": 64,

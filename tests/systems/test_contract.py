@@ -128,15 +128,18 @@ def test_surgery_starts_as_the_identity(name: str, tmp_path: Path) -> None:
     plain.surgery = []
     plain.configure_model()
     old, batch = dict(plain.named_parameters()), collate(module, pool)
+    text_alone = collate(module, [sample for sample in pool if not sample.images])
     assert all(torch.equal(p, old[n]) for n, p in module.named_parameters() if n in old)
     new = {n for n, _ in module.named_parameters() if n not in old}
     assert bool(new) == bool(SYSTEMS[name].surgery)
     with torch.no_grad():
-        before = plain.label_logits(batch)
-        assert torch.equal(module.label_logits(batch), before)
+        before, text_before = plain.label_logits(batch), plain.label_logits(text_alone)
+        # an expert's products are of other shapes: 2e-6 seen
+        torch.testing.assert_close(module.label_logits(batch), before, atol=1e-5, rtol=0)
         if new:
             disturb(module, new)
-            assert not torch.equal(module.label_logits(batch), before)
+            assert (module.label_logits(batch) - before).abs().max() > 1e-3
+        assert torch.equal(module.label_logits(text_alone), text_before)
 
 
 # -- a sample and a pack
@@ -373,8 +376,6 @@ def _dropout(module: Any, _: Any, output: Tensor) -> Tensor:
     ids=["greedy", "beams", "sampled"],
 )
 def test_answers_do_not_depend_on_the_batch(name: str, decoding: Decoding, tmp_path: Path) -> None:
-    if not SYSTEMS[name].generates:
-        pytest.skip("does not answer")
     module, asked = build(name), questions(tmp_path)
     disturb(module, module.trained_names())
     lengths = [module.codec.encode(sample, generate=True).num_tokens for sample in asked]
@@ -388,7 +389,7 @@ def test_answers_do_not_depend_on_the_batch(name: str, decoding: Decoding, tmp_p
 def test_use_leaves_no_trace(name: str, tmp_path: Path) -> None:
     """Modes, attention implementation and random numbers; and dropout never reaches an answer."""
     module, asked = build(name), questions(tmp_path)
-    uses = [module.score] + [module.generate] * SYSTEMS[name].generates
+    uses = [module.score, module.generate]
     pictured = module.vision if hasattr(module, "vision") else module.connector
     for part in (pictured, module.language.get_input_embeddings()):
         part.register_forward_hook(_dropout)

@@ -1,4 +1,4 @@
-from vlm.bert.layer import Attention, BertLayer, BertSize, FeedForward, KeysValues, causal_mask, key_mask, run_layer
+from vlm.bert.layer import Attention, BertLayer, BertSize, FeedForward, KeysValues, causal_mask, key_mask
 from vlm.bert.text import Embeddings, LMHead, draw_bert
 
 __all__ = [
@@ -12,5 +12,4 @@ __all__ = [
     "causal_mask",
     "draw_bert",
     "key_mask",
-    "run_layer",
 ]

@@ -4,12 +4,10 @@ Text of at most 128 tokens stands padded, as rectangles: S sequences of n tokens
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one attention: each float[S, heads, m, head_dim]."""
@@ -28,7 +26,7 @@ class BertSize:
         max_positions: longest text.
         dropout: of embeddings, attention weights and what each sublayer adds.
         norm_eps: of every LayerNorm.
-        checkpointing: recompute each layer's activations in the backward pass.
+        checkpointing: recompute each layer's activations in the backward pass, also where the layers are frozen.
     """
 
     dim: int = 768
@@ -159,13 +157,6 @@ class BertLayer(nn.Module):
             assert self.cross_attention is not None
             x, seen = self.cross_attention(x, context=context, past=past_context, mask=context_mask)
         return self.mlp(x), own, seen
-
-
-def run_layer(layer: nn.Module, x: Tensor, *, checkpointing: bool, **slots: Any) -> Any:
-    """`layer(x, **slots)`; with `checkpointing`, what it keeps for the backward pass is made again there."""
-    if checkpointing and torch.is_grad_enabled():  # not `layer.training`: gradients pass frozen layers too
-        return checkpoint(layer, x, use_reentrant=False, **slots)
-    return layer(x, **slots)
 
 
 def key_mask(mask: Tensor) -> Tensor:

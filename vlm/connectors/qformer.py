@@ -16,7 +16,6 @@ from vlm.bert import (
     causal_mask,
     draw_bert,
     key_mask,
-    run_layer,
 )
 
 
@@ -110,7 +109,6 @@ class QFormerModule(nn.Module):
     def __init__(self, description: QFormer, in_dim: int) -> None:
         super().__init__()
         every = description.cross_attention_every
-        self.checkpointing = description.checkpointing
         self.feature_norm = nn.LayerNorm(in_dim)  # eps 1e-5 as published, not BERT's
         self.queries = nn.Parameter(torch.empty(1, description.num_queries, description.dim))
         self.embeddings = Embeddings(description, text=description.text)
@@ -185,9 +183,7 @@ class QFormerModule(nn.Module):
     ) -> tuple[Tensor, tuple[KeysValues, ...]]:
         made = []
         for index, layer in enumerate(self.layers):
-            slots = {"num_queries": num_queries, "mask": mask, "context": context}
-            x, own = run_layer(
-                layer, x, checkpointing=self.checkpointing, past=None if past is None else past[index], **slots
-            )
+            behind = None if past is None else past[index]
+            x, own = layer(x, num_queries=num_queries, mask=mask, past=behind, context=context)
             made.append(own)
         return x, tuple(made)

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from vlm.batch import Row
 from vlm.errors import UserError
 from vlm.language.attention import PACKED
+from vlm.language.layer_inputs import LayerInputs
 from vlm.language.qwen import as_qwen2
 
 
@@ -51,7 +52,7 @@ class CausalLM(LanguagePart):
             `mistral`, `qwen2`, `gemma`, ...), and the weights are new. With `path`, another `model_type` builds that
             class over the same weights (`qwen2` over a Llama computes the same: its biases are zero).
         pretrained: False takes the architecture of `path` with new weights.
-        checkpointing: recompute each layer's activations in the backward pass.
+        checkpointing: recompute each layer's activations in the backward pass, also where the layers are frozen.
     """
 
     path: str | None = None
@@ -99,34 +100,33 @@ class CausalLM(LanguagePart):
             copy.deepcopy(self.transformers_config()), dtype=torch.float32, attn_implementation=PACKED
         )
         model.tie_weights()
-        if self.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
         return model
 
     def initialise(self, model: Any, module: nn.Module) -> None:
         model._init_weights(module)  # as the architecture's authors do
 
 
-def label_logits(language: PreTrainedModel, embeds: Tensor, row: Row, **keywords: Any) -> Tensor:
+def label_logits(language: PreTrainedModel, embeds: Tensor, row: Row, inputs: LayerInputs | None = None) -> Tensor:
     """Logits at the label positions of a row.
 
     Args:
         language: a causal language model with packed attention.
         embeds: float[N, D] input embeddings, image features in place.
         row: the row they were made from.
-        keywords: passed on to every layer (partial LoRA's and the visual expert's mask travel here).
+        inputs: what its layers are told; None: what the row says.
 
     Returns:
         float[L, vocabulary].
     """
+    inputs = LayerInputs.of(row) if inputs is None else inputs
     return language(
         inputs_embeds=embeds[None],
-        position_ids=row.positions[None],
+        position_ids=inputs.positions[None],
         use_cache=False,  # with a cache, transformers ignores the sequence bounds
         logits_to_keep=row.label_positions,
         cu_seqlens=row.cu_seqlens,
         max_len=row.max_len,
-        **keywords,
+        layer_inputs=inputs,
     ).logits[0]
 
 

@@ -21,6 +21,7 @@ from transformers import (
 
 from vlm.errors import UserError
 from vlm.language.causal_lm import batched_attention
+from vlm.language.layer_inputs import Prompt, PromptCache
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class _StopAtText(StoppingCriteria):
 @torch.no_grad()
 def generate(
     language: PreTrainedModel,
-    prompts: Sequence[Tensor],
+    prompts: Sequence[Prompt],
     *,
     decoding: Decoding,
     seeds: Sequence[int],
@@ -157,7 +158,7 @@ def generate(
 
     Args:
         language: the decoder, in eval mode.
-        prompts: per prompt float[n, D] embeddings, image features in place.
+        prompts: what each answer goes on from; what is generated is text to the layers.
         seeds: per prompt, of its samples.
         stop: text marks that end an answer, besides the end token; needs `decode`.
         decode: token ids as text, special tokens kept.
@@ -166,17 +167,19 @@ def generate(
     Returns:
         Per prompt its ids, the end token included if one was generated.
     """
-    lengths = [len(prompt) for prompt in prompts]
-    embeds = pad_sequence(list(prompts), batch_first=True, padding_side="left")
+    embeds = pad_sequence([prompt.embeds for prompt in prompts], batch_first=True, padding_side="left")
     mask = torch.zeros(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
-    for row, length in zip(mask, lengths, strict=True):
-        row[len(row) - length :] = 1
+    for row, prompt in zip(mask, prompts, strict=True):
+        row[len(row) - len(prompt.embeds) :] = 1
+    cache = PromptCache(language.config, prompts, num_beams=decoding.num_beams)
     criteria = StoppingCriteriaList([_StopAtText(stop, decode)] if stop and decode else [])
     with batched_attention(language):
         search: Any = language.generate
         ids = search(
             inputs_embeds=embeds,
             attention_mask=mask,
+            position_ids=cache.positions,
+            past_key_values=cache,
             generation_config=decoding.transformers_config(eos_id=eos_id, pad_id=pad_id),
             logits_processor=decoding.processors(seeds),
             stopping_criteria=criteria,

@@ -18,7 +18,6 @@ from vlm.bert import (
     causal_mask,
     draw_bert,
     key_mask,
-    run_layer,
 )
 from vlm.errors import UserError
 
@@ -74,7 +73,6 @@ class MedModule(nn.Module):
 
     def __init__(self, description: Med, context_dim: int) -> None:
         super().__init__()
-        self.checkpointing = description.checkpointing
         self.embeddings = Embeddings(description)
         self.layers = nn.ModuleList(
             MedLayer(description, context_dim=context_dim) for _ in range(description.num_layers)
@@ -96,9 +94,7 @@ class MedModule(nn.Module):
         x = self.embeddings(ids)
         seen = None if features_mask is None else key_mask(features_mask)
         for layer in self.layers:
-            x, _, _ = run_layer(
-                layer, x, checkpointing=self.checkpointing, mask=key_mask(mask), context=features, context_mask=seen
-            )
+            x, _, _ = layer(x, mask=key_mask(mask), context=features, context_mask=seen)
         return x
 
     def write(self, ids: Tensor, features: Tensor, features_mask: Tensor | None = None) -> Tensor:
@@ -112,8 +108,7 @@ class MedModule(nn.Module):
         x = self.embeddings(ids)
         seen = None if features_mask is None else key_mask(features_mask)
         for layer in self.layers:
-            slots = {"attention": "decoder_attention", "is_causal": True, "context": features, "context_mask": seen}
-            x, _, _ = run_layer(layer, x, checkpointing=self.checkpointing, **slots)
+            x, _, _ = layer(x, attention="decoder_attention", is_causal=True, context=features, context_mask=seen)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ Reading order: `RowCodec.encode` (sample to tokens), `RowDecoder.image_features`
 `RowDecoder.embed` (splice), `RowDecoder.losses` (decode, loss).
 """
 
-import itertools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from vlm.language import Decoding, LanguagePart, NewTokens
 from vlm.language.causal_lm import label_logits
 from vlm.language.choosing import choose
 from vlm.language.generation import generate
+from vlm.language.layer_inputs import LayerInputs, Prompt
 from vlm.module import VisionLanguageModule
 from vlm.prompts.documents import documents_of, fit_document
 from vlm.prompts.regions import find_boxes, write_regions
@@ -231,18 +231,24 @@ class RowDecoder(VisionLanguageModule):
         embeds = self.language.get_input_embeddings()(batch.text.ids)
         return splice(embeds, self.image_features(batch), batch.text.slots[STREAM])
 
+    def layer_inputs(self, batch: Batch) -> LayerInputs:
+        """What every layer is told about the row, in training, scores and answers alike.
+
+        A system with cross-attention adds what it looks at, one entry per sequence; one without an image is empty, but
+        in the graph (`no_features`).
+        """
+        return LayerInputs.of(batch.text)
+
     def label_logits(self, batch: Batch) -> Tensor:
         """float[L, vocabulary] at the label positions."""
-        return label_logits(self.language, self.embed(batch), batch.text)
+        return label_logits(self.language, self.embed(batch), batch.text, self.layer_inputs(batch))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         row = batch.text
         return {"lm": token_loss(self.label_logits(batch), row.targets, row.weights)}
 
     def answers(self, batch: Batch, decoding: Decoding) -> list[str]:
-        embeds = self.embed(batch)
-        bounds = batch.text.cu_seqlens.tolist()
-        prompts = [embeds[start:end] for start, end in itertools.pairwise(bounds)]
+        prompts = Prompt.split(self.embed(batch), batch.text, self.layer_inputs(batch))
         tokenizer = self.codec.tokenizer
         if decoding.options is not None:
             letters = [ascii_uppercase[: max(1, len(sample.choices))] for sample in batch.samples]

@@ -7,7 +7,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from vlm.errors import UserError
@@ -96,7 +95,6 @@ class TimmTower(VisionTower):
         trunk = self._trunk()
         facts = self._facts(trunk)
         trunk.prune_intermediate_layers([facts.num_blocks - 1], prune_norm=not self.final_norm, prune_head=True)
-        trunk.set_grad_checkpointing(self.checkpointing)
         if self.position_grid is None:
             return Tower(trunk, facts, class_token=self.class_token)
         return StretchedTower(trunk, facts, class_token=False)
@@ -167,8 +165,4 @@ class StretchedTower(Tower):
         trunk = self.trunk
         features = trunk.patch_embed(pixels)
         features = trunk.norm_pre(features + resized(trunk.pos_embed[0], self.facts.grid))
-        if trunk.grad_checkpointing and torch.is_grad_enabled():
-            features = checkpoint_seq(trunk.blocks, features)
-        else:
-            features = trunk.blocks(features)
-        return trunk.norm(features)
+        return trunk.norm(trunk.blocks(features))
