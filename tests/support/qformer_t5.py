@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutput
 
 from vlm.batch import IGNORE, Batch, Row, TokenSequence
 from vlm.codec import Codec, Encoded, lay_out, read_views
 from vlm.connectors import Linear
 from vlm.functional import splice
 from vlm.language import Decoding
+from vlm.language.generation import DecoderPrompt, generate
 from vlm.functional import token_loss, zero_from
 from vlm.module import VisionLanguageModule
 from vlm.prompts.tokenizer import Tokenizer
@@ -205,13 +205,14 @@ class QFormerT5(VisionLanguageModule):
     def answers(self, batch: Batch, decoding: Decoding) -> list[str]:
         encoded, mask = self.encode(batch)
         tokenizer = self.codec.tokenizer
-        config = decoding.transformers_config(eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-        config.decoder_start_token_id = tokenizer.pad_id
-        ids = self.language.generate(
-            encoder_outputs=BaseModelOutput(encoded),
-            attention_mask=mask,
-            generation_config=config,
-            logits_processor=decoding.processors([seed_from(decoding.seed, s.id) for s in batch.samples]),
-            synced_gpus=self.is_sharded,
+        start = torch.tensor([tokenizer.pad_id], device=encoded.device)
+        answers = generate(
+            self.language,
+            [DecoderPrompt(features[real], start) for features, real in zip(encoded, mask, strict=True)],
+            decoding=decoding,
+            seeds=[seed_from(decoding.seed, sample.id) for sample in batch.samples],
+            end_ids=[tokenizer.eos_id],
+            pad_id=tokenizer.pad_id,
+            synced=self.is_sharded,
         )
-        return [self.codec.decode(row[1:]) for row in ids.tolist()]
+        return [self.codec.decode(ids) for ids in answers]
