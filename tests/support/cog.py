@@ -13,7 +13,7 @@ from vlm.functional import zero_from
 from vlm.sample import Sample
 from vlm.systems.row import STREAM
 from vlm.systems.spliced import SplicedCodec, SplicedDecoder
-from vlm.vision import VisionTower
+from vlm.vision import TowerDescription
 
 
 def image_blocks(ids: Tensor, slots: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ class TinyCog(SplicedDecoder):
 
     system = "tiny_cog"
 
-    def __init__(self, *, vision_high: VisionTower, **arguments: Any) -> None:
+    def __init__(self, *, vision_high: TowerDescription, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.arguments |= {"vision_high": vision_high}
         self.high = vision_high.facts()
@@ -77,10 +77,10 @@ class TinyCog(SplicedDecoder):
         new = {"marks": Marks(language.config.hidden_size), "vision_high": self.arguments["vision_high"].build()}
         return parts | new | {"language": language}
 
-    def picture_parts(self) -> tuple[nn.Module, ...]:
-        return *super().picture_parts(), self.marks
+    def image_modules(self) -> tuple[nn.Module, ...]:
+        return *super().image_modules(), self.marks
 
-    def connect(self, pixels: Tensor) -> Tensor:
+    def encode_images(self, pixels: Tensor) -> Tensor:
         return self.marks(super().connect(pixels))
 
     def layer_inputs(self, batch: Batch) -> LayerInputs:

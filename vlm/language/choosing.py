@@ -12,7 +12,7 @@ from vlm.language.layer_inputs import LayerInputs, Prompt, pack_context
 
 
 @torch.no_grad()
-def choose(
+def rank_options(
     language: PreTrainedModel, prompts: Sequence[Prompt], options: Sequence[Sequence[Sequence[int]]]
 ) -> list[int]:
     """The number of the likeliest option behind each prompt: that with the lowest mean loss over its tokens.

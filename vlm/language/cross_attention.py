@@ -80,7 +80,9 @@ class ContextAttention(nn.Module):
             cu_seqlens: int32[S + 1], of a packed row.
         """
         if (context := inputs.context) is None:
-            raise ValueError("cross-attention takes a context; the system's `layer_inputs` gives an empty one if need be")
+            raise ValueError(
+                "cross-attention takes a context; the system's `layer_inputs` gives an empty one if need be"
+            )
         query = inputs.restore(self.query(hidden).flatten(0, -2))
         key, value = self._states(inputs, layer)
         if cu_seqlens is None:  # a prompt's beams look at the same keys, as if they were one sequence

@@ -86,7 +86,9 @@ class LayerInputs:
     @functools.cached_property
     def inverse(self) -> Tensor:
         """int64[N]: where each token of the row stands in `order`."""
-        return torch.empty_like(self.order).scatter(0, self.order, torch.arange(len(self.order), device=self.order.device))
+        return torch.empty_like(self.order).scatter(
+            0, self.order, torch.arange(len(self.order), device=self.order.device)
+        )
 
     def sort(self, tokens: Tensor) -> Tensor:
         """float[N, D] in the order of the row -> in that of the layers."""

@@ -34,7 +34,7 @@ class TowerFacts:
     depth: int
 
 
-class VisionTower(ABC):
+class TowerDescription(ABC):
     """Description of a vision tower.
 
     Attributes:
@@ -57,7 +57,7 @@ class VisionTower(ABC):
 
 
 @dataclass(frozen=True)
-class TimmTower(VisionTower):
+class TimmTower(TowerDescription):
     """A timm vision transformer.
 
     Attributes:
