@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from vlm.building.network import find_ties
 from vlm.errors import UserError
 from vlm.module import VisionLanguageModule
-from vlm.recomputation import stacked_blocks
+from vlm.building.blocks import stacked_blocks
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -13,7 +13,8 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 
 from vlm.batch import EVENTS, Batch, Row
-from vlm.building.network import allocate, empty_weights, find_ties, initialisers, load_or_init, tie
+from vlm.building.blocks import recompute_blocks
+from vlm.building.network import allocate, empty_weights, fill, find_ties, initialisers, tie
 from vlm.building.weight_sources import check_finished, is_resuming, weight_sources
 from vlm.checkpoints.artefact import read_artefact
 from vlm.checkpoints.report import LoadReport
@@ -24,7 +25,6 @@ from vlm.evaluation.inference import as_pack, chunks_in_step, evaluating, label_
 from vlm.evaluation.means import EpochMeans
 from vlm.language import Decoding
 from vlm.metrics.judges import Judges
-from vlm.recomputation import recompute_blocks
 from vlm.sample import Sample
 from vlm.seeding import seed_from
 from vlm.stages import Stage
@@ -130,7 +130,7 @@ class VisionLanguageModule(LightningModule):
         trainer = self._trainer
         allocate(self, trainer.strategy.root_device if trainer is not None else self.device)
         tie(self, self.ties)
-        self.load_report, self.frozen_hashes = load_or_init(
+        self.load_report, self.frozen_hashes = fill(
             self,
             weight_sources(self),
             seed=self.seed,

@@ -23,10 +23,11 @@ Initialiser = Callable[[nn.Module], None]
 
 @contextmanager
 def empty_weights() -> Iterator[None]:
-    """Inside, new modules keep their buffers but their parameters take no memory (they are on the meta device).
+    """Inside, new modules keep their buffers, on the CPU, but their parameters take no memory (on the meta device).
 
-    Unlike `torch.device("meta")`, tables that constructors compute (rotary frequencies) stay real; unlike accelerate's
-    context of this kind, parameters that are registered twice stay tied.
+    On the CPU whatever surrounds it: Lightning builds in the context of its device, whose tables would differ in their
+    last bits. Unlike `torch.device("meta")`, tables that constructors compute (rotary frequencies) stay real; unlike
+    accelerate's context of this kind, parameters that are registered twice stay tied.
     """
     register: Any = nn.Module.register_parameter
 
@@ -37,7 +38,8 @@ def empty_weights() -> Iterator[None]:
 
     nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
     try:
-        yield
+        with torch.device("cpu"):
+            yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
@@ -155,10 +157,10 @@ def load_or_init(
 def _draw(module: nn.Module, own: Mapping[str, nn.Parameter], initialise: Initialiser, seed: int) -> dict[str, Tensor]:
     """New full tensors for `module`, drawn on the CPU whatever the module's device and sharding."""
     kept = dict(module._parameters)
-    blank = {name: torch.full(p.shape, torch.nan, dtype=torch.float32) for name, p in own.items()}
+    blank = {name: torch.full(p.shape, torch.nan, dtype=torch.float32, device="cpu") for name, p in own.items()}
     module._parameters.update({name: nn.Parameter(value, requires_grad=False) for name, value in blank.items()})
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             initialise(module)
         # some architectures draw a layer's tensors from the layer above it, which is never asked to here

@@ -21,8 +21,8 @@ class CrossAttention(Surgery):
 
         layer: h + self_attn(norm(h)) -> h + cross_attn(norm(h)) -> h + mlp(norm(h))
 
-    What is looked at (`LayerInputs.context`) may be much finer than the tokens of the row, because the attention is thin:
-    its queries, keys and values have their own, small width. It has no mask and no positions.
+    What is looked at (`LayerInputs.context`) may be much finer than the tokens of the row, because the attention is
+    thin: its queries, keys and values have their own, small width. It has no mask and no positions.
 
     Attributes:
         context: width of the features.
@@ -90,20 +90,17 @@ class ContextAttention(nn.Module):
             max_len = len(query) // num_sequences
             steps = torch.arange(num_sequences + 1, device=query.device, dtype=torch.int32)
             cu_seqlens = steps * max_len
-        if len(context.features):
-            found, _ = packed_attention(
-                self,
-                *(self._split_heads(tensor) for tensor in (query, key, value)),
-                None,
-                cu_seqlens=cu_seqlens,
-                max_len=max_len,
-                cu_seqlens_k=context.cu_seqlens,
-                max_len_k=context.max_len,
-                is_causal=False,
-            )
-            found = found[0].flatten(1)
-        else:  # nothing to see, but all is in the graph
-            found = query * 0.0 + (key.sum() + value.sum())
+        found, _ = packed_attention(
+            self,
+            *(self._split_heads(tensor) for tensor in (query, key, value)),
+            None,
+            cu_seqlens=cu_seqlens,
+            max_len=max_len,
+            cu_seqlens_k=context.cu_seqlens,
+            max_len_k=context.max_len,
+            is_causal=False,
+        )
+        found = found[0].flatten(1).to(hidden.dtype)
         return self.dense(inputs.sort(found)).unflatten(0, hidden.shape[:-1])
 
     def _states(self, inputs: LayerInputs, layer: int) -> tuple[Tensor, Tensor]:

@@ -105,7 +105,8 @@ class Down(InformedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """float[..., in] -> float[K, rank]."""
-        assert self.inputs is not None and self.inputs.visual is not None
+        assert self.inputs is not None
+        assert self.inputs.visual is not None
         if self._last is None or self._last[0] is not x:
             visual = x.flatten(0, -2).index_select(0, self.inputs.visual)
             self._last = x, super().forward(F.dropout(visual, self.dropout, self.training))

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
-from tests.ranks import run_ranks
-from tests.systems import LLAMA, RATE, TOWER, make, samples
-from tests.training import Recorder, packs, trainer
+from tests.support.ranks import run_ranks
+from tests.support.systems import LLAMA, RATE, TOWER, make, samples
+from tests.support.training import Recorder, packs, trainer
 from vlm.codec import step_counts
 from vlm.language import CausalLM
-from vlm.recomputation import stacked_blocks
+from vlm.building.blocks import stacked_blocks
 from vlm.stages import Trained
 from vlm.vision import TimmTower
 

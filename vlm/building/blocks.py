@@ -1,4 +1,4 @@
-"""Activations that are computed again in the backward pass instead of being kept.
+"""The blocks of a network; their activations can be computed again in the backward pass instead of being kept.
 
 A block then keeps its input alone, which is what lets a long row pass through a large network. transformers' own switch
 acts in train mode only; a frozen language model is in eval mode, and yet the gradient of a connector below it passes
