@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.conftest import golden, golden_json
-from vlm.building.network import allocate, empty_weights, fill, initialisers
+from vlm.building.blocks import recompute_blocks
+from vlm.building.network import allocate, empty_weights, initialisers, load_or_init
 from vlm.checkpoints.tables.bert import bert_unused, qformer_rules
 from vlm.checkpoints.tables.table import Table
 from vlm.connectors import QFormer
 from vlm.connectors.qformer import QFormerModule
-from vlm.recomputation import recompute_blocks
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 """Float32 noise between SDPA and the published softmax: at most 2.4e-6 seen on hidden states of size 3."""
@@ -158,7 +158,7 @@ def test_new_tensors_and_recomputation() -> None:
         module = torch.nn.Module()
         module.add_module("qformer", parts["qformer"])
         allocate(module, torch.device("cpu"))
-        fill(module, [], seed=1, initialisers=initialisers(parts, {"qformer": description}))
+        load_or_init(module, [], seed=1, initialisers=initialisers(parts, {"qformer": description}))
         network = parts["qformer"].train()
         if recomputed:
             recompute_blocks(network)

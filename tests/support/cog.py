@@ -81,7 +81,7 @@ class TinyCog(SplicedDecoder):
         return *super().image_modules(), self.marks
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        return self.marks(super().connect(pixels))
+        return self.marks(super().encode_images(pixels))
 
     def layer_inputs(self, batch: Batch) -> LayerInputs:
         owners = batch.text.owner.tolist()
