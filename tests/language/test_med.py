@@ -6,13 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GenerationConfig
-from transformers.modeling_outputs import BaseModelOutput
 
 from tests.conftest import golden, golden_json
 from vlm.checkpoints.tables.bert import bert_unused, med_rules
 from vlm.checkpoints.tables.table import Table
-from vlm.language import Med
+from vlm.language import Decoding, Med
+from vlm.language.generation import DecoderPrompt, generate
 from vlm.language.med import MedModule, MedSearch
 
 TOLERANCE: dict[str, float] = {"atol": 1e-5, "rtol": 1e-5}
@@ -124,3 +123,44 @@ def test_the_captioner_predicts_as_published(captioner: Any) -> None:
     logits = network.logits(network.write(ids, images))
     loss = F.cross_entropy(logits[:, :-1][trained[:, 1:]], ids[:, 1:][trained[:, 1:]], label_smoothing=0.1)
     torch.testing.assert_close(loss, tensors["outputs/loss_lm"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("run", range(4))
+def test_captions_are_those_of_the_published_search(captioner: Any, run: int) -> None:
+    """Greedy and with beams, with a repetition penalty, and not before a least length; each image alone, too."""
+    network, tensors, meta = captioner
+    arguments, end = meta["runs"][run]["args"], meta["config"]["sep_token_id"]
+    expected = meta["runs"][run]["sequences"]
+    prompt = torch.tensor(expected[0][: meta["config"]["prompt_length"]])
+    prompts = [DecoderPrompt(image, prompt) for image in tensors["inputs/image_embeds"]]
+    decoding = Decoding(
+        max_new_tokens=arguments["max_length"] - len(prompt),
+        min_new_tokens=arguments["min_length"] - len(prompt),
+        num_beams=arguments["num_beams"],
+        repetition_penalty=arguments.get("repetition_penalty", 1.0),
+    )
+
+    def captions(chosen: list[DecoderPrompt]) -> list[list[int]]:
+        search = MedSearch(network, end_id=end)
+        return generate(search, chosen, decoding=decoding, seeds=[0] * len(chosen), end_ids=[end], pad_id=0)
+
+    wanted = [[id for id in ids[len(prompt) :] if id] for ids in expected]
+    assert captions(prompts) == wanted
+    assert [captions([one])[0] for one in prompts] == wanted
+
+
+def test_texts_of_unequal_length_are_written_together(captioner: Any) -> None:
+    """Prompts padded on the left and features on the right change no answer."""
+    network, tensors, meta = captioner
+    search = MedSearch(network, end_id=meta["config"]["sep_token_id"])
+    start = torch.tensor(meta["runs"][0]["sequences"][0])
+    images = tensors["inputs/image_embeds"]
+    prompts = [DecoderPrompt(image[:m], start[:n]) for image, m, n in zip(images, (2, 6, 4), (5, 1, 3), strict=True)]
+    for num_beams in (1, 3):
+        decoding = Decoding(max_new_tokens=8, num_beams=num_beams)
+        together, *alone = (
+            generate(search, chosen, decoding=decoding, seeds=[0] * len(chosen), end_ids=[3], pad_id=0)
+            for chosen in (prompts, *([one] for one in prompts))
+        )
+        assert together == [one[0] for one in alone]
+        assert len(set(map(tuple, together))) == 3

@@ -1,5 +1,6 @@
 """Answers of decoders and of encoder-decoders, found by one search: that of transformers."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -155,8 +156,12 @@ class _StopAtText(StoppingCriteria):
         return torch.tensor(stopped, device=input_ids.device)
 
     def holds_mark(self, ids: Sequence[int]) -> bool:
-        text = self.decode(ids)
+        text = self.decode(ids) if self.stop else ""
         return any(mark in text for mark in self.stop)
+
+    def until_mark(self, ids: list[int]) -> list[int]:
+        """The ids up to the one that completed a mark: a row that has ended is filled up while others go on."""
+        return ids[: bisect_left(range(len(ids)), True, key=lambda length: self.holds_mark(ids[:length]))]
 
 
 class _NoMarkYet(LogitsProcessor):
@@ -207,7 +212,7 @@ def generate(
     end_ids: Sequence[int],
     pad_id: int,
     stop: Sequence[str] = (),
-    decode: Decode | None = None,
+    decode: Decode = str,
     synced: bool = False,
 ) -> list[list[int]]:
     """New token ids after each prompt; a batch gives what its prompts give one by one.
@@ -217,8 +222,8 @@ def generate(
         prompts: what each answer goes on from, all of one kind; what is generated is text to the layers.
         seeds: per prompt, of its samples.
         end_ids: tokens that end an answer.
-        stop: text marks that end an answer, too; needs `decode`.
-        decode: token ids as text, special tokens kept.
+        stop: text marks that end an answer, too.
+        decode: token ids as text, special tokens kept; for `stop`.
         synced: keep all ranks in step until the last one has ended (sharded models need it).
 
     Returns:
@@ -226,23 +231,20 @@ def generate(
     """
     config = decoding.transformers_config(end_ids=end_ids, pad_id=pad_id)
     inputs, num_given = _inputs(language, prompts, config)
-    processors, criteria = decoding.processors(seeds, skip=num_given), StoppingCriteriaList()
-    if stop:
-        assert decode is not None, "text marks need `decode`"
-        criteria.append(at_text := _StopAtText(stop, decode, skip=num_given))
-        if decoding.min_new_tokens:
-            num_taken = 1 if decoding.num_beams == 1 else (1 + len(end_ids)) * decoding.num_beams
-            processors.append(_NoMarkYet(at_text, min_new_tokens=decoding.min_new_tokens, num_taken=num_taken))
+    processors, at_text = decoding.processors(seeds, skip=num_given), _StopAtText(stop, decode, skip=num_given)
+    if stop and decoding.min_new_tokens:
+        num_taken = 1 if decoding.num_beams == 1 else (1 + len(end_ids)) * decoding.num_beams
+        processors.append(_NoMarkYet(at_text, min_new_tokens=decoding.min_new_tokens, num_taken=num_taken))
     with batched_attention(language):
         search: Any = language.generate
         ids = search(
             **inputs,
             generation_config=config,
             logits_processor=processors,
-            stopping_criteria=criteria,
+            stopping_criteria=StoppingCriteriaList([at_text] if stop else []),
             synced_gpus=synced,
         )
-    return [_until_end(row[num_given:], end_ids) for row in ids.tolist()]
+    return [at_text.until_mark(_until_end(row[num_given:], end_ids)) for row in ids.tolist()]
 
 
 def _inputs(
