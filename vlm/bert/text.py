@@ -44,6 +44,15 @@ class Embeddings(nn.Module):
         return F.dropout(self.norm(torch.cat(parts, dim=1)), self.dropout, self.training)
 
 
+    def adopt(self, name: str, value: Tensor) -> tuple[Tensor, str] | None:
+        """Words of a smaller vocabulary with rows for the tokens that were added to it."""
+        if name != "words.weight" or self.words is None or len(value) >= self.words.num_embeddings:
+            return None
+        drawn = torch.empty(self.words.num_embeddings - len(value), value.shape[1])
+        drawn.normal_(std=STD, generator=torch.Generator().manual_seed(0))
+        return torch.cat([value, drawn.to(value.dtype)]), "rows of added tokens drawn"
+
+
 class LMHead(nn.Module):
     """hidden -> linear -> GELU -> norm -> scores of all words, by their own embeddings."""
 
@@ -56,6 +65,12 @@ class LMHead(nn.Module):
     def forward(self, x: Tensor, words: Tensor) -> Tensor:
         """float[..., D] hidden states and float[vocabulary, D] embeddings -> float[..., vocabulary]."""
         return F.linear(self.norm(F.gelu(self.dense(x))), words, self.bias)
+
+    def adopt(self, name: str, value: Tensor) -> tuple[Tensor, str] | None:
+        """The bias of a smaller vocabulary, 0 for the tokens that were added to it."""
+        if name != "bias" or len(value) >= len(self.bias):
+            return None
+        return F.pad(value, (0, len(self.bias) - len(value))), "0 for added tokens"
 
 
 def draw_bert(module: nn.Module) -> None:

@@ -56,6 +56,31 @@ def med_rules(*, encoder: str | None, decoder: str | None, ours: str = "language
     return tuple(rules)
 
 
+def bert_rules(
+    *, attentions: Sequence[str] = ("attention",), mlps: Sequence[str] = ("mlp",), text: bool = True, head: bool = False
+) -> tuple[Rule, ...]:
+    """Of a BERT by itself, as base weights: what our layers have several of starts as copies of its one.
+
+    Segments, the pooler and the head for sentence pairs are dropped: no published system computes with them. The norms
+    of old files are called `gamma` and `beta`.
+
+    Args:
+        attentions: our self-attentions.
+        mlps: our feed-forward networks.
+        text: we have words.
+        head: we have the head that predicts them.
+    """
+    layer, block = "bert.encoder.layer.{i}.", "layers.{i}."
+    own = [block + name + "." for name in attentions], [block + name + "." for name in mlps]
+    rules = [*_attention([layer + "attention."], own[0]), *_mlp([layer], own[1])]
+    rules.append(rename("bert.embeddings.LayerNorm.{p}", "embeddings.norm.{p}"))
+    if text:
+        rules += _text(["bert."], ["cls.predictions."] if head else [], "")
+    rules = [variant for rule in rules for variant in _old_names(rule)]
+    unused = ("bert.embeddings.{rest}", "bert.pooler.{rest}", "cls.predictions.{rest}", "cls.seq_relationship.{rest}")
+    return (*rules, *(rename(name, None) for name in unused))
+
+
 def bert_unused(*, ours: str) -> tuple[str, ...]:
     """What the published layouts have and nothing computes with."""
     return (ours + "position_ids", ours + "decoder_position_ids")
@@ -112,4 +137,19 @@ def _same(theirs: Sequence[str], ours: Sequence[str], names: dict[str, str]) -> 
             ours=tuple(f"{prefix}{own}.{{p}}" for prefix in ours),
         )
         for published, own in names.items()
+    ]
+
+
+def _old_names(rule: Rule) -> list[Rule]:
+    """A rule of norms under the names of today's files and of old ones; another rule as it is."""
+    if "LayerNorm.{p}" not in rule.theirs[0]:
+        return [rule]
+    renamed = (("weight", "weight"), ("bias", "bias"), ("gamma", "weight"), ("beta", "bias"))
+    return [
+        Same(
+            theirs=tuple(name.replace("{p}", published) for name in rule.theirs),
+            ours=tuple(name.replace("{p}", own) for name in rule.ours),
+            optional=True,
+        )
+        for published, own in renamed
     ]
