@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import BertConfig, BertForPreTraining
 
 from tests.conftest import golden, golden_json
 from vlm.building.blocks import recompute_blocks
 from vlm.building.network import allocate, empty_weights, initialisers, load_or_init
-from vlm.checkpoints.tables.bert import bert_unused, qformer_rules
+from vlm.checkpoints.tables.bert import bert_rules, bert_unused, qformer_rules
 from vlm.checkpoints.tables.table import Table
 from vlm.connectors import QFormer
 from vlm.connectors.qformer import QFormerModule
@@ -177,3 +178,43 @@ def test_new_tensors_and_recomputation() -> None:
             assert torch.equal(parameter, torch.ones_like(parameter))
         else:
             assert parameter.std().item() == pytest.approx(0.02, rel=0.15), name
+
+
+def test_a_bert_is_where_it_starts() -> None:
+    """Words and head from it, both kinds of networks from its one; rows for added tokens; the rest starts new."""
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=16,
+    )
+    theirs = {name: tensor.clone() for name, tensor in BertForPreTraining(config).state_dict().items()}
+    old = {n.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): t for n, t in theirs.items()}
+    network = QFormer(
+        dim=32, num_layers=3, num_heads=4, mlp_dim=48, vocab_size=52, max_positions=16, text=True, head=True
+    ).build(in_dim=24)
+    table = Table(layout="BERT", rules=bert_rules(mlps=("mlp", "query_mlp"), head=True))
+    made, _ = table.to_ours(theirs.items())
+    assert made.keys() == table.to_ours(old.items())[0].keys()
+    state = network.state_dict()
+    new = sorted({name for name in state if name not in made})
+    assert all(name.startswith(("queries", "feature_norm.")) or ".cross_attention." in name for name in new)
+    assert torch.equal(made["layers.1.mlp.fc1.weight"], made["layers.1.query_mlp.fc1.weight"])
+    for part, name in (("embeddings", "words.weight"), ("head", "bias")):
+        value, _ = network.get_submodule(part).adopt(name, made[f"{part}.{name}"])
+        assert torch.equal(value[:50], made[f"{part}.{name}"])
+        made[f"{part}.{name}"] = value
+    network.load_state_dict(state | made)
+    network.eval()
+    # what it reads is what BERT reads, but for the segments that BERT adds and nobody trains
+    model = BertForPreTraining(config).eval()
+    model.load_state_dict(theirs)
+    model.bert.embeddings.token_type_embeddings.weight.data.zero_()
+    ids, mask = torch.randint(50, (2, 7)), torch.ones(2, 7, dtype=torch.bool)
+    with torch.no_grad():
+        outputs = model(ids, output_hidden_states=True)
+        read = network.read(ids, mask)
+        torch.testing.assert_close(read, outputs.hidden_states[-1], **TOLERANCE)
+        torch.testing.assert_close(network.logits(read)[..., :50], outputs.prediction_logits, **TOLERANCE)

@@ -43,7 +43,6 @@ class Embeddings(nn.Module):
             parts.append(self.words(ids) + self.positions(positions))
         return F.dropout(self.norm(torch.cat(parts, dim=1)), self.dropout, self.training)
 
-
     def adopt(self, name: str, value: Tensor) -> tuple[Tensor, str] | None:
         """Words of a smaller vocabulary with rows for the tokens that were added to it."""
         if name != "words.weight" or self.words is None or len(value) >= self.words.num_embeddings:
