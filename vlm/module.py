@@ -273,7 +273,8 @@ class VisionLanguageModule(LightningModule):
     ) -> list[str]:
         """An answer to each sample's conversation; its last assistant message, if any, is left out.
 
-        The ranks of a sharded system call it together, each with its own samples, as many as it has.
+        One that is only begun (`Message.begun`) stays, and what comes back is what follows it. The ranks of a sharded
+        system call it together, each with its own samples, as many as it has.
         """
         chunks = chunks_in_step(self, samples, batch_size)
         return [answer for chunk in chunks for answer in self._generate(chunk, decoding or Decoding())]

@@ -323,6 +323,25 @@ def test_the_answer_is_trained_whole_and_follows_the_prompt(exchanges, name, tok
     assert labels[: len(earlier.ids) - 1] == earlier.labels[:-1]
 
 
+@pytest.mark.parametrize("name", ["v1", "llama_2", "chatml_direct", "qwen_vl_chat", "fuyu", "v0"])
+def test_an_answer_that_is_begun_is_gone_on_with(name):
+    """Its prompt is a prompt, then the start of the answer as the whole answer is trained."""
+    template = get_template(name)
+    begun = [*chat("What is it?"), Message("assistant", (TextPart("The answer is"),), begun=True)]
+    whole = chat("What is it?", "The answer is 42.")
+    asked, found = (text_of(template.render(messages, generate=True)) for messages in (whole, begun))
+    assert found.startswith(asked)
+    assert found.endswith("The answer is")
+    form = template.generation or template.training
+    finished = dataclasses.replace(template, training=form, generation=None).render(whole)
+    assert text_of(finished).startswith(found)
+    assert not trained_text(template.render(begun, generate=True))
+    with pytest.raises(UserError, match="message 1: an answer that is only begun; it has no end to train on"):
+        template.render(begun)
+    with pytest.raises(UserError, match="message 1: an answer that is only begun; only the last one may be"):
+        template.render([*begun, *chat("And now?")], generate=True)
+
+
 def test_a_counted_mask_is_the_spans_where_the_stop_mark_splits_as_in_llama(tmp_path):
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(Path(LLAMA).read_bytes())

@@ -113,7 +113,8 @@ class Template:
     - Text parts are joined as they are. Text that spells an image mark is text.
     - A system message replaces the template's system text; it may only come first.
     - Answers to nothing at the start are left out. After that, user and assistant take turns and the assistant has the
-      last word; with `generate` its last message is left out and the text ends where the answer has to begin.
+      last word; with `generate` its last message is left out and the text ends where the answer has to begin. One that
+      is only `begun` stays, and the text ends where it ends.
 
     Attributes:
         system: default system text.
@@ -166,11 +167,13 @@ class Template:
                 spans = surround(tight(spans) if form.tight else spans, form.image, first=num_images + 1)
                 num_images += sum(isinstance(span, ImageMark) for span in spans)
                 written.append([TextSpan(form.between), *spans] if index else spans)
-            else:
-                written.append(format_spans(form.assistant, [TextSpan(_text_of(message, where=where))]))
+                continue
+            answer = TextSpan(_text_of(message, where=where))
+            written.append(format_spans(_up_to_content(form.assistant) if message.begun else form.assistant, [answer]))
         if generate:
-            cue = next((i for i, span in enumerate(form.assistant) if span.trained), len(form.assistant))
-            written.append(list(form.assistant[:cue]))
+            if not turns[-1][1].begun:
+                cue = next((i for i, span in enumerate(form.assistant) if span.trained), len(form.assistant))
+                written.append(list(form.assistant[:cue]))
             return [[replace(s, trained=False) if isinstance(s, TextSpan) else s for s in spans] for spans in written]
         return [*written, list(form.closing)]
 
@@ -203,6 +206,12 @@ class Template:
             content.append(TextSpan(part.text) if isinstance(part, TextPart) else ImageMark())
             previous = part
         return content
+
+
+def _up_to_content(form: Sequence[TextSpan]) -> list[TextSpan]:
+    """The spans of a turn without what stands behind its content."""
+    place = next(index for index, span in enumerate(form) if "{}" in span.text)
+    return [*form[:place], replace(form[place], text=form[place].text.partition("{}")[0] + "{}")]
 
 
 def _trimmed(message: Message) -> Message:
@@ -287,8 +296,13 @@ def _split(messages: Sequence[Message], *, generate: bool) -> tuple[str | None, 
             raise UserError(f"message {where}: a system message may only come first; move it there")
         if message.role != expected:
             raise UserError(f"message {where}: two messages of the {message.role} in a row; join them into one")
+    begun = [where for where, message in numbered if message.begun]
+    if begun and not (generate and begun == [numbered[-1][0]]):
+        why = "only the last one may be" if generate else "it has no end to train on; leave out 'begun', or the sample"
+        raise UserError(f"message {begun[0]}: an answer that is only begun; {why}")
     if generate:
-        return system, numbered[:-1] if numbered[-1][1].role == "assistant" else numbered
+        leave_out = numbered[-1][1].role == "assistant" and not begun
+        return system, numbered[:-1] if leave_out else numbered
     if numbered[-1][1].role == "user":
         place = numbered[-1][0]
         raise UserError(f"message {place}: the user's last message has no answer; add one or drop it", kind="no label")

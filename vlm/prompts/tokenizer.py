@@ -87,6 +87,11 @@ class Tokenizer(ABC):
             raise UserError(f"tokenizer {self.path}: no token {token!r}; list it in added_tokens")
         return index
 
+    def added_id(self, token: str) -> int | None:
+        """Id of a token that other tokens never spell; None where this is not one."""
+        added = self._opened.backend.get_added_tokens_decoder()
+        return next((index for index, known in added.items() if known.content == token), None)
+
     @property
     def bos_id(self) -> int | None:
         """Id that starts a text; None when this tokenizer adds none."""
