@@ -27,7 +27,7 @@ def check_owner(batch: BatchSpec, *, micro_batch_size: int | None, max_tokens: i
 
 
 def check_negatives(batch: BatchSpec, terms: Sequence[str], *, system: str) -> None:
-    """Raises `UserError` unless the batch says what in-batch `terms` of a loss compare, and only where there are any."""
+    """Raises `UserError` unless `batch` says what the in-batch `terms` of a loss compare, or there are none."""
     if terms and batch.negatives is None:
         raise UserError(
             f"{system} compares the samples of a batch ({', '.join(terms)}); set data.batch.negatives to pack (and "
