@@ -29,10 +29,10 @@ class Packing:
     in_order: bool = False
     negatives: Negatives | None = None
 
-    def deal(self, lengths: Sequence[int], packs: int) -> list[list[int]]:
+    def balance_packs(self, lengths: Sequence[int], packs: int) -> list[list[int]]:
         """Positions in `lengths` (tokens of each sample) per pack, ascending; alike on every rank."""
         if not self.in_order:
-            return deal(lengths, packs, most=self.max_samples)
+            return balance_packs(lengths, packs, most=self.max_samples)
         assert self.max_samples is not None
         starts = range(0, packs * self.max_samples, self.max_samples)
         return [list(range(start, min(start + self.max_samples, len(lengths)))) for start in starts]
@@ -44,7 +44,7 @@ class Packing:
         return all(sum(lengths[i] for i in pack) <= self.max_tokens for pack in self.deal(lengths, packs))
 
 
-def deal(lengths: Sequence[int], packs: int, *, most: int | None = None) -> list[list[int]]:
+def balance_packs(lengths: Sequence[int], packs: int, *, most: int | None = None) -> list[list[int]]:
     """Balanced packs: the longest sample first, each to the pack that is the lightest so far.
 
     The heaviest and the lightest pack differ by at most the longest sample (with `most`, as far as it allows), and no
@@ -71,7 +71,7 @@ def deal(lengths: Sequence[int], packs: int, *, most: int | None = None) -> list
     return [sorted(pack) for pack in dealt]
 
 
-def fill(dealt: Sequence[list[Encoded]]) -> list[list[Encoded]]:
+def add_fillers(dealt: Sequence[list[Encoded]]) -> list[list[Encoded]]:
     """The packs of a step, with a filler in each that is empty.
 
     A step can have fewer samples than there are packs (the last one of an epoch). A device without a pack would leave
