@@ -29,7 +29,7 @@ class Packing:
     in_order: bool = False
     negatives: Negatives | None = None
 
-    def balance_packs(self, lengths: Sequence[int], packs: int) -> list[list[int]]:
+    def deal(self, lengths: Sequence[int], packs: int) -> list[list[int]]:
         """Positions in `lengths` (tokens of each sample) per pack, ascending; alike on every rank."""
         if not self.in_order:
             return balance_packs(lengths, packs, most=self.max_samples)
