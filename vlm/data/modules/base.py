@@ -145,7 +145,7 @@ class VisionLanguageData(L.LightningDataModule):
             max_epochs: of the run, which may end after `max_steps` too; the longest step decides. None or -1: no limit.
         """
 
-        def lengths() -> list[np.ndarray]:
+        def lengths() -> list[list[int]]:
             encoder, steps = self._encoder(codec), list[np.ndarray]()
             # where the batch counts tokens, the steps of an epoch cost the encoding of all of its samples
             endless = self.batch.unit != "samples" or (max_epochs in (None, -1) and max_steps == -1)
@@ -156,7 +156,7 @@ class VisionLanguageData(L.LightningDataModule):
             # as they are in epoch 0: each sample is encoded once
             samples, places = np.unique(np.concatenate(steps), return_inverse=True)
             tokens = np.asarray(self.lengths(samples.tolist(), epoch=0, encoder=encoder))[places]
-            return np.split(tokens, np.cumsum([len(step) for step in steps])[:-1])
+            return [step.tolist() for step in np.split(tokens, np.cumsum([len(step) for step in steps])[:-1])]
 
         limits = {"micro_batch_size": self.micro_batch_size, "max_tokens": self.max_tokens}
         return micro_batches(self._largest_batch(), world=world, given=given, lengths=lengths, **limits)
