@@ -89,7 +89,12 @@ MODES = {
     },
     "pure sizes": {"mixture": Mixture(weights="sqrt_size"), "pure": "step", "sizes": {"b": 3}},
     "pure sizes of tasks": {"pure": "step", "tasks": {"a": "vqa", "c": "vqa"}, "sizes": {"vqa": 5, "b": 2}},
-    "alternate": {"cls": InstructionData, "of": of_one_modality, "alternate": 3},
+    "alternate": {
+        "cls": InstructionData,
+        "of": of_one_modality,
+        "mixture": Mixture(weights="sqrt_size"),
+        "alternate": 3,
+    },
     "instructions": {"cls": InstructionData, "of": open_questions, "instructions": ["What is it?", "Tell me.", "Say"]},
     "LLaVA's order": {"cls": InstructionData, "group_by_modality": True, "ranks": 4},
     "text share": {"cls": InstructionData, "text_share": 0.6},
@@ -400,7 +405,7 @@ def test_llava_1_5s_order(row):
 
 def test_text_alone_has_the_shortest_first_in_llava_1_5s_order():
     """The official sampler hands its signed lengths on where no sample has a picture."""
-    lengths = [-(1 + 7 * i % 29) for i in range(24)]
+    lengths = [-(2 + 7 * i % 29) for i in range(24)]
     data = InstructionData([of_words(lengths)], batch=BatchSpec(8), group_by_modality=True, ranks=2)
     for step in plan(data):
         for chunk in (step[:4], step[4:]):

@@ -16,7 +16,6 @@ from tests.support.training import Recorder, trainer, weights
 from vlm.batch import Batch
 from vlm.connectors import Linear
 from vlm.data import BatchSpec, PretrainingData
-from vlm.errors import UserError
 from vlm.in_batch import candidates, draw_uniform, gather_detached, own_places
 from vlm.module import VisionLanguageModule
 from vlm.seeding import seed_from
