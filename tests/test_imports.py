@@ -27,7 +27,9 @@ ALLOWED = {
     "vlm.vision": {"vlm.functional", *READING},
     "vlm.connectors": {"vlm.functional", "vlm.bert", *READING},
     "vlm.language": {"vlm.bert", *READING},
-    "vlm.systems": {*("vlm.module", "vlm.vision", "vlm.connectors", "vlm.language", "vlm.functional", "vlm.prompts")},
+    "vlm.systems": {
+        *("vlm.module", "vlm.vision", "vlm.connectors", "vlm.language", "vlm.functional", "vlm.in_batch", "vlm.prompts")
+    },
 }
 """Package -> what it may import from `vlm` besides itself and `COMMON`."""
 

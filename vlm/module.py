@@ -60,6 +60,8 @@ class VisionLanguageModule(LightningModule):
     """Name of the system in recipes, artefacts and converters."""
     term_weights: ClassVar[Mapping[str, float]] = {}
     """Factor on each loss term; 1 where a term is not listed."""
+    in_batch_terms: ClassVar[tuple[str, ...]] = ()
+    """Loss terms that compare the samples of a step with each other (`vlm.in_batch`)."""
     forward_methods: ClassVar[tuple[str, ...]] = (
         *("training_step", "validation_step", "test_step"),
         *("_generate", "_score"),
@@ -189,8 +191,11 @@ class VisionLanguageModule(LightningModule):
         return self._total_steps
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # by micro-batch: by global step every micro-batch of a window would draw the same dropout masks
-        torch.manual_seed(seed_from(self.seed, self.current_epoch, batch_idx, self.global_rank))
+        # by pack: by global step all packs of a step would draw the same dropout masks; counted over micro-batches and
+        # ranks, a pack draws the same ones however the packs of a step are shared
+        torch.manual_seed(
+            seed_from(self.seed, self.current_epoch, batch_idx * self.trainer.world_size + self.global_rank)
+        )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, terms = self._scaled_loss(batch)
