@@ -171,7 +171,7 @@ def _run_lightning(arguments: list[str]) -> None:
     from callbacks import BadSamples, Progress
     from vlm.checkpoints.artefact import read_artefact
     from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
-    from vlm.checkpoints.published.open import find_weights, is_artefact
+    from vlm.checkpoints.published.open import describe_published, find_weights, is_artefact
     from vlm.data import VisionLanguageData
     from vlm.building.instantiate import instantiate
     from vlm.module import VisionLanguageModule
@@ -252,7 +252,9 @@ def _run_lightning(arguments: list[str]) -> None:
             if weights is None or weights == UNTRAINED:
                 return
             self.model.weights = find_weights(weights)
-            if self.subcommand != "fit" and is_artefact(self.model.weights):
+            if not is_artefact(self.model.weights):
+                self.model.surgery += instantiate(describe_published(self.model.weights).surgery)
+            elif self.subcommand != "fit":
                 self.model.surgery = instantiate(read_artefact(self.model.weights).meta.get("surgery", []))
 
         def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -355,7 +357,7 @@ def _from_weights(options: Sequence[str]) -> list[str]:
         artefact = read_artefact(found)
         model, stage, folder = model_of(artefact), artefact.meta["stage"], artefact.folder.parent
     else:
-        model, stage = describe_published(found), "published"
+        model, stage = describe_published(found).model, "published"
         folder = Path("runs") / Path(found).name
     known = {
         "stage.name": stage,

@@ -11,6 +11,7 @@ from torch import Tensor
 from vlm.checkpoints.artefact import Artefact, read_artefact
 from vlm.checkpoints.files.locate import some
 from vlm.checkpoints.files.weights import WeightFiles, WeightSource, fingerprint_of
+from vlm.checkpoints.published.base_entries import check_base
 from vlm.checkpoints.published.open import is_artefact, published_source
 from vlm.checkpoints.published.qwen_vl import qwen_table
 from vlm.checkpoints.tables.clip import clip_table
@@ -56,6 +57,7 @@ def is_resuming(module: Any) -> bool:
 def base_source(part: str, description: Any, network: Any) -> WeightSource:
     """The published weights of one part, under our names."""
     files = WeightFiles(description.weights)
+    check_base(part, files.folder, network)
     names = _tower_names(files, network.facts) if hasattr(network, "facts") else _same_names(files, network)
     if getattr(getattr(network, "trunk", None), "cls_token", True) is None:
         names = _without_class_token(names)

@@ -58,7 +58,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma": _LLAMA | _GEMMA,
     "mixtral": _LLAMA | _MIXTRAL,
 }
-"""What the config.json of a kind leaves out when it is this, in the words of transformers 4; those of official layouts."""
+"""What the config.json of a kind in official layouts leaves out when it is this, in the words of transformers 4."""
 PROVEN = (*DEFAULTS, "gemma2", "granite", "phi3", "qwen2", "qwen3", "smollm3")
 """Kinds that have been held against transformers' own LLaVA (`tests/checkpoints/test_published_entries.py`)."""
 _CORE = ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",

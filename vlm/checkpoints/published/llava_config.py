@@ -118,11 +118,11 @@ class LlavaConfig:
                 "num_heads": self.vision["num_attention_heads"],
                 "mlp_ratio": self.vision["intermediate_size"] / self.vision["hidden_size"],
             }
-        connector, layers = {"linear": ("Linear", {}), "mlp_downsample": ("Downsample", {"depth": 2, "norm": True})}.get(
-            self.connector, ("MLP", {})
-        )
-        if (depth := mlp_depth(self.connector)) > 2:
-            layers = {"depth": depth}
+        depth = mlp_depth(self.connector)
+        connector = {"linear": "Linear", "mlp_downsample": "Downsample"}.get(self.connector, "MLP")
+        layers: dict[str, Any] = {"depth": depth} if depth > 2 else {}
+        if connector == "Downsample":
+            layers = {"depth": 2, "norm": True}
         tiles: dict[str, Any] = {}
         if self.pinpoints is not None:
             side = self.vision["image_size"] if self.vision else 336
@@ -147,13 +147,19 @@ class LlavaConfig:
         return asdict(self)
 
 
-def read_config(folder: Path, layout: Layout, *, connector: Connector) -> LlavaConfig:
+def read_config(folder: Path, layout: Layout, *, connector: Connector, is_language_alone: bool = False) -> LlavaConfig:
     """The description in a folder's `config.json`.
+
+    Args:
+        is_language_alone: the file is that of the language model, and others say the rest (VILA-1.5).
 
     Raises:
         UserError: the file is missing, of something else, or says what no system here does.
     """
     content, file = read_config_json(folder), folder / "config.json"
+    if is_language_alone:
+        language = read_language(content, file, kind=content.get("model_type", "llama"))
+        return LlavaConfig(connector, language, None, -2, None, layout.name, {"official": content})
     return (_read_hub if layout.is_hf else _read_official)(content, file, layout, connector)
 
 

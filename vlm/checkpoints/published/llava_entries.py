@@ -151,11 +151,10 @@ def check_known_tower(name: str | None, file: Path) -> None:
     )
 
 
-def check_class_token(system: str, *, class_token: bool, tiles: bool, file: Path) -> None:
+def check_class_token(system: str, *, is_map: bool, file: Path) -> None:
     """Refuses a class token among features that have to be a square map."""
-    if class_token and (tiles or system == "mini_gemini"):
+    if is_map or system == "mini_gemini":
         raise UserError(
             f"{file}: the class token is a feature too (cls_patch, full), and the features of {system} are a square "
-            "map; such weights cannot be opened"
+            "map here; such weights cannot be opened"
         )
-
