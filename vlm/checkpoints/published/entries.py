@@ -22,7 +22,8 @@ BOOKKEEPING = frozenset(
         *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "return_dict_in_generate"),
         *("output_scores", "torchscript", "use_return_dict"),
         # of classifiers and other tasks
-        *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params", "ignore_index"),
+        *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
+        "ignore_index",
         *("is_encoder_decoder", "is_decoder", "decoder_start_token_id", "tokenizer_class", "prefix", "use_bfloat16"),
         # memory against time: layers in pieces of equal result
         *("chunk_size_feed_forward", "pretraining_tp"),

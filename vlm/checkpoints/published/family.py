@@ -101,7 +101,7 @@ class Family(ABC):
 
     @abstractmethod
     def open_complete(self, path: str) -> Any:
-        """A folder with every tensor that the network computes with, its vision tower from elsewhere where it lacks it."""
+        """A folder with every tensor that the network computes with, its tower from elsewhere where it lacks it."""
 
     @abstractmethod
     def describe(self, opened: Any) -> dict[str, Any]:

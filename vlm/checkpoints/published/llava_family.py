@@ -1,4 +1,4 @@
-"""LLaVA and its kin: folders of the official code, of Hugging Face's tools, and VILA-1.5's, one folder for each part."""
+"""LLaVA and its kin: folders of the official code, of Hugging Face's tools, and VILA-1.5's with one for each part."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -23,7 +23,8 @@ _HARMLESS = frozenset(
         *("clean_up_tokenization_spaces", "spaces_between_special_tokens", "errors"),
         # where the files come from and how they are opened
         *("name_or_path", "tokenizer_file", "vocab_file", "trust_remote_code", "is_local"),
-        *("local_files_only", "backend", "use_fast", "from_slow", "auto_map", "init_inputs", "tokenizer_type", "tokenizer_object"),
+        *("local_files_only", "backend", "use_fast", "from_slow", "auto_map", "init_inputs"),
+        *("tokenizer_type", "tokenizer_object"),
     }
 )  # fmt: skip
 _READ = frozenset({"legacy", "add_bos_token", "tokenizer_class", "added_tokens_decoder"})
