@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlm.checkpoints.artefact import fill_artefact
 from vlm.checkpoints.files.locate import CARRIED
-from vlm.checkpoints.files.weights import SHARD_BYTES, aside, write_safetensors
+from vlm.checkpoints.files.weights import SHARD_BYTES, divert, write_safetensors
 from vlm.checkpoints.published.family import chained
 from vlm.checkpoints.published.llava_config import write_config
 from vlm.checkpoints.published.llava_reading import OpenedLlava, table_of
@@ -78,7 +78,7 @@ def fill_published(folder: Path, model: OpenedLlava, *, target: str) -> LoadRepo
     table.check(kept, side="ours")
     beside: dict[str, Tensor] = {}
     dtypes: list[str] = []
-    stream = aside(model.stream(), lambda name: name not in kept, beside)
+    stream = divert(model.stream(), lambda name: name not in kept, beside)
     published = _noting_dtype(table.stream_from_ours(stream), dtypes)
     write_safetensors(folder / "model.safetensors", published, max_shard_bytes=SHARD_BYTES)
     if beside:
@@ -113,7 +113,7 @@ def fill_llava_artefact(folder: Path, model: OpenedLlava, description: Mapping[s
         "ties": {"language.lm_head.weight": "language.model.embed_tokens.weight"} if model.config.tied else {},
         "published": model.config.to_json(),
     }
-    stream = aside(model.stream(), table.is_carried, carried)
+    stream = divert(model.stream(), table.is_carried, carried)
     fill_artefact(folder, tensors=stream, meta=meta, carried=carried, max_shard_bytes=SHARD_BYTES)
     copy_small_files(model.folder, folder)
     return LoadReport(loaded=[name for name in model.shapes if name not in carried], carried=list(carried))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlm.checkpoints.artefact import fill_artefact, read_artefact
 from vlm.checkpoints.files.locate import CARRIED
-from vlm.checkpoints.files.weights import SHARD_BYTES, WeightFiles, aside, write_safetensors
+from vlm.checkpoints.files.weights import SHARD_BYTES, WeightFiles, divert, write_safetensors
 from vlm.checkpoints.published.entries import read_config_json
 from vlm.checkpoints.published.family import (
     Family,
@@ -206,7 +206,7 @@ class OneFolderFamily(Family):
             "surgery": self.surgery(opened),
             "published": {"layout": opened.layout, "config": opened.config},
         }
-        stream = aside(opened.stream(), self.carried(opened), carried)
+        stream = divert(opened.stream(), self.carried(opened), carried)
         fill_artefact(folder, tensors=stream, meta=meta, carried=carried, max_shard_bytes=SHARD_BYTES)
         return LoadReport(loaded=[name for name in opened.shapes if name not in carried], carried=list(carried))
 
@@ -216,7 +216,7 @@ class OneFolderFamily(Family):
         kept = {n: shape for n, shape in opened.shapes.items() if table.has_place(n) or not table.is_carried(n)}
         table.check(kept, side="ours")
         beside: dict[str, Tensor] = {}
-        stream = aside(opened.stream(), lambda name: name not in kept, beside)
+        stream = divert(opened.stream(), lambda name: name not in kept, beside)
         write_safetensors(folder / "model.safetensors", table.stream_from_ours(stream), max_shard_bytes=SHARD_BYTES)
         if beside:
             write_safetensors(folder / CARRIED, beside.items())
