@@ -65,16 +65,16 @@ class Entries:
         Raises:
             UserError: names the file, the entry and its value.
         """
+        known = self.read | self.harmless | BOOKKEEPING
         for key, value in content.items():
             if key in self.only:
                 if value is not None and not any(_same(value, allowed) for allowed in self.only[key]):
                     raise refusal(file, key, value, expected=self.only[key])
-            elif key not in self.read | self.harmless | BOOKKEEPING and value is not None:
-                if self.of is None or key in self.of:
-                    raise UserError(
-                        f"{file}: {key} is {_shown(value)}, an entry that is not known here and may change what is "
-                        "computed; take it out of the file if it changes nothing"
-                    )
+            elif value is not None and key not in known and (self.of is None or key in self.of):
+                raise UserError(
+                    f"{file}: {key} is {_shown(value)}, an entry that is not known here and may change what is "
+                    "computed; take it out of the file if it changes nothing"
+                )
 
 
 def refusal(file: str | Path, key: str, value: Any, *, expected: Collection[Any]) -> UserError:

@@ -61,6 +61,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 """What the config.json of a kind in official layouts leaves out when it is this, in the words of transformers 4."""
 PROVEN = (*DEFAULTS, "gemma2", "granite", "phi3", "qwen2", "qwen3", "smollm3")
 """Kinds that have been held against transformers' own LLaVA (`tests/checkpoints/test_published_entries.py`)."""
+HEAD_OF_HUB = {"logits_scaling": 1.0, "final_logit_softcapping": None}
+"""What transformers' LLaVA classes make of a language model: they have a plain head of their own on its body."""
 _CORE = ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
          "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings")  # fmt: skip
 _ROPE_4 = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # entries of transformers 4

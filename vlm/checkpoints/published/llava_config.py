@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.checkpoints.published.entries import read_config_json, refusal
-from vlm.checkpoints.published.language_entries import read_language
+from vlm.checkpoints.published.language_entries import HEAD_OF_HUB, language_entries, read_language
 from vlm.checkpoints.published.llava_entries import (
     check_clip,
     check_hub,
@@ -166,7 +166,9 @@ def read_config(folder: Path, layout: Layout, *, connector: Connector, is_langua
 def _read_hub(content: Mapping[str, Any], file: Path, layout: Layout, connector: Connector) -> LlavaConfig:
     check_hub(content, file)
     text = content.get("text_config") or {}
-    language = read_language(text, file, kind=text.get("model_type", "llama"))
+    kind = text.get("model_type", "llama")
+    language = read_language(text, file, kind=kind)
+    language |= {key: value for key, value in HEAD_OF_HUB.items() if key in language_entries(kind)}
     language["tie_word_embeddings"] = bool(language.get("tie_word_embeddings") or content.get("tie_word_embeddings"))
     language["vocab_size"] = content.get("image_token_index", content.get("image_token_id", 32000))
     if not isinstance(content.get("vision_config"), dict):

@@ -9,6 +9,7 @@ from timm.layers import QuickGELU
 from torch import Tensor, nn
 
 from vlm.checkpoints.published.hf_processor import sizes_cut_otherwise, write_processor, write_tokenizer
+from vlm.checkpoints.published.language_entries import HEAD_OF_HUB
 from vlm.checkpoints.published.llava_chat import write_chat_settings
 from vlm.checkpoints.published.llava_config import LlavaConfig
 from vlm.checkpoints.published.llava_reading import OpenedLlava
@@ -76,6 +77,9 @@ def check_exportable(module: Any) -> None:
         what = f"the tower {tower.name}: it is no CLIP"
     elif getattr(module, "tiles", None) is not None and not module.has_newline:
         what = f"tiles that are merged {module.tiles.merge!r}: it knows spatial_unpad alone"
+    for key, plain in HEAD_OF_HUB.items():
+        if getattr(module.language.config, key, plain) != plain:
+            what = f"a language model with {key}: its head is plain"
     if what is not None:
         raise UserError(f"the Hugging Face classes of LLaVA have no place for {what}")
 
