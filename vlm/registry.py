@@ -1,6 +1,6 @@
 """The systems there are, in one place: names and paths alone, so that reading it imports nothing.
 
-A new system is a line here, its class, and its folder of configurations.
+A new system is its class, which `vlm.systems` exports and which has a line here, and its folder of configurations.
 """
 
 from dataclasses import dataclass
@@ -35,9 +35,9 @@ SYSTEMS: dict[str, System] = {
 }
 
 
-def recipe_folder(system: str, *, demo: bool = False) -> Path:
-    """The folder of a system's recipe and stages, or of the overlays that make them laptop size."""
-    return CONFIGS / system / "demo" if demo else CONFIGS / system
+def recipe_folder(system: str) -> Path:
+    """The folder of a system's recipe and stages, and of the overlays in `demo/` that make them laptop size."""
+    return CONFIGS / system
 
 
 def published_systems() -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -217,7 +218,7 @@ NEXT_7B = OFFICIAL_7B | {
     "rope_theta": 10000.0, "tokenizer_model_max_length": 4096, "tokenizer_padding_side": "right",
     "unfreeze_mm_vision_tower": True,
 }  # fmt: skip
-MISTRAL_7B = NEXT_7B | {
+MISTRAL_7B = {key: value for key, value in NEXT_7B.items() if key != "attention_bias"} | {
     "architectures": ["LlavaMistralForCausalLM"], "model_type": "llava_mistral", "intermediate_size": 14336,
     "max_position_embeddings": 32768, "num_key_value_heads": 8, "rope_theta": 1000000.0, "sliding_window": None,
 }  # fmt: skip
@@ -255,7 +256,7 @@ RELEASED = {
 }
 QWEN_VL = {
     "architectures": ["QWenLMHeadModel"], "attn_dropout_prob": 0.0,
-    "auto_map": {"AutoConfig": "configuration_qwen.QWenConfig", "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"},
+    "auto_map": {"AutoConfig": "configuration_qwen.QWenConfig"},
     "bf16": False, "emb_dropout_prob": 0.0, "fp16": False, "fp32": False, "hidden_size": 4096,
     "initializer_range": 0.02, "intermediate_size": 22016, "kv_channels": 128, "layer_norm_epsilon": 1e-06,
     "max_position_embeddings": 8192, "model_type": "qwen", "no_bias": True, "num_attention_heads": 32,
@@ -414,12 +415,14 @@ def test_the_tokenizer_is_as_legacy_as_its_file_says(legacy: bool | None, tmp_pa
     shutil.copyfile(TOKENIZER, tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy, "tokenizer_class": "LlamaTokenizer"}))
     ours = instantiate(describe_tokenizer(tmp_path))
-    theirs = LlamaTokenizer.from_pretrained(tmp_path, legacy=legacy is not False)  # unset is set, as in transformers 4
-    found = []
+    model = SentencePieceProcessor(str(TOKENIZER))
+    newer = LlamaTokenizer.from_pretrained(tmp_path, legacy=False)
     for text in ("USER: Hello</s>USER: and", "a</s> b", "</s>\nx"):
-        found += ours.encode(text)[0]
-        assert ours.encode(text)[0] == theirs.encode(text, add_special_tokens=False)
-    assert (found.count(ours.token_id("▁")) > 0) == (legacy is not False)  # in front of what follows the mark
+        pieces = [model.encode(piece) for piece in text.split("</s>") if piece]  # each with a blank in front
+        old = [*pieces[0], 2, *pieces[1]] if len(pieces) == 2 else [2, *pieces[0]]
+        expected = newer.encode(text, add_special_tokens=False) if legacy is False else old
+        assert ours.encode(text)[0] == expected
+        assert old != newer.encode(text, add_special_tokens=False)
 
 
 @pytest.mark.parametrize(
