@@ -132,7 +132,7 @@ def test_a_folder_belongs_to_one_family_or_to_none(
 
     for system in ("toy", "toy_4k"):
         assert family_of(folder_of(tmp_path / system, model_type=system)).system == system
-    with pytest.raises(UserError, match="its config.json is not that of toy_4k; check --system"):
+    with pytest.raises(UserError, match=r"its config\.json is not that of toy_4k; check --system"):
         convert(tmp_path / "toy", tmp_path / "x", system="toy_4k", target_layout="ours")
     nobody = folder_of(tmp_path / "nobody", model_type="toy_8k")
     assert cli.main(["predict", "--weights", str(nobody), "--prompt", "Hello"]) == 2

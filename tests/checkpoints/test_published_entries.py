@@ -31,6 +31,7 @@ from vlm.checkpoints.published.llava_config import read_config
 from vlm.checkpoints.published.llava_entries import check_clip, check_hub
 from vlm.checkpoints.published.tokenizer_entries import describe_tokenizer
 from vlm.checkpoints.tables.llava import HF, OFFICIAL
+from vlm.commands.convert import convert
 from vlm.errors import UserError
 from vlm.sample import ImagePart, Message, Sample, TextPart
 from vlm.vision import TimmTower
@@ -115,6 +116,19 @@ def test_language_models_compute_what_transformers_does(name: str, tmp_path: Pat
     assert distance(tmp_path / "hf", model, tmp_path) < BOUND
 
 
+@pytest.mark.parametrize("name", ["gemma2", "phi3", "smollm3"])
+def test_they_come_back_bit_equal(name: str, tmp_path: Path) -> None:
+    hub_folder(tmp_path / "hf", text=KINDS[name])
+    convert(tmp_path / "hf", tmp_path / "ours", system="llava_1_5", target_layout="ours")
+    convert(tmp_path / "ours", tmp_path / "back", system="llava_1_5", target_layout="hf")
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("hf", "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert read_json(tmp_path / "hf" / "config.json") == read_json(tmp_path / "back" / "config.json")
+    with pytest.raises(UserError, match=f"no LLaVA over a language model of the kind '{name}'"):
+        convert(tmp_path / "ours", tmp_path / "official", system="llava_1_5", target_layout="official")
+
+
 TOWERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what is stated, and what stood there unseen before
     "gelu": ({"clip": {"hidden_act": "gelu"}}, {"vision_config": {"hidden_act": "quick_gelu"}}),
     "eps": ({"clip": {"layer_norm_eps": 0.1}}, {"vision_config": {"layer_norm_eps": 1e-5}}),
@@ -154,7 +168,16 @@ def test_official_projectors_and_features(connector: str, feature: str, tmp_path
         tmp_path / "official", model, mm_projector_type=connector, mm_vision_select_feature=feature
     )
     assert distance(folder, model, tmp_path) < BOUND
-    assert vlm.load(folder).codec.num_tokens(40, 30) == 4 + (feature == "cls_patch")
+    module = vlm.load(folder)
+    assert (module.codec.num_tokens(40, 30), module.codec.transform.mode) == (4 + (feature == "cls_patch"), "crop")
+    if connector == "mlp2x_gelu":  # what has no file of its own in the other layout goes along
+        convert(folder, tmp_path / "ours", system="llava_1_5", target_layout="ours")
+        convert(tmp_path / "ours", tmp_path / "back", system="llava_1_5", target_layout="hf")
+        module = vlm.load(tmp_path / "back")
+        assert (module.codec.num_tokens(40, 30), module.codec.transform.mode) == (5, "crop")
+    else:
+        with pytest.raises(UserError, match="with mlp3x_gelu cannot be written for it"):
+            convert(folder, tmp_path / "x", system="llava_1_5", target_layout="hf")
 
 
 def official_folder(folder: Path, model: LlavaForConditionalGeneration, **entries: Any) -> Path:
@@ -299,7 +322,10 @@ def test_released_files_open(name: str, tmp_path: Path) -> None:
     assert (found.hidden_size, found.intermediate_size) == (4096, 14336 if is_mistral else 11008)
     assert (found.vocab_size, found.rms_norm_eps, found.num_key_value_heads) == (32000, 1e-5, 8 if is_mistral else 32)
     assert found.rope_parameters["rope_theta"] == (1e6 if is_mistral else 1e4)
-    assert found.max_position_embeddings == parts["max_tokens"]
+    limit = (
+        2048 if name == "YanweiLi/MGM-7B" else 32768 if "mistral-7b-hf" in name else 4096
+    )  # the tokenizer's, if less
+    assert parts["max_tokens"] == min(limit, found.max_position_embeddings)
     expected = {"Efficient-Large-Model/VILA-7b": "squash"}.get(name, None if "hf" in name else "pad")
     assert (config.image, config.class_token, config.vision_layer) == (expected, False, -2)
 

@@ -82,6 +82,11 @@ def read_chat_settings(folder: Path) -> dict[str, Any]:
     return read_json(folder / CHAT_FILE) or {}
 
 
+def write_view(folder: Path, image: str) -> None:
+    """How an image becomes a square view, into a folder without a file of the Hugging Face tools for it."""
+    (folder / CHAT_FILE).write_text(json.dumps({"image": image}, indent=2) + "\n", encoding="utf-8")
+
+
 def write_chat_settings(folder: Path, module: Any) -> None:
     """How a system of ours is talked to, so that its exported folder opens here as what it was."""
     arguments = {key: module.arguments[key] for key in ("template", "image", "max_tokens")}

@@ -1,6 +1,7 @@
 """`config.json` of LLaVA: what the official and the Hugging Face files say, as one neutral description, and back."""
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -139,7 +140,10 @@ class LlavaConfig:
                 "init_args": {"config": {"model_type": "llama", **self.language}},
             },
             "tokenizer": {"class_path": "vlm.prompts.LlamaTokenizer", "init_args": {"path": "."}},
-            "max_tokens": self.language["max_position_embeddings"],
+            "max_tokens": min(
+                self.language["max_position_embeddings"],
+                self.originals.get("official", {}).get("tokenizer_model_max_length") or sys.maxsize,
+            ),
             **tiles,
         }
 

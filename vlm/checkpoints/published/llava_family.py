@@ -13,6 +13,7 @@ from vlm.checkpoints.published.llava_chat import (
     next_template,
     read_chat_settings,
     tokenizer_settings,
+    write_view,
 )
 from vlm.checkpoints.published.llava_export import fill_exported
 from vlm.checkpoints.published.llava_reading import (
@@ -23,6 +24,7 @@ from vlm.checkpoints.published.llava_reading import (
     table_of,
 )
 from vlm.checkpoints.published.llava_writing import fill_layout, fill_llava_artefact
+from vlm.checkpoints.published.preprocessor import says_view
 from vlm.checkpoints.published.tokenizer_entries import describe_tokenizer
 from vlm.checkpoints.published.vila import has_part_folders
 from vlm.checkpoints.report import LoadReport
@@ -106,7 +108,10 @@ class LLaVAFamily(Family):
 
     def fill(self, folder: Path, opened: OpenedLlava, *, target: str, template: str | None = None) -> LoadReport:
         if target != "ours":
-            return fill_layout(folder, opened, target=target)
+            report = fill_layout(folder, opened, target=target)
+            if target == "hf" and opened.config.image is not None and not says_view(folder):
+                write_view(folder, opened.config.image)
+            return report
         arguments, marks = self._arguments(opened)
         arguments |= {} if template is None else {"template": template}
         parts = opened.config.model_parts(has_tower=any(name.startswith("vision.") for name in opened.shapes))

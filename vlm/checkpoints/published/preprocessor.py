@@ -77,6 +77,11 @@ def read_view(folder: Path, *, side: int, pinpoints: Sequence[Sequence[int]] | N
     return "crop"
 
 
+def says_view(folder: Path) -> bool:
+    """Whether there is a file for `read_view`."""
+    return bool(_read(folder)[0])
+
+
 def _read(folder: Path) -> tuple[Mapping[str, Any], Path]:
     file = folder / "processor_config.json"
     inside = (read_json(file) or {}).get("image_processor")
