@@ -142,6 +142,9 @@ def test_towers_compute_what_transformers_does(name: str, tmp_path: Path) -> Non
     stated, unseen = TOWERS[name]
     model = hub_folder(tmp_path / "hf", **stated)
     assert distance(tmp_path / "hf", model, tmp_path) < BOUND
+    if "clip" in stated:
+        with pytest.raises(UserError, match="the official layout says nothing about a tower's hidden_act"):
+            convert(tmp_path / "hf", tmp_path / "official", system="llava_1_5", target_layout="official")
     if unseen:  # the entry counts: the least of these differences is 2.4e-3
         edit(tmp_path / "hf" / "config.json", unseen)
         assert distance(tmp_path / "hf", model, tmp_path) > 20 * BOUND

@@ -1,6 +1,5 @@
-"""`config.json` of LLaVA: what the official and the Hugging Face files say, as one neutral description, and back."""
+"""`config.json` of LLaVA: what the official and the Hugging Face files say, as one neutral description."""
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +20,7 @@ from vlm.checkpoints.published.preprocessor import check_pixels, read_view
 from vlm.checkpoints.tables.llava import Connector, Layout, mlp_depth
 from vlm.errors import UserError
 
-_CLIP = {
+CLIP: dict[str, Any] = {
     "hidden_act": "quick_gelu",
     "hidden_size": 1024,
     "image_size": 336,
@@ -38,8 +37,7 @@ _CLIP_HEAD_DIM = 64
 _TOWERS = {(1024, 336): "openai/clip-vit-large-patch14-336", (1024, 224): "openai/clip-vit-large-patch14"}
 _TIMM = {"quick_gelu": "vit_large_patch14_clip_quickgelu_336", "gelu": "vit_large_patch14_clip_336"}
 """The timm architectures by activation; sizes other than their own go into their options."""
-_NORM_EPS = 1e-5  # theirs
-_OFFICIAL_KINDS = ("llama", "mistral")
+NORM_EPS = 1e-5  # theirs
 
 
 @dataclass(frozen=True)
@@ -102,14 +100,14 @@ class LlavaConfig:
             has_tower: the checkpoint holds the tower's tensors; else they are read from where its config says.
         """
         tower: dict[str, Any] = {
-            "name": _TIMM[(self.vision or _CLIP)["hidden_act"]],
+            "name": _TIMM[(self.vision or CLIP)["hidden_act"]],
             "layer": self.vision_layer,
             "weights": None if has_tower else self.tower,
         }
         if self.class_token:
             tower["class_token"] = True
         if self.vision is not None:
-            if self.vision["layer_norm_eps"] != _NORM_EPS:
+            if self.vision["layer_norm_eps"] != NORM_EPS:
                 tower["norm_eps"] = self.vision["layer_norm_eps"]
             tower["options"] = {
                 "img_size": self.vision["image_size"],
@@ -177,7 +175,7 @@ def _read_hub(content: Mapping[str, Any], file: Path, layout: Layout, connector:
     language["vocab_size"] = content.get("image_token_index", content.get("image_token_id", 32000))
     if not isinstance(content.get("vision_config"), dict):
         raise UserError(f"{file}: has no vision_config; is it the config.json of these weights?")
-    vision = _CLIP | _stated_tower(content["vision_config"], file)
+    vision = CLIP | _stated_tower(content["vision_config"], file)
     layer = content.get("vision_feature_layer", -2)
     if not isinstance(layer, int):
         raise UserError(f"{file}: vision_feature_layer {layer}: features of several layers are no LLaVA of ours")
@@ -233,7 +231,7 @@ def _read_official(content: Mapping[str, Any], file: Path, layout: Layout, conne
 def _stated_tower(stated: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """What a CLIP's own settings say about its vision tower."""
     check_clip(stated, file)
-    found = {key: stated[key] for key in _CLIP if key in stated}
+    found = {key: stated[key] for key in CLIP if key in stated}
     if found.get("hidden_act", "gelu") not in _TIMM:
         raise refusal(file, "hidden_act (of the vision tower)", found["hidden_act"], expected=list(_TIMM))
     return found
@@ -254,7 +252,7 @@ def with_tower(config: LlavaConfig, shapes: Mapping[str, tuple[int, ...]], tower
     width, _, patch, _ = shapes["embeddings.patch_embedding.weight"]
     num_patches = shapes["embeddings.position_embedding.weight"][0] - 1
     vision = {
-        **_CLIP,
+        **CLIP,
         "num_attention_heads": max(1, width // _CLIP_HEAD_DIM),
         **stated,
         "hidden_size": width,
@@ -292,85 +290,3 @@ def _mlp_width(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         if mlp + name in shapes:
             return {"intermediate_size": shapes[mlp + name][axis] // parts}
     return {}
-
-
-def write_config(folder: Path, config: LlavaConfig, layout: Layout, *, dtype: str) -> None:
-    """Writes `config.json` of an official or Hugging Face folder: the one that was read, where there was one."""
-    kind = "hf" if layout.is_hf else layout.name
-    content = config.originals.get(kind) or (_hf if layout.is_hf else _official)(config, dtype)
-    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _hf(config: LlavaConfig, dtype: str) -> dict[str, Any]:
-    assert config.vision is not None
-    side = config.vision["image_size"] // config.vision["patch_size"]
-    padded = -(-(config.vocab_rows + 2) // 64) * 64
-    image_id, pad_id = config.marks or (config.vocab_rows, config.vocab_rows + 1)
-    kind: dict[str, Any] = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
-    if config.pinpoints is not None:
-        kind = {
-            "architectures": ["LlavaNextForConditionalGeneration"],
-            "image_grid_pinpoints": [[height, width] for width, height in config.pinpoints],
-            "model_type": "llava_next",
-            "use_image_newline_parameter": True,
-        }
-    return {
-        **kind,
-        "image_seq_length": side * side + config.class_token,
-        "image_token_index": image_id,
-        "multimodal_projector_bias": True,
-        "pad_token_id": pad_id,
-        "projector_hidden_act": "gelu",
-        "text_config": {"model_type": "llama", **config.language, "vocab_size": padded, "torch_dtype": dtype},
-        "tie_word_embeddings": config.tied,
-        "torch_dtype": dtype,
-        "vision_config": config.vision,
-        "vision_feature_layer": config.vision_layer,
-        "vision_feature_select_strategy": "full" if config.class_token else "default",
-    }
-
-
-def _official(config: LlavaConfig, dtype: str) -> dict[str, Any]:
-    kind = config.language.get("model_type", "llama")
-    if kind not in _OFFICIAL_KINDS:
-        raise UserError(
-            f"the official code has no LLaVA over a language model of the kind {kind!r}, only over "
-            f"{' and '.join(_OFFICIAL_KINDS)}; use --to hf or --to ours"
-        )
-    return {
-        **config.language,
-        "architectures": [f"Llava{kind.capitalize()}ForCausalLM"],
-        "image_aspect_ratio": _aspect_ratio(config),
-        **_tiles(config),
-        "mm_hidden_size": config.vision["hidden_size"] if config.vision else _CLIP["hidden_size"],
-        "mm_projector_type": config.connector,
-        "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False,
-        "mm_vision_select_feature": "cls_patch" if config.class_token else "patch",
-        "mm_vision_select_layer": config.vision_layer,
-        "mm_vision_tower": config.tower,
-        "model_type": f"llava_{kind}",
-        "torch_dtype": dtype,
-        "use_mm_proj": True,
-    }
-
-
-def _aspect_ratio(config: LlavaConfig) -> str:
-    known = {"pad": "pad", "crop": "square", None: "square" if config.connector == "linear" else "pad"}
-    if config.image not in known:
-        raise UserError(
-            f"the official LLaVA pads its images or crops them; a model that is shown them otherwise ({config.image}) "
-            "cannot be written for it; use --to hf or --to ours"
-        )
-    return known[config.image]
-
-
-def _tiles(config: LlavaConfig) -> dict[str, Any]:
-    if config.pinpoints is None:
-        return {}
-    return {
-        "image_aspect_ratio": "anyres",
-        "image_grid_pinpoints": config.pinpoints,
-        "mm_patch_merge_type": "spatial_unpad",
-        "unfreeze_mm_vision_tower": True,
-    }

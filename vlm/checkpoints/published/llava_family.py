@@ -43,9 +43,9 @@ class LLaVAFamily(Family):
     """
 
     system = "llava"
-    layouts = ("official", "hf")
+    layouts: ClassVar[tuple[str, ...]] = ("official", "hf")
     looks_for = "a projector of one layer (model.mm_projector.weight)"
-    hub_class = "LlavaForConditionalGeneration"
+    hub_class: ClassVar[str | None] = "LlavaForConditionalGeneration"
     kind = Kind("llava", connectors=("linear",))
     template: ClassVar[str] = "v0"
     image: ClassVar[str] = "crop"

@@ -14,7 +14,7 @@ from vlm.checkpoints.artefact import fill_artefact
 from vlm.checkpoints.files.locate import CARRIED
 from vlm.checkpoints.files.weights import SHARD_BYTES, divert, write_safetensors
 from vlm.checkpoints.published.family import chained
-from vlm.checkpoints.published.llava_config import write_config
+from vlm.checkpoints.published.llava_config_writing import write_config
 from vlm.checkpoints.published.llava_reading import OpenedLlava, table_of
 from vlm.checkpoints.published.vila import FOLDERS, PREFIXES, place_of, write_configs
 from vlm.checkpoints.report import LoadReport
