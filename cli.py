@@ -308,7 +308,7 @@ def _from_weights(options: Sequence[str]) -> list[str]:
         artefact = read_artefact(found)
         model, stage, folder = model_of(artefact), artefact.meta["stage"], artefact.folder.parent
     else:
-        model, stage = describe_published(found), "published"
+        model, stage = describe_published(found).model, "published"
         folder = Path("runs") / Path(found).name
     known = {
         "stage.name": stage,

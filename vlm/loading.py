@@ -13,7 +13,7 @@ def load(path: str | Path) -> Any:
 
     Args:
         path: an artefact, a run folder of a stage (`runs/llava_1_5/2_finetune`) or of a recipe (its last finished
-            stage), or a published LLaVA (official or Hugging Face folder, or hub id).
+            stage), or a published system (official or Hugging Face folder, or hub id).
 
     Returns:
         The system, in eval mode, on the CPU.
@@ -24,7 +24,7 @@ def load(path: str | Path) -> Any:
     """
     weights = find_weights(path)
     if not is_artefact(weights):
-        module = instantiate(describe_published(weights))
+        module = instantiate(describe_published(weights).model)
         module.weights = weights
         module.configure_model()
         return module

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import vlm.recipes.catalogue
+import vlm.registry
 from vlm.errors import UserError
 from vlm.recipes import TrainingStage, load_recipe, print_systems, run_recipe, systems
 
@@ -67,7 +68,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "recipe.yaml").write_text(RECIPE)
     (tmp_path / "fake.py").write_text(FAKE_FIT)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(vlm.recipes.catalogue, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(vlm.registry, "CONFIGS", tmp_path / "configs")
     for name in ("WORLD_SIZE", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     _finish(tmp_path / "runs/other/1_base")
@@ -267,7 +268,7 @@ def test_a_wrong_command_is_refused(recipe: Path, arguments: list[str], message:
 
 
 def test_an_installed_package_has_no_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vlm.recipes.catalogue, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(vlm.registry, "CONFIGS", tmp_path / "configs")
     with pytest.raises(UserError, match="an installed package"):
         run_recipe(["--recipe", "llava_1_5"])
     with pytest.raises(UserError, match="no recipes here"):

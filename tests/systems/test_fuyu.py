@@ -330,7 +330,7 @@ def test_paper_size_has_the_published_tensors() -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
     module = Fuyu(
         patches=Patches(),
-        language=CausalLM(config=get_family("fuyu").describe({}, ROOT / "vlm/demo/assets/fuyu")["init_args"][
+        language=CausalLM(config=get_family("fuyu").describe_folder({}, ROOT / "vlm/demo/assets/fuyu")["init_args"][
             "language"]["init_args"]["config"]),
         tokenizer=FuyuTokenizer("adept/fuyu-8b"),
     )  # fmt: skip

@@ -234,11 +234,11 @@ def test_converted_checkpoints_are_bit_equal_and_compute_the_same(family: str, g
     assert all(torch.equal(*pair) for pair in zip(scores, converted.score(pool), strict=True))
     for sample, found in zip(pool, scores, strict=True):
         torch.testing.assert_close(found, by_hand(source, opened, sample), atol=2e-5, rtol=1e-4)
-    with pytest.raises(UserError, match="has a patch info mining, but llava_1_5"):
+    with pytest.raises(UserError, match="has the patch info mining, but llava_1_5"):
         convert(source, tmp_path / "x", system="llava_1_5", target_layout="ours")
     with pytest.raises(UserError, match="mini_gemini: has no class of its own"):
         export(tmp_path / "ours", tmp_path / "x")
-    with pytest.raises(UserError, match="no class for Mini-Gemini"):
+    with pytest.raises(UserError, match="no class or layout 'hf' is published"):
         convert(source, tmp_path / "x", system="mini_gemini", target_layout="hf")
 
 

@@ -240,7 +240,7 @@ def test_base_weights_of_qwen_7b_and_openclip(tmp_path: Path) -> None:
     clip = CLIPVisionModel(
         CLIPVisionConfig(
             image_size=21, patch_size=7, hidden_size=32, intermediate_size=157, num_hidden_layers=3,
-            num_attention_heads=4,
+            num_attention_heads=4, hidden_act="gelu",
         )
     )  # fmt: skip
     clip.save_pretrained(tmp_path / "clip")

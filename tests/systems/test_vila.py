@@ -313,7 +313,7 @@ def test_what_cannot_be_converted_is_said(tmp_path: Path):
     part_folders(tmp_path / "folders", "mlp_downsample")
     with pytest.raises(UserError, match="makes a token of every feature"):
         convert(tmp_path / "folders", tmp_path / "x", system="vila", target_layout="hf")
-    with pytest.raises(UserError, match="has the projector mlp_downsample, but llava_1_5 has mlp2x_gelu"):
+    with pytest.raises(UserError, match="has the projector mlp_downsample, but llava_1_5 has mlp"):
         convert(tmp_path / "folders", tmp_path / "x", system="llava_1_5", target_layout="ours")
     tower = tmp_path / "folders/vision_tower/model.safetensors"
     tensors = {name: tensor for name, tensor in load_file(tower).items() if "class_embedding" not in name}

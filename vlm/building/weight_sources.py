@@ -7,6 +7,7 @@ from typing import Any
 from vlm.checkpoints.artefact import Artefact, read_artefact
 from vlm.checkpoints.files.locate import preview
 from vlm.checkpoints.files.weights import WeightFiles, WeightSource, fingerprint_of
+from vlm.checkpoints.published.base_entries import check_base
 from vlm.checkpoints.published.open import is_artefact, published_source
 from vlm.checkpoints.tables.base import read_same_names
 from vlm.errors import UserError
@@ -47,8 +48,10 @@ def is_resuming(module: Any) -> bool:
 
 def base_source(part: str, description: Any, network: Any) -> WeightSource:
     """The published weights of one part, under our names, as its description reads them."""
+    files = WeightFiles(description.weights)
+    check_base(part, files.folder, network)
     read_base = getattr(description, "read_base", read_same_names)
-    base = read_base(network, WeightFiles(description.weights))
+    base = read_base(network, files)
     return WeightSource(
         f"base weights of {part} ({description.weights})",
         frozenset(f"{part}.{name}" for name in base.names),
