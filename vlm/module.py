@@ -3,8 +3,10 @@
 Shape legend: see `vlm.batch`.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,6 +24,7 @@ from vlm.errors import UserError
 from vlm.evaluation import EpochMeans, Judges
 from vlm.language import Decoding
 from vlm.loading import check_finished, is_resuming, weight_sources
+from vlm.moving import changing_names, copied_names, moving_names
 from vlm.sample import Sample
 from vlm.seeding import seed_from
 from vlm.stages import Stage
@@ -47,6 +50,10 @@ class VisionLanguageModule(LightningModule):
         frozen_hashes: content of the frozen tensors, {name: hash}; what checkpoints refer to.
         ties: {alias: owner} of parameters that are one tensor.
         running: {term: this rank's share of the step's mean, over the micro-batches done so far}.
+        averages: {name: float32 moving average of a trained tensor}, which an artefact holds in the place of the tensor;
+            kept by the `EMA` callback, None without it.
+        epochs_done: epochs of the stage that are done when the present step begins, as in 1.25; infinite outside of
+            training, where every ramp is over. `global_step` has the steps.
     """
 
     codec: Codec
@@ -54,6 +61,11 @@ class VisionLanguageModule(LightningModule):
     """Name of the system in recipes, artefacts and converters."""
     term_weights: ClassVar[Mapping[str, float]] = {}
     """Factor on each loss term; 1 where a term is not listed."""
+    moving: Sequence[str] = ()
+    """Patterns of the tensors that training changes without a gradient (momentum copies, queues); they are written in
+    `on_step_start` and `on_step_end` alone."""
+    copies: Mapping[str, str] = MappingProxyType({})
+    """{prefix: prefix of the tensors that those below it start as copies of, where no source has them}."""
     forward_methods: ClassVar[tuple[str, ...]] = (
         *("training_step", "validation_step", "test_step"),
         *("_generate", "_score"),
@@ -73,6 +85,9 @@ class VisionLanguageModule(LightningModule):
         self.frozen_hashes: dict[str, str] = {}
         self.ties: dict[str, str] = {}
         self.running: dict[str, Tensor] = {}
+        self.averages: dict[str, Tensor] | None = None
+        self.epochs_done = math.inf
+        self._next_epoch = 0
         self._total_steps: int | None = None
 
     # -- what a system says
@@ -97,6 +112,16 @@ class VisionLanguageModule(LightningModule):
         """What the system says to each sample of a pack that was encoded with `generate=True`."""
         raise NotImplementedError(f"{type(self).__name__} does not answer")
 
+    def on_step_start(self) -> None:
+        """Before the first micro-batch of an optimizer step: where momentum copies move.
+
+        Moving tensors are not written in `losses`: inside the `forward_methods`, a sharded system has gathered copies
+        of its parameters, and what is written to them is lost.
+        """
+
+    def on_step_end(self) -> None:
+        """After the update of an optimizer step and before anything is saved: where queues take in its features."""
+
     # -- building
 
     def configure_model(self) -> None:
@@ -115,6 +140,8 @@ class VisionLanguageModule(LightningModule):
         self.ties = find_ties(self)
         if self.stage is not None:
             self.stage.set_trainable(self)
+            if both := sorted(self.trained_names() & moving_names(self)):
+                raise UserError(f"stage.train: {both[0]} moves without a gradient; leave it out of the patterns")
         else:
             self.requires_grad_(False).eval()
         if self.device_mesh is not None:
@@ -129,6 +156,8 @@ class VisionLanguageModule(LightningModule):
             weight_sources(self),
             seed=self.seed,
             initialisers=initialisers(dict(self.named_children()), self.arguments),
+            copies=copied_names(self.state_dict().keys() - self.ties.keys(), self.copies),
+            moving=moving_names(self),
         )
         if self.weights is not None and self.stage is None:
             check_finished(self)
@@ -142,7 +171,17 @@ class VisionLanguageModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         assert self.stage is not None, "StageTransition sets the stage before optimizers are made"
-        made = self.stage.configure_optimizers(self, total_steps=self.total_steps, finished_steps=self.finished_steps())
+        schedule, finished = self.stage.schedule, self.finished_steps()
+
+        def factor(step: int) -> float:
+            step += finished
+            # The factor at step 0 is the same for every length. Asked for its number of steps before the first one, a
+            # trainer makes the loader before it has restored where the loader stands.
+            total = schedule.total_steps or (self.total_steps() if step else 1)
+            epochs = self.trainer.max_epochs if schedule.is_per_epoch else None
+            return schedule.factor(step, total, epoch=self._next_epoch, epochs=epochs)
+
+        made = self.stage.configure_optimizers(self, factor=factor)
         if self.stage.continues is not None and not is_resuming(self):
             restore_moments(made["optimizer"], read_artefact(self.stage.continues))
         return made
@@ -162,6 +201,16 @@ class VisionLanguageModule(LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # by micro-batch: by global step every micro-batch of a window would draw the same dropout masks
         torch.manual_seed(seed_from(self.seed, self.current_epoch, batch_idx, self.global_rank))
+        accumulate = self.trainer.accumulate_grad_batches
+        if batch_idx % accumulate == 0:
+            step, steps = batch_idx // accumulate, -(-int(self.trainer.num_training_batches) // accumulate)
+            self.epochs_done = self.current_epoch + step / steps
+            self._next_epoch = self.current_epoch + (step + 1 == steps)
+            self.on_step_start()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.on_step_end()  # not in `on_train_batch_end`: callbacks save in theirs, which comes first
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, terms = self._scaled_loss(batch)
@@ -272,9 +321,9 @@ class VisionLanguageModule(LightningModule):
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Resume checkpoints hold the trained tensors; frozen ones are referred to by content."""
-        trained = self.trained_names()
-        checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in trained}
+        """Resume checkpoints hold what training changes; frozen tensors are referred to by content."""
+        changing = changing_names(self)
+        checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in changing}
         checkpoint["frozen"] = dict(self.frozen_hashes)
         checkpoint["total_steps"] = self._total_steps
 
@@ -287,13 +336,18 @@ class VisionLanguageModule(LightningModule):
                 f"cannot resume: {len(changed)} frozen tensors have changed since the start, such as {changed[0]}; "
                 "put the base weights or the followed artefact back, or start in another folder"
             )
+        if ("averages" in checkpoint) != (self.averages is not None):
+            raise UserError(
+                "cannot resume: only one of the checkpoint and this run keeps moving averages; put callbacks.EMA back, "
+                "or take it out, as it was at the start"
+            )
         self._total_steps = checkpoint["total_steps"]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads a resume checkpoint: exactly the trained tensors."""
-        trained = self.trained_names()
-        if strict and state_dict.keys() != trained:
-            odd = sorted(state_dict.keys() ^ trained)
+        """Loads a resume checkpoint: exactly the tensors that training changes."""
+        changing = changing_names(self)
+        if strict and state_dict.keys() != changing:
+            odd = sorted(state_dict.keys() ^ changing)
             raise UserError(
                 f"cannot resume: checkpoint and stage train different tensors, such as {odd[0]} ({len(odd)} in all)"
             )

@@ -25,6 +25,7 @@ class LoadReport:
         loaded: taken as they were.
         resized: taken in another shape.
         new: in the network and in no source: freshly initialised.
+        copied: in no source either, and begun as a copy of another tensor of the network.
         dropped: in the source and left out on purpose.
         carried: in the source, never computed with, kept for writing back.
         unexpected: in the source and unknown to the network.
@@ -35,6 +36,7 @@ class LoadReport:
     loaded: list[str] = field(default_factory=list)
     resized: dict[str, Resized] = field(default_factory=dict)
     new: list[str] = field(default_factory=list)
+    copied: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     carried: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -47,6 +49,7 @@ class LoadReport:
             "loaded": self.loaded,
             "resized": self.resized,
             "new": self.new,
+            "copied": self.copied,
             "dropped": self.dropped,
             "carried": self.carried,
             "unexpected": self.unexpected,
