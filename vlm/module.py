@@ -51,7 +51,7 @@ class VisionLanguageModule(LightningModule):
         frozen_hashes: content of the frozen tensors, {name: hash}; what checkpoints refer to.
         ties: {alias: owner} of parameters that are one tensor.
         running: {term: this rank's share of the step's mean, over the micro-batches done so far}.
-        averages: {name: float32 moving average of a trained tensor}, which an artefact holds in the place of the tensor;
+        averages: {name: float32 moving average of a trained tensor}, which artefacts hold in the place of the tensor;
             kept by the `EMA` callback, None without it.
         epochs_done: epochs of the stage that are done when the present step begins, as in 1.25; infinite outside of
             training, where every ramp is over. `global_step` has the steps.
@@ -184,7 +184,13 @@ class VisionLanguageModule(LightningModule):
 
         made = self.stage.configure_optimizers(self, factor=factor)
         if self.stage.continues is not None and not is_resuming(self):
-            restore_moments(made["optimizer"], read_artefact(self.stage.continues))
+            earlier = read_artefact(self.stage.continues)
+            if earlier.meta.get("averaged") and self.averages is None:
+                raise UserError(
+                    f"stage.continues: {earlier.folder} keeps moving averages; add callbacks.EMA, or follow it to "
+                    "start from the averages alone"
+                )
+            restore_moments(made["optimizer"], earlier)
         return made
 
     def finished_steps(self) -> int:

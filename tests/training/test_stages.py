@@ -8,7 +8,8 @@ from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
 from vlm.errors import UserError
-from vlm.stages import Schedule, Stage, Trained
+from vlm.schedules import Schedule
+from vlm.stages import Stage, Trained
 
 
 class Network(nn.Module):

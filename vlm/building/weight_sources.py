@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +13,12 @@ from vlm.checkpoints.files.locate import some
 from vlm.checkpoints.files.weights import WeightFiles, WeightSource, fingerprint_of
 from vlm.checkpoints.published.open import is_artefact, published_source
 from vlm.checkpoints.published.qwen_vl import qwen_table
+from vlm.checkpoints.resume.moments import WEIGHT
 from vlm.checkpoints.tables.clip import clip_table
 from vlm.checkpoints.tables.mini_gemini import convnext_names
 from vlm.checkpoints.tables.mixtral import mixtral_table
 from vlm.errors import UserError
+from vlm.moving import changing_names
 from vlm.stages import matches
 
 
@@ -34,17 +36,29 @@ def weight_sources(module: Any) -> list[WeightSource]:
     if module.stage is None:
         return sources
     resuming = is_resuming(module)
-    trained = module.trained_names() if resuming else set()
+    changing = changing_names(module) if resuming else set()
     for follow in module.stage.sources:
         ours = {name for name in module.state_dict() if any(matches(part, name) for part in follow.parts)}
-        if resuming and follow.parts and ours <= trained:
+        if resuming and follow.parts and ours <= changing:
             continue  # the checkpoint holds all of it, newer
         chain = artefact_chain(read_artefact(follow.artefact), renaming(follow.parts))
         for mine, theirs in follow.parts.items():
             if not any(matches(mine, name) for source in chain for name in source.names):
                 raise UserError(f"stage.follows: {follow.artefact} holds nothing of {theirs!r}; correct parts.{mine}")
         sources += chain
+    if module.stage.continues is not None and not resuming:
+        sources += _weights_behind_averages(read_artefact(module.stage.continues), module.trained_names())
     return sources
+
+
+def _weights_behind_averages(artefact: Artefact, trained: Collection[str]) -> list[WeightSource]:
+    """What training goes on with where an artefact holds moving averages; what it now leaves frozen stays averaged."""
+    if not artefact.meta.get("averaged"):
+        return []
+    files = artefact.moments
+    entries = {name: f"{name}/{WEIGHT}" for name in artefact.meta["trained"] if name in trained}
+    label = f"weights that {artefact.meta['stage']} averaged ({artefact.folder})"
+    return [WeightSource(label, frozenset(entries), lambda: ((n, files.get(entry)) for n, entry in entries.items()))]
 
 
 def is_resuming(module: Any) -> bool:

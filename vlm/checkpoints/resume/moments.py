@@ -3,7 +3,7 @@
 Names, because the next stage may train more or fewer parameters, in other groups and on another number of devices.
 """
 
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from torch.distributed.tensor import DTensor
 from vlm.checkpoints.artefact import Artefact
 from vlm.checkpoints.files.weights import assign, hash_tensor
 from vlm.errors import UserError
-
 
 WEIGHT = "weight"
 """State name of the value that training goes on with, where the artefact itself holds its moving average."""
@@ -62,15 +61,6 @@ def restore_moments(optimizer: torch.optim.Optimizer, artefact: Artefact) -> Non
                 )
         if state:
             optimizer.state[parameter] = state
-
-
-def weights_to_continue(artefact: Artefact) -> WeightFiles | None:
-    """`parameter name/weight` of what training goes on with, where the artefact itself holds moving averages.
-
-    Raises:
-        UserError: the stage did not keep it.
-    """
-    return artefact.moments if artefact.meta.get("averaged") else None
 
 
 def named_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.nn.Parameter]]:
