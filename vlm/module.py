@@ -62,6 +62,8 @@ class VisionLanguageModule(LightningModule):
     """Name of the system in recipes, artefacts and converters."""
     term_weights: ClassVar[Mapping[str, float]] = {}
     """Factor on each loss term; 1 where a term is not listed."""
+    in_batch_terms: ClassVar[tuple[str, ...]] = ()
+    """Loss terms that compare the samples of a step with each other (`vlm.in_batch`)."""
     moving: Sequence[str] = ()
     """Patterns of the tensors that training changes without a gradient (momentum copies, queues); they are written in
     `on_step_start` and `on_step_end` alone."""
@@ -206,8 +208,9 @@ class VisionLanguageModule(LightningModule):
         return self._total_steps
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # by micro-batch: by global step every micro-batch of a window would draw the same dropout masks
-        torch.manual_seed(seed_from(self.seed, self.current_epoch, batch_idx, self.global_rank))
+        # by pack: by global step all packs of a step would draw the same dropout masks; counted over micro-batches and
+        # ranks, a pack draws the same ones however the packs of a step are shared
+        torch.manual_seed(seed_from(self.seed, self.current_epoch, batch_idx * self.trainer.world_size + self.global_rank))
         accumulate = self.trainer.accumulate_grad_batches
         if batch_idx % accumulate == 0:
             step, steps = batch_idx // accumulate, -(-int(self.trainer.num_training_batches) // accumulate)
