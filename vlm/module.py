@@ -210,7 +210,9 @@ class VisionLanguageModule(LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # by pack: by global step all packs of a step would draw the same dropout masks; counted over micro-batches and
         # ranks, a pack draws the same ones however the packs of a step are shared
-        torch.manual_seed(seed_from(self.seed, self.current_epoch, batch_idx * self.trainer.world_size + self.global_rank))
+        torch.manual_seed(
+            seed_from(self.seed, self.current_epoch, batch_idx * self.trainer.world_size + self.global_rank)
+        )
         accumulate = self.trainer.accumulate_grad_batches
         if batch_idx % accumulate == 0:
             step, steps = batch_idx // accumulate, -(-int(self.trainer.num_training_batches) // accumulate)
