@@ -24,7 +24,7 @@ from vlm.building.weight_sources import frozen_parts
 from vlm.module import VisionLanguageModule
 from vlm.moving import changing_names
 from vlm.schedules import Schedule
-from vlm.stages import AdamW, Follow, Stage, Trained
+from vlm.stages import AdamW, InitFrom, Stage, Trained
 
 _LOOKED_AT = 16
 
@@ -51,7 +51,7 @@ class StageTransition(Callback):
         self,
         name: str,
         train: dict[str, Trained],
-        follows: list[Follow] | None = None,
+        follows: list[InitFrom] | None = None,
         continues: str | None = None,
         modes: dict[str, Literal["train", "eval"]] | None = None,
         optimizer: AdamW = AdamW(),  # noqa: B008  (frozen)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tests.support.systems import GOLDEN, TOWER
 from vlm.batch import IGNORE, Batch, Row, TokenSequence
-from vlm.codec import Codec, Encoded, lay_out, read_views
+from vlm.codec import Codec, Encoded, pack_rows, read_views
 from vlm.in_batch import draw_uniform, gather_detached
 from vlm.module import VisionLanguageModule
 from vlm.moving import update_copies
@@ -37,7 +37,7 @@ class PairCodec(Codec):
         return Encoded(sample, (sequence,), counts={"itc": 1.0, "itm": 3.0}, seed=seed)
 
     def collate(self, items: Sequence[Encoded], *, counts: Mapping[str, float], packs: int = 1) -> Batch:
-        text, rows = lay_out(items)
+        text, rows = pack_rows(items)
         views = read_views(items, transform=self.transform)
         assert views is not None
         infos = tuple(item.info() for item in items)

@@ -87,7 +87,7 @@ def initialisers(parts: Mapping[str, nn.Module], descriptions: Mapping[str, Any]
 
 
 @torch.no_grad()
-def fill(
+def load_or_init(
     module: nn.Module,
     sources: Sequence[WeightSource],
     *,

@@ -46,7 +46,7 @@ def merge(spans: Iterable[Span]) -> list[Span]:
     return merged
 
 
-def fill(form: Iterable[TextSpan], content: Iterable[Span]) -> list[Span]:
+def format_spans(form: Iterable[TextSpan], content: Iterable[Span]) -> list[Span]:
     """Spans of one turn with the content in the place of `{}`, trained where the place is."""
     spans: list[Span] = []
     for span in form:

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from vlm.errors import UserError
 from vlm.prompts.files import find_file
-from vlm.prompts.tokenizer import Opened, Tokenizer, add_special
+from vlm.prompts.tokenizer import LoadedTokenizer, Tokenizer, add_special
 
 END = "<|endoftext|>"
 TURNS = ("<|im_start|>", "<|im_end|>")
@@ -56,7 +56,7 @@ class QwenTokenizer(Tokenizer):
     def _file(self) -> Path:
         return find_file(self.path, "qwen.tiktoken", "a folder with a `qwen.tiktoken`, or such a file")
 
-    def _open(self) -> Opened:
+    def _open(self) -> LoadedTokenizer:
         ranks = _read_ranks(self._file)
         letters = _byte_letters()
         words = {token: "".join(letters[byte] for byte in token) for token in ranks}
@@ -86,7 +86,7 @@ class QwenTokenizer(Tokenizer):
         # no special ones: they stay in an answer when it is decoded
         backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in PLACES])
         add_special(backend, [*IMAGES, *new, *self.added_tokens])
-        return Opened(backend, None, END, pad)
+        return LoadedTokenizer(backend, None, END, pad)
 
     def save(self, folder: str | Path) -> None:
         super().save(folder)

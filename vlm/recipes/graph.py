@@ -38,7 +38,7 @@ _NAME = re.compile(r"\w[\w-]*")
 
 
 @dataclass(frozen=True)
-class Followed:
+class StageRef:
     """A finished stage that another one starts from.
 
     Attributes:
@@ -70,7 +70,7 @@ class TrainingStage:
     name: str
     configs: tuple[Path, ...]
     overlays: tuple[Path, ...]
-    follows: tuple[Followed, ...] = ()
+    follows: tuple[StageRef, ...] = ()
     continues: str | None = None
 
 
@@ -132,7 +132,7 @@ class Recipe:
         return Recipe(self.path, self.system, tuple(nodes))
 
 
-def _not_following(node: TrainingStage, name: str, instead: tuple[Followed, ...]) -> TrainingStage:
+def _not_following(node: TrainingStage, name: str, instead: tuple[StageRef, ...]) -> TrainingStage:
     if all(str(followed) != name for followed in node.follows):
         return node
     others = tuple(followed for followed in node.follows if str(followed) != name)
@@ -238,7 +238,7 @@ class _Reader:
             raise self.error(key, f"there is no file {value!r} in {self.path.parent}")
         return self.path.parent / value
 
-    def followed(self, value: Any, key: str, *, system: str, trained: list[str]) -> Followed:
+    def followed(self, value: Any, key: str, *, system: str, trained: list[str]) -> StageRef:
         self.keys(value, key, required={"artefact"}, optional=frozenset({"parts"}))
         artefact, parts = value["artefact"], value.get("parts", {})
         owner, _, stage = artefact.partition("/") if isinstance(artefact, str) else ("", "", "")
@@ -248,7 +248,7 @@ class _Reader:
             self.one_of(stage, f"{key}.artefact", trained)
         if not isinstance(parts, dict) or not all(isinstance(part, str) for item in parts.items() for part in item):
             raise self.error(f"{key}.parts", f"must be a mapping {{our part: its part}}, found {parts!r}")
-        return Followed(owner, stage, parts)
+        return StageRef(owner, stage, parts)
 
 
 def _is_procedure(value: Any) -> bool:

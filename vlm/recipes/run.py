@@ -20,7 +20,7 @@ from typing import NoReturn
 from vlm.errors import UserError
 from vlm.recipes.catalogue import find_recipe
 from vlm.recipes.configs import config_files, from_here
-from vlm.recipes.graph import Followed, Procedure, Recipe, TrainingStage, load_recipe
+from vlm.recipes.graph import Procedure, Recipe, StageRef, TrainingStage, load_recipe
 from vlm.recipes.run_folder import RunFolder
 
 UNFINISHED = 75
@@ -223,13 +223,13 @@ def _fit_arguments(request: _Request, node: TrainingStage | Procedure) -> list[s
         ]
         arguments += ["--stage.follows", json.dumps(follows)]
     if node.continues is not None:
-        arguments += ["--stage.continues", str(_artefact(request, Followed(recipe.system, node.continues)))]
+        arguments += ["--stage.continues", str(_artefact(request, StageRef(recipe.system, node.continues)))]
     if any(isinstance(other, TrainingStage) and other.continues == node.name for other in recipe.nodes):
         arguments += ["--stage.keep_optimizer", "true"]
     return [*arguments, *request.options, *request.stage_options.get(node.name, ())]
 
 
-def _artefact(request: _Request, followed: Followed) -> Path:
+def _artefact(request: _Request, followed: StageRef) -> Path:
     """The artefact of a followed stage. It is there, or an earlier node of this command makes it."""
     if str(followed) in request.given:
         return request.given[str(followed)]
