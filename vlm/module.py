@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from vlm.batch import EVENTS, Batch, Row
 from vlm.building.network import allocate, empty_weights, find_ties, initialisers, load_or_init, tie
@@ -26,7 +27,7 @@ from vlm.evaluation.inference import as_pack, chunks_in_step, evaluating, label_
 from vlm.evaluation.means import EpochMeans
 from vlm.language import Decoding
 from vlm.metrics.judges import Judges
-from vlm.moving import changing_names, copied_names, moving_names
+from vlm.moving import changing_names, check_moving, copied_names
 from vlm.sample import Sample
 from vlm.seeding import seed_from
 from vlm.stages import Stage
@@ -141,9 +142,10 @@ class VisionLanguageModule(LightningModule):
             for operation in self.surgery:
                 operation.apply(self)
         self.ties = find_ties(self)
+        moving = check_moving(self)
         if self.stage is not None:
             self.stage.set_trainable(self)
-            if both := sorted(self.trained_names() & moving_names(self)):
+            if both := sorted(self.trained_names() & moving):
                 raise UserError(f"stage.train: {both[0]} moves without a gradient; leave it out of the patterns")
         else:
             self.requires_grad_(False).eval()
@@ -160,8 +162,10 @@ class VisionLanguageModule(LightningModule):
             seed=self.seed,
             initialisers=initialisers(dict(self.named_children()), self.arguments),
             copies=copied_names(self.state_dict().keys() - self.ties.keys(), self.copies),
-            moving=moving_names(self),
+            moving=moving,
         )
+        # DDP would send queues from the first rank to all before each forward: every rank writes the same into its own
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, sorted(moving))
         if self.weights is not None and self.stage is None:
             check_finished(self)
         # a part with base weights may start nothing fresh, but for what surgery added

@@ -19,6 +19,16 @@ def moving_names(module: Any) -> set[str]:
     return {name for name in names if any(matches(pattern, name) for pattern in module.moving)}
 
 
+def check_moving(module: Any) -> set[str]:
+    """`moving_names` of a system, whose declarations have to name tensors that it has."""
+    names = module.state_dict().keys()
+    idle = [pattern for pattern in (*module.moving, *module.copies) if not any(matches(pattern, n) for n in names)]
+    assert not idle, f"{type(module).__name__}: {idle} of `moving` or `copies` name no tensor"
+    lost = copied_names(names - module.ties.keys(), module.copies).values() - names
+    assert not lost, f"{type(module).__name__}: `copies` of {sorted(lost)}, which are not there"
+    return moving_names(module)
+
+
 def changing_names(module: Any) -> set[str]:
     """Names of all tensors that training changes: what checkpoints and artefacts hold."""
     return module.trained_names() | moving_names(module)

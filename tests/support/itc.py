@@ -135,7 +135,6 @@ class ITC(VisionLanguageModule):
     system = "itc"
     in_batch_terms = ("itc", "itm")
     moving = ("momentum", "queue")
-    copies = {"momentum.vision": "vision", "momentum.text": "text", "momentum.projections": "projections"}
 
     def __init__(
         self,
@@ -159,7 +158,7 @@ class ITC(VisionLanguageModule):
             dropout=dropout,
             seed=seed,
         )
-        self.momentum_share, self.alpha = momentum, alpha
+        self.copies = {f"momentum.{part}": part for part in ("vision", "text", "projections")}
         self.codec = PairCodec(tokenizer, vision.facts().image_size)
         self.features: list[tuple[Tensor, Tensor]] = []
 
@@ -183,7 +182,7 @@ class ITC(VisionLanguageModule):
     @torch.no_grad()
     def on_step_start(self) -> None:
         self.head.temperature.clamp_(0.001, 0.5)
-        update_copies(self, self.momentum_share)
+        update_copies(self, self.arguments["momentum"])
         self.features = []
 
     def on_step_end(self) -> None:
@@ -209,7 +208,7 @@ class ITC(VisionLanguageModule):
             *(image, text, image_m, text_m),
             queue=self.queue,
             temperature=self.head.temperature,
-            alpha=self.alpha * min(1.0, self.epochs_done / 2),
+            alpha=self.arguments["alpha"] * min(1.0, self.epochs_done / 2),
         )
         if self.training:
             self.features.append((image_m, text_m))
