@@ -17,8 +17,8 @@ from vlm.batch import Batch
 def candidates(values: Tensor, batch: Batch, *, gradient: bool = False) -> Tensor:
     """What the samples of a pack are compared with: per-sample [B, ...] as [C, ...].
 
-    With `negatives: pack` these are the values themselves. With `negatives: step` they are those of all packs, without a
-    gradient (as published for contrast: a feature is trained where it asks, not where it is a candidate) or with one.
+    With `negatives: pack` these are the values themselves. With `negatives: step` they are those of all packs, without
+    a gradient (as published for contrast: a feature is trained where it asks, not where it is a candidate) or with one.
 
     Args:
         values: of features, ids, or masks such as `Batch.real`; equally many on every rank.

@@ -1,17 +1,19 @@
 """What the three kinds of training data have in common."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 
 from vlm.codec import Codec
-from vlm.data.loading.encoder import Encoder
+from vlm.data.loading.encoder import Encoder, Prepare
 from vlm.data.loading.lengths import draw_lengths
 from vlm.data.loading.loader import LoopPosition, StepLoader
 from vlm.data.loading.predict_dataset import PredictDataset
@@ -22,11 +24,12 @@ from vlm.data.modules.passes import split
 from vlm.data.sampling.batches import BatchSpec, batch_draws
 from vlm.data.sampling.mixture import DrawGroups, Mixture, rank_orders, ranks_together
 from vlm.data.sampling.order import shuffled
+from vlm.data.sampling.packs import Packing
+from vlm.data.sampling.sharing import check_negatives, check_owner, micro_batches, packing_of
 from vlm.data.sources.base import Concat, Source
 from vlm.data.wrappers.quarantine import Kept, Quarantine, fingerprint
 from vlm.data.wrappers.shuffled_images import ShuffledImages
 from vlm.errors import UserError
-from vlm.sample import Sample
 
 
 class VisionLanguageData(L.LightningDataModule):
@@ -37,11 +40,14 @@ class VisionLanguageData(L.LightningDataModule):
         val_sources: judged in order, every sample once over all ranks; likewise `test_sources`, `predict_sources`.
         batch: the batch of one optimizer step.
         mixture: how much of each source an epoch has; by default every sample once, in random order.
-        max_tokens: limit per pack; None for no limit.
+        micro_batch_size: samples of a pack at most; micro-batches follow from it.
+        max_tokens: tokens of a pack at most; micro-batches follow from it, unless the trainer is given a number of them
+            (`vlm.data.sampling.sharing`). At most one of `batch.packs`, `micro_batch_size` and `max_tokens` is given;
+            without any, packs are devices times `trainer.accumulate_grad_batches`.
         val_batch_size: samples per pack of validation, test and predict.
         num_workers: loader processes per rank.
         seed: of the order of samples and of every choice that belongs to a sample.
-        drop_last: leave out the last step of an epoch when it is not full.
+        drop_last: leave out the last step of an epoch when it is not full; always so with `batch.negatives`.
         shuffle_images: in validation and test show every sample the pictures of another one, to see what a system
             answers without looking.
         quarantine: list of samples to leave out of training and validation (`vlm check-data` writes one).
@@ -58,6 +64,7 @@ class VisionLanguageData(L.LightningDataModule):
         val_sources: Sequence[Source] = (),
         test_sources: Sequence[Source] = (),
         predict_sources: Sequence[Source] = (),
+        micro_batch_size: int | None = None,
         max_tokens: int | None = None,
         val_batch_size: int = 8,
         num_workers: int = 0,
@@ -70,6 +77,7 @@ class VisionLanguageData(L.LightningDataModule):
         super().__init__()
         if val_batch_size < 1:
             raise UserError(f"data.val_batch_size must be at least 1, found {val_batch_size}")
+        check_owner(batch, micro_batch_size=micro_batch_size, max_tokens=max_tokens)
         if max_bad_samples < 0:
             raise UserError(f"data.max_bad_samples must not be negative, found {max_bad_samples}")
         self.sources = list(sources)
@@ -89,11 +97,12 @@ class VisionLanguageData(L.LightningDataModule):
                     f"data.mixture.order: ranks needs a batch of samples that {mixture.ranks} devices share alike, "
                     f"found {batch.size} {batch.unit}"
                 )
+        self.micro_batch_size = micro_batch_size
         self.max_tokens = max_tokens
         self.val_batch_size = val_batch_size
         self.num_workers = num_workers
         self.seed = seed
-        self.drop_last = drop_last
+        self.drop_last = drop_last or batch.negatives is not None
         self.shuffle_images = shuffle_images
         self.quarantine = quarantine
         self.max_bad_samples = max_bad_samples
@@ -107,6 +116,17 @@ class VisionLanguageData(L.LightningDataModule):
         return self._samples
 
     def setup(self, stage: str) -> None:
+        if stage == "fit" and self.trainer is not None:
+            trainer = self._checked_trainer()
+            module = trainer.lightning_module
+            check_negatives(self.batch, module.in_batch_terms, system=type(module).__name__)  # type: ignore[arg-type]
+            trainer.accumulate_grad_batches = self.micro_batches(
+                self._codec(),
+                world=self._ranks()["world"],
+                given=trainer.accumulate_grad_batches,
+                max_epochs=trainer.max_epochs,
+                max_steps=trainer.max_steps,
+            )
         if self._kept and stage in ("fit", "validate"):
             counts = [len(source.left_out) for source in self._kept]
             rank_zero_only(print)(
@@ -115,8 +135,37 @@ class VisionLanguageData(L.LightningDataModule):
                 flush=True,
             )
 
-    def preparation(self) -> Callable[[Sample, int], Sample] | None:
-        """What this kind of training does to a sample (given its seed) before it is encoded.
+    def micro_batches(
+        self, codec: Codec, *, world: int = 1, given: int = 1, max_epochs: int | None = 1, max_steps: int = -1
+    ) -> int:
+        """Of a step on each of `world` devices, the same in the whole run (see `vlm.data.sampling.sharing`).
+
+        Args:
+            given: what the trainer was given.
+            max_epochs: of the run, which may end after `max_steps` too; the longest step decides. None or -1: no limit.
+        """
+
+        def lengths() -> list[np.ndarray]:
+            encoder, steps = self._encoder(codec), list[np.ndarray]()
+            # where the batch counts tokens, the steps of an epoch cost the encoding of all of its samples
+            endless = self.batch.unit != "samples" or (max_epochs in (None, -1) and max_steps == -1)
+            for epoch in itertools.count():
+                steps += [np.asarray(step) % len(self.samples) for step in self.steps(epoch, encoder=encoder)]
+                if endless or epoch + 1 == max_epochs or 0 <= max_steps <= len(steps):
+                    break
+            # as they are in epoch 0: each sample is encoded once
+            samples, places = np.unique(np.concatenate(steps), return_inverse=True)
+            tokens = np.asarray(self.lengths(samples.tolist(), epoch=0, encoder=encoder))[places]
+            return np.split(tokens, np.cumsum([len(step) for step in steps])[:-1])
+
+        limits = {"micro_batch_size": self.micro_batch_size, "max_tokens": self.max_tokens}
+        return micro_batches(self._largest_batch(), world=world, given=given, lengths=lengths, **limits)
+
+    def _largest_batch(self) -> BatchSpec:
+        return self.batch
+
+    def preparation(self) -> Prepare | None:
+        """What this kind of training does to a sample before it is encoded.
 
         A plain function: it travels to workers, the data module does not.
         """
@@ -174,14 +223,15 @@ class VisionLanguageData(L.LightningDataModule):
         gather: Gather | None = None,
     ) -> StepLoader:
         """The loader of one rank, for use without a trainer too (arguments as in `StepLoader`)."""
-        encoder = Encoder(self.samples, codec, self.seed, self.preparation())
+        encoder = self._encoder(codec)
+        limits = {"micro_batch_size": self.micro_batch_size, "max_tokens": self.max_tokens}
         loader = StepLoader(
             encoder,
             plan=lambda epoch: self.steps(epoch, encoder=encoder),
             world=world,
             rank=rank,
             accumulate=accumulate,
-            max_tokens=self.max_tokens,
+            packing=packing_of(self._largest_batch(), packs=world * accumulate, **limits),
             num_workers=self.num_workers,
             identity=self.identity(),
             progress=progress,
@@ -191,10 +241,14 @@ class VisionLanguageData(L.LightningDataModule):
         )
         if not len(loader):
             raise UserError(
-                f"data.drop_last leaves no step of the {len(self.samples)} training samples, "
-                f"which are less than {self.batch.size} {self.batch.unit}; lower data.batch.size"
+                f"{'data.batch.negatives' if self.batch.negatives else 'data.drop_last'} leaves no step of the "
+                f"{len(self.samples)} training samples, which are less than {self.batch.size} {self.batch.unit}; lower "
+                "data.batch.size"
             )
         return loader
+
+    def _encoder(self, codec: Codec) -> Encoder:
+        return Encoder(self.samples, codec, self.seed, self.preparation())
 
     def eval_loader(
         self,
@@ -207,7 +261,10 @@ class VisionLanguageData(L.LightningDataModule):
         rank: int = 0,
         sealed: bool = False,
     ) -> StepLoader:
-        """In order, every sample once over all ranks; the same number of packs on each, filled up with fillers.
+        """In order, every sample once over all ranks, the same number of packs on each.
+
+        Packs are the same on any number of devices; the last ones may be fillers. In-batch objectives compare the
+        samples of a pack.
 
         Args:
             indices: of `samples`, those to load; all by default.
@@ -220,7 +277,7 @@ class VisionLanguageData(L.LightningDataModule):
             plan=lambda epoch: steps,
             world=world,
             rank=rank,
-            max_tokens=self.max_tokens,
+            packing=Packing(self.max_tokens, self.val_batch_size, in_order=True, negatives="pack"),
             num_workers=self.num_workers,
             fixed=True,
             sealed=sealed,
