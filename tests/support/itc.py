@@ -1,13 +1,14 @@
 """BLIP's objectives at the smallest size: contrast with momentum copies and a queue, matching with hard negatives."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.support.systems import GOLDEN, TOWER
+from tests.support.systems import GOLDEN, TOWER, picture
 from vlm.batch import IGNORE, Batch, Row, TokenSequence
 from vlm.codec import Codec, Encoded, pack_rows, read_views
 from vlm.in_batch import draw_uniform, gather_detached
@@ -15,7 +16,7 @@ from vlm.module import VisionLanguageModule
 from vlm.moving import update_copies
 from vlm.prompts import LlamaTokenizer
 from vlm.prompts.tokenizer import Tokenizer
-from vlm.sample import Sample, TextPart
+from vlm.sample import ImagePart, Message, Sample, TextPart
 from vlm.vision import TimmTower
 from vlm.vision.preprocess import ImageTransform
 
@@ -238,3 +239,19 @@ def itc(**changes: Any) -> ITC:
         "tokenizer": LlamaTokenizer(str(GOLDEN / "_shared" / "llama_sp_tokenizer.model"), legacy=True),
     }
     return ITC(**(arguments | changes))
+
+
+def pairs(folder: Path, count: int = 24) -> list[Sample]:
+    """Pictures with captions of different lengths."""
+    return [
+        Sample(
+            id=str(i),
+            messages=(
+                Message("user", (ImagePart(),)),
+                Message("assistant", (TextPart("a red ball and " * (1 + i % 3) + f"a card with {i}"),)),
+            ),
+            images=(picture(folder, f"pair{i}", (40 + i, 30), 9 * i),),
+            source="pairs",
+        )
+        for i in range(count)
+    ]
