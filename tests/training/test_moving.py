@@ -3,28 +3,32 @@
 Tolerances stand beside what was measured; where nothing but the order of sums differs, that is about 1e-6.
 """
 
-import functools
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, distributed
 
-import vlm.moving
 from callbacks import EMA, FSDP2Strategy, Health, MixedPrecisionFSDP
 from callbacks.stage_transition import write_stage
 from tests.conftest import golden, golden_json
-from tests.support.itc import FeatureQueue, contrast, itc, pairs
+from tests.support.itc import ITC, FeatureQueue, contrast, itc, pairs
 from tests.support.ranks import run_ranks
 from tests.support.training import ListSource, Recorder, full, trainer, weights
+from tests.training.test_resume import HOW, PROBE, SHARDED, World, assert_same, notes
+from vlm.building.instantiate import describe
 from vlm.checkpoints.artefact import read_artefact
 from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
 from vlm.data import BatchSpec, InstructionData
 from vlm.errors import UserError
-from vlm.moving import exchange, move_towards
+from vlm.moving import move_towards, update_copies
+from vlm.schedules import Schedule
 from vlm.stages import AdamW, InitFrom, Stage, Trained
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
@@ -140,3 +144,264 @@ def test_a_resume_is_the_run_that_was_not_stopped(one: tuple[Path, dict]) -> Non
     folder, expected = one
     resumed = fit(folder, folder / "again", "one", resume=folder / "one" / "step=2.ckpt")
     assert equal(resumed["tensors"], expected["tensors"])
+
+
+# -- the official numbers
+
+
+def test_one_step_of_blip() -> None:
+    """Contrast, soft targets, weights of hard negatives, queue and averages of BLIP's pretraining forward."""
+    case = "blip_pretrain_step__a"
+    tensors, config = golden(case), golden_json(case)["config"]
+    before = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
+    after = {name.removeprefix("outputs/after/"): t for name, t in tensors.items() if name.startswith("outputs/after/")}
+    found = {name.removeprefix("outputs/"): t for name, t in tensors.items() if name.startswith("outputs/")}
+
+    copies = {name: before[name].clone() for name in after if "_m." in name and before[name].is_floating_point()}
+    move_towards(copies.values(), (before[n.replace("_m.", ".")] for n in copies), share=1 - config["momentum"])
+    assert len(copies) == 90
+    assert worst(copies, {name: after[name] for name in copies}) <= 1e-6
+
+    queue = FeatureQueue(config["embed_dim"], config["queue_size"])
+    queue.load_state_dict({n: before[key] for n, key in zip(("image", "text", "place"), QUEUE, strict=True)})
+    image, text, image_m, text_m = (
+        torch.nn.functional.normalize(found[f"{name}_unnormalised"], dim=-1)
+        for name in ("image_proj", "text_proj", "image_proj_m", "text_proj_m")
+    )
+    loss, captions, images = contrast(
+        image, text, image_m, text_m, queue=queue, temperature=before["temp"].clamp(0.001, 0.5), alpha=config["alpha"]
+    )
+    torch.testing.assert_close(loss / len(image), found["loss_ita"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(captions, found["multinomial_weights_i2t"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(images, found["multinomial_weights_t2i"], atol=1e-5, rtol=1e-5)
+    queue.push(image_m, text_m)
+    for name, key in zip(("image", "text", "place"), QUEUE, strict=True):
+        torch.testing.assert_close(getattr(queue, name), after[key], atol=1e-6, rtol=0)
+
+
+QUEUE = ("image_queue", "text_queue", "queue_ptr")
+
+
+# -- averages
+
+
+class Watch(L.Callback):
+    """The trained weights after every step, and what a validation ran with."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+        self.validated: list[dict[str, Tensor]] = []
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.weights.append(trained(pl_module))
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.validated.append(trained(pl_module))
+
+    def on_validation_end(self, trainer: Any, *_: Any) -> None:
+        self.losses.append(trainer.callback_metrics["val/loss"].item())
+
+
+def trained(module: Any) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in weights(module).items() if name in module.trained_names()}
+
+
+def average(folder: Path, out: Path, fsdp: bool) -> dict[str, Any]:
+    """Four steps with a validation after the second and the last one."""
+    world = distributed.get_world_size() if distributed.is_initialized() else 1
+    module, watch = build(), Watch()
+    sharded = [MixedPrecisionFSDP("fp32", reshard_after_forward=False)] if fsdp else []
+    run = trainer(
+        out,
+        world=world,
+        max_steps=4,
+        val_check_interval=8 // world,
+        check_val_every_n_epoch=None,
+        callbacks=[EMA(0.75), watch, *sharded],
+        **({"strategy": FSDP2Strategy()} if fsdp else {}),
+    )
+    samples = pairs(folder)
+    batch = BatchSpec(8, negatives="pack", packs=4)
+    data = InstructionData(
+        [ListSource(samples[:16])], val_sources=[ListSource(samples[16:])], val_batch_size=4, batch=batch, seed=5
+    )
+    run.fit(module, data)
+    write_stage(out / "artefact", module, global_step=4, is_writer=run.is_global_zero)
+    return {
+        "weights": watch.weights,
+        "validated": watch.validated,
+        "losses": watch.losses,
+        "averages": {name: full(average) for name, average in module.averages.items()},
+        "end": trained(module),
+    }
+
+
+def test_averages_are_what_is_validated_and_handed_on(tmp_path: Path) -> None:
+    pairs(tmp_path)
+    one = average(tmp_path, tmp_path / "one", False)
+    fresh = build()
+    fresh.configure_model()
+    expected = {name: tensor.clone() for name, tensor in trained(fresh).items()}
+    for step, moved in enumerate(one["weights"], start=1):
+        expected = {name: 0.75 * tensor + 0.25 * moved[name] for name, tensor in expected.items()}
+        if step == 2:
+            assert worst(one["validated"][0], expected) < 1e-6
+    assert worst(one["averages"], expected) < 1e-6
+    assert worst(one["averages"], one["end"]) > 1e-3
+    assert equal(one["end"], one["weights"][-1]), "put back after the last validation"
+
+    artefact = read_artefact(tmp_path / "one" / "artefact")
+    assert artefact.meta["averaged"]
+    held = dict(artefact.items())
+    assert equal({name: held[name] for name in one["averages"]}, one["averages"])
+    assert {name.split(".")[0] for name in held} == {*PARTS, "momentum", "queue"}
+
+    # blocks that stay gathered after a validation are not trained on as they were validated
+    for sharded in run_ranks(average, 2, tmp_path, tmp_path / "fsdp", True):
+        for kind in ("averages", "end"):
+            assert worst(sharded[kind], one[kind]) < 2e-5
+        assert sharded["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert len(one["losses"]) == 2
+
+
+def test_a_stage_follows_averages_and_continues_weights(one: tuple[Path, dict], tmp_path: Path) -> None:
+    folder, expected = one
+    artefact = str(folder / "one" / "artefact")
+    follower, phase = build(follows=[InitFrom(artefact)]), build(follows=[InitFrom(artefact, {"text": "text"})])
+    for module in (follower, phase):
+        module.configure_model()
+    tensors = expected["tensors"]
+    for name, tensor in weights(follower).items():
+        assert torch.equal(tensor, tensors.get(f"average of {name}", tensors[name]))
+    assert not follower.load_report.copied, "the artefact has copies of its own"
+    assert torch.equal(phase.momentum.text.up.weight, phase.text.up.weight)
+    assert torch.equal(phase.text.up.weight, tensors["average of text.up.weight"])
+
+
+# -- killed and started again
+
+
+class Contrast(World):
+    """Runs of the tiny system through the command line: 3 steps to an epoch, each epoch with its rate, and averages."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        records = [
+            {
+                "id": sample.id,
+                "image": sample.images[0].name,
+                "conversations": [
+                    {"from": "human", "value": "<image>"},
+                    {"from": "gpt", "value": sample.messages[1].content[0].text},
+                ],
+            }
+            for sample in pairs(folder)
+        ]
+        (folder / "pairs.json").write_text(json.dumps(records))
+        source = {"path": str(folder / "pairs.json"), "image_root": str(folder)}
+        arguments = itc().arguments
+        self.overlay = {
+            "model": {
+                "class_path": "tests.support.itc.ITC",
+                "init_args": {name: describe(arguments[name]) for name in ("vision", "tokenizer")},
+            },
+            "data": {
+                "class_path": "vlm.data.InstructionData",
+                "init_args": {
+                    "sources": [{"class_path": "vlm.data.LlavaJson", "init_args": source}],
+                    "batch": {"size": 8, "negatives": "pack", "packs": 4},
+                    "num_workers": 0,
+                },
+            },
+            "trainer": self.overlay["trainer"] | {"max_epochs": 4, "accumulate_grad_batches": 1},
+            "stage": {
+                "name": "1_contrast",
+                "train": {part: {"lr": 1e-2} for part in PARTS},
+                "modes": {"momentum": "train"},
+                "schedule": {"kind": "staircase", "decay": 0.5, "warmup": 2},
+            },
+            "checkpoint": {"every_n_train_steps": 2},
+        }
+        self.overlay["trainer"]["callbacks"] = [PROBE, {"class_path": "callbacks.EMA", "init_args": {"decay": 0.9}}]
+
+    def command(self, run: Path, *options: str) -> list[str]:
+        overlay = self.folder / "contrast.yaml"
+        overlay.write_text(yaml.safe_dump(self.overlay))
+        return [
+            *(sys.executable, "-m", "cli", "fit", "-c", str(overlay)),
+            f"--trainer.default_root_dir={run}",
+            *options,
+        ]
+
+
+def test_killed_and_started_again(tmp_path: Path) -> None:
+    world = Contrast(tmp_path)
+    assert world.fit_here(tmp_path / "whole") == 0
+    world.fit(
+        tmp_path / "run", kill="window:7"
+    )  # in the third epoch; the newest checkpoint is of the end of the second
+    assert world.fit_here(tmp_path / "run") == 0
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    rates = [float.fromhex(entries[0]["lr"][0]) for _, entries in sorted(notes(tmp_path / "run").items())][::4]
+    assert rates == pytest.approx([1e-2 * factor for factor in (0, 0.5, 1, *[0.5] * 3, *[0.25] * 3, *[0.125] * 3)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_ranks_killed_and_started_again(how: str, tmp_path: Path) -> None:
+    world = Contrast(tmp_path)
+    if how == "fsdp":
+        world.overlay["trainer"]["callbacks"].append(SHARDED)
+    options = [option for option in HOW[how] if "callbacks" not in option]
+    world.fit(tmp_path / "whole", *options)
+    for kill in ("window:5", "save:2"):
+        world.fit(tmp_path / "run", *options, kill=kill)
+    world.fit(tmp_path / "run", *options)
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+# -- refusals
+
+
+def test_mistakes_are_named(one: tuple[Path, dict], tmp_path: Path) -> None:
+    folder, _ = one
+
+    def message(*, callbacks: Any = (), module: Any = None, resume: Path | None = None, **options: Any) -> str:
+        run = trainer(tmp_path, callbacks=callbacks, **({"max_steps": 1} | options))
+        batch = BatchSpec(8, negatives="pack", packs=4)
+        with pytest.raises(UserError) as raised:
+            run.fit(module or build(), InstructionData([ListSource(pairs(folder))], batch=batch), ckpt_path=resume)
+        return str(raised.value)
+
+    checkpoint = folder / "one" / "step=2.ckpt"
+    assert "only one of the checkpoint and this run keeps moving averages" in message(resume=checkpoint)
+    half = message(callbacks=[EMA(0.9)], precision="bf16-true")
+    assert "callbacks.EMA averages float32 weights" in half
+    with pytest.raises(UserError, match="decay must be at least 0 and below 1, found 1"):
+        EMA(1.0)
+    module = build()
+    module.stage = Stage("s", {"momentum.text": Trained(1.0)})
+    assert message(module=module) == (
+        "stage.train: momentum.text.table.weight moves without a gradient; leave it out of the patterns"
+    )
+    assert "set trainer.max_epochs" in message(module=build(schedule=Schedule("cosine_per_epoch")))
+
+
+def _updated_while_gathered(folder: Path) -> str:
+    class Wrong(ITC):
+        def losses(self, batch: Any) -> dict[str, Tensor]:
+            update_copies(self, 0.5)
+            return super().losses(batch)
+
+    module = Wrong(**itc().arguments)
+    module.stage = Stage("s", {part: Trained(1e-2) for part in PARTS})
+    batch = BatchSpec(8, negatives="pack", packs=4)
+    with pytest.raises(AssertionError) as raised:
+        trainer(folder, fsdp="fp32", max_steps=1).fit(module, InstructionData([ListSource(pairs(folder))], batch=batch))
+    return str(raised.value)
+
+
+def test_copies_are_not_updated_while_gathered(tmp_path: Path) -> None:
+    assert "do it in `on_step_start`" in run_ranks(_updated_while_gathered, 1, tmp_path)[0]
