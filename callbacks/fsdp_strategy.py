@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import vlm  # noqa: F401  (before lightning)
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import distributed
 from torch.optim import Optimizer
