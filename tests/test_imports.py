@@ -23,7 +23,9 @@ ALLOWED = {
     "vlm.vision": {"vlm.functional"},
     "vlm.connectors": {"vlm.functional"},
     "vlm.language": set(),
-    "vlm.systems": {*("vlm.module", "vlm.vision", "vlm.connectors", "vlm.language", "vlm.functional", "vlm.prompts")},
+    "vlm.systems": {
+        *("vlm.module", "vlm.vision", "vlm.connectors", "vlm.language", "vlm.functional", "vlm.in_batch", "vlm.prompts")
+    },
 }
 """Package -> what it may import from `vlm` besides itself and `COMMON`."""
 

@@ -34,6 +34,8 @@ HOW_IT_RUNS = (
     "trainer.accumulate_grad_batches",
     "model.*.checkpointing",
     "data.*num_workers",
+    "data.*micro_batch_size",
+    "data.*.max_tokens",
     "trainer.callbacks.callbacks.MixedPrecisionFSDP.reshard_after_forward",
     # what is shown and kept, and when
     "trainer.callbacks.callbacks.Health*",

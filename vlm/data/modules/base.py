@@ -1,26 +1,25 @@
 """What the three kinds of training data have in common."""
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 
 from vlm.codec import Codec
 from vlm.data.loading.encoder import Encoder, Prepare
-from vlm.data.loading.lengths import draw_lengths
+from vlm.data.loading.lengths import draw_lengths, step_lengths
 from vlm.data.loading.loader import LoopPosition, StepLoader
 from vlm.data.loading.predict_dataset import PredictDataset
 from vlm.data.loading.rank_gather import Gather, gather_over_ranks
 from vlm.data.loading.trainer_progress import TrainerProgress
 from vlm.data.loading.workers import worker_context
 from vlm.data.modules.passes import split
+from vlm.data.modules.trainer_checks import check_packs_of_epoch, check_trainer
 from vlm.data.sampling.batches import BatchSpec, batch_draws
 from vlm.data.sampling.mixture import DrawGroups, Mixture, rank_orders, ranks_together
 from vlm.data.sampling.order import shuffled
@@ -145,18 +144,17 @@ class VisionLanguageData(L.LightningDataModule):
             max_epochs: of the run, which may end after `max_steps` too; the longest step decides. None or -1: no limit.
         """
 
-        def lengths() -> list[np.ndarray]:
-            encoder, steps = self._encoder(codec), list[np.ndarray]()
-            # where the batch counts tokens, the steps of an epoch cost the encoding of all of its samples
-            endless = self.batch.unit != "samples" or (max_epochs in (None, -1) and max_steps == -1)
-            for epoch in itertools.count():
-                steps += [np.asarray(step) % len(self.samples) for step in self.steps(epoch, encoder=encoder)]
-                if endless or epoch + 1 == max_epochs or 0 <= max_steps <= len(steps):
-                    break
-            # as they are in epoch 0: each sample is encoded once
-            samples, places = np.unique(np.concatenate(steps), return_inverse=True)
-            tokens = np.asarray(self.lengths(samples.tolist(), epoch=0, encoder=encoder))[places]
-            return np.split(tokens, np.cumsum([len(step) for step in steps])[:-1])
+        encoder = self._encoder(codec)
+        known = self.batch.unit == "samples"  # else the steps of an epoch cost the encoding of all of its samples
+
+        def lengths() -> list[list[int]]:
+            return step_lengths(
+                lambda epoch: self.steps(epoch, encoder=encoder),
+                lambda samples: self.lengths(samples, epoch=0, encoder=encoder),
+                num_samples=len(self.samples),
+                max_epochs=max_epochs if known else 1,
+                max_steps=max_steps,
+            )
 
         limits = {"micro_batch_size": self.micro_batch_size, "max_tokens": self.max_tokens}
         return micro_batches(self._largest_batch(), world=world, given=given, lengths=lengths, **limits)
@@ -294,19 +292,7 @@ class VisionLanguageData(L.LightningDataModule):
             gather=gather_over_ranks() if self.max_bad_samples else None,
             **self._ranks(),
         )
-        limit, packs = trainer.limit_train_batches, len(loader)
-        used = min(packs, limit) if isinstance(limit, int) else int(packs * limit)
-        if used % accumulate or (isinstance(limit, float) and limit < 1 and self.batch.unit != "samples"):
-            raise UserError(
-                f"trainer.limit_train_batches={limit} (or fast_dev_run) ends in the middle of an optimizer step; "
-                f"give a whole number that is a multiple of trainer.accumulate_grad_batches={accumulate}"
-            )
-        every = trainer.val_check_interval
-        if isinstance(every, int) and every > used and trainer.check_val_every_n_epoch is not None and self.val_sources:
-            raise UserError(
-                f"trainer.val_check_interval={every} is more than the {used} packs of an epoch; lower it, or set "
-                "trainer.check_val_every_n_epoch: null to count on over the epochs"
-            )
+        check_packs_of_epoch(trainer, len(loader), self.batch, validates=bool(self.val_sources))
         return loader
 
     def val_dataloader(self) -> list[StepLoader]:
@@ -359,8 +345,5 @@ class VisionLanguageData(L.LightningDataModule):
 
     def _checked_trainer(self) -> L.Trainer:
         assert self.trainer is not None
-        if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
-            raise UserError("the data deals its own samples to the ranks; set trainer.use_distributed_sampler: false")
-        if self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            raise UserError("trainer.overfit_batches would replace the sampler; use trainer.limit_train_batches")
+        check_trainer(self.trainer)
         return self.trainer

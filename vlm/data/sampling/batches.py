@@ -1,7 +1,7 @@
 """How an epoch's samples are cut into optimizer steps."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -86,6 +86,7 @@ def batch_draws_pure(
     *,
     kinds: Sequence[int],
     pure: Pure,
+    sizes: Sequence[int] | None = None,
     arrange: Callable[[Sequence[int]], Sequence[int]],
     lengths: Sequence[int] | None = None,
     drop_last: bool = False,
@@ -96,6 +97,7 @@ def batch_draws_pure(
 
     Args:
         kinds: of each draw.
+        sizes: samples of a step of each kind; `spec.size` by default.
         arrange: from the number of steps (rows) of kinds 0, 1, ... to the kind of each one of the epoch.
         drop_last: leave out what is not full: with pure steps the last one of each kind, with pure rows the last step.
     """
@@ -108,7 +110,8 @@ def batch_draws_pure(
         if not own:
             bins.append([])
         elif pure == "step":
-            bins.append(batch_draws(own, spec, lengths=own_lengths, drop_last=drop_last))
+            own_spec = spec if sizes is None else replace(spec, size=sizes[kind])
+            bins.append(batch_draws(own, own_spec, lengths=own_lengths, drop_last=drop_last))
         else:
             assert own_lengths is not None
             assert spec.row_tokens is not None
