@@ -111,12 +111,14 @@ def test_copies_start_as_what_they_copy_and_move(one: tuple[Path, dict]) -> None
 
 
 def _ranks(folder: Path, how: str) -> dict:
-    """Like one process; a resume is the run that was not stopped, from this way's checkpoint and from one process'."""
+    """Like one process; a resume is the run that was not stopped. Sharded, also from a file of one process."""
     whole = fit(folder, folder / how, how)
     resumed = fit(folder, folder / f"{how} again", how, resume=folder / how / "step=2.ckpt")
     assert equal(resumed["tensors"], whole["tensors"]), "bit for bit, dropout on"
-    single = fit(folder, folder / f"{how} single", how, resume=folder / "one" / "step=2.ckpt")
-    return {"whole": whole, "from one process": single}
+    if how == "ddp":
+        return {"whole": whole}
+    file = folder / "one" / "step=2.ckpt"
+    return {"whole": whole, "from one process": fit(folder, folder / "from one", how, resume=file)}
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
@@ -128,11 +130,12 @@ def test_packs_may_be_shared_by_ranks(how: str, one: tuple[Path, dict]) -> None:
     for found in first.values():
         assert worst(found["tensors"], expected["tensors"]) < 2e-5  # measured: 1e-6
     assert first["whole"]["losses"] == pytest.approx(expected["losses"], rel=1e-5)
-    back = fit(folder, folder / f"{how} back", "one", resume=folder / how / "step=2.ckpt")
-    assert worst(back["tensors"], expected["tensors"]) < 2e-5
+    if how == "fsdp":
+        back = fit(folder, folder / "back", "one", resume=folder / how / "step=2.ckpt")
+        assert worst(back["tensors"], expected["tensors"]) < 2e-5
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_four_ranks(how: str, one: tuple[Path, dict]) -> None:
     folder, expected = one
     ranks = run_ranks(fit, 4, folder, folder / f"{how} 4", how)
