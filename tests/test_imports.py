@@ -28,7 +28,8 @@ ALLOWED = {
     "vlm.connectors": {"vlm.functional", "vlm.bert", *READING},
     "vlm.language": {"vlm.bert", *READING},
     "vlm.systems": {
-        *("vlm.module", "vlm.vision", "vlm.connectors", "vlm.language", "vlm.functional", "vlm.in_batch", "vlm.prompts")
+        *("vlm.module", "vlm.vision", "vlm.connectors", "vlm.language", "vlm.prompts"),
+        *("vlm.functional", "vlm.in_batch", "vlm.moving"),
     },
 }
 """Package -> what it may import from `vlm` besides itself and `COMMON`."""

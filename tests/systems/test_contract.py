@@ -33,7 +33,8 @@ from vlm.language import Decoding
 from vlm.building.instantiate import describe
 from vlm.module import VisionLanguageModule
 from vlm.sample import ImagePart, Message, Sample, TextPart
-from vlm.stages import AdamW, InitFrom, Schedule, Stage, Trained
+from vlm.schedules import Schedule
+from vlm.stages import AdamW, InitFrom, Stage, Trained
 
 pytestmark = [
     pytest.mark.parametrize("name", SYSTEMS),

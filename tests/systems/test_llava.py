@@ -40,7 +40,8 @@ from vlm.language import CausalLM, Decoding, NewTokens
 from vlm.functional import token_loss
 from vlm.prompts import IMAGE, LlamaTokenizer, get_template
 from vlm.sample import ImagePart, Message, TextPart
-from vlm.stages import InitFrom, Schedule, Stage, Trained
+from vlm.schedules import Schedule
+from vlm.stages import InitFrom, Stage, Trained
 from vlm.systems import LLaVA
 from vlm.vision import TimmTower
 

@@ -11,7 +11,8 @@ from tests.support.systems import SYSTEMS, TOKENIZER, build, make, qformer_t5, s
 from tests.support.training import ListSource, trainer
 from vlm.batch import IGNORE
 from vlm.data import BatchSpec, InstructionData
-from vlm.stages import InitFrom, Schedule
+from vlm.schedules import Schedule
+from vlm.stages import InitFrom
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 
