@@ -102,12 +102,12 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _tools() -> dict[str, Callable[[list[str]], int]]:
     def check_data(arguments: list[str]) -> int:
-        from vlm.checking.command import main as run
+        from vlm.commands.check_data.command import main as run
 
         return run(arguments, describe=_describe)
 
     def convert(arguments: list[str]) -> int:
-        from vlm.checkpoints.convert import main as run
+        from vlm.commands.convert import main as run
 
         return run(arguments)
 
@@ -117,12 +117,12 @@ def _tools() -> dict[str, Callable[[list[str]], int]]:
         return run(arguments)
 
     def export(arguments: list[str]) -> int:
-        from vlm.checkpoints.export import main as run
+        from vlm.commands.export import main as run
 
         return run(arguments)
 
     def predict(arguments: list[str]) -> int:
-        from vlm.predict import main as run
+        from vlm.commands.predict import main as run
 
         return run(arguments)
 
@@ -132,12 +132,12 @@ def _tools() -> dict[str, Callable[[list[str]], int]]:
         return run(arguments)
 
     def scores(arguments: list[str]) -> int:
-        from vlm.scores import main as run
+        from vlm.evaluation.scores import main as run
 
         return run(arguments)
 
     def show_data(arguments: list[str]) -> int:
-        from vlm.showing import main as run
+        from vlm.commands.show_data import main as run
 
         return run(arguments, describe=_describe)
 
@@ -170,12 +170,12 @@ def _run_lightning(arguments: list[str]) -> None:
 
     from callbacks import BadSamples, Progress
     from vlm.checkpoints.artefact import read_artefact
-    from vlm.checkpoints.io import AtomicCheckpointIO
-    from vlm.checkpoints.published import find_weights, is_artefact
+    from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
+    from vlm.checkpoints.published.open import find_weights, is_artefact
     from vlm.data import VisionLanguageData
-    from vlm.loading import instantiate
+    from vlm.building.instantiate import instantiate
     from vlm.module import VisionLanguageModule
-    from vlm.runs import RunFolder
+    from vlm.recipes.run_folder import RunFolder
 
     command, *options = arguments
     if command != "fit":
@@ -307,11 +307,11 @@ def _silence() -> None:
 
 
 def _describe(options: Sequence[str]) -> Any:
-    """A `vlm.described.Described`: the stage that `vlm fit` would train with these options. Nothing is built."""
+    """The stage that `vlm fit` would train with these options (`vlm.commands.stage_view`). Nothing is built."""
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     from vlm.data import VisionLanguageData
-    from vlm.described import Described
+    from vlm.commands.stage_view import Described
     from vlm.module import VisionLanguageModule
 
     class Description(LightningCLI):
@@ -339,8 +339,8 @@ def _describe(options: Sequence[str]) -> Any:
 def _from_weights(options: Sequence[str]) -> list[str]:
     """What weights know about themselves, as options that configuration files and other options come after."""
     from vlm.checkpoints.artefact import read_artefact
-    from vlm.checkpoints.published import describe_published, find_weights, is_artefact
-    from vlm.loading import model_of
+    from vlm.checkpoints.published.open import describe_published, find_weights, is_artefact
+    from vlm.building.instantiate import model_of
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--weights")

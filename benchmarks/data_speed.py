@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.memory import peak_rss_gib
 from vlm.data import InstructionData, LlavaJson
-from vlm.data.steps import BatchSpec
+from vlm.data.sampling.batches import BatchSpec
 from vlm.demo.scenes import make_scene
 from vlm.demo.tasks import conversation, questions
 from vlm.prompts import LlamaTokenizer, get_template

@@ -123,7 +123,7 @@ def main() -> int:
         for workers in options.workers:
             found: dict[str, Any] = {"vlm": fit(data, work / f"run_{workers}", options, workers)}
             if not (work / "hf").exists():
-                from vlm.checkpoints.export import export
+                from vlm.commands.export import export
 
                 export(work / f"run_{workers}", work / "hf")
             found["plain"] = in_process(work, options, workers)

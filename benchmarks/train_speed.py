@@ -38,7 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGener
 import cli
 from benchmarks.memory import peak_rss_gib
 from vlm.batch import IGNORE
-from vlm.checkpoints.export import export
+from vlm.commands.export import export
 from vlm.data import LlavaJson
 from vlm.demo.scenes import make_scene
 from vlm.demo.sprites import NOUNS

@@ -19,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vlm.scores import read_scores
+from vlm.evaluation.scores import read_scores
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "configs/vila/findings"

@@ -7,9 +7,9 @@ import vlm  # noqa: F401  (before lightning)
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.progress import warn
-from vlm.checkpoints.atomic import atomic_file
-from vlm.data.loader import StepLoader
-from vlm.data.quarantine import LeftOut, as_lines
+from vlm.checkpoints.files.atomic import atomic_file
+from vlm.data.loading.loader import StepLoader
+from vlm.data.wrappers.quarantine import LeftOut, as_lines
 
 FILE = "bad_samples.jsonl"
 

@@ -9,14 +9,14 @@ import vlm  # noqa: F401  (before lightning)
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from vlm.batch import Batch
-from vlm.checkpoints.atomic import atomic_file
+from vlm.checkpoints.files.atomic import atomic_file
 from vlm.errors import UserError
-from vlm.evaluation import Judges
+from vlm.metrics.judges import Judges
 from vlm.language import Decoding
 from vlm.metrics import AnswerMetric, Answers
 from vlm.module import VisionLanguageModule
-from vlm.scores import table, write_scores
-from vlm.submissions import Submission
+from vlm.evaluation.scores import table, write_scores
+from vlm.evaluation.submissions import Submission
 
 
 class Evaluation(Callback):
@@ -30,7 +30,7 @@ class Evaluation(Callback):
         metrics: by source or task; a source's come before its task's. Samples of neither are not answered.
         decoding: how answers are searched for.
         name: of the folder; `validate` or `test` by default.
-        submission: a form in which a benchmark's server or judge takes the answers (`vlm.submissions`).
+        submission: a form in which a benchmark's server or judge takes the answers (`vlm.evaluation.submissions`).
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
-from vlm.building import find_ties
+from vlm.building.network import find_ties
 from vlm.errors import UserError
 from vlm.module import VisionLanguageModule
 

@@ -10,9 +10,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import distributed
 from torch.optim import Optimizer
 
-from vlm.checkpoints.atomic import atomic_directory, remove_leftovers
-from vlm.checkpoints.io import AtomicCheckpointIO, point_last
-from vlm.checkpoints.sharded import cut_like, read_sharded, write_shard, write_state
+from vlm.checkpoints.files.atomic import atomic_directory, remove_leftovers
+from vlm.checkpoints.resume.single_file import AtomicCheckpointIO, point_last
+from vlm.checkpoints.resume.sharded import cut_like, read_sharded, write_shard, write_state
 from vlm.errors import UserError
 from vlm.module import VisionLanguageModule
 

@@ -16,11 +16,11 @@ from torch import Tensor, distributed
 
 from callbacks.progress import say, warn
 from vlm.batch import NOT_TERMS, Batch
-from vlm.culprits import TrainedPack, as_json, find_culprits
-from vlm.data.progress import is_finished
+from vlm.monitoring.nonfinite import TrainedPack, as_json, find_culprits
+from vlm.data.loading.trainer_progress import is_finished
 from vlm.errors import UserError
-from vlm.frozen import FrozenTensors
-from vlm.gradients import squared_gradient_norms, squared_norms, trained_parts
+from vlm.monitoring.checksums import FrozenTensors
+from vlm.monitoring.norms import squared_gradient_norms, squared_norms, trained_parts
 from vlm.module import VisionLanguageModule
 from vlm.seeding import seed_from
 

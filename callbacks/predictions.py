@@ -11,14 +11,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from vlm.codec import Codec, step_counts
 from vlm.data import VisionLanguageData
-from vlm.data.loader import Encoder
-from vlm.data.progress import is_finished
-from vlm.data.sources import Concat
+from vlm.data.loading.encoder import Encoder
+from vlm.data.loading.trainer_progress import is_finished
+from vlm.data.sources.base import Concat
 from vlm.errors import SampleError, UserError
 from vlm.geometry import Box, View
 from vlm.language import Decoding
 from vlm.module import VisionLanguageModule
-from vlm.panels import Panel, Piece, as_text, draw, pieces_of, views_as_seen
+from vlm.drawing.panels import Panel, Piece, as_text, draw, pieces_of, views_as_seen
 from vlm.sample import Sample
 
 

@@ -10,9 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from vlm.data.progress import is_finished
+from vlm.data.loading.trainer_progress import is_finished
 from vlm.errors import UserError
-from vlm.runs import RunFolder
+from vlm.recipes.run_folder import RunFolder
 
 
 class ResumeCheckpoint(Checkpoint):

@@ -13,13 +13,14 @@ from torch.distributed.tensor import DTensor
 
 from callbacks.progress import say
 from vlm.checkpoints.artefact import read_artefact, write_artefact
-from vlm.checkpoints.moments import moments
+from vlm.checkpoints.resume.moments import moments
 from vlm.codec import Codec
 from vlm.data import VisionLanguageData
-from vlm.data.progress import is_finished
-from vlm.data.sources import Concat
+from vlm.data.loading.trainer_progress import is_finished
+from vlm.data.sources.base import Concat
 from vlm.errors import SampleError
-from vlm.loading import describe, describe_module, frozen_parts, system_class
+from vlm.building.instantiate import describe, describe_module, system_class
+from vlm.building.weight_sources import frozen_parts
 from vlm.module import VisionLanguageModule
 from vlm.stages import AdamW, Follow, Schedule, Stage, Trained
 

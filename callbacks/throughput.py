@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from vlm.batch import Batch
-from vlm.gradients import learning_rates, squared_gradient_norms, trained_parts
+from vlm.monitoring.norms import learning_rates, squared_gradient_norms, trained_parts
 from vlm.module import VisionLanguageModule
 
 

@@ -33,8 +33,8 @@ def _seed() -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch):
-    """Time of `vlm run instruct`, which costs none: a `tests.chat_server.FakeClock`; and no proxy on the way."""
-    from tests.chat_server import FakeClock
+    """Time of `vlm run instruct`, which costs none: a `FakeClock`; and no proxy on the way."""
+    from tests.support.chat_server import FakeClock
     from vlm.procedures.instruct import command
 
     made = FakeClock()

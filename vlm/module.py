@@ -13,19 +13,20 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 
 from vlm.batch import EVENTS, Batch, Row
-from vlm.building import allocate, empty_weights, fill, find_ties, initialisers, tie
+from vlm.building.network import allocate, empty_weights, fill, find_ties, initialisers, tie
+from vlm.building.weight_sources import check_finished, is_resuming, weight_sources
 from vlm.checkpoints.artefact import read_artefact
-from vlm.checkpoints.moments import restore_moments
 from vlm.checkpoints.report import LoadReport
+from vlm.checkpoints.resume.moments import restore_moments
 from vlm.codec import Codec
 from vlm.errors import UserError
-from vlm.evaluation import EpochMeans, Judges
+from vlm.evaluation.inference import as_pack, chunks_in_step, evaluating, label_scores
+from vlm.evaluation.means import EpochMeans
 from vlm.language import Decoding
-from vlm.loading import check_finished, is_resuming, weight_sources
+from vlm.metrics.judges import Judges
 from vlm.sample import Sample
 from vlm.seeding import seed_from
 from vlm.stages import Stage
-from vlm.use import as_pack, chunks_in_step, evaluating, label_scores
 
 
 class VisionLanguageModule(LightningModule):

@@ -21,9 +21,9 @@ from typing import Any
 
 from torch import Tensor
 
-from vlm.checkpoints.atomic import atomic_directory
-from vlm.checkpoints.locate import CARRIED, some
-from vlm.checkpoints.weights import WeightFiles, fingerprint_of, hash_tensor, write_safetensors
+from vlm.checkpoints.files.atomic import atomic_directory
+from vlm.checkpoints.files.locate import CARRIED, some
+from vlm.checkpoints.files.weights import WeightFiles, fingerprint_of, hash_tensor, write_safetensors
 from vlm.errors import UserError
 
 FORMAT = 1
@@ -81,7 +81,7 @@ class Artefact:
 
     @property
     def moments(self) -> WeightFiles:
-        """The optimizer's state as `parameter name/state name` (see `vlm.checkpoints.moments`).
+        """The optimizer's state as `parameter name/state name` (see `vlm.checkpoints.resume.moments`).
 
         Raises:
             UserError: the stage did not keep it.

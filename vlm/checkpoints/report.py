@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from vlm.checkpoints.locate import some
+from vlm.checkpoints.files.locate import some
 from vlm.errors import UserError
 
 

@@ -16,7 +16,7 @@ class Connector(ABC):
 
     @abstractmethod
     def build(self, in_dim: int, out_dim: int) -> nn.Module:
-        """The network, float[..., in_dim] -> float[..., out_dim]; call it under `vlm.building.empty_weights`."""
+        """The network, float[..., in_dim] -> float[..., out_dim]; call it under `empty_weights`."""
 
     def num_tokens(self, num_features: int) -> int:
         """Tokens of a view that the tower sees as so many features."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vlm.connectors.projectors import Connector, side_of
 from vlm.errors import UserError
-from vlm.positions import resized, sincos_2d
+from vlm.functional import resized, sincos_2d
 
 _HEAD_DIM = 128
 

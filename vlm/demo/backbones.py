@@ -36,8 +36,9 @@ from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from vlm.building.instantiate import describe_module
 from vlm.checkpoints.artefact import write_artefact
-from vlm.checkpoints.atomic import atomic_file
+from vlm.checkpoints.files.atomic import atomic_file
 from vlm.connectors import Resampler
 from vlm.demo.language import CHAT_TEMPLATES, train_language
 from vlm.demo.pictures import train_on_pictures
@@ -47,7 +48,6 @@ from vlm.demo.tower import train_pyramid, train_tower
 from vlm.demo.write import all_tasks, captions, draw_language, scenes
 from vlm.language import CausalLM
 from vlm.language.attention import PACKED
-from vlm.loading import describe_module
 from vlm.prompts import FuyuTokenizer, LlamaTokenizer
 from vlm.prompts.fuyu import END, NEWLINE, SPEAKER
 from vlm.prompts.llava import TEMPLATES

@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from vlm.checkpoints.atomic import atomic_directory
+from vlm.checkpoints.files.atomic import atomic_directory
 from vlm.demo import tasks
 from vlm.demo.pages import Placed, make_chart, make_page, make_screen
 from vlm.demo.scenes import Scene

@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from vlm.checkpoints.atomic import atomic_directory
+from vlm.checkpoints.files.atomic import atomic_directory
 from vlm.demo import tasks
 from vlm.demo.scenes import SPLITS, Scene, Split, make_scene
 from vlm.demo.tasks import Language, Turn

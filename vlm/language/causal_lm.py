@@ -34,7 +34,7 @@ class LanguagePart(ABC):
 
     @abstractmethod
     def build(self) -> PreTrainedModel:
-        """The network; call it under `vlm.building.empty_weights`."""
+        """The network; call it under `vlm.building.network.empty_weights`."""
 
     @abstractmethod
     def initialise(self, model: nn.Module, module: nn.Module) -> None:

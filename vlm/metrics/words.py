@@ -42,7 +42,7 @@ def caption_words(caption: str) -> list[str]:
     The published figures use Stanford's PTBTokenizer 3.4.1, a Java program. These rules do what it does to captions:
     "n't", "'s" and the like become words of their own, "cannot" is two, hyphenated words and decimal numbers stay
     whole. Web addresses, smileys, currency signs and rare abbreviations may come out differently;
-    `tests/data/captions.json` holds what the Java program makes of ordinary and of odd captions.
+    `tests/support/files/captions.json` holds what the Java program makes of ordinary and of odd captions.
     """
     text = caption.lower()
     for pattern, replacement in _CUT:

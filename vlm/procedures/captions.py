@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm.checkpoints.atomic import atomic_file
-from vlm.data.records import RecordFile
+from vlm.checkpoints.files.atomic import atomic_file
+from vlm.data.sources.json_records import RecordFile
 from vlm.errors import SampleError, UserError
 
 

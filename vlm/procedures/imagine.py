@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from vlm.checkpoints.atomic import atomic_file
-from vlm.data.records import RecordFile
+from vlm.checkpoints.files.atomic import atomic_file
+from vlm.data.sources.json_records import RecordFile
 from vlm.errors import SampleError, UserError
 
 if TYPE_CHECKING:
@@ -206,8 +206,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _ask(options: argparse.Namespace) -> Answer:
+    from vlm.commands.predict import open_system
     from vlm.language import Decoding
-    from vlm.predict import open_system
     from vlm.prompts.mini_gemini import asked
     from vlm.sample import ImageFile, parse_sample
 

@@ -21,7 +21,7 @@ from vlm.errors import UserError
 from vlm.recipes.catalogue import find_recipe
 from vlm.recipes.configs import config_files, from_here
 from vlm.recipes.graph import Followed, Procedure, Recipe, TrainingStage, load_recipe
-from vlm.runs import RunFolder
+from vlm.recipes.run_folder import RunFolder
 
 UNFINISHED = 75
 """Exit status when a stage ended well but before its end, as with `trainer.max_time` (EX_TEMPFAIL of sysexits.h)."""

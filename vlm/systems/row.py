@@ -18,21 +18,20 @@ from transformers import PreTrainedModel
 from vlm.batch import IGNORE, Batch, TokenSequence, Views, next_token_targets
 from vlm.codec import Codec, Encoded, lay_out
 from vlm.errors import UserError
-from vlm.fusion import splice
+from vlm.functional import splice, token_loss, zero_from
 from vlm.geometry import Box, View
 from vlm.language import Decoding, LanguagePart, NewTokens
 from vlm.language.causal_lm import label_logits
 from vlm.language.choosing import choose
 from vlm.language.generation import generate
-from vlm.losses import token_loss, zero_from
 from vlm.module import VisionLanguageModule
 from vlm.prompts.documents import documents_of, fit_document
 from vlm.prompts.regions import find_boxes, write_regions
 from vlm.prompts.template import IMAGE, Template
 from vlm.prompts.tokenizer import Tokenizer
 from vlm.sample import Sample
+from vlm.sample.places import places_named
 from vlm.seeding import seed_from
-from vlm.vision.augment import places_named
 
 STREAM = "image"
 

@@ -1,4 +1,17 @@
+from vlm.vision.augment import RandAugment
+from vlm.vision.patches import Patches
+from vlm.vision.preprocess import RandomCropFlip
 from vlm.vision.pyramid import ConvNeXtPyramid, Pyramid
 from vlm.vision.towers import TimmTower, Tower, TowerFacts, VisionTower
 
-__all__ = ["ConvNeXtPyramid", "Pyramid", "TimmTower", "Tower", "TowerFacts", "VisionTower"]
+__all__ = [
+    "ConvNeXtPyramid",
+    "Patches",
+    "Pyramid",
+    "RandAugment",
+    "RandomCropFlip",
+    "TimmTower",
+    "Tower",
+    "TowerFacts",
+    "VisionTower",
+]

@@ -6,7 +6,6 @@ for what moves pixels), so that a picture comes out the same to the byte.
 
 import math
 import random
-import re
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 
@@ -14,25 +13,11 @@ import numpy as np
 from PIL import Image
 
 from vlm.errors import UserError
-from vlm.sample import Places, RegionPart, Sample, TextPart
+from vlm.sample import Places
 
-_SIDES = re.compile(r"\b(?:left|right)|[左右]", re.IGNORECASE)
 _GREY = 128  # what moved pixels leave behind
 _MAX_MAGNITUDE = 10
 _PROBABILITY = 0.5  # of each operation that was drawn
-
-
-def places_named(sample: Sample) -> Places:
-    """What may not change: with `sides` a picture is not mirrored, with `regions` nothing is moved but by a crop.
-
-    A word that only begins like one (`rightly`) counts as well: to show a picture as it is harms nothing.
-    """
-    parts = [part for message in sample.messages for part in message.content]
-    if any(isinstance(part, RegionPart) for part in parts):
-        return "regions"
-    texts = [part.text for part in parts if isinstance(part, TextPart)]
-    texts += [*(text for text, _ in sample.answers), *sample.choices]
-    return "sides" if any(_SIDES.search(text) for text in texts) else "unnamed"
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ class RandomCropFlip:
     Args:
         size: side of the square.
         scale: smallest and largest share of the area that is kept.
-        flip: mirror half of the pictures, of samples that name no places (`vlm.vision.augment.places_named`).
+        flip: mirror half of the pictures, of samples that name no places (`vlm.sample.places.places_named`).
         then: what else happens to the square (BLIP).
     """
 

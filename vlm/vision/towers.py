@@ -11,7 +11,7 @@ from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from vlm.errors import UserError
-from vlm.positions import resized
+from vlm.functional import resized
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class VisionTower(ABC):
 
     @abstractmethod
     def build(self) -> nn.Module:
-        """The tower, float[V, 3, H, W] -> float[V, P, D]; call it under `vlm.building.empty_weights`."""
+        """The tower, float[V, 3, H, W] -> float[V, P, D]; call it under `vlm.building.network.empty_weights`."""
 
     @abstractmethod
     def initialise(self, tower: nn.Module, module: nn.Module) -> None:
@@ -92,7 +92,7 @@ class TimmTower(VisionTower):
         return self._facts(trunk)
 
     def build(self) -> "Tower":
-        """The tower; call it under `vlm.building.empty_weights`."""
+        """The tower; call it under `vlm.building.network.empty_weights`."""
         trunk = self._trunk()
         facts = self._facts(trunk)
         trunk.prune_intermediate_layers([facts.num_blocks - 1], prune_norm=not self.final_norm, prune_head=True)

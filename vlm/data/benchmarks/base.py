@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from vlm.data.records import RecordFile
-from vlm.data.sources import Source
+from vlm.data.sources.base import Source
+from vlm.data.sources.json_records import RecordFile
 from vlm.errors import SampleError, UserError
 from vlm.sample import MAX_PIXELS, ImageFile, Sample, parse_sample
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vlm.data.benchmarks.base import LETTER, SHORT, Benchmark, read_object
-from vlm.data.parquet import RowImage, read_table
+from vlm.data.sources.parquet import RowImage, read_table
 from vlm.errors import SampleError, UserError
 from vlm.metrics.choice import LETTERS
 from vlm.sample import ImageFile

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from vlm.checkpoints.atomic import explain_full_disk
+from vlm.checkpoints.files.atomic import explain_full_disk
 from vlm.errors import UserError
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlm.data.records import RecordFile
+from vlm.data.sources.json_records import RecordFile
 from vlm.errors import SampleError, UserError
 from vlm.procedures.instruct.kinds import Box, Kind
 from vlm.sample import ImageFile, Sample, parse_image

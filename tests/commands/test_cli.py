@@ -1,0 +1,210 @@
+"""The command line: what a person does wrong ends in one line that names file, key or sample and the remedy."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+import cli
+from callbacks import StageTransition
+from tests.conftest import GOLDEN
+from tests.support.systems import LLAMA, TOWER
+from vlm.recipes.run_folder import RunFolder
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "llava_1_5"
+
+
+class World:
+    """A folder with pictures, records and an overlay, and the command that trains on them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.run = folder / "run"
+        for i in range(6):
+            Image.new("RGB", (30 + i, 40), (40 * i, 0, 0)).save(folder / f"{i}.png")
+        self.records: Any = [
+            {
+                "id": f"s{i}",
+                "image": f"{i}.png",
+                "conversations": [
+                    {"from": "human", "value": "<image>\nWhat is it?"},
+                    {"from": "gpt", "value": f"a picture of shade {i}"},
+                ],
+            }
+            for i in range(6)
+        ]
+        self.text: str | None = None
+        self.options: list[str] = []
+        self.command, self.stage = "fit", "1_align"
+        self.other_process: RunFolder | None = None
+
+    def fit(self, *options: str) -> int:
+        data = self.folder / "data.json"
+        data.write_text(self.text if self.text is not None else json.dumps(self.records))
+        source = {"class_path": "vlm.data.LlavaJson", "init_args": {"path": str(data), "image_root": str(self.folder)}}
+        overlay = {
+            "model": {
+                "init_args": {
+                    "vision": {"init_args": {"weights": None, "options": TOWER}},
+                    "language": {"init_args": {"path": None, "config": LLAMA, "checkpointing": False}},
+                    "tokenizer": {"init_args": {"path": str(GOLDEN / "_shared" / "llama_sp_tokenizer.model")}},
+                }
+            },
+            "data": {"init_args": {"sources": [source], "batch": {"size": 3}, "num_workers": 0}},
+            "trainer": {
+                "precision": "32-true",
+                "accelerator": "cpu",
+                "default_root_dir": str(self.run),
+                "logger": False,
+                "enable_progress_bar": False,
+            },
+        }
+        (self.folder / "overlay.yaml").write_text(yaml.safe_dump(overlay))
+        files = [CONFIGS / "model.yaml", CONFIGS / f"{self.stage}.yaml", self.folder / "overlay.yaml"]
+        return cli.main([self.command, *(f"--config={file}" for file in files), *self.options, *options])
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def _turn(world: World, index: int, **changes: str) -> None:
+    world.records[2]["conversations"][index] |= changes
+
+
+def _truncated(world: World) -> None:
+    Image.effect_noise((300, 300), 50).convert("RGB").save(world.folder / "2.png")
+    data = (world.folder / "2.png").read_bytes()
+    (world.folder / "2.png").write_bytes(data[: len(data) // 2])
+
+
+def _huge(world: World) -> None:
+    Image.new("1", (20000, 20000)).save(world.folder / "2.png")
+
+
+def _second_start(world: World) -> None:
+    world.other_process = RunFolder(world.run)
+    world.other_process.lock()
+
+
+BAD: dict[str, tuple[Any, list[str]]] = {
+    "missing image": (lambda w: (w.folder / "2.png").unlink(), ["data.json", "'s2'", "2.png", "does not exist"]),
+    "truncated image": (_truncated, ["data.json", "'s2'", "2.png", "cannot be decoded", "replace or remove"]),
+    "huge image": (_huge, ["data.json", "'s2'", "2.png", "shrink"]),
+    "not an image": (lambda w: (w.folder / "2.png").write_text("hello"), ["'s2'", "2.png", "not a readable picture"]),
+    "outside the root": (lambda w: w.records[2].update(image="../x.png"), ["'s2'", "../x.png", "image_root"]),
+    "broken JSON": (lambda w: setattr(w, "text", '[{"id": 1,, }]'), ["data.json", "line 1"]),
+    "not a list": (lambda w: setattr(w, "text", '{"a": 1}'), ["data.json"]),
+    "no records": (lambda w: setattr(w, "text", "[]"), ["data.json"]),
+    "no conversation": (lambda w: w.records[2].pop("conversations"), ["data.json", "'s2'", "conversations"]),
+    "unknown role": (lambda w: _turn(w, 0, **{"from": "robot"}), ["'s2'", "robot", "human"]),
+    "marks and images": (lambda w: _turn(w, 0, value="no mark"), ["'s2'", "0 image marks", "1 images"]),
+    "empty answer": (lambda w: _turn(w, 1, value=" "), ["'s2'", "empty"]),
+    "over the limit": (lambda w: _turn(w, 1, value="a b " * 2000), ["'s2'", "limit of 2048", "max_tokens"]),
+    "unknown config key": (
+        lambda w: w.options.append("--model.init_args.tokeniser=x"),
+        ["tokeniser", "not accepted"],
+    ),
+    "unknown option": (lambda w: w.options.append("--trainer.max_stepz=3"), ["max_stepz"]),
+    "unknown template": (lambda w: w.options.append("--model.init_args.template=v9"), ["v9", "vicuna_v1"]),
+    "pattern that matches nothing": (
+        lambda w: w.options.append('--stage.train={"conector": {"lr": 1}}'),
+        ["conector", "connector, language, vision"],
+    ),
+    "missing artefact": (
+        lambda w: w.options.append('--stage.follows=[{"artefact": "nowhere/artefact", "parts": {"connector": "x"}}]'),
+        ["nowhere/artefact", "run the stage before it"],
+    ),
+    "missing base weights": (
+        lambda w: w.options.append("--model.init_args.vision.init_args.weights=nowhere/clip"),
+        ["nowhere/clip"],
+    ),
+    "missing language model": (
+        lambda w: w.options.append("--model.init_args.language.init_args.path=./nowhere"),
+        ["language.path", "nowhere"],
+    ),
+    "missing tokenizer": (
+        lambda w: w.options.append("--model.init_args.tokenizer.init_args.path=./nowhere"),
+        ["nowhere", "tokenizer.model"],
+    ),
+    "locked run folder": (_second_start, ["pid", "another process works in this run folder"]),
+    "batch that leaves nothing": (lambda w: w.options.append("--data.init_args.batch.size=0"), ["batch.size"]),
+    "pack over the limit": (
+        lambda w: w.options.append("--data.init_args.max_tokens=40"),
+        ["40", "accumulate_grad_batches"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_one_line_says_what_to_do(case: str, world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    spoil, words = BAD[case]
+    spoil(world)
+    assert world.fit() == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("vlm: error: ")]
+    assert len(lines) == 1
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def test_errors_in_loader_workers_are_one_line_too(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    (world.folder / "2.png").unlink()
+    assert world.fit("--data.init_args.num_workers=1") == 2
+    assert "sample 's2': image '2.png' does not exist" in capfd.readouterr().err
+
+
+def test_a_stage_runs_once_and_the_next_follows_it(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    assert world.fit() == 0
+    assert "trains 2,112 at lr 0.001" in capfd.readouterr().out
+    assert world.fit() == 2
+    assert "this stage is finished" in capfd.readouterr().err
+    first, world.run, world.stage = world.run, world.folder / "second", "2_finetune"
+    follows = [{"artefact": str(first / "artefact"), "parts": {"connector": "connector"}}]
+    assert world.fit(f"--stage.follows={json.dumps(follows)}") == 0
+    foreign = [{"artefact": str(first), "parts": {"connector": "connector"}}]
+    world.run = world.folder / "third"
+    assert world.fit(f"--stage.follows={json.dumps(foreign)}") == 2
+    assert "no artefact of a stage" in capfd.readouterr().err
+    world.command = "validate"
+    assert world.fit() == 2
+    assert "validate needs --weights" in capfd.readouterr().err
+    assert world.fit(f"--weights={world.folder / 'second'}") == 2
+    assert "data.val_sources is empty" in capfd.readouterr().err
+    source = {"class_path": "vlm.data.LlavaJson", "init_args": {"path": str(world.folder / "data.json")}}
+    assert (
+        world.fit(f"--weights={world.folder / 'second'}", f"--data.init_args.val_sources={json.dumps([source])}") == 0
+    )
+    assert "\nloss " in capfd.readouterr().out
+    image = str(world.folder / "1.png")
+    arguments = ["--weights", str(first.parent / "second"), "--image", image, "--prompt", "What?"]
+    assert cli.main(["predict", *arguments, "--max_new_tokens", "4"]) == 0
+    assert capfd.readouterr().out.startswith(image)
+
+
+def test_other_settings_on_resume_are_refused(
+    world: World, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self, trainer, *_) -> None:
+        trainer.should_stop = True
+
+    monkeypatch.setattr(StageTransition, "on_train_batch_end", stop)
+    assert world.fit("--checkpoint.every_n_train_steps=1") == 0
+    monkeypatch.undo()
+    assert "stopped at step 1" in capfd.readouterr().out
+    assert not RunFolder(world.run).finished
+    assert world.fit("--stage.schedule.warmup=0.5") == 2
+    assert "stage.schedule.warmup: 0.03 -> 0.5" in capfd.readouterr().err
+    assert world.fit("--trainer.devices=1") == 0
+    assert "step 1 of 2" in capfd.readouterr().out
+    assert RunFolder(world.run).finished
+
+
+def test_unknown_command_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trane"]) == 2
+    assert "unknown command 'trane'" in capsys.readouterr().err
+    assert cli.main(["--help"]) == 0
+    assert "fit --recipe" in capsys.readouterr().out

@@ -1,0 +1,165 @@
+"""The embedded data: the same bytes every time, true statements, and held-out sets of new compositions."""
+
+import hashlib
+import re
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import pytest
+import sentencepiece
+from PIL import Image
+
+from vlm.data import LlavaJson
+from vlm.demo import write_demo_data
+from vlm.demo.backbones import train_tokenizer
+from vlm.demo.scenes import COLORS, SPLITS, make_scene, split_of
+from vlm.demo.sprites import NOUNS, WORDS, sprite, word_mask
+from vlm.demo.tasks import LANGUAGES, TASKS, caption, padded_box, questions
+from vlm.demo.tower import patch_labels
+from vlm.errors import UserError
+from vlm.vision.preprocess import ImageTransform
+
+ASSETS = Path(__file__).parents[2] / "vlm/demo/assets"
+JSON_DIGEST = "779f5391e3b93e22df97f6338fedd65d9b38f73f2afdd2fdb1b69134fc0b16d4"
+"""Of the record files made by `_small`. It changes only together with `_VERSION` in `vlm/demo/write.py`."""
+
+
+def _small(folder: Path, seed: int = 0) -> Path:
+    write_demo_data(folder, num_train=30, num_val=10, num_test=10, size=48, seed=seed)
+    return folder
+
+
+def _digest(folder: Path, pattern: str) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob(pattern)):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def test_the_same_bytes_for_a_seed(tmp_path: Path) -> None:
+    one, two, other = _small(tmp_path / "one"), _small(tmp_path / "two"), _small(tmp_path / "other", seed=1)
+    assert _digest(one, "*.*") == _digest(two, "*.*") != _digest(other, "*.*")
+    assert len(list(one.glob("images/*.png"))) == 50
+    assert _digest(one, "*_[ci]*.json") == JSON_DIGEST
+
+
+def test_a_folder_is_written_once(tmp_path: Path) -> None:
+    folder = _small(tmp_path / "data")
+    before = (folder / "train_captions.json").stat().st_mtime_ns
+    assert not write_demo_data(folder, num_train=30, num_val=10, num_test=10, size=48)
+    assert (folder / "train_captions.json").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="is not empty and does not hold this data"):
+        write_demo_data(folder, num_train=31, num_val=10, num_test=10, size=48)
+    with pytest.raises(UserError, match="num_test is 0"):
+        write_demo_data(tmp_path / "new", num_test=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
+
+def test_every_file_reads_with_the_ordinary_reader(tmp_path: Path) -> None:
+    folder = _small(tmp_path / "data")
+    for name, num in (("train_captions", 30), ("train_instruct", 30), ("val_instruct", 10), ("test_instruct", 10)):
+        source = LlavaJson(folder / f"{name}.json", image_root=folder / "images")
+        samples = [source[index] for index in range(len(source))]
+        assert len({image.name for sample in samples for image in sample.images}) == num
+        assert all(image.read(sample).size == image.size(sample) for sample in samples for image in sample.images)
+        assert len({sample.id for sample in samples}) == len(samples)
+        if name in ("val_instruct", "test_instruct"):
+            assert {sample.task for sample in samples} == set(TASKS)
+            assert all(len(sample.answers) == 1 for sample in samples)
+            assert all(bool(sample.images) == (sample.task != "text") for sample in samples)
+    assert len(list((folder / "pictures").iterdir())) == 6
+    sizes = {Image.open(path).size for path in folder.rglob("*.png")}
+    assert len(sizes) > 8, "several sizes and aspect ratios, or padding and cropping would do the same"
+
+
+def test_held_out_is_new_compositions_of_known_words() -> None:
+    compositions = {
+        (content, color, place): split_of(content, color, place)
+        for contents, places in (([noun.name for noun in NOUNS], range(4)), (WORDS, range(2)))
+        for content in contents
+        for color in COLORS
+        for place in places
+    }
+    for kept in ((0, 1), (0, 2), (1, 2)):  # any two of content, color and place are met in training, all three are not
+        trained = {tuple(key[i] for i in kept) for key, split in compositions.items() if split == "train"}
+        assert trained == {tuple(key[i] for i in kept) for key in compositions}
+    for split in ("val", "test"):
+        held_back = [key for key, found in compositions.items() if found == split]
+        assert len(held_back) == len(compositions) / len(COLORS)
+        assert {color for _, color, _ in held_back} == set(COLORS)
+    for split in SPLITS:
+        for index in range(200):
+            scene = make_scene(Random(index), split=split, size=96)
+            found = Counter(thing.split for thing in scene.things)
+            assert found == Counter({"train": len(scene.things)}) if split == "train" else found[split] == 1
+            assert set(found) <= {"train", split}
+            if scene.sign is not None:
+                assert scene.sign.split == split
+
+
+@pytest.mark.parametrize("index", range(12))
+def test_what_is_said_is_what_is_drawn(index: int) -> None:
+    scene = make_scene(Random(index), split="train", size=192)
+    picture = scene.draw()
+    assert picture.size == (scene.width, scene.height)
+    for thing in scene.things:
+        x0, y0, x1, y1 = thing.box
+        # a card's left edge has its colour, and the middle of the card is in the half that its place names
+        edge = round((x0 + 0.05 * (x1 - x0)) * scene.width), round((y0 + y1) / 2 * scene.height)
+        assert picture.getpixel(edge) == COLORS[thing.color]
+        assert thing.place == f"{'bottom' if y0 + y1 > 1 else 'top'} {'right' if x0 + x1 > 1 else 'left'}"
+    for one, other in ((a, b) for a in scene.things for b in scene.things if a is not b):
+        assert (
+            one.box[2] <= other.box[0]
+            or other.box[2] <= one.box[0]
+            or (one.box[3] <= other.box[1] or other.box[3] <= one.box[1])
+        ), "no card hides another"
+    for language in LANGUAGES:
+        asked = questions(scene, language, Random(index))
+        assert len({turn.question for turn in asked}) == len(asked), "one answer to every question"
+        told = caption(scene, language)
+        for thing in scene.things:
+            assert (thing.noun.name if language == "en" else thing.noun.chinese) in told
+        nouns = Counter(thing.noun for thing in scene.things)
+        counted = [int(turn.answer) for turn in asked if turn.task == "count"]
+        assert counted == [*nouns.values(), 0]
+        assert sum(turn.task == "color" for turn in asked) == sum(count == 1 for count in nouns.values())
+        assert [turn.answer for turn in asked if turn.task == "ocr"] == ([scene.sign.word] if scene.sign else [])
+
+
+def test_boxes_are_on_the_padded_square_that_the_model_sees() -> None:
+    for index in range(8):
+        scene = make_scene(Random(index), split="train", size=192)
+        square = ImageTransform(200, mode="pad").square(scene.draw())
+        for thing in scene.things:
+            x0, y0, x1, y1 = (float(value) for value in re.findall(r"\d\.\d\d", padded_box(scene, thing.box)))
+            assert square.getpixel((round(200 * (x0 + 0.05 * (x1 - x0))), round(100 * (y0 + y1)))) == pytest.approx(
+                COLORS[thing.color], abs=12
+            )
+            labels = patch_labels(scene, grid=50).unflatten(0, (50, 50))
+            middle = labels[int(25 * (y0 + y1)), int(25 * (x0 + x1))].tolist()
+            assert middle[:3] == [NOUNS.index(thing.noun), list(COLORS).index(thing.color), -1]
+            assert middle[3:] == pytest.approx([x0, y0, x1, y1], abs=0.006)
+
+
+def test_the_art_is_there() -> None:
+    assert len(NOUNS) == 48
+    for noun in NOUNS:
+        x0, y0, x1, y1 = sprite(noun).getchannel("A").getbbox()
+        assert max(x1 - x0, y1 - y0) > 60, noun.name
+    assert len({word_mask(word).tobytes() for word in WORDS}) == len(WORDS) == 40
+
+
+def test_the_shipped_tokenizer_is_what_the_command_makes() -> None:
+    shipped = sentencepiece.SentencePieceProcessor(model_file=str(ASSETS / "llama/tokenizer.model"))
+    made = sentencepiece.SentencePieceProcessor(model_proto=train_tokenizer())
+    pieces = [shipped.id_to_piece(index) for index in range(shipped.vocab_size())]
+    assert pieces == [made.id_to_piece(index) for index in range(made.vocab_size())]
+    assert len(pieces) == 1200
+    assert pieces[:4] == ["<unk>", "<s>", "</s>", "<0x00>"]
+    assert not [piece for piece in pieces if len(piece) > 1 and re.search(r"[\u4e00-\u9fff]", piece)]
+    for text in ("What color is the star?", "two  blanks ", " größe 漢字\n\t", "an owl on a red card"):
+        assert shipped.decode(shipped.encode(text)) == text
+        assert shipped.unk_id() not in shipped.encode(text)
+    assert len(shipped.encode("an owl on a red card")) == 6

@@ -1,0 +1,159 @@
+"""Protocols of single systems, from their own files: Qwen-VL asks as its `eval_mm` does, Fuyu as its release does."""
+# ruff: noqa: F401, F811
+
+import vlm
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import cli
+import vlm.data
+from tests.data.test_benchmarks import TEN, _picture, _write, root, weights
+from vlm.errors import SampleError
+from vlm.prompts import ImageMark, TextSpan, get_template
+
+CONFIGS = Path(__file__).parents[2] / "configs/eval"
+OPTIONS = "A. a ball\nB. air"
+SEED = "A. One\nB. Two\nC. Three\nD. Four"
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+SHORT = {"max_new_tokens": 10, "min_new_tokens": 1}
+LONG = {"max_new_tokens": 100, "min_new_tokens": 1}
+BOX = {"max_new_tokens": 28, "min_new_tokens": 10}
+CAPTION = {"max_new_tokens": 30, "min_new_tokens": 8, "length_penalty": 0.0}
+DOG = "<img>PATH</img><ref>dog of {}</ref><box>"
+ASKED = "Answer the following VQAv2 question based on the image: {}\n<0x04>"
+# name: decoding, and of each source the first prompt
+PROTOCOLS = {
+    "fuyu/vqav2": (SHORT, f"PATH<s>{ASKED.format('What is it?')}"),
+    "fuyu/okvqa": (SHORT, f"PATH<s>{ASKED.format('Why 0?')}"),
+    "fuyu/ai2d": (SHORT, f"PATH<s>{ASKED.format('What eats algae?')}"),
+    "fuyu/coco_captions": ({"max_new_tokens": 30}, "PATH<s>Generate a coco-style caption.\n<0x04>"),
+    "qwen_vl/vqav2": (SHORT, "<img>PATH</img>What is it? Answer:"),
+    "qwen_vl/okvqa": (SHORT, "<img>PATH</img>Why 0? Answer:"),
+    "qwen_vl/textvqa": (SHORT, "<img>PATH</img>what brand is it? Answer:"),
+    "qwen_vl/vizwiz": (SHORT, "<img>PATH</img>What? Answer:"),
+    "qwen_vl/gqa": (SHORT, "<img>PATH</img>Is it red? Answer:"),
+    "qwen_vl/ai2d": (SHORT, "<img>PATH</img>What eats algae? Answer:"),
+    "qwen_vl/docvqa": (LONG, "<img>PATH</img>Who signed? Answer:"),
+    "qwen_vl/chartqa": (LONG, "<img>PATH</img>How much? Answer:", "<img>PATH</img>Which is the tallest? Answer:"),
+    "qwen_vl/ocr_vqa": (LONG, "<img>PATH</img>Who wrote this? Answer:"),
+    "qwen_vl/flickr30k": (CAPTION, "<img>PATH</img>Describe the image in English:"),
+    "qwen_vl/nocaps": (CAPTION, "<img>PATH</img>Describe the image in English:"),
+    "qwen_vl/refcoco": (BOX, *(DOG.format(split) for split in ("val", "testA", "testB"))),
+    "qwen_vl/refcoco_plus": (BOX, *(DOG.format(split) for split in ("val", "testA", "testB"))),
+    "qwen_vl/refcocog": (BOX, *(DOG.format(split) for split in ("val", "test"))),
+    "qwen_vl/science_qa": (
+        {"options": " {}"}, f"<img>PATH</img>Context: N/A\nQuestion: Which is solid?\nOptions: {OPTIONS}\nAnswer:"
+    ),
+    "qwen_vl/seed_bench": ({"options": " {}"}, f"<img>PATH</img>\nQuestion: How many?\nOptions: {SEED}\nAnswer:"),
+    "qwen_vl/mme": (
+        {"max_new_tokens": 512, "temperature": 1.0, "top_p": 0.01},
+        f"{SYSTEM}<|im_start|>user\n<img>PATH</img>\nIs the word \"A\"? Please answer yes or no.<|im_end|>\n"
+        "<|im_start|>assistant\n",
+    ),
+}  # fmt: skip
+CHART = {"imgname": "1.png", "label": "7"}
+BOXES = {"image": "val2014/a.jpg", "bbox": [10.5, 0, 20, 7], "width": 20, "height": 14}
+
+
+@pytest.fixture
+def files(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    picture = _picture()
+    names = [(n, s) for n in ("refcoco", "refcoco+") for s in ("val", "testA", "testB")]
+    names += [("refcocog", "val"), ("refcocog", "test")]
+    _write(root, **{
+        "data/eval/ai2diagram/test.jsonl": [
+            {"image": "0.png", "question": "What eats algae?", "question_id": "0.png", "answer": "fish"}],
+        "data/eval/ai2diagram/images/0.png": picture,
+        "data/eval/docvqa/val/val_v1.0.json": {"data": [
+            {"questionId": 5, "question": "Who signed?", "image": "documents/a.png", "answers": ["Ann", "ann"]}]},
+        "data/eval/docvqa/val/documents/a.png": picture,
+        "data/eval/chartqa/test/test_human.json": [CHART | {"query": "How much?"}],
+        "data/eval/chartqa/test/test_augmented.json": [CHART | {"query": "Which is the tallest?"}],
+        "data/eval/chartqa/test/png/1.png": picture,
+        "data/eval/ocrvqa/ocrvqa_test.jsonl": [
+            {"image": "1.jpg", "question": "Who wrote this?", "question_id": 1, "answer": ["Ann", "A. Ann"]}],
+        "data/eval/ocrvqa/images/1.jpg": picture,
+        "data/eval/flickr30k/dataset_flickr30k.json": {"images": [
+            {"imgid": n, "filename": f"{n}.jpg", "split": "test" if n else "train",
+             "sentences": [{"raw": "A boat . "}, {"raw": "Boats ."}]} for n in range(2)]},
+        "data/eval/flickr30k/images/1.jpg": picture,
+        "data/eval/coco/dataset_coco.json": {"images": [
+            {"imgid": 1, "filename": "a.jpg", "split": "test", "sentences": [{"raw": "A boat ."}]}]},
+        "data/eval/nocaps/nocaps_val_4500_captions.json": {
+            "images": [{"id": 0, "file_name": "a.jpg", "domain": "near-domain"}],
+            "annotations": [{"image_id": 0, "id": n, "caption": f"A boat {n}."} for n in range(3)]},
+        "data/eval/nocaps/images/a.jpg": picture,
+        **{f"data/eval/{n}/{n}_{s}.jsonl": [BOXES | {"sent": f"dog of {s}"}] for n, s in names},
+        "data/eval/coco/val2014/a.jpg": picture,
+    })  # fmt: skip
+    monkeypatch.chdir(root)
+    return root
+
+
+def sources(config: dict) -> list:
+    entries = config["data"]["init_args"]["test_sources"]
+    return [getattr(vlm.data, e["class_path"].removeprefix("vlm.data."))(**e["init_args"]) for e in entries]
+
+
+def test_every_protocol_stands_here() -> None:
+    assert sorted(f"{path.parent.name}/{path.stem}" for path in CONFIGS.glob("*/*.yaml")) == sorted(PROTOCOLS)
+    text = (CONFIGS.parents[1] / "docs/evaluation.md").read_text(encoding="utf-8")
+    assert [name for name in PROTOCOLS if f"| `{name}` |" not in text] == []
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_prompts_and_decoding_are_the_published_ones(name: str, files: Path) -> None:
+    decoding, *prompts = PROTOCOLS[name]
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    assert config["evaluation"]["decoding"] == decoding
+    template = get_template(config["model"]["init_args"]["template"])
+    samples = [source[0] for source in sources(config)]
+    assert all(sample.images[0].read(sample).size == (20, 14) for sample in samples)
+    written = [template.render(sample.messages, generate=True) for sample in samples]
+    assert all(sum(isinstance(span, ImageMark) for span in spans) == 1 for spans in written)
+    texts = ["".join(span.text if isinstance(span, TextSpan) else "PATH" for span in spans) for spans in written]
+    assert texts == prompts
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_the_protocol_runs(name: str, files: Path, weights: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["test", "-c", str(CONFIGS / f"{name}.yaml"), "--weights", str(weights)]
+    options = ["--data.init_args.num_workers=0", "--trainer.accelerator=cpu"]
+    options += ["--evaluation.decoding.max_new_tokens=2", "--evaluation.decoding.min_new_tokens=0"]
+    assert cli.main([*command, *options]) == 0, capfd.readouterr().err
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["evaluation"]
+    folder = weights / "2_finetune/evaluation" / config["name"]
+    scores = json.loads((folder / "scores.json").read_text())
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert sum(scores["counts"][task] for task in config["metrics"]) == len(answers) > 0
+    if "options" in PROTOCOLS[name][0]:
+        assert {answer["answer"] for answer in answers} <= set("ABCD")
+
+
+def test_a_protocol_brings_its_template(
+    files: Path,
+    weights: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    text = (CONFIGS / "qwen_vl/gqa.yaml").read_text().replace("template: qwen_vl", "template: qwen_xl")
+    (tmp_path / "a.yaml").write_text(text)
+    assert cli.main(["test", "-c", str(tmp_path / "a.yaml"), "--weights", str(weights)]) == 2
+    assert "unknown template 'qwen_xl'" in capfd.readouterr().err
+
+
+def test_references_are_shares_that_are_not_rounded(files: Path, tmp_path: Path) -> None:
+    [source, *_] = sources(yaml.safe_load((CONFIGS / "qwen_vl/refcoco.yaml").read_text()))
+    assert source[0].answers == (("[0.525000000, 0.000000000, 1.000000000, 0.500000000]", 1.0),)
+    _write(tmp_path, **{"a.jsonl": [BOXES | {"sent": "a", "bbox": [5, 0, 5, 7]}]})
+    with pytest.raises(SampleError, match=r"'bbox' .* must be left, top, right, bottom"):
+        vlm.data.QwenReferring(tmp_path / "a.jsonl")[0]
+
+
+def test_people_are_judged_as_in_vqa(files: Path) -> None:
+    [source] = sources(yaml.safe_load((CONFIGS / "qwen_vl/textvqa.yaml").read_text()))
+    assert [text for text, _ in source[0].answers] == TEN

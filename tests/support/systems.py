@@ -1,0 +1,485 @@
+"""Small systems for the tests. A new system joins the contract test by one entry in `SYSTEMS`."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tests.conftest import GOLDEN
+from tests.support.qformer_t5 import T5, QFormerT5
+from vlm.batch import Batch
+from vlm.codec import step_counts
+from vlm.connectors import MLP, Downsample, Linear, Resampler
+from vlm.language import CausalLM, PartialLoRA, Surgery
+from vlm.language.causal_lm import batched_attention, label_logits
+from vlm.module import VisionLanguageModule
+from vlm.prompts import FuyuTokenizer, LlamaTokenizer
+from vlm.sample import ImageFile, ImagePart, Message, Sample, TextPart
+from vlm.stages import AdamW, Stage, Trained
+from vlm.systems import VILA, Fuyu, LLaVA, LLaVA15, LLaVANext, MiniGemini, QwenVL
+from vlm.vision import ConvNeXtPyramid, TimmTower
+from vlm.vision.patches import Patches
+
+ROOT = Path(__file__).parents[2]
+TOKENIZER = LlamaTokenizer(str(GOLDEN / "_shared" / "llama_sp_tokenizer.model"), legacy=True, pad_token="<unk>")
+TOWER = {"img_size": 28, "patch_size": 7, "embed_dim": 32, "depth": 3, "num_heads": 4}
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def llava_1_5(**changes: Any) -> LLaVA15:
+    """16 image tokens per picture."""
+    return LLaVA15(**(_llava_arguments() | changes))
+
+
+def llava(**changes: Any) -> LLaVA:
+    """16 image tokens per picture, where the message has it."""
+    tower = TimmTower("vit_large_patch14_clip_quickgelu_224", layer=-2, options=TOWER)
+    published = {"vision": tower, "connector": Linear(), "template": "v0_first", "image": "crop"}
+    return LLaVA(**(_llava_arguments() | published | changes))
+
+
+def llava_next(**changes: Any) -> LLaVANext:
+    """16 tokens for the whole picture and as many as its shape asks for behind them."""
+    return LLaVANext(**(_llava_arguments() | changes))
+
+
+PYRAMID = {"depths": [1, 1, 2, 1], "dims": [8, 12, 16, 20], "ls_init_value": 0.5}
+
+
+def mini_gemini(**changes: Any) -> MiniGemini:
+    """16 image tokens per picture, each with a window of 2 x 2 places."""
+    pyramid = ConvNeXtPyramid("convnext_large_mlp", 32, options=PYRAMID)
+    return MiniGemini(**(_llava_arguments() | {"vision_high": pyramid} | changes))
+
+
+def mini_gemini_hd(**changes: Any) -> MiniGemini:
+    """80 image tokens per picture: the whole of it and 2 x 2 parts."""
+    pyramid = ConvNeXtPyramid("convnext_large_mlp", 64, options=PYRAMID)
+    return mini_gemini(**({"vision_high": pyramid, "grid": 2, "whole": True} | changes))
+
+
+def vila(**changes: Any) -> VILA:
+    """16 image tokens per picture, through the paper's linear connector."""
+    return VILA(**(_llava_arguments() | {"connector": Linear()} | changes))
+
+
+def vila_downsample(**changes: Any) -> VILA:
+    """4 image tokens per picture."""
+    return vila(**({"connector": Downsample()} | changes))
+
+
+QWEN = LLAMA | {"model_type": "qwen2", "num_key_value_heads": 4}
+
+
+def qwen_vl(**changes: Any) -> QwenVL:
+    """9 image tokens per picture; the table of positions is stretched from 3 x 3 to 4 x 4 patches."""
+    options = TOWER | {"class_token": False, "global_pool": "avg"}
+    tower = TimmTower("vit_gigantic_patch14_clip_224", position_grid=3, norm_eps=1e-6, options=options)
+    published = {
+        "vision": tower,
+        "connector": Resampler(num_queries=9, num_heads=2),
+        "language": CausalLM(config=QWEN),
+        "image": "squash",
+    }
+    return QwenVL(**(_llava_arguments() | published | changes))
+
+
+PERSIMMON = {
+    "model_type": "persimmon",
+    "vocab_size": 1280,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "tie_word_embeddings": False,
+}
+
+
+def fuyu(**changes: Any) -> Fuyu:
+    """A token for each 10 x 10 pixels of a picture of up to 60 x 40, and one for each row of them."""
+    arguments = {
+        "patches": Patches(10, max_width=60, max_height=40),
+        "language": CausalLM(config=PERSIMMON),
+        "tokenizer": FuyuTokenizer(str(ROOT / "vlm/demo/assets/fuyu")),
+        "max_tokens": 512,
+    }
+    return Fuyu(**(arguments | changes))
+
+
+def _llava_arguments() -> dict[str, Any]:
+    return {
+        "vision": TimmTower("vit_large_patch14_clip_quickgelu_336", layer=-2, options=TOWER),
+        "connector": MLP(),
+        "language": CausalLM(config=LLAMA),
+        "tokenizer": TOKENIZER,
+        "template": "v1",
+        "max_tokens": 512,
+    }
+
+
+class WithPartialLoRA(LLaVA15):
+    """LLaVA-1.5 with low-rank updates on image tokens."""
+
+    system = "partial_lora"
+
+    def label_logits(self, batch: Batch) -> Tensor:
+        mask = torch.zeros(len(batch.text.ids), dtype=torch.bool)
+        mask[batch.text.slots["image"]] = True
+        return label_logits(self.language, self.embed(batch), batch.text, visual_mask=mask)
+
+
+def partial_lora(**changes: Any) -> WithPartialLoRA:
+    return WithPartialLoRA(**(_llava_arguments() | changes))
+
+
+T5_CONFIG = {
+    "vocab_size": 32000,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0,
+}
+
+
+def qformer_t5(**changes: Any) -> QFormerT5:
+    """4 tokens per picture in the encoder's row."""
+    arguments = {
+        "vision": TimmTower("vit_large_patch14_clip_quickgelu_336", layer=-2, options=TOWER),
+        "connector": Linear(),
+        "language": T5(T5_CONFIG),
+        "tokenizer": TOKENIZER,
+    }
+    return QFormerT5(**(arguments | changes))
+
+
+def names(*patterns: str) -> frozenset[str]:
+    """Names of tensors, spelled out with `{a,b}` for alternatives."""
+    found: list[str] = []
+    for pattern in patterns:
+        if choice := re.search(r"\{([^{}]*)\}", pattern):
+            head, tail = pattern[: choice.start()], pattern[choice.end() :]
+            found += names(*(head + option + tail for option in choice[1].split(",")))
+        else:
+            found.append(pattern)
+    assert len(set(found)) == len(found)
+    return frozenset(found)
+
+
+@dataclass(frozen=True)
+class TinyStage:
+    """A published stage.
+
+    Attributes:
+        train: what `StageTransition` is told.
+        trained: every tensor that has to change, spelled out from the paper and not from the code.
+        parts: what it takes from the stage before it, {our prefix: its prefix}.
+        unreached: trained ones that cannot change, because no loss depends on them.
+    """
+
+    train: Mapping[str, Trained]
+    trained: frozenset[str]
+    parts: Mapping[str, str] = field(default_factory=dict)
+    unreached: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class System:
+    """What the contract test has to know about a system.
+
+    Attributes:
+        make: the system at tiny size, not built yet; keywords replace arguments of its constructor.
+        stages: its published stages, in order.
+        reference: float32[labels], log-probabilities of a sample's label tokens by a plain forward of the stock
+            language model, without packs.
+        base_weights: writes the language model's weights to a folder; gives the `language` argument that reads them.
+        surgery: what is done to the network before its stages.
+        ties: {alias: owner}, as the architecture says.
+        generates: whether it answers.
+        marks: tokens of the vocabulary among those that a picture of some width and height takes.
+    """
+
+    make: Callable[..., VisionLanguageModule]
+    stages: Mapping[str, TinyStage]
+    reference: Callable[[Any, Sample], Tensor]
+    base_weights: Callable[[Any, Path], Any]
+    surgery: Sequence[Surgery] = ()
+    ties: Mapping[str, str] = field(default_factory=dict)
+    generates: bool = True
+    marks: Callable[[Any, int, int], int] = lambda module, width, height: 0
+
+    @property
+    def last(self) -> TinyStage:
+        return list(self.stages.values())[-1]
+
+
+def spliced_reference(module: Any, sample: Sample) -> Tensor:
+    item = module.codec.encode(sample)
+    batch = module.codec.collate([item], counts=item.counts)
+    keywords = {}
+    if module.surgery:
+        keywords["visual_mask"] = torch.zeros(1, len(batch.text.ids), dtype=torch.bool)
+        keywords["visual_mask"][:, batch.text.slots["image"]] = True
+    with torch.no_grad(), batched_attention(module.language):
+        logits = module.language(inputs_embeds=module.embed(batch)[None], use_cache=False, **keywords).logits[0]
+    values = logits[batch.text.label_positions].float().log_softmax(-1)
+    return values.gather(1, batch.text.targets[:, None]).squeeze(1)
+
+
+def causal_base_weights(module: Any, folder: Path) -> CausalLM:
+    module.language.save_pretrained(folder)
+    return CausalLM(path=str(folder))
+
+
+def t5_reference(module: Any, sample: Sample) -> Tensor:
+    item = module.codec.encode(sample)
+    batch = module.codec.collate([item], counts=step_counts([item]))
+    row = batch.text
+    with torch.no_grad():
+        embeds = module.language.get_input_embeddings()(row.ids)
+        embeds[row.slots["image"]] = module.image_features(batch)
+        logits = module.language(inputs_embeds=embeds[None], decoder_input_ids=batch.rows["decoder"].ids[None]).logits[
+            0
+        ]
+    return logits.log_softmax(-1).gather(1, batch.rows["decoder"].targets[:, None]).squeeze(1)
+
+
+def t5_base_weights(module: Any, folder: Path) -> T5:
+    module.language.save_pretrained(folder)
+    return T5(T5_CONFIG, weights=str(folder))
+
+
+CONNECTOR = names("connector.{0,2}.{weight,bias}")
+DECODER = names(
+    "language.model.{embed_tokens,norm}.weight",
+    "language.model.layers.{0,1}.{input,post_attention}_layernorm.weight",
+    "language.model.layers.{0,1}.self_attn.{q,k,v,o}_proj.weight",
+    "language.model.layers.{0,1}.mlp.{gate,up,down}_proj.weight",
+    "language.lm_head.weight",
+)
+TWO_BLOCKS = names(
+    "vision.trunk.{cls_token,pos_embed,patch_embed.proj.weight,norm_pre.weight,norm_pre.bias}",
+    "vision.trunk.blocks.{0,1}.{norm1,norm2,attn.qkv,attn.proj,mlp.fc1,mlp.fc2}.{weight,bias}",
+)
+QFORMER = names(
+    "{norm,connector}.{weight,bias}",
+    "qformer.queries",
+    "qformer.layers.{0,1}.{attention,cross}.{query,key,value,out}.{weight,bias}",
+    "qformer.layers.{0,1}.{up,down,norms.0,norms.1,norms.2}.{weight,bias}",
+)
+T5_DECODER = names(
+    "language.decoder.block.{0,1}.layer.{0.SelfAttention,1.EncDecAttention}.{q,k,v,o}.weight",
+    "language.decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    "language.decoder.block.{0,1}.layer.2.DenseReluDense.{wi,wo}.weight",
+    "language.decoder.block.{0,1}.layer.{0,1,2}.layer_norm.weight",
+    "language.decoder.final_layer_norm.weight",
+)
+T5_ALIASES = ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
+RATE = Trained(lr=1e-2)
+BRIDGE = {"norm": RATE, "qformer": RATE, "connector": RATE}
+LINEAR = names("connector.{weight,bias}")
+LLAVA_STAGES = {  # without new tokens (tests/systems/test_llava.py has those); 2_science_qa trains what 2_chat does
+    "1_align": TinyStage({"connector": RATE}, LINEAR),
+    "2_chat": TinyStage({"connector": RATE, "language": RATE}, LINEAR | DECODER, {"connector": "connector"}),
+}
+VILA_STAGES = {
+    "0_align": TinyStage({"connector": RATE}, LINEAR),
+    "1_pretrain": TinyStage({"connector": RATE, "language": RATE}, LINEAR | DECODER, {"connector": "connector"}),
+    "2_sft": TinyStage(
+        {"connector": RATE, "language": RATE}, LINEAR | DECODER, {"connector": "connector", "language": "language"}
+    ),
+}
+MINING = names("mining.{query,key,value}.{0,1}.{weight,bias}")
+MINI_GEMINI_STAGES = {
+    "1_align": TinyStage({"mining": RATE, "connector": RATE}, MINING | CONNECTOR),
+    "2_finetune": TinyStage(
+        {"mining": RATE, "connector": RATE, "language": RATE},
+        MINING | CONNECTOR | DECODER,
+        {"mining": "mining", "connector": "connector"},
+    ),
+}
+THREE_BLOCKS = names(
+    "vision.trunk.{pos_embed,patch_embed.proj.weight,norm_pre.weight,norm_pre.bias}",
+    "vision.trunk.blocks.{0,1,2}.{norm1,norm2,attn.qkv,attn.proj,mlp.fc1,mlp.fc2}.{weight,bias}",
+)
+RESAMPLER = names(
+    "connector.{query,kv_proj.weight,proj.weight,attention.in_proj_weight,attention.in_proj_bias}",
+    "connector.{norm_q,norm_kv,norm_out,attention.out_proj}.{weight,bias}",
+)
+QWEN_DECODER = DECODER | names("language.model.layers.{0,1}.self_attn.{q,k,v}_proj.bias")
+QWEN_VL_STAGES = {
+    "1_pretrain": TinyStage({"vision": RATE, "connector": RATE}, THREE_BLOCKS | RESAMPLER),
+    "2_multitask": TinyStage(
+        {"vision": Trained(lr=1e-2, layer_decay=0.95), "connector": RATE, "language": RATE},
+        THREE_BLOCKS | RESAMPLER | QWEN_DECODER,
+        {"vision": "vision", "connector": "connector"},
+    ),
+    "3_sft": TinyStage(
+        {"connector": RATE, "language": RATE},
+        RESAMPLER | QWEN_DECODER,
+        {"vision": "vision", "connector": "connector", "language": "language"},
+    ),
+}
+
+PERSIMMON_DECODER = names(
+    "language.model.embed_tokens.weight",
+    "language.model.final_layernorm.{weight,bias}",
+    "language.model.layers.{0,1}.{input,post_attention}_layernorm.{weight,bias}",
+    "language.model.layers.{0,1}.self_attn.{query_key_value,dense,q_layernorm,k_layernorm}.{weight,bias}",
+    "language.model.layers.{0,1}.mlp.{dense_h_to_4h,dense_4h_to_h}.{weight,bias}",
+    "language.lm_head.weight",
+)
+
+SYSTEMS: dict[str, System] = {
+    "fuyu": System(
+        fuyu,
+        {"finetune": TinyStage({"connector": RATE, "language": RATE}, LINEAR | PERSIMMON_DECODER)},
+        spliced_reference,
+        causal_base_weights,
+        marks=lambda module, width, height: module.patches.grid(width, height)[1],  # a newline behind each row
+    ),
+    "llava": System(llava, LLAVA_STAGES, spliced_reference, causal_base_weights),
+    "llava_1_5": System(
+        llava_1_5,
+        {
+            "1_align": TinyStage({"connector": RATE}, CONNECTOR),
+            "2_finetune": TinyStage(
+                {"connector": RATE, "language": RATE}, CONNECTOR | DECODER, {"connector": "connector"}
+            ),
+        },
+        spliced_reference,
+        causal_base_weights,
+    ),
+    "llava_next": System(
+        llava_next,
+        {
+            "1_align": TinyStage({"connector": RATE}, CONNECTOR),
+            "2_finetune": TinyStage(
+                {"vision": RATE, "connector": RATE, "newline": RATE, "language": RATE},
+                TWO_BLOCKS | CONNECTOR | DECODER | names("newline.weight"),
+                {"connector": "connector"},
+            ),
+        },
+        spliced_reference,
+        causal_base_weights,
+    ),
+    "mini_gemini": System(mini_gemini, MINI_GEMINI_STAGES, spliced_reference, causal_base_weights),
+    "mini_gemini_hd": System(
+        mini_gemini_hd,
+        {"2_finetune_hd": dataclasses.replace(MINI_GEMINI_STAGES["2_finetune"], parts={})},
+        spliced_reference,
+        causal_base_weights,
+    ),
+    "qwen_vl": System(qwen_vl, QWEN_VL_STAGES, spliced_reference, causal_base_weights),
+    "vila": System(vila, VILA_STAGES, spliced_reference, causal_base_weights),
+    "vila_downsample": System(
+        vila_downsample,
+        {"1_pretrain": TinyStage({"connector": RATE, "language": RATE}, names("connector.1.{weight,bias}") | DECODER)},
+        spliced_reference,
+        causal_base_weights,
+    ),
+    "tied": System(
+        lambda **changes: llava_1_5(**({"language": CausalLM(config=LLAMA | {"tie_word_embeddings": True})} | changes)),
+        {
+            "all": TinyStage(
+                {"connector": RATE, "language": RATE}, CONNECTOR | DECODER - names("language.lm_head.weight")
+            )
+        },
+        spliced_reference,
+        causal_base_weights,
+        ties={"language.lm_head.weight": "language.model.embed_tokens.weight"},
+    ),
+    "partial_lora": System(
+        partial_lora,
+        {
+            "1_pretrain": TinyStage(
+                {"vision": RATE, "connector": RATE, "language.model.layers.*.Plora_*": RATE},
+                TWO_BLOCKS
+                | CONNECTOR
+                | names(
+                    "language.model.layers.{0,1}.self_attn.{q,k,v,o}_proj.Plora_{A,B}.weight",
+                    "language.model.layers.{0,1}.mlp.{gate,up,down}_proj.Plora_{A,B}.weight",
+                ),
+                # above the last attention no label looks at an image token, and these act on image tokens alone
+                unreached=names(
+                    "language.model.layers.1.self_attn.{q,o}_proj.Plora_{A,B}.weight",
+                    "language.model.layers.1.mlp.{gate,up,down}_proj.Plora_{A,B}.weight",
+                ),
+            ),
+        },
+        spliced_reference,
+        causal_base_weights,
+        surgery=(PartialLoRA(rank=2),),
+        generates=False,  # its generation does not hand the mask down yet
+    ),
+    "qformer_t5": System(
+        qformer_t5,
+        {
+            "1_bridge": TinyStage(BRIDGE, QFORMER),
+            "2_decoder": TinyStage(
+                BRIDGE | {"language.decoder": RATE}, QFORMER | T5_DECODER, {part: part for part in BRIDGE}
+            ),
+        },
+        t5_reference,
+        t5_base_weights,
+        ties={f"language.{alias}.weight": "language.shared.weight" for alias in T5_ALIASES},
+    ),
+}
+
+
+def make(name: str, train: Mapping[str, Trained] | None = None, **changes: Any) -> VisionLanguageModule:
+    """A system that is not built yet, in the last of its stages or with `train` as its stage."""
+    system = SYSTEMS[name]
+    module = system.make(**changes)
+    module.surgery = list(system.surgery)
+    # eps: by itself AdamW's first steps are the sign of a gradient, also of one that is nothing but noise
+    module.stage = Stage("test", dict(system.last.train if train is None else train), optimizer=AdamW(eps=1e-3))
+    return module
+
+
+def build(name: str, train: Mapping[str, Trained] | None = None, **changes: Any) -> VisionLanguageModule:
+    module = make(name, train, **changes)
+    module.configure_model()
+    return module
+
+
+def picture(folder: Path, name: str, size: tuple[int, int], seed: int) -> ImageFile:
+    """A file with a random picture."""
+    path = folder / f"{name}.png"
+    if not path.exists():
+        noise = torch.randint(0, 256, (5, 7, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).resize(size).save(path)
+    return ImageFile(name=path.name, path=path)
+
+
+def samples(folder: Path, count: int = 6) -> list[Sample]:
+    """Conversations of different lengths: one picture, no picture, two pictures, two turns, a long answer."""
+    made = []
+    for i in range(count):
+        images = [picture(folder, f"{i}_{k}", (40 + 9 * i, 30 + 5 * k), 10 * i + k) for k in range((1, 0, 2)[i % 3])]
+        messages = [
+            Message("user", (*(ImagePart() for _ in images), TextPart(f"\nWhat is {i}?"))),
+            Message("assistant", (TextPart("A small red ball. " * (1 + 5 * (i % 4 == 3)) + str(i)),)),
+        ]
+        if i % 2:
+            messages += [
+                Message("user", (TextPart("And where?"),)),
+                Message("assistant", (TextPart("On the left of the blue box."),)),
+            ]
+        made.append(Sample(id=str(i), messages=tuple(messages), images=tuple(images), source="test"))
+    return made

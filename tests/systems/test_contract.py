@@ -1,0 +1,420 @@
+"""What every system keeps, whatever it is made of. A new system joins by one entry in `tests.support.systems.SYSTEMS`.
+
+Dropout is 0 everywhere, so only the order of sums may differ. Gradients are compared in float64: 1e-14 of a tensor's
+largest value was seen. In float32, small errors would hide in the noise.
+"""
+
+import itertools
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributed
+from torch.nn.utils import parameters_to_vector
+
+import vlm
+from callbacks import StageTransition
+from callbacks.stage_transition import write_stage
+from tests.support.ranks import run_ranks
+from tests.support.systems import RATE, SYSTEMS, build, make, picture, samples
+from tests.support.training import ListSource, Recorder, trainer, weights
+from vlm.batch import Batch
+from vlm.building.network import find_ties
+from vlm.codec import step_counts
+from vlm.data import BatchSpec, VisionLanguageData
+from vlm.errors import UserError
+from vlm.language import Decoding
+from vlm.building.instantiate import describe
+from vlm.module import VisionLanguageModule
+from vlm.sample import ImagePart, Message, Sample, TextPart
+from vlm.stages import AdamW, Follow, Schedule, Stage, Trained
+
+pytestmark = [
+    pytest.mark.parametrize("name", SYSTEMS),
+    pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
+]
+
+
+def collate(module: Any, chosen: Sequence[Sample], *, of: Sequence[Sample] | None = None, packs: int = 1) -> Batch:
+    """A pack of the step that consists of the samples `of`."""
+    encode = module.codec.encode
+    counts = step_counts([encode(sample) for sample in (chosen if of is None else of)])
+    return module.codec.collate([encode(sample) for sample in chosen], counts=counts, packs=packs)
+
+
+def gradients(module: Any, *batches: Batch) -> tuple[float, dict[str, Tensor]]:
+    """Sum of the loss over packs and the gradients of that sum."""
+    module.zero_grad()
+    total = 0.0
+    for batch in batches:
+        loss = sum(module.losses(batch).values())
+        loss.backward()
+        total += loss.item()
+    return total, {n: p.grad.clone() for n, p in module.named_parameters() if p.requires_grad}
+
+
+def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], *, rtol: float) -> None:
+    """Same names; the worst difference is at most `rtol` of the tensor's largest value."""
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        scale = max(tensor.abs().max().item(), 1e-3)
+        assert (ours[name] - tensor).abs().max().item() <= rtol * scale, name
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert [name for name, tensor in theirs.items() if not torch.equal(ours[name], tensor)] == []
+
+
+def values(module: VisionLanguageModule) -> dict[str, Tensor]:
+    """Every parameter and buffer, the buffers that are not saved too."""
+    return {name: tensor.detach().clone() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+
+
+def disturb(module: Any, what: set[str]) -> None:
+    """As if `what` had been trained."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name in what:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+class Planned(VisionLanguageData):
+    """Steps that a test chooses."""
+
+    def __init__(self, pool: Sequence[Sample], plan: Sequence[Sequence[int]], **options: Any) -> None:
+        super().__init__([ListSource(pool)], batch=BatchSpec(8), **options)
+        self.plan = [list(step) for step in plan]
+
+    def steps(self, epoch: int, **_: Any) -> list[list[int]]:
+        return self.plan
+
+
+# -- building
+
+
+def test_building_depends_on_the_seed_alone(name: str) -> None:
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    first, torch_state = values(build(name, seed=3)), torch.get_rng_state()
+    assert torch.equal(torch_state, states[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
+    torch.manual_seed(99)
+    assert_equal(values(build(name, seed=3)), first)
+    other = dict(build(name, seed=4).named_parameters())  # buffers are tables that are computed
+    drawn = [n for n, tensor in first.items() if tensor.std() > 0 and n in other]
+    assert len(drawn) > 10
+    assert [n for n in drawn if torch.equal(other[n], first[n])] == []
+
+
+def test_ties_stay_ties(name: str, tmp_path: Path) -> None:
+    module = build(name)
+    assert module.ties == find_ties(module) == SYSTEMS[name].ties
+    for alias, owner in SYSTEMS[name].ties.items():
+        assert module.get_parameter(alias) is module.get_parameter(owner)
+    write_stage(tmp_path / "artefact", module, global_step=1)
+    assert find_ties(vlm.load(tmp_path / "artefact")) == SYSTEMS[name].ties
+
+
+def test_surgery_starts_as_the_identity(name: str, tmp_path: Path) -> None:
+    pool = samples(tmp_path)
+    module, plain = build(name), make(name, {"connector": RATE})
+    plain.surgery = []
+    plain.configure_model()
+    old, batch = dict(plain.named_parameters()), collate(module, pool)
+    assert all(torch.equal(p, old[n]) for n, p in module.named_parameters() if n in old)
+    new = {n for n, _ in module.named_parameters() if n not in old}
+    assert bool(new) == bool(SYSTEMS[name].surgery)
+    with torch.no_grad():
+        before = plain.label_logits(batch)
+        assert torch.equal(module.label_logits(batch), before)
+        if new:
+            disturb(module, new)
+            assert not torch.equal(module.label_logits(batch), before)
+
+
+# -- a sample and a pack
+
+
+def test_codec_and_network_agree_on_the_number_of_tokens(name: str, tmp_path: Path) -> None:
+    module = build(name)
+    for sample in samples(tmp_path):
+        item = module.codec.encode(sample)
+        sizes = [image.size(sample) for image in sample.images]
+        promised = sum(module.codec.num_tokens(*size) for size in sizes)
+        reserved = sum(len(slots) for sequence in item.text for slots in sequence.slots.values())
+        features = module.image_features(collate(module, [sample]))
+        assert reserved == len(features)
+        assert promised == reserved + sum(SYSTEMS[name].marks(module, *size) for size in sizes)
+
+
+def test_a_pack_equals_its_samples(name: str, tmp_path: Path) -> None:
+    module, pool = build(name).double(), samples(tmp_path)
+    total, packed = gradients(module, collate(module, pool))
+    alone, single = gradients(module, *(collate(module, [sample], of=pool) for sample in pool))
+    assert total == pytest.approx(alone, rel=1e-6)
+    assert_close(packed, single, rtol=1e-12)
+
+
+def test_packs_with_and_without_pictures_make_one_step(name: str, tmp_path: Path) -> None:
+    """Two pictures in one sample, none in the next; packs without any reach every trained parameter all the same."""
+    module, pool = build(name).double(), samples(tmp_path)
+    whole, expected = gradients(module, collate(module, pool))
+    with_pictures, text_alone = ([s for s in pool if bool(s.images) is has] for has in (True, False))
+    assert {len(sample.images) for sample in pool} == {0, 1, 2}
+    packs = [collate(module, chosen, of=pool, packs=2) for chosen in (with_pictures, text_alone)]
+    total, found = gradients(module, *packs)
+    assert total == pytest.approx(whole, rel=1e-6)
+    assert_close(found, expected, rtol=1e-12)
+    for of in (pool, text_alone):  # a mixed step, and one without any picture
+        loss, reached = gradients(module, collate(module, text_alone, of=of))
+        assert 0 < loss < float("inf")
+        assert all(gradient.isfinite().all() for gradient in reached.values())
+        vision = [g for n, g in reached.items() if n.startswith(("vision", "connector"))]
+        assert not any(gradient.any() for gradient in vision)
+
+
+# -- a step
+
+
+STEPS = (
+    range(8),
+    (1, 4, 7),  # no picture anywhere; fewer samples than packs
+    (0, 4),  # one rank has a picture, the other none
+    (2,),
+)
+
+
+def _run(folder: Path, name: str, accumulate: int) -> dict[str, Any]:
+    world = distributed.get_world_size() if distributed.is_initialized() else 1
+    module, recorder = make(name), Recorder()
+    train = {pattern: Trained(lr=1e-3) for pattern in SYSTEMS[name].last.train}
+    # eps=1: AdamW's first step would otherwise be the sign of the gradient, where noise decides for small ones
+    module.stage = Stage("test", train, optimizer=AdamW(eps=1.0), schedule=Schedule("constant"))
+    run = trainer(
+        folder,
+        world=world,
+        strategy="ddp" if world > 1 else "auto",
+        accumulate_grad_batches=accumulate,
+        precision="64-true",
+        max_epochs=1,
+        callbacks=[recorder],
+    )
+    run.fit(module, Planned(samples(folder, 8), STEPS))
+    assert run.global_step == len(STEPS)
+    return {"losses": recorder.losses, "gradients": recorder.gradients, "weights": weights(module)}
+
+
+def _assert_same_run(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-6)
+    assert len(ours["gradients"]) == len(STEPS)
+    for found, expected in zip(ours["gradients"], theirs["gradients"], strict=True):
+        assert_close(found, expected, rtol=1e-12)
+    assert_close(ours["weights"], theirs["weights"], rtol=1e-12)
+
+
+def test_a_step_is_the_same_however_it_is_split(name: str, tmp_path: Path) -> None:
+    samples(tmp_path, 8)  # before the ranks would write the same files
+    whole = _run(tmp_path, name, 1)
+    assert any(gradient.abs().max() > 1e-3 for gradient in whole["gradients"][0].values())
+    for accumulate in (2, 4, 8):
+        _assert_same_run(_run(tmp_path, name, accumulate), whole)
+    for rank in run_ranks(_run, 2, tmp_path, name, 2):
+        _assert_same_run(rank, whole)
+
+
+def test_exactly_the_published_tensors_change(name: str, tmp_path: Path) -> None:
+    for stage in SYSTEMS[name].stages.values():
+        module = build(name, stage.train)
+        before, buffers = values(module), {n for n, _ in module.named_buffers()}
+        transition = StageTransition("test", dict(stage.train), schedule=Schedule("constant"))
+        run = trainer(tmp_path, max_epochs=1, accumulate_grad_batches=2, callbacks=[transition])
+        run.fit(module, Planned(samples(tmp_path, 8), [range(8)] * 3))
+        after = values(module)
+        changed = {n for n, tensor in before.items() if not torch.equal(after[n], tensor)}
+        assert changed == stage.trained - stage.unreached
+        assert not changed & buffers
+        assert all(tensor.isfinite().all() for tensor in after.values())
+        stored = json.loads((tmp_path / "artefact" / "stage.json").read_text())
+        assert set(stored["trained"]) == set(stored["tensors"]) == stage.trained
+
+
+# -- stages
+
+
+def test_a_stage_starts_where_the_one_before_it_ended(name: str, tmp_path: Path) -> None:
+    stages = list(SYSTEMS[name].stages.values())
+    earlier = stages[0]
+    batch, before, previous = None, None, ""
+    for number, stage in enumerate([*stages, stages[-1]]):  # the last one goes on from itself, with all it has
+        parts = dict(stage.parts) if number < len(stages) else {}
+        module = make(name, stage.train)
+        module.stage = Stage("test", dict(stage.train), follows=[Follow(previous, parts)] if previous else [])
+        module.configure_model()
+        batch = collate(module, samples(tmp_path))
+        with torch.no_grad():
+            loss = {term: value.item() for term, value in module.losses(batch).items()}
+        if before is not None:
+            now = values(module)
+            inherited = [n for n in earlier.trained if not parts or any(n.startswith(f"{part}.") for part in parts)]
+            assert inherited
+            assert_equal({n: now[n] for n in inherited}, {n: before["values"][n] for n in inherited})
+            assert loss == before["loss"]
+        disturb(module, module.trained_names())
+        previous = str(tmp_path / str(number))
+        write_stage(Path(previous), module, global_step=1)
+        with torch.no_grad():
+            loss = {term: value.item() for term, value in module.losses(batch).items()}
+        before, earlier = {"values": values(module), "loss": loss}, stage
+
+
+def test_artefact_round_trip_of_every_trained_set(name: str, tmp_path: Path) -> None:
+    """The surgery is replayed by whoever opens it."""
+    pool, parts = samples(tmp_path), [part for part, _ in build(name).named_children()]
+    sizes = {1, len(parts) - 1, len(parts)}  # one alone, all but one, all
+    subsets = [chosen for size in sizes for chosen in itertools.combinations(parts, size)]
+    for number, chosen in enumerate(subsets):
+        module = build(name, dict.fromkeys(chosen, RATE))
+        disturb(module, module.trained_names())
+        folder = tmp_path / str(number)
+        write_stage(folder, module, global_step=1)
+        loaded = vlm.load(folder)
+        assert_equal(values(loaded), values(module))
+        assert not any(child.training for child in loaded.modules())
+        batch = collate(module, pool)
+        with torch.no_grad():
+            assert torch.equal(loaded.label_logits(batch), module.label_logits(batch))
+        stored = json.loads((folder / "stage.json").read_text())
+        assert {tensor.split(".")[0] for tensor in stored["tensors"]} == set(chosen)
+        assert stored["surgery"] == describe(list(SYSTEMS[name].surgery))
+        assert loaded.surgery == list(SYSTEMS[name].surgery)
+
+
+def test_state_dict_round_trip(name: str) -> None:
+    """Of the checkpoint of a run: what was trained, over what was built."""
+    module, other = build(name), build(name)
+    disturb(module, module.trained_names())
+    checkpoint = {"state_dict": dict(module.state_dict())}
+    module.on_save_checkpoint(checkpoint)
+    assert checkpoint["state_dict"].keys() == SYSTEMS[name].last.trained
+    other.on_load_checkpoint(checkpoint)
+    other.load_state_dict(checkpoint["state_dict"])
+    assert_equal(values(other), values(module))
+    del checkpoint["state_dict"][min(checkpoint["state_dict"])]
+    with pytest.raises(UserError, match="train different tensors"):
+        other.load_state_dict(checkpoint["state_dict"])
+
+
+def test_changed_base_weights_are_refused(name: str, tmp_path: Path) -> None:
+    base = SYSTEMS[name].base_weights(build(name), tmp_path / "base")
+    module = build(name, {"connector": RATE}, language=base, seed=5)
+    assert_equal(values(module.language), values(build(name).language)) if not module.surgery else None
+    write_stage(tmp_path / "artefact", module, global_step=1)
+    assert_equal(values(vlm.load(tmp_path / "artefact")), values(module))
+    SYSTEMS[name].base_weights(build(name, seed=6), tmp_path / "base")
+    with pytest.raises(UserError, match=r"language was frozen at .*base.* differs"):
+        vlm.load(tmp_path / "artefact")
+
+
+def test_artefacts_that_do_not_fit_are_refused(name: str, tmp_path: Path) -> None:
+    module = build(name)
+    write_stage(tmp_path / "artefact", module, global_step=1)
+
+    def follow(folder: str, parts: dict[str, str]) -> None:
+        stage = Stage("next", {"connector": RATE}, follows=[Follow(str(tmp_path / folder), parts)])
+        later = make(name)
+        later.stage = stage
+        later.configure_model()
+
+    with pytest.raises(UserError, match="no such folder"):
+        follow("missing", {})
+    with pytest.raises(UserError, match=r"no place in the network|has shape"):
+        follow("artefact", {"vision": "connector"})
+    with pytest.raises(UserError, match="holds nothing of 'projector'"):
+        follow("artefact", {"connector": "projector"})
+
+
+# -- use
+
+
+def questions(folder: Path) -> list[Sample]:
+    """Prompts of very different length, with pictures and without."""
+
+    def ask(name: str, text: str, pictures: int) -> Sample:
+        images = tuple(picture(folder, f"{name}_{k}", (40, 30), k) for k in range(pictures))
+        message = Message("user", (*(ImagePart() for _ in images), TextPart(text)))
+        return Sample(id=name, messages=(message, Message("assistant", (TextPart("Yes."),))), images=images)
+
+    return [
+        ask("two", "What? " * 100, 2),
+        ask("none", "Who?", 0),
+        ask("one", "And this?", 1),
+        ask("far", "No. " * 9, 0),
+    ]
+
+
+def _dropout(module: Any, _: Any, output: Tensor) -> Tensor:
+    return F.dropout(output, 0.5, module.training)
+
+
+@pytest.mark.parametrize(
+    "decoding",
+    [
+        Decoding(max_new_tokens=6),
+        Decoding(max_new_tokens=6, num_beams=3),
+        Decoding(max_new_tokens=6, temperature=1.0, top_p=0.9, seed=1),
+    ],
+    ids=["greedy", "beams", "sampled"],
+)
+def test_answers_do_not_depend_on_the_batch(name: str, decoding: Decoding, tmp_path: Path) -> None:
+    if not SYSTEMS[name].generates:
+        pytest.skip("does not answer")
+    module, asked = build(name), questions(tmp_path)
+    disturb(module, module.trained_names())
+    lengths = [module.codec.encode(sample, generate=True).num_tokens for sample in asked]
+    assert max(lengths) > 5 * min(lengths)
+    alone = [module.generate([sample], decoding=decoding)[0] for sample in asked]
+    assert len(set(alone)) > 2
+    assert module.generate(asked, decoding=decoding) == alone
+    assert module.generate(asked[::-1], decoding=decoding, batch_size=3) == alone[::-1]
+
+
+def test_use_leaves_no_trace(name: str, tmp_path: Path) -> None:
+    """Modes, attention implementation and random numbers; and dropout never reaches an answer."""
+    module, asked = build(name), questions(tmp_path)
+    uses = [module.score] + [module.generate] * SYSTEMS[name].generates
+    pictured = module.vision if hasattr(module, "vision") else module.connector
+    for part in (pictured, module.language.get_input_embeddings()):
+        part.register_forward_hook(_dropout)
+    module.eval()
+    expected = [use(asked) for use in uses]
+    for number, child in enumerate(module.modules()):
+        child.training = number % 3 != 0
+    pictured.training = module.language.get_input_embeddings().training = True
+    modes = [child.training for child in module.modules()]
+    attention, state = module.language.config._attn_implementation, torch.get_rng_state()
+    scores, *answers = [use(asked) for use in uses]
+    assert torch.equal(torch.cat(scores), torch.cat(expected[0]))
+    assert answers == expected[1:]
+    assert [child.training for child in module.modules()] == modes
+    assert module.language.config._attn_implementation == attention
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_scores_are_the_log_probabilities_of_a_plain_forward(name: str, tmp_path: Path) -> None:
+    module, pool = build(name), samples(tmp_path)
+    disturb(module, module.trained_names())
+    scores = module.score(pool, batch_size=4)
+    for sample, found in zip(pool, scores, strict=True):
+        torch.testing.assert_close(found, SYSTEMS[name].reference(module, sample), atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        loss = module.losses(collate(module, pool))["lm"]
+    assert -torch.cat(scores).sum().item() == pytest.approx(loss.item(), rel=1e-6)
+    assert loss > 0
+    assert parameters_to_vector(module.parameters()).isfinite().all()

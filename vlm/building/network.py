@@ -1,0 +1,169 @@
+"""From a description to a finished network: empty on the meta device, then every tensor filled exactly once.
+
+A 7-billion-parameter model is never held twice, and what a tensor is filled with depends on neither the number of
+devices nor the way it is sharded: weights are streamed from files one at a time, and new tensors are drawn in full from
+a generator seeded by (seed, name) before each rank keeps its part.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm.checkpoints.files.weights import WeightSource, assign, hash_tensor
+from vlm.checkpoints.report import LoadReport
+from vlm.errors import UserError
+from vlm.seeding import seed_from
+
+Initialiser = Callable[[nn.Module], None]
+"""Draws the tensors that a module holds itself (not those of its children), in place."""
+
+
+@contextmanager
+def empty_weights() -> Iterator[None]:
+    """Inside, new modules keep their buffers but their parameters take no memory (they are on the meta device).
+
+    Unlike `torch.device("meta")`, tables that constructors compute (rotary frequencies) stay real; unlike accelerate's
+    context of this kind, parameters that are registered twice stay tied.
+    """
+    register: Any = nn.Module.register_parameter
+
+    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def find_ties(module: nn.Module) -> dict[str, str]:
+    """{alias: owner} of parameters that are one tensor under two names, in registration order."""
+    owners: dict[int, str] = {}
+    ties = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if owners.setdefault(id(parameter), name) != name:
+            ties[name] = owners[id(parameter)]
+    return ties
+
+
+def tie(module: nn.Module, ties: Mapping[str, str]) -> None:
+    """Makes each alias the same parameter object as its owner again."""
+    for alias, owner in ties.items():
+        parent, _, leaf = alias.rpartition(".")
+        module.get_submodule(parent)._parameters[leaf] = module.get_parameter(owner)
+
+
+def allocate(module: nn.Module, device: torch.device) -> None:
+    """Gives memory to everything on the meta device and moves the rest; the values are still undefined."""
+
+    def move(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+
+    module._apply(move)
+
+
+def initialisers(parts: Mapping[str, nn.Module], descriptions: Mapping[str, Any]) -> dict[str, Initialiser]:
+    """{part: how its new tensors are drawn}: by its description's rule, or by each layer's own where it has none."""
+
+    def initialiser(network: nn.Module, description: Any) -> Initialiser:
+        def initialise(module: Any) -> None:
+            if hasattr(module, "initialise_new"):  # modules of surgery know how their paths start
+                module.initialise_new()
+            elif hasattr(description, "initialise"):
+                description.initialise(network, module)
+            else:
+                module.reset_parameters()
+
+        return initialise
+
+    return {part: initialiser(network, descriptions.get(part)) for part, network in parts.items()}
+
+
+@torch.no_grad()
+def fill(
+    module: nn.Module, sources: Sequence[WeightSource], *, seed: int, initialisers: Mapping[str, Initialiser]
+) -> tuple[LoadReport, dict[str, str]]:
+    """Fills every parameter and persistent buffer of `module` exactly once.
+
+    Args:
+        module: allocated; parameters may be sharded.
+        sources: where several provide a tensor, the last one wins.
+        seed: of the new tensors, together with their names.
+        initialisers: per part (first component of a name), how its new tensors are drawn.
+
+    Returns:
+        What was loaded, and the content hash of every frozen tensor.
+
+    Raises:
+        UserError: a source has a tensor that the network does not, one of another shape, or two for one of the network.
+    """
+    tensors = dict(module.state_dict(keep_vars=True))
+    aliases = find_ties(module)
+    provider = {name: source for source in sources for name in source.names}
+    report, hashes = LoadReport(), {}
+    for source in sources:
+        unknown = sorted(source.names - tensors.keys())
+        if unknown:
+            raise UserError(
+                f"{source.label}: {len(unknown)} tensors have no place in the network, such as {unknown[0]}"
+            )
+        wanted = {name for name in source.names if provider[name] is source and name not in aliases}
+        twice = {alias: aliases[alias] for alias in source.names & aliases.keys() if aliases[alias] in wanted}
+        contents: dict[str, str] = {}  # of tensors that the source has under two names
+        for name, value in source.items() if wanted else ():
+            if name in twice or name in twice.values():
+                contents[name] = hash_tensor(value)
+            if name not in wanted:
+                continue
+            target = tensors[name]
+            if value.shape != target.shape:
+                raise UserError(
+                    f"{source.label}: {name} has shape {tuple(value.shape)}, the network {tuple(target.shape)}"
+                )
+            assign(target, value)
+            report.loaded.append(name)
+            report.sources[source.label] = report.sources.get(source.label, 0) + 1
+            if not target.requires_grad:
+                hashes[name] = hash_tensor(value.to(target.dtype))
+            wanted.discard(name)
+        if wanted:
+            raise UserError(f"{source.label}: it announced {sorted(wanted)[0]} but did not deliver it")
+        for alias, owner in twice.items():
+            if contents.get(alias) != contents[owner]:
+                raise UserError(f"{source.label}: {alias} and {owner} differ, but the network holds them as one tensor")
+    for path, child in module.named_modules():
+        prefix = f"{path}." if path else ""
+        own = {n: p for n, p in child.named_parameters(recurse=False) if prefix + n not in aliases}
+        new = [n for n in own if prefix + n not in provider]
+        if not new:
+            continue
+        values = _draw(child, own, initialisers[path.split(".")[0]], seed_from(seed, path))
+        for name in new:
+            assign(own[name], values[name])
+            report.new.append(prefix + name)
+            if not own[name].requires_grad:
+                hashes[prefix + name] = hash_tensor(values[name])
+    return report, hashes
+
+
+def _draw(module: nn.Module, own: Mapping[str, nn.Parameter], initialise: Initialiser, seed: int) -> dict[str, Tensor]:
+    """New full tensors for `module`, drawn on the CPU whatever the module's device and sharding."""
+    kept = dict(module._parameters)
+    blank = {name: torch.full(p.shape, torch.nan, dtype=torch.float32) for name, p in own.items()}
+    module._parameters.update({name: nn.Parameter(value, requires_grad=False) for name, value in blank.items()})
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            initialise(module)
+        # some architectures draw a layer's tensors from the layer above it, which is never asked to here
+        forgotten = [name for name in own if module.get_parameter(name).isnan().any()]
+        assert not forgotten, f"nothing draws {forgotten} of {type(module).__name__}"
+        return {name: module.get_parameter(name).detach().to(p.dtype) for name, p in own.items()}
+    finally:
+        module._parameters.update(kept)

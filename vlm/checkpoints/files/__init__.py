@@ -1,0 +1,1 @@
+"""Files on a disk: weights, atomic writes, where a path leads."""

@@ -1,0 +1,1 @@
+"""Published folders: what their configuration says, read and written."""

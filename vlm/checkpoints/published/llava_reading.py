@@ -1,0 +1,254 @@
+"""A LLaVA checkpoint of any layout, opened as one stream of tensors under our names."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vlm.checkpoints.artefact import STAGE_FILE, Artefact, read_artefact
+from vlm.checkpoints.files.locate import CARRIED
+from vlm.checkpoints.files.weights import WeightFiles, fingerprint_of, hash_tensor
+from vlm.checkpoints.published.delta import DeltaFiles
+from vlm.checkpoints.published.llava_config import LlavaConfig, check_config, read_config, with_tower
+from vlm.checkpoints.published.vila import PartFolders, has_part_folders
+from vlm.checkpoints.tables.clip import clip_table
+from vlm.checkpoints.tables.llava import (
+    HF,
+    LAYOUTS,
+    OFFICIAL,
+    Connector,
+    check_connector,
+    detect_connector,
+    detect_layout,
+    llava_table,
+)
+from vlm.checkpoints.tables.mini_gemini import MARK, convnext_names, high_tower
+from vlm.checkpoints.tables.table import Table
+from vlm.errors import UserError
+
+CONNECTORS: dict[str, Connector] = {
+    "llava": "linear",
+    "llava_1_5": "mlp2x_gelu",
+    "llava_next": "mlp2x_gelu",
+    "mini_gemini": "mlp2x_gelu",
+    "vila": "mlp2x_gelu",
+}
+"""Projector of each system."""
+VILA_CONNECTORS = ("linear", "mlp2x_gelu", "mlp_downsample")
+"""VILA has one of several."""
+Stream = Callable[[], Iterable[tuple[str, Tensor]]]
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint under our names, carried tensors among them.
+
+    Attributes:
+        system: name of the system.
+        config: its description.
+        shapes: of every tensor.
+        stream: reads (name, tensor) pairs, one at a time.
+        folder: where tokenizer files may lie.
+        meta: `stage.json` of an artefact, empty for published weights.
+    """
+
+    system: str
+    config: LlavaConfig
+    shapes: Shapes
+    stream: Stream
+    folder: Path
+    meta: Mapping[str, Any]
+
+
+def open_checkpoint(
+    src: str | Path,
+    *,
+    system: str,
+    layout: str = "auto",
+    vision: str | Path | None = None,
+    base: str | Path | None = None,
+    target: str = "ours",
+) -> Model:
+    """Opens and checks a checkpoint; no tensor is read yet.
+
+    Args:
+        src: folder, file or hub id.
+        system: a key of `CONNECTORS`.
+        layout: `official`, `hf`, `ours`, or `auto`.
+        vision: where the CLIP tower lies when `src` does not hold it.
+        base: what `src` is a delta over, for LLaVA's first releases.
+        target: layout it will be written in; `hf` has no place for a linear projector and always holds a tower, which
+            is looked for where the source's config says when `vision` is not given.
+
+    Raises:
+        UserError: tensors, config and system do not fit together.
+    """
+    needs_vision = target == "hf"
+    if needs_vision and system == "mini_gemini":
+        raise UserError("the Hugging Face tools have no class for Mini-Gemini; use --to official or --to ours")
+    if needs_vision:
+        check_connector(HF, CONNECTORS[system])
+    if layout == "ours" or (layout == "auto" and (Path(src) / STAGE_FILE).exists()):
+        if base is not None:
+            raise UserError(f"{src}: is an artefact of ours, and only published weights are deltas; leave out --base")
+        model = _open_artefact(read_artefact(src, system=system))
+    else:
+        if has_part_folders(src):
+            files: WeightFiles = PartFolders(src)
+        else:
+            files = WeightFiles(src) if base is None else DeltaFiles(src, base)
+        model = _open_published(files, system, layout)
+    lacks_tower = not any(name.startswith("vision.") for name in model.shapes)
+    tower = vision if vision is not None else model.config.tower if needs_vision else None
+    if lacks_tower and tower is None and needs_vision:
+        raise UserError(f"{src}: holds no vision tower; name the folder of its CLIP with --vision")
+    if lacks_tower and tower is not None:
+        config, shapes, stream = _tower(model.config, tower)
+        model = replace(model, config=config, shapes=model.shapes | shapes, stream=chained(model.stream, stream))
+    check_config(model.config, model.shapes, str(src))
+    return model
+
+
+def _open_published(files: WeightFiles, system: str, layout_name: str) -> Model:
+    layout = detect_layout(files.keys())
+    if layout_name not in ("auto", "hf" if layout.is_hf else layout.name):
+        raise UserError(f"{files.source}: is in the {layout.name} layout, not in {layout_name!r}")
+    connector = detect_connector(files.keys())
+    if connector not in (VILA_CONNECTORS if system == "vila" else (CONNECTORS[system],)):
+        raise UserError(f"{files.source}: has the projector {connector}, but {system} has {CONNECTORS[system]}")
+    if (layout.newline in set(files.keys())) != (system == "llava_next"):
+        found, lacks = ("no", "one") if system == "llava_next" else ("an", "none")
+        raise UserError(f"{files.source}: has {found} image_newline, but {system} has {lacks}; give another --system")
+    if (MARK in set(files.keys())) != (system == "mini_gemini"):
+        found, lacks = ("no", "it") if system == "mini_gemini" else ("a", "none")
+        raise UserError(
+            f"{files.source}: has {found} patch info mining, but {system} has {lacks}; give another --system"
+        )
+    config = read_config(files.folder, layout, connector=connector)
+    if system == "mini_gemini":
+        config = replace(config, high=high_tower(config.originals["official"], files.shapes()))
+    if isinstance(files, PartFolders):
+        config = files.describe(config)
+    tower = {
+        name.removeprefix(layout.vision): shape
+        for name, shape in files.shapes().items()
+        if name.startswith(layout.vision)
+    }
+    if tower and config.vision is None:
+        local = Path(config.tower) if config.tower and (Path(config.tower) / "config.json").exists() else None
+        config = with_tower(config, tower, local)
+    model = Model(system, config, {}, files.items, files.folder, {})
+    table = table_of(model, layout.name)
+    shapes = table.check(files.shapes(), side="theirs")
+    stream: Stream = partial(_converted, table, files)
+    if (files.folder / CARRIED).exists():
+        carried = WeightFiles(files.folder / CARRIED)
+        shapes, stream = shapes | carried.shapes(), chained(stream, carried.items)
+    return replace(model, shapes=shapes, stream=stream)
+
+
+def _open_artefact(artefact: Artefact) -> Model:
+    published = _description(artefact)
+    config = LlavaConfig(**published)
+    shapes = artefact.weights.shapes() | {name: tuple(tensor.shape) for name, tensor in artefact.carried.items()}
+    stream: Stream = chained(artefact.items, artefact.carried.items)
+    for part, entry in artefact.meta["frozen"].items():
+        if any(name.startswith(f"{part}.") for name in artefact.meta["tensors"]) or entry["fingerprint"] is None:
+            continue  # a published checkpoint without its tower only says where the tower comes from
+        part_shapes, part_stream = _frozen(part, entry, config)
+        shapes, stream = shapes | part_shapes, chained(stream, part_stream)
+    return Model(artefact.meta["system"], config, shapes, stream, artefact.folder, artefact.meta)
+
+
+def _description(artefact: Artefact) -> dict[str, Any]:
+    """The published config, which an artefact has from the one it started from."""
+    if "published" in artefact.meta:
+        return artefact.meta["published"]
+    for entry in artefact.meta["follows"]:
+        if (Path(entry["path"]) / STAGE_FILE).exists():
+            return _description(read_artefact(entry["path"]))
+    raise UserError(
+        f"{artefact.folder}: neither it nor an artefact it follows comes from a published checkpoint, so there is no "
+        "config.json to write; start the recipe from weights made by `vlm convert ... --to ours`"
+    )
+
+
+def _frozen(part: str, entry: Mapping[str, Any], config: LlavaConfig) -> tuple[Shapes, Stream]:
+    """A part that an artefact refers to: out of another artefact, a CLIP folder, or a folder of the language model."""
+    source = entry["source"]
+    prefix = f"{part}."
+    if (Path(source) / STAGE_FILE).exists():
+        other = _open_artefact(read_artefact(source))
+        shapes, stream = other.shapes, other.stream
+    elif part == "vision":
+        _, shapes, stream = _tower(config, source)
+    elif part == "vision_high":
+        files = WeightFiles(source)
+        names = {key: f"{prefix}trunk.{name}" for key, name in convnext_names(files.keys()).items()}
+        shapes = {names[key]: shape for key, shape in files.shapes().items() if key in names}
+
+        def stream() -> Iterator[tuple[str, Tensor]]:
+            return ((names[key], tensor) for key, tensor in files.items() if key in names)
+
+    else:
+        files = WeightFiles(source)
+        shapes = {f"{prefix}{name}": shape for name, shape in files.shapes().items()}
+
+        def stream() -> Iterator[tuple[str, Tensor]]:
+            return ((f"{prefix}{name}", tensor) for name, tensor in files.items())
+
+    table = llava_table(
+        OFFICIAL, connector=config.connector, num_blocks=config.num_blocks, vocab_rows=config.vocab_rows
+    )
+    own = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+    def verified() -> Iterator[tuple[str, Tensor]]:
+        hashes = {}
+        for name, tensor in stream():
+            if name in own:
+                if not table.is_carried(name):
+                    hashes[name] = hash_tensor(tensor)
+                yield name, tensor
+        if fingerprint_of(hashes) != entry["fingerprint"]:
+            raise UserError(f"{source}: the {part} in it is not the one the artefact was trained with; find that one")
+
+    return own, verified
+
+
+def _tower(config: LlavaConfig, source: str | Path) -> tuple[LlavaConfig, Shapes, Stream]:
+    files = WeightFiles(source)
+    theirs = "vision_model." if any(name.startswith("vision_model.") for name in files.shapes()) else ""
+    names = {name.removeprefix(theirs): shape for name, shape in files.shapes().items() if name.startswith(theirs)}
+    if "embeddings.patch_embedding.weight" not in names:
+        raise UserError(f"{source}: holds no CLIP vision tower")
+    config = with_tower(config, names, files.folder if (files.folder / "config.json").exists() else None)
+    table = clip_table(theirs=theirs, num_blocks=config.num_blocks)
+    return config, table.check(files.shapes(), side="theirs"), partial(_converted, table, files)
+
+
+def table_of(model: Model, layout: str) -> Table:
+    """The conversion table between a model and one of `LAYOUTS`."""
+    config = model.config
+    return llava_table(
+        LAYOUTS[layout],
+        connector=config.connector,
+        num_blocks=config.num_blocks,
+        vocab_rows=config.vocab_rows,
+        tied=config.tied,
+        newline=config.pinpoints is not None,
+        mining=config.high is not None,
+        num_experts=config.num_experts,
+    )
+
+
+def _converted(table: Table, files: WeightFiles) -> Iterator[tuple[str, Tensor]]:
+    return table.stream_to_ours(files.items())
+
+
+def chained(*streams: Stream) -> Stream:
+    """One stream after another."""
+    return lambda: (item for stream in streams for item in stream())

@@ -1,0 +1,190 @@
+"""Qwen-VL and Qwen-VL-Chat: the published files, whose language model is Qwen-7B in names of its own.
+
+In them each head of the tower has its q, k and v together, the language model's q, k and v are one tensor, `w2` is the
+gate and `w1` what it opens, and `intermediate_size` counts both.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from vlm.checkpoints.published.family import Family
+from vlm.checkpoints.tables.rules import Axes, PerHead, Rule, Split, rename
+from vlm.checkpoints.tables.table import Table
+from vlm.errors import UserError
+from vlm.language.qwen import as_qwen2
+
+_THEIRS = "transformer.h.{i}."
+_VISUAL = "transformer.visual."
+_BLOCK = "transformer.visual.transformer.resblocks.{i}."
+_POOL = "transformer.visual.attn_pool."
+_TRUNK = "vision.trunk.blocks.{i}."
+
+
+class QwenVLFamily(Family):
+    system = "qwen_vl"
+    marks: ClassVar = {"official": _POOL + "query"}
+    files = (
+        "qwen.tiktoken",
+        "tokenizer_config.json",
+        "tokenizer.json",
+        "generation_config.json",
+        "SimSun.ttf",
+    )
+
+    def table(self, layout: str, config: Mapping[str, Any]) -> Table:
+        return Table(layout="Qwen-VL", rules=(*_vision_rules(_visual(config)["heads"]), *language_rules("language.")))
+
+    def describe(self, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        visual = _visual(config)
+        kinds = {"qwen.tiktoken": "QwenTokenizer", "tokenizer.json": "HubTokenizer"}
+        found = next((kind for name, kind in kinds.items() if (folder / name).is_file()), None)
+        if found is None:
+            raise UserError(f"{folder}: has neither {' nor '.join(kinds)}; put the tokenizer's files beside")
+        tower = {
+            "name": "vit_gigantic_patch14_clip_224",
+            "layer": -1,
+            "weights": None,
+            "position_grid": 16,  # a constant of the published code: the grid at 224 px
+            "norm_eps": 1e-6,
+            "options": {
+                "class_token": False,
+                "global_pool": "avg",
+                "img_size": visual["image_size"],
+                "patch_size": visual["patch_size"],
+                "embed_dim": visual["width"],
+                "depth": visual["layers"],
+                "num_heads": visual["heads"],
+                "mlp_ratio": visual["mlp_ratio"],
+            },
+        }
+        resampler = {"num_queries": visual["n_queries"], "num_heads": visual.get("resampler_heads")}
+        return {
+            "class_path": "vlm.systems.QwenVL",
+            "init_args": {
+                "vision": {"class_path": "vlm.vision.TimmTower", "init_args": tower},
+                "connector": {"class_path": "vlm.connectors.Resampler", "init_args": resampler},
+                "language": {"class_path": "vlm.language.CausalLM", "init_args": {"config": as_qwen2(config)}},
+                "tokenizer": {"class_path": f"vlm.prompts.{found}", "init_args": {"path": str(folder)}},
+                "template": "qwen_vl_chat" if _is_chat(folder) else "qwen_vl",
+                "image": "squash",
+                "max_tokens": config.get("seq_length", 2048),
+            },
+        }
+
+    def config(self, module: Any, layout: str) -> dict[str, Any]:
+        language, trunk, facts = module.language.config, module.vision.trunk, module.tower
+        block = trunk.blocks[0]
+        # the published code has heads of 128 channels whatever its files say; ours asks
+        num_heads = module.connector.attention.num_heads
+        own = {} if num_heads == language.hidden_size // 128 else {"resampler_heads": num_heads}
+        return {
+            "architectures": ["QWenLMHeadModel"],
+            "auto_map": {
+                "AutoConfig": "configuration_qwen.QWenConfig",
+                "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
+            },
+            "hidden_size": language.hidden_size,
+            "intermediate_size": 2 * language.intermediate_size,
+            "kv_channels": language.hidden_size // language.num_attention_heads,
+            "layer_norm_epsilon": language.rms_norm_eps,
+            "model_type": "qwen",
+            "no_bias": True,
+            "num_attention_heads": language.num_attention_heads,
+            "num_hidden_layers": language.num_hidden_layers,
+            "rotary_emb_base": int(language.rope_parameters["rope_theta"]),
+            "rotary_pct": 1.0,
+            "scale_attn_weights": True,
+            "seq_length": language.max_position_embeddings,
+            "tie_word_embeddings": False,
+            "tokenizer_type": "QWenTokenizer",
+            "torch_dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
+            "use_dynamic_ntk": True,
+            "use_logn_attn": True,
+            "visual": own
+            | {
+                "heads": block.attn.num_heads,
+                "image_size": facts.image_size,
+                "layers": facts.num_blocks,
+                "mlp_ratio": block.mlp.fc1.out_features / facts.dim,
+                "n_queries": module.codec.tower.num_tokens,
+                "output_dim": language.hidden_size,
+                "patch_size": trunk.patch_embed.patch_size[0],
+                "width": facts.dim,
+            },
+            "vocab_size": language.vocab_size,
+        }
+
+    def write_files(self, folder: Path, module: Any) -> None:
+        super().write_files(folder, module)
+        chat_format = "chatml" if module.codec.template.name.startswith("qwen_vl_chat") else "raw"
+        (folder / "generation_config.json").write_text(json.dumps({"chat_format": chat_format}, indent=2) + "\n")
+
+
+def _vision_rules(num_heads: int) -> tuple[Rule, ...]:
+    return (
+        rename(_VISUAL + "conv1.weight", "vision.trunk.patch_embed.proj.weight"),
+        Axes(theirs=(_VISUAL + "positional_embedding",), ours=("vision.trunk.pos_embed",), form="N D -> 1 N D"),
+        rename(_VISUAL + "ln_pre.{p}", "vision.trunk.norm_pre.{p}"),
+        rename(_BLOCK + "ln_1.{p}", _TRUNK + "norm1.{p}"),
+        PerHead(theirs=(_BLOCK + "attn.in_proj.{p}",), ours=(_TRUNK + "attn.qkv.{p}",), num_heads=num_heads),
+        rename(_BLOCK + "attn.out_proj.{p}", _TRUNK + "attn.proj.{p}"),
+        rename(_BLOCK + "ln_2.{p}", _TRUNK + "norm2.{p}"),
+        rename(_BLOCK + "mlp.c_fc.{p}", _TRUNK + "mlp.fc1.{p}"),
+        rename(_BLOCK + "mlp.c_proj.{p}", _TRUNK + "mlp.fc2.{p}"),
+        rename(_POOL + "query", "connector.query"),
+        rename(_POOL + "pos_embed", "connector.positions"),
+        rename(_POOL + "kv_proj.weight", "connector.kv_proj.weight"),
+        rename(_POOL + "ln_q.{p}", "connector.norm_q.{p}"),
+        rename(_POOL + "ln_kv.{p}", "connector.norm_kv.{p}"),
+        rename(_POOL + "attn.in_proj_weight", "connector.attention.in_proj_weight"),
+        rename(_POOL + "attn.in_proj_bias", "connector.attention.in_proj_bias"),
+        rename(_POOL + "attn.out_proj.{p}", "connector.attention.out_proj.{p}"),
+        rename(_VISUAL + "ln_post.{p}", "connector.norm_out.{p}"),
+        Axes(theirs=(_VISUAL + "proj",), ours=("connector.proj.weight",), form="I O -> O I"),
+    )
+
+
+def language_rules(ours: str = "") -> tuple[Rule, ...]:
+    """Of Qwen-7B, by itself or in Qwen-VL.
+
+    Args:
+        ours: what stands before Qwen2's own names.
+    """
+    layer = ours + "model.layers.{i}."
+    return (
+        rename("transformer.wte.weight", ours + "model.embed_tokens.weight"),
+        rename(_THEIRS + "ln_1.weight", layer + "input_layernorm.weight"),
+        Split(
+            theirs=(_THEIRS + "attn.c_attn.{p}",),
+            ours=tuple(layer + f"self_attn.{part}_proj.{{p}}" for part in "qkv"),
+        ),
+        rename(_THEIRS + "attn.c_proj.weight", layer + "self_attn.o_proj.weight"),
+        rename(_THEIRS + "ln_2.weight", layer + "post_attention_layernorm.weight"),
+        rename(_THEIRS + "mlp.w2.weight", layer + "mlp.gate_proj.weight"),
+        rename(_THEIRS + "mlp.w1.weight", layer + "mlp.up_proj.weight"),
+        rename(_THEIRS + "mlp.c_proj.weight", layer + "mlp.down_proj.weight"),
+        rename("transformer.ln_f.weight", ours + "model.norm.weight"),
+        rename("lm_head.weight", ours + "lm_head.weight"),
+    )
+
+
+def _visual(config: Mapping[str, Any]) -> dict[str, Any]:
+    visual = config.get("visual")
+    if not isinstance(visual, dict):
+        raise UserError("config.json: has no `visual` with the tower's sizes; is it the file of these weights?")
+    return {"n_queries": 256, "patch_size": 14, "mlp_ratio": 4.9231, **visual}
+
+
+def qwen_table() -> Table:
+    """Names of a Qwen-7B by itself."""
+    return Table(layout="Qwen-7B", rules=language_rules())
+
+
+def _is_chat(folder: Path) -> bool:
+    """Whether a folder's model is spoken to in ChatML, as its `generation_config.json` says."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return False
+    return json.loads(file.read_text(encoding="utf-8")).get("chat_format") == "chatml"

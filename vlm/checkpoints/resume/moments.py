@@ -1,0 +1,58 @@
+"""An optimizer's moments by parameter name: what a stage hands to one that continues its schedule.
+
+Names, because the next stage may train more or fewer parameters, in other groups and on another number of devices.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from vlm.checkpoints.artefact import Artefact
+from vlm.checkpoints.files.weights import assign, hash_tensor
+from vlm.errors import UserError
+
+
+def moments(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """(`parameter name/state name`, full tensor on the CPU), one at a time; a collective when the state is sharded."""
+    for name, parameter in _named(optimizer):
+        for key, value in optimizer.state[parameter].items():
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            yield f"{name}/{key}", value.detach().cpu()
+
+
+def restore_moments(optimizer: torch.optim.Optimizer, artefact: Artefact) -> None:
+    """Gives every parameter that the artefact's stage trained as well its moments; the others start with none.
+
+    Raises:
+        UserError: the artefact holds no moments, or others than were written.
+    """
+    files = artefact.moments
+    known: dict[str, list[str]] = {}
+    for entry in files.keys():  # noqa: SIM118
+        name, _, key = entry.rpartition("/")
+        known.setdefault(name, []).append(key)
+    for name, parameter in _named(optimizer):
+        state = {}
+        for key in known.get(name, ()):
+            value = files.get(f"{name}/{key}")
+            if hash_tensor(value) != artefact.meta["moments"][f"{name}/{key}"]:
+                raise UserError(f"{artefact.folder}: {key} of {name} is not what was written; train the stage again")
+            if value.shape == parameter.shape:
+                state[key] = torch.zeros_like(parameter, requires_grad=False)
+                assign(state[key], value)
+            elif value.ndim == 0:  # AdamW counts steps per parameter, on the CPU
+                state[key] = value
+            else:
+                raise UserError(
+                    f"{artefact.folder}: {key} of {name} has shape {tuple(value.shape)}, the parameter "
+                    f"{tuple(parameter.shape)}; a stage that continues another one has the same network"
+                )
+        if state:
+            optimizer.state[parameter] = state
+
+
+def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    for group in optimizer.param_groups:
+        yield from zip(group["param_names"], group["params"], strict=True)

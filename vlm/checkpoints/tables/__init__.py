@@ -1,0 +1,1 @@
+"""Published names of tensors and ours, as tables that are read both ways."""

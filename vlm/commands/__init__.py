@@ -1,0 +1,1 @@
+"""What `vlm NAME` runs, one module per command."""

@@ -1,0 +1,99 @@
+"""`vlm convert`: published checkpoints into artefacts of ours, and back.
+
+Official and Hugging Face folders are rewritten tensor by tensor through the table of `vlm.checkpoints.tables.llava`, or
+of the system's family (`vlm.checkpoints.published.family`). Nothing
+is computed, no dtype changes, and what one layout has no place for lies in `carried.safetensors` beside it, so that
+every way round ends with the same bits.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlm.errors import UserError
+
+if TYPE_CHECKING:
+    from vlm.checkpoints.report import LoadReport
+
+TARGETS = ("official", "hf", "ours")
+SYSTEMS = ("llava", "llava_1_5", "llava_next", "mini_gemini", "vila", "fuyu", "qwen_vl")
+
+
+def main(argv: list[str]) -> int:
+    """Runs `vlm convert ARGV`; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="vlm convert", description="Convert a checkpoint between layouts.")
+    parser.add_argument("src", help="folder or hub id of a published checkpoint, or the artefact folder of a stage")
+    parser.add_argument("dst", type=Path, help="folder to write; must not exist")
+    parser.add_argument("--system", required=True, choices=SYSTEMS, help="which system it is")
+    parser.add_argument("--to", required=True, choices=TARGETS, help="layout to write")
+    parser.add_argument("--from", dest="source", default="auto", choices=("auto", *TARGETS), help="layout of SRC")
+    parser.add_argument("--template", help="how the model is talked to (vlm.prompts); default: that of the system")
+    parser.add_argument("--vision", help="folder or hub id of the CLIP tower, when SRC does not hold it")
+    parser.add_argument(
+        "--base", help="folder or hub id of the LLaMA that SRC is a delta over (LLaVA's first releases)"
+    )
+    args = parser.parse_args(argv)
+    report = convert(
+        args.src,
+        args.dst,
+        system=args.system,
+        source_layout=args.source,
+        target_layout=args.to,
+        vision=args.vision,
+        base=args.base,
+        template=args.template,
+    )
+    print(report.render())
+    print(f"written: {args.dst}")
+    return 0
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    system: str,
+    target_layout: str,
+    source_layout: str = "auto",
+    vision: str | Path | None = None,
+    base: str | Path | None = None,
+    template: str | None = None,
+) -> "LoadReport":
+    """Writes the checkpoint `src` to the new folder `dst` in another layout; returns what happened to the tensors.
+
+    Args:
+        src: folder, file or hub id.
+        dst: folder that does not exist yet; it is complete or not there.
+        system: one of `SYSTEMS`.
+        target_layout: `official`, `hf` or `ours` (the artefact of a stage).
+        source_layout: the same names, or `auto`.
+        vision: where the CLIP tower lies when the source has none and the target needs it; by default where the
+            source's own config says.
+        base: what `src` is a delta over (`vlm.checkpoints.published.delta`).
+        template: name of the template an artefact is talked to with, where published files do not say it: of models
+            with a linear projector those over Vicuna v0 speak `v0`, later ones `v1`.
+
+    Raises:
+        UserError: anything that does not fit together; nothing is written then.
+    """
+    dst = Path(dst)
+    if dst.exists():
+        raise UserError(f"{dst}: exists already; remove it or give another folder")
+    from vlm.checkpoints.published.family import FAMILIES
+    from vlm.checkpoints.published.llava_reading import open_checkpoint
+    from vlm.checkpoints.published.llava_writing import write_checkpoint
+    from vlm.commands.convert_family import convert_family
+    from vlm.prompts import get_template
+
+    if template is not None:
+        get_template(template)
+        if target_layout != "ours":
+            raise UserError(f"--template {template}: only our artefacts say how a model is talked to; use --to ours")
+    if system in FAMILIES:
+        if vision is not None or base is not None:
+            raise UserError(f"{system}: is published whole; leave out --vision and --base")
+        return convert_family(
+            src, dst, system=system, target_layout=target_layout, source_layout=source_layout, template=template
+        )
+    model = open_checkpoint(src, system=system, layout=source_layout, vision=vision, target=target_layout, base=base)
+    return write_checkpoint(dst, model, target=target_layout, template=template)

@@ -1,1 +1,0 @@
-"""Data sets in the layouts that their authors publish, brought to the form of `vlm.sample`."""

@@ -1,0 +1,1 @@
+"""From the draws of an optimizer step to the packs of a rank."""

@@ -1,0 +1,66 @@
+"""Token counts of a whole epoch, for batches that are counted in rows or tokens."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from vlm.data.loading.encoder import Encoder
+from vlm.data.loading.workers import worker_context
+from vlm.errors import SampleError, UserError
+
+CHUNK = 256
+
+
+class _Chunks(Dataset):
+    def __init__(self, encoder: Encoder, draws: Sequence[int], epoch: int, tolerant: bool) -> None:
+        self.encoder = encoder
+        self.draws = np.asarray(draws, dtype=np.int64)
+        self.epoch = epoch
+        self.tolerant = tolerant
+
+    def __len__(self) -> int:
+        return -(-len(self.draws) // CHUNK)
+
+    def __getitem__(self, index: int) -> np.ndarray | UserError:
+        draws = self.draws[index * CHUNK : (index + 1) * CHUNK].tolist()
+        try:
+            return np.array([self._length(draw) for draw in draws], dtype=np.int32)
+        except UserError as error:  # see `StepDataset.__getitem__`
+            return error
+
+    def _length(self, draw: int) -> int:
+        try:
+            return self.encoder(draw, epoch=self.epoch).num_tokens
+        except SampleError:
+            if not self.tolerant:
+                raise
+            return 0  # the step that it falls into leaves it out
+
+
+def draw_lengths(
+    encoder: Encoder, draws: Sequence[int], *, epoch: int, num_workers: int = 0, tolerant: bool = False
+) -> list[int]:
+    """Tokens of each draw, true for this epoch: a caption pick or a prefix split can change them.
+
+    Args:
+        tolerant: a sample that cannot be encoded has length 0.
+
+    Raises:
+        UserError: that of the first sample that cannot be encoded.
+    """
+    chunks = _Chunks(encoder, draws, epoch, tolerant)
+    found = []
+    loader = DataLoader(
+        chunks,
+        batch_size=None,
+        num_workers=num_workers,
+        multiprocessing_context=worker_context(num_workers, encoder.codec),
+        generator=torch.Generator(),
+    )
+    for lengths in loader:
+        if isinstance(lengths, UserError):
+            raise lengths
+        found.append(np.asarray(lengths))
+    return np.concatenate(found).tolist()

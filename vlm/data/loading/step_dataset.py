@@ -1,0 +1,139 @@
+"""From one optimizer step's draws to the packs of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from torch.utils.data import Dataset, get_worker_info
+
+from vlm.batch import Batch
+from vlm.codec import Encoded, step_counts
+from vlm.data.loading.shared_memory import Parcel, wrap
+from vlm.data.sampling.packs import check_pack, deal, fill
+from vlm.errors import SampleError, UserError
+
+if TYPE_CHECKING:
+    from vlm.data.loading.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class Step:
+    epoch: int
+    index: int
+    draws: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A step of one rank.
+
+    Attributes:
+        packs: this rank's.
+        bad: the draws of the step that cannot be trained on, with the error of each; they are in none of its packs.
+            Where bad samples are not left out, the first one, and there are no packs.
+    """
+
+    step: Step
+    packs: list[Batch]
+    bad: Mapping[int, SampleError]
+
+
+class StepDataset(Dataset):
+    """From a step to this rank's packs of it.
+
+    Args:
+        tolerant: leave out bad samples.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        world: int,
+        rank: int,
+        accumulate: int,
+        max_tokens: int | None,
+        tolerant: bool = False,
+    ) -> None:
+        self.encoder = encoder
+        self.world, self.rank, self.accumulate = world, rank, accumulate
+        self.max_tokens = max_tokens
+        self.tolerant = tolerant
+
+    def __getitem__(self, step: Step) -> Made | UserError | Parcel:
+        """An error a user can mend is returned: raised in a worker it would arrive as the text of a traceback."""
+        try:
+            made = self.make(step)
+        except UserError as error:
+            return error
+        return wrap(made) if get_worker_info() is not None else made
+
+    def make(self, step: Step, bad: Mapping[int, SampleError] | None = None) -> Made:
+        """The step without the draws in `bad`, and without those that turn out to be bad here."""
+        known = dict(bad or {})
+        items = self._encode(step, known)
+        while self.tolerant or not known:
+            good = {draw: item for draw, item in items.items() if draw not in known}
+            packs, failed = self._collate(step, good)
+            if not failed:
+                return Made(step, packs, known)
+            known |= failed
+        return Made(step, [], known)
+
+    def _encode(self, step: Step, bad: dict[int, SampleError]) -> dict[int, Encoded]:
+        """{draw: item} of the step; adds to `bad` what cannot be encoded."""
+        items: dict[int, Encoded] = {}
+        for draw in step.draws:
+            if draw in bad:
+                continue
+            try:
+                items[draw] = self.encoder(draw, epoch=step.epoch)
+            except SampleError as error:
+                bad[draw] = error
+                if not self.tolerant:
+                    break
+        return items
+
+    def _collate(self, step: Step, good: Mapping[int, Encoded]) -> tuple[list[Batch], dict[int, SampleError]]:
+        """This rank's packs; or the draws among them whose pictures cannot be read."""
+        if not good:
+            raise UserError(
+                f"epoch {step.epoch}, step {step.index}: all of its {len(step.draws)} samples are bad; find them with "
+                "`vlm check-data` and leave them out with data.quarantine"
+            )
+        counts = step_counts(list(good.values()))
+        packs = self.world * self.accumulate
+        items = fill(list(good.values()), packs)
+        lengths = [item.num_tokens for item in items]
+        dealt = deal(lengths, packs)
+        for pack in dealt:  # all of them on every rank: either every rank raises or none
+            check_pack([lengths[i] for i in pack], self.max_tokens)
+        batches: list[Batch] = []
+        failed: dict[int, SampleError] = {}
+        for pack in dealt[self.rank :: self.world]:
+            mine = [items[i] for i in pack]
+            try:
+                batch = self.encoder.codec.collate(mine, counts=counts, packs=packs)
+            except SampleError:
+                found = self._unreadable(mine, good)
+                assert found, "a pack cannot be read of which every sample can"
+                failed |= found
+                if not self.tolerant:
+                    break
+            else:
+                batches.append(replace(batch, judged_by=self.encoder.judged_by))
+        return batches, failed
+
+    def _unreadable(self, pack: Sequence[Encoded], good: Mapping[int, Encoded]) -> dict[int, SampleError]:
+        failed: dict[int, SampleError] = {}
+        for item in pack:
+            try:
+                self.encoder.codec.collate([item], counts=item.counts)
+            except SampleError as error:
+                # by the sample: a filler is a copy of an item that may lie in another rank's pack
+                failed |= {draw: error for draw, other in good.items() if other.sample is item.sample}
+                if not self.tolerant:
+                    break
+        return failed

@@ -1,0 +1,76 @@
+"""Keeping the loader's position and Lightning's own counters of micro-batches in step.
+
+Lightning counts the micro-batches of the epoch and never looks at the loader's position again. Left alone, a run
+resumed under another `accumulate_grad_batches`, or from the middle of an accumulation window, would take its optimizer
+steps at the wrong packs, and an epoch with another number of steps would be cut to the length of the first one.
+"""
+
+import lightning as L
+from lightning.pytorch.loops.progress import _ProcessedTracker
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+
+
+class TrainerProgress:
+    """The training loop of a Lightning trainer, as `vlm.data.loading.loader.Progress`."""
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        loop = trainer.fit_loop
+        # such as `trainer.estimated_stepping_batches` in a hook: the loader would start at the epoch's first step
+        assert not trainer.ckpt_path or loop.is_resuming or loop.epoch_loop.batch_progress.total.ready, (
+            "the training loader is made before the trainer has restored its position"
+        )
+        self.trainer = trainer
+
+    def trained(self) -> int:
+        # `processed` counts finished training steps: a pack whose step raised has been handed out but not trained on
+        return _current(self.trainer.fit_loop.epoch_loop).processed
+
+    def begin_epoch(self, packs: int) -> None:
+        loop = self.trainer.fit_loop
+        if loop._data_fetcher is not None:
+            loop.max_batches = loop._data_fetcher.length = self._limited(packs)
+        # Resumed from the last step of an epoch, Lightning begins the next one without counting it as begun, and would
+        # take a checkpoint written in it for one between two epochs
+        for epochs in (loop.epoch_progress.total, loop.epoch_progress.current):
+            assert isinstance(epochs, _ProcessedTracker)
+            if epochs.ready == epochs.processed:
+                epochs.ready = epochs.started = epochs.processed + 1
+
+    def resume(self, packs: int, *, total: int, mid_step: bool) -> None:
+        loop = self.trainer.fit_loop
+        assert loop._combined_loader is not None
+        loop._combined_loader.limits = [self._limited(total)]
+        progress = loop.epoch_loop.batch_progress
+        current = _current(loop.epoch_loop)
+        # Lightning tells a checkpoint written in `on_train_batch_end` by `completed` being one behind
+        in_batch_end = current.completed == current.processed - 1
+        whole = not mid_step and current.ready == current.processed
+        # at the start of an epoch Lightning's counter of the epoch still shows the one before
+        of_this_epoch = current.completed if packs or mid_step else 0
+        earlier = progress.total.completed - of_this_epoch
+        assert isinstance(progress.total, _ProcessedTracker)
+        for tracker, count in ((current, packs), (progress.total, earlier + packs)):
+            tracker.ready = tracker.started = tracker.processed = count
+            tracker.completed = count - (in_batch_end and whole)
+        if packs == 0:  # nothing of the epoch is done: it starts like any other
+            loop.epoch_loop.restarting = False
+        progress.is_last_batch = packs >= self._limited(total)
+
+    def _limited(self, packs: int) -> int:
+        limit = self.trainer.limit_train_batches
+        return min(packs, limit) if isinstance(limit, int) else int(packs * limit)
+
+
+def is_finished(trainer: L.Trainer) -> bool:
+    """Whether the last optimizer step of the training is done; False for one that was stopped before it."""
+    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+        return True
+    loop = trainer.fit_loop
+    last_epoch = trainer.max_epochs not in (None, -1) and loop.epoch_progress.current.ready >= trainer.max_epochs
+    return last_epoch and _current(loop.epoch_loop).processed >= loop.max_batches
+
+
+def _current(loop: _TrainingEpochLoop) -> _ProcessedTracker:
+    current = loop.batch_progress.current
+    assert isinstance(current, _ProcessedTracker)
+    return current

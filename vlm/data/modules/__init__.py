@@ -1,0 +1,1 @@
+"""The three DataModules and their base."""

@@ -1,0 +1,1 @@
+"""Which samples make an optimizer step, and how they are dealt."""

@@ -1,0 +1,329 @@
+"""How many samples of each source an epoch has, and in which order the sources take turns: pure functions.
+
+A source is seen in shuffled walks. The walk of an epoch goes on where that of the epoch before it stopped, and starts
+anew, in another order, when it has visited all samples: no sample comes a second time before all others of its source
+came once, also when an epoch shows only a part of them.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+import numpy as np
+
+from vlm.data.sampling.order import shuffled
+from vlm.errors import UserError
+from vlm.seeding import seed_from
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The sources of an epoch.
+
+    Either shares (`weights`, `factors`, `epoch_size`) or exact numbers (`epoch_samples` or `repeats`).
+    """
+
+    weights: Mapping[str, float] | Literal["size", "sqrt_size"] = "size"
+    """Per source name, a number proportional to its share; or a rule: `size` (every sample alike) or `sqrt_size`
+    (InstructBLIP: the share of a data set grows with the square root of its size)."""
+
+    factors: Mapping[str, float] | None = None
+    """By name, what to multiply the share of a source by after a rule; 1 where nothing is said (InstructBLIP lowers
+    A-OKVQA and raises OKVQA by hand)."""
+
+    epoch_size: int | None = None
+    """Samples of an epoch; by default as many as all sources have."""
+
+    epoch_samples: Mapping[str, int] | None = None
+    """By name, how many samples of each source an epoch has: the column of thousands in InternLM-XComposer2's list of
+    data, in samples."""
+
+    repeats: Mapping[str, float] | None = None
+    """By name, how often an epoch shows each source: 0.5 is every other sample, 2 is all of them twice. The column of
+    ratios in the same list."""
+
+    order: Literal["random", "spread", "ranks"] = "random"
+    """`random`: every draw picks its source by chance, so that shares hold on average; exact numbers are shuffled.
+    `spread`: each source evenly over the epoch (VILA), in exact numbers. `ranks`: the very samples of VILA's sampler
+    on the devices of its own run, whatever there are here."""
+
+    ranks: int | None = None
+    """With `order: ranks`, the devices of the published run: each has a part of every source to itself, and what fills
+    no batch of all of them is never shown."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weights, Mapping):
+            _check_numbers("weights", self.weights)
+            if self.factors is not None:
+                raise UserError("data.mixture.factors go with a rule; multiply them into data.mixture.weights")
+        elif self.weights not in ("size", "sqrt_size"):
+            raise UserError(
+                f"data.mixture.weights must be size, sqrt_size or a number per source, found {self.weights!r}"
+            )
+        if self.order not in ("random", "spread", "ranks"):
+            raise UserError(f"data.mixture.order must be random, spread or ranks, found {self.order!r}")
+        if (self.order == "ranks") != (self.ranks is not None) or (self.ranks is not None and self.ranks < 1):
+            raise UserError(f"data.mixture.ranks: a number of devices goes with order: ranks, found {self.ranks!r}")
+        if self.epoch_size is not None and self.epoch_size < 1:
+            raise UserError(f"data.mixture.epoch_size must be at least 1, found {self.epoch_size}")
+        if self.factors is not None:
+            _check_numbers("factors", self.factors, some=False)
+        exact = [name for name in ("epoch_samples", "repeats") if getattr(self, name) is not None]
+        for name in exact:
+            _check_numbers(name, getattr(self, name))
+        if exact and (len(exact) > 1 or self.epoch_size is not None or self.factors or self.weights != "size"):
+            raise UserError(
+                f"data.mixture.{exact[0]} says how many samples an epoch has; remove "
+                "the other numbers (weights, factors, epoch_size, epoch_samples, repeats)"
+            )
+        if self.order == "ranks" and (exact or self.epoch_size is not None or self.factors or self.weights != "size"):
+            raise UserError(
+                "data.mixture.order: ranks takes each source as it is; remove the other numbers (weights, factors, "
+                "epoch_size, epoch_samples, repeats)"
+            )
+
+    @property
+    def by_chance(self) -> bool:
+        """Whether every draw picks its source by chance."""
+        return self.epoch_samples is None and self.repeats is None and self.order == "random"
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raises `UserError` when the sources are not those that the mixture speaks of."""
+        check_names("data.mixture", {}, names)
+        for key in ("weights", "epoch_samples", "repeats", "factors"):
+            value = getattr(self, key)
+            if isinstance(value, Mapping):
+                check_names(f"data.mixture.{key}", value, names, every=key != "factors")
+
+    def shares(self, sizes: Mapping[str, int]) -> list[float]:
+        """Per source, the share of an epoch that comes from it.
+
+        Args:
+            sizes: number of samples by name of source.
+        """
+        values: list[float]
+        counts = self._given(sizes)
+        if counts is not None:
+            values = [float(count) for count in counts]
+        elif isinstance(self.weights, Mapping):
+            values = [float(self.weights[name]) for name in sizes]
+        else:
+            values = [math.sqrt(size) if self.weights == "sqrt_size" else float(size) for size in sizes.values()]
+            factors = self.factors or {}
+            values = [value * factors.get(name, 1.0) for name, value in zip(sizes, values, strict=True)]
+        if not sum(values) > 0:
+            raise UserError("data.mixture leaves no sample; give a source that is not empty a number above 0")
+        for name, value in zip(sizes, values, strict=True):
+            if value and not sizes[name]:
+                raise UserError(f"source {name!r} is empty but data.mixture wants samples of it; set its number to 0")
+        return [value / sum(values) for value in values]
+
+    def counts(self, sizes: Mapping[str, int]) -> list[int] | None:
+        """Samples of each source in an epoch; None where chance decides."""
+        shares = self.shares(sizes)
+        counts = self._given(sizes)
+        if counts is None and self.order == "spread":
+            counts = apportion(shares, self.num_draws(sizes))
+        return counts
+
+    def num_draws(self, sizes: Mapping[str, int]) -> int:
+        """Samples of an epoch."""
+        counts = self._given(sizes)
+        if counts is not None:
+            return sum(counts)
+        return self.epoch_size if self.epoch_size is not None else sum(sizes.values())
+
+    def _given(self, sizes: Mapping[str, int]) -> list[int] | None:
+        if self.epoch_samples is not None:
+            return [int(self.epoch_samples[name]) for name in sizes]
+        if self.repeats is not None:
+            return [round(self.repeats[name] * size) for name, size in sizes.items()]
+        return None
+
+    def picks(self, sizes: Mapping[str, int], *, seed: int, epoch: int, turns: "Turns | None" = None) -> np.ndarray:
+        """int64[num_draws], the source of each draw of the epoch.
+
+        Args:
+            turns: draws that chance takes together; by default each alone.
+        """
+        counts = self.counts(sizes)
+        if counts is not None:
+            return arranged(counts, spread_out=self.order == "spread", seed=seed_from(seed, epoch, 2))
+        return drawn(
+            self.shares(sizes),
+            self.num_draws(sizes),
+            turns=turns or Turns(range(len(sizes))),
+            seed=seed_from(seed, epoch, 1),
+        )
+
+    def draws(
+        self, sizes: Mapping[str, int], *, seed: int, epoch: int, turns: "Turns | None" = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch in order, as (sample, visit).
+
+        Returns:
+            int64[num_draws] index of each draw's sample, counted over all sources, and int64[num_draws] how often the
+            walk over its source has started anew since the beginning of the epoch.
+        """
+        picks = self.picks(sizes, seed=seed, epoch=epoch, turns=turns)
+        counts = self.counts(sizes)
+        if counts is not None:
+            starts = [count * epoch for count in counts]
+        else:  # chance decided how far the walks came, and decides the same again
+            starts = [0] * len(sizes)
+            for earlier in range(epoch):
+                found = np.bincount(
+                    self.picks(sizes, seed=seed, epoch=earlier, turns=turns), minlength=len(sizes)
+                ).tolist()
+                starts = [start + count for start, count in zip(starts, found, strict=True)]
+        samples, visits = np.empty(len(picks), dtype=np.int64), np.empty(len(picks), dtype=np.int64)
+        first = 0
+        for which, size in enumerate(sizes.values()):
+            places = np.flatnonzero(picks == which)
+            samples[places], visits[places] = walk(
+                size, start=starts[which], count=len(places), seed=seed_from(seed, which)
+            )
+            samples[places] += first
+            first += size
+        return samples, visits
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Draws that chance takes together: `length` in a row come from one group."""
+
+    groups: Sequence[int]
+    """Of each source, counted from 0."""
+
+    length: int = 1
+
+
+def drawn(shares: Sequence[float], num_draws: int, *, turns: Turns, seed: int) -> np.ndarray:
+    """int64[num_draws], sources by chance: of each turn the group, then of each draw a source of that group."""
+    random = np.random.RandomState([seed >> 32, seed & 0xFFFFFFFF])
+    groups, parts = np.asarray(turns.groups), np.asarray(shares)
+    choices = _choose(np.bincount(groups, weights=parts), random.random_sample(-(-num_draws // turns.length)))
+    chosen = np.repeat(choices, turns.length)[:num_draws]
+    uniform = random.random_sample(num_draws)
+    picks = np.empty(num_draws, dtype=np.int64)
+    for group in np.unique(chosen):
+        members, places = np.flatnonzero(groups == group), np.flatnonzero(chosen == group)
+        picks[places] = members[_choose(parts[members], uniform[places])]
+    return picks
+
+
+def _choose(parts: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    bounds = np.cumsum(parts) / parts.sum()
+    bounds[np.flatnonzero(parts)[-1] :] = 1.0  # the sum of rounded shares may be a little less
+    return np.searchsorted(bounds, uniform, side="right")
+
+
+def arranged(counts: Sequence[int], *, spread_out: bool, seed: int) -> np.ndarray:
+    """int64[sum(counts)], kinds 0, 1, ... in exact numbers, evenly or in random order."""
+    if spread_out:
+        return spread(counts)
+    kinds = np.repeat(np.arange(len(counts)), counts)
+    return kinds[np.asarray(shuffled(len(kinds), seed=seed, epoch=0), dtype=np.int64)]
+
+
+def spread(counts: Sequence[int]) -> np.ndarray:
+    """int64[sum(counts)], kinds 0, 1, ..., each evenly over the whole (VILA's sampler).
+
+    The most frequent kind chooses first, at equal distances; the next one chooses among the places that are left.
+    """
+    kinds = np.empty(sum(counts), dtype=np.int64)
+    free = np.arange(len(kinds))
+    for kind in sorted(range(len(counts)), key=lambda kind: -counts[kind]):
+        if counts[kind]:
+            taken = np.arange(counts[kind]) * len(free) // counts[kind]
+            kinds[free[taken]] = kind
+            free = np.delete(free, taken)
+    return kinds
+
+
+def walk(size: int, *, start: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Stops start .. start + count of an endless walk over `size` samples.
+
+    Returns:
+        int64[count] samples, and int64[count] rounds since the one that `start` lies in.
+    """
+    samples = np.empty(count, dtype=np.int64)
+    if not count:
+        return samples, samples.copy()
+    stops = np.arange(start, start + count)
+    rounds = stops // size
+    for number in range(rounds[0], rounds[-1] + 1):
+        order = np.asarray(shuffled(size, seed=seed_from(seed, int(number)), epoch=0), dtype=np.int64)
+        here = rounds == number
+        samples[here] = order[stops[here] % size]
+    return samples, rounds - rounds[0]
+
+
+def rank_orders(sizes: Sequence[int], *, rank_batch: int, ranks: int, seed: int, epoch: int) -> list[list[int]]:
+    """What each device sees in an epoch of VILA's `VILADistributedSampler`, in order.
+
+    A source is cut into equal parts, one for each rank, of as many batches as all ranks can fill; its last samples are
+    left out in every epoch. A rank shuffles its parts (Python's own generator, seeded by `seed + epoch` on every rank
+    alike) and spreads them evenly over the epoch.
+
+    Args:
+        sizes: samples of each source; indices count over all of them.
+        rank_batch: samples of one rank in a step.
+
+    Raises:
+        UserError: no source fills a step.
+    """
+    own = [size // (rank_batch * ranks) * rank_batch for size in sizes]
+    if not sum(own):
+        raise UserError(
+            f"data.mixture.order: ranks leaves no sample: no source has {rank_batch * ranks} of them, one step of all "
+            "devices; lower data.batch.size"
+        )
+    starts = np.cumsum([0, *sizes]).tolist()
+    pattern = spread(own).tolist()
+    orders: list[list[int]] = []
+    for rank in range(ranks):
+        random = Random(seed + epoch)
+        parts = [list(range(starts[k] + rank * n, starts[k] + (rank + 1) * n)) for k, n in enumerate(own)]
+        for part in parts:
+            random.shuffle(part)
+        left = [iter(part) for part in parts]
+        orders.append([next(left[kind]) for kind in pattern])
+    return orders
+
+
+def ranks_together(orders: Sequence[Sequence[int]], *, rank_batch: int) -> list[int]:
+    """Steps one after another: of each the samples of rank 0, of rank 1, and so on."""
+    num = len(orders[0])
+    return [index for at in range(0, num, rank_batch) for order in orders for index in order[at : at + rank_batch]]
+
+
+def apportion(shares: Sequence[float], total: int) -> list[int]:
+    """Whole numbers that sum to `total`, in proportion to `shares`: what is left goes to the largest remainders."""
+    exact = [share * total for share in shares]
+    counts = [math.floor(value) for value in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def check_names(key: str, given: Mapping[str, object], names: Sequence[str], *, every: bool = False) -> None:
+    """Raises `UserError` unless `given` speaks of sources that are there, and of each of them with `every`."""
+    if len(set(names)) < len(names):
+        raise UserError(f"{key} needs sources with different names, found {list(names)}; set their 'name'")
+    if set(given) - set(names) or (every and set(given) != set(names)):
+        remedy = "name each once" if every else "take a name from there"
+        raise UserError(f"{key} names {sorted(given)}, the sources are {sorted(names)}; {remedy}")
+
+
+def _check_numbers(key: str, values: Mapping[str, float], *, some: bool = True) -> None:
+    numbers = list(values.values())
+    if not all(isinstance(number, (int, float)) and 0 <= number < math.inf for number in numbers):
+        raise UserError(f"data.mixture.{key} must be numbers that are not negative, found {dict(values)}")
+    if key == "epoch_samples" and not all(float(number).is_integer() for number in numbers):
+        raise UserError(f"data.mixture.{key} must be whole numbers of samples, found {dict(values)}")
+    if some and not sum(numbers) > 0:
+        raise UserError(f"data.mixture.{key}: one number must be above 0, found {dict(values)}")

@@ -1,0 +1,241 @@
+"""Files of samples, in the forms people publish them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm.data.sources.json_records import RecordFile
+from vlm.data.sources.llava_boxes import mark_places, says_again
+from vlm.errors import SampleError, UserError
+from vlm.sample import MAX_PIXELS, Sample, parse_sample
+from vlm.sample.paths import located
+
+IMAGE_MARK = "<image>"
+_LLAVA_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+_TURNS = ("conversations", "messages")
+EXTRA_KEYS = ("task", "group", "answers", "choices")
+"""Of the form of `vlm.sample`; other forms hand them on as they are."""
+
+
+class Source(ABC):
+    """A sequence of samples that travels to worker processes and reads each sample when asked.
+
+    Attributes:
+        name: how mixing weights, logs and metrics call it.
+    """
+
+    name: str
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample:
+        """Raises `SampleError` for a sample that breaks the schema, `IndexError` beyond the end."""
+
+    @abstractmethod
+    def has_image(self, index: int) -> bool:
+        """Whether the sample has a picture, without reading the sample again."""
+
+    def place(self, index: int) -> tuple[str, int]:
+        """Name of the source that a sample comes from and its number there, as lists of bad samples have them."""
+        return self.name, index
+
+    def image_mask(self) -> np.ndarray:
+        """bool[len(self)], `has_image` of every sample."""
+        return np.fromiter((self.has_image(i) for i in range(len(self))), dtype=bool, count=len(self))
+
+
+class JsonSource(Source):
+    """A JSON list or JSONL file. The file is scanned once, when something first asks about its samples.
+
+    Args:
+        path: the file, or a URL (`s3://...`) that fsspec can open.
+        image_root: folder that image paths start at and that none may leave; by default the folder of the file.
+        name: by default the file's name without its ending.
+        max_pixels: limit on decode.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        image_root: str | Path | None = None,
+        name: str | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self.path = located(path)
+        self.image_root = located(image_root) if image_root is not None else self.path.parent
+        self.name = name if name is not None else self.path.stem
+        self.max_pixels = max_pixels
+
+    @cached_property
+    def _records(self) -> RecordFile:
+        return RecordFile(self.path, flag=self._flag)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Sample:
+        return parse_sample(
+            self._schema(self._records[index], index),
+            source=str(self.path),
+            position=index,
+            image_root=self.image_root,
+            max_pixels=self.max_pixels,
+        )
+
+    def has_image(self, index: int) -> bool:
+        return bool(self._records.flags[index])
+
+    def image_mask(self) -> np.ndarray:
+        return self._records.flags
+
+    @staticmethod
+    def _flag(record: Mapping[str, Any]) -> bool:
+        return bool(record.get("images"))
+
+    def _schema(self, record: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+        """The record in the form of `vlm.sample`."""
+        return record
+
+
+class ChatJson(JsonSource):
+    """Records that are in the form of `vlm.sample` already."""
+
+
+class LlavaJson(JsonSource):
+    """The form LLaVA and most of its followers publish.
+
+    ::
+
+        [{"id": "7", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
+                                                         {"from": "gpt", "value": "A boat."}]}]
+
+    Each `<image>` becomes an image part where it stands; the text around it is kept to the last blank, because what
+    to strip is the template's business and differs between the systems. `image` (or `images`) is a path or a list.
+
+    Args:
+        path: as in `JsonSource`.
+        places: boxes in the text, such as `[0.12, 0.30, 0.55, 0.80]`, are places in the (last) picture, counted from
+            its padded square: each system then writes them in its own form, and every transform moves them along.
+            `answers` that only say the answer again are written in that form too. Without, they are text.
+        **keywords: as in `JsonSource`.
+    """
+
+    def __init__(self, path: str | Path, places: bool = False, **keywords: Any) -> None:
+        super().__init__(path, **keywords)
+        self.places = places
+
+    @staticmethod
+    def _flag(record: Mapping[str, Any]) -> bool:
+        return bool(record.get("image") or record.get("images"))
+
+    def _schema(self, record: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+        def error(message: str) -> SampleError:
+            return SampleError(message, sample_id=str(record.get("id", index)), source=str(self.path))
+
+        if "conversations" not in record:
+            raise error(f"key 'conversations' is missing; {without_turns(record)}")
+        turns = record["conversations"]
+        if not isinstance(turns, list) or not turns:
+            raise error("'conversations' must be a list of at least one {'from', 'value'}")
+        if record.get("image") and record.get("images"):
+            raise error("has both 'image' and 'images'; keep one of them")
+        images = record.get("image") or record.get("images") or []
+        if not isinstance(images, (str, list)):
+            raise error(f"'image' must be a path or a list of paths, found {images!r}")
+        converted = {
+            "id": record.get("id", index),
+            "images": [images] if isinstance(images, str) else images,
+            "messages": [_message(turn, f"conversations[{i}]", error) for i, turn in enumerate(turns)],
+        }
+        extra = {key: record[key] for key in EXTRA_KEYS if key in record}
+        if self.places and images:
+            answer_has_some = mark_places(converted["messages"])
+            if answer_has_some and says_again(extra.get("answers"), turns[-1]["value"]):
+                del extra["answers"]
+        return converted | extra
+
+
+def without_turns(record: Mapping[str, Any]) -> str:
+    """What to do about a record that holds no conversation."""
+    for key, value in record.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping) and {*_TURNS} & value[0].keys():
+            return f"the file is one object; make it the list that is under {key!r}"
+        if isinstance(value, Mapping) and {*_TURNS} & value.keys():
+            return f"the file is an object by id ({key!r}, ...); make it a list of its values"
+    if "messages" in record:
+        return "read the file with vlm.data.MessagesJson, which knows 'messages'"
+    return (
+        f"found keys {sorted(map(str, record))}; a record needs 'conversations': "
+        "[{'from': 'human', 'value': ...}, {'from': 'gpt', 'value': ...}]"
+    )
+
+
+def _message(turn: Any, key: str, error) -> dict[str, Any]:
+    if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
+        spelled = " (MessagesJson reads 'role' and 'content')" if isinstance(turn, Mapping) and "role" in turn else ""
+        raise error(f"{key} must be an object with 'from' and 'value'{spelled}")
+    role, value = turn["from"], turn["value"]
+    if not isinstance(role, str) or role not in _LLAVA_ROLES:
+        raise error(f"{key}: unknown role 'from': {role!r}; use one of {', '.join(_LLAVA_ROLES)}")
+    if not isinstance(value, str):
+        raise error(f"{key}: 'value' must be a string, found {value!r}")
+    return {"role": _LLAVA_ROLES[role], "content": content_parts(value)}
+
+
+def content_parts(text: str) -> list[dict[str, str]]:
+    """Content parts of a text in which `<image>` is the place of a picture."""
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(text.split(IMAGE_MARK)):
+        if number:
+            parts.append({"type": "image"})
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+class Concat(Source):
+    """Several sources, one after another.
+
+    Args:
+        key: the setting that lists the sources, for messages.
+    """
+
+    def __init__(self, sources: Sequence[Source], *, name: str = "all", key: str = "data.sources") -> None:
+        if not sources:
+            raise UserError(f"{key} is empty; list at least one source")
+        self.name = name
+        self.sources = tuple(sources)
+        self.ends = np.cumsum([len(source) for source in self.sources])
+        if not self.ends[-1]:
+            raise UserError(f"{key} holds no samples ({', '.join(source.name for source in self.sources)})")
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int) -> Sample:
+        source, local = self._locate(index)
+        return source[local]
+
+    def has_image(self, index: int) -> bool:
+        source, local = self._locate(index)
+        return source.has_image(local)
+
+    def place(self, index: int) -> tuple[str, int]:
+        source, local = self._locate(index)
+        return source.place(local)
+
+    def image_mask(self) -> np.ndarray:
+        return np.concatenate([source.image_mask() for source in self.sources])
+
+    def _locate(self, index: int) -> tuple[Source, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name} has {len(self)} samples, asked for number {index}")
+        which = int(np.searchsorted(self.ends, index, side="right"))
+        start = int(self.ends[which - 1]) if which else 0
+        return self.sources[which], index - start

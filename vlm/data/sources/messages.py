@@ -1,0 +1,99 @@
+"""Chats as Hugging Face and ShareGPT tools keep them, told by their keys and brought to the form of `vlm.sample`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from vlm.data.sources.base import EXTRA_KEYS, JsonSource, content_parts, without_turns
+from vlm.errors import SampleError
+from vlm.sample import ImageFile
+
+TURN_KEYS = ("messages", "conversations")
+IMAGE_KEYS = ("images", "image")
+_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+
+
+class MessagesJson(JsonSource):
+    """Chats in any of the usual spellings, told record by record.
+
+    ::
+
+        {"messages": [{"role": "user", "content": "<image>What is this?"}, {"role": "assistant", "content": "A boat."}],
+         "images": ["a.png"]}
+        {"conversations": [{"from": "human", "value": "<image>What is this?"}, {"from": "gpt", "value": "A boat."}],
+         "system": "Be brief.", "image": "a.png"}
+
+    Content is a list of parts, as in `ChatJson`, or a string; in a string `<image>` is the place of a picture. A
+    picture is a path. Roles are `system`, `user` or `human`, `assistant` or `gpt`.
+    """
+
+    @staticmethod
+    def _flag(record: Mapping[str, Any]) -> bool:
+        return any(record.get(key) for key in IMAGE_KEYS)
+
+    def _schema(self, record: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+        def error(message: str) -> SampleError:
+            return SampleError(message, sample_id=str(record.get("id", index)), source=str(self.path))
+
+        return chat_record(record, index, error=error, max_pixels=self.max_pixels)
+
+
+def chat_record(
+    record: Mapping[str, Any], index: int, *, error: Callable[[str], SampleError], max_pixels: int
+) -> dict[str, Any]:
+    """A record in the form of `vlm.sample`; see `MessagesJson`.
+
+    A picture may also be `{"bytes": ..., "path": ...}`, as in rows of the `datasets` library.
+
+    Raises:
+        SampleError: made by `error`.
+    """
+    turns = _one_of(record, TURN_KEYS, error)
+    if turns is None:
+        raise error(f"neither 'messages' nor 'conversations' is there; {without_turns(record)}")
+    key = next(key for key in TURN_KEYS if record.get(key) is not None)
+    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+        raise error(f"{key!r} must be a list of at least one turn")
+    messages = [_message(turn, f"{key}[{at}]", error) for at, turn in enumerate(turns)]
+    system = record.get("system")
+    if system is not None and not isinstance(system, str):
+        raise error(f"'system' must be a string, found {system!r}")
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    images = _one_of(record, IMAGE_KEYS, error)
+    images = [] if images is None else images if isinstance(images, list) else [images]
+    identity = record.get("id")
+    return {
+        "id": index if identity is None else identity,
+        "messages": messages,
+        "images": [_image(image, error, max_pixels) for image in images],
+        **{key: record[key] for key in EXTRA_KEYS if record.get(key) is not None},
+    }
+
+
+def _one_of(record: Mapping[str, Any], keys: Sequence[str], error: Callable[[str], SampleError]) -> Any:
+    found = [key for key in keys if record.get(key) is not None]
+    if len(found) > 1:
+        raise error(f"has both {found[0]!r} and {found[1]!r}; keep one of them")
+    return record[found[0]] if found else None
+
+
+def _message(turn: Any, key: str, error: Callable[[str], SampleError]) -> dict[str, Any]:
+    if not isinstance(turn, Mapping) or not ({"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys()):
+        raise error(f"{key} must be an object with 'role' and 'content', or with 'from' and 'value'")
+    role, content = (turn["role"], turn["content"]) if "role" in turn else (turn["from"], turn["value"])
+    if not isinstance(role, str) or role not in _ROLES:
+        raise error(f"{key}: unknown role {role!r}; use one of {', '.join(_ROLES)}")
+    return {"role": _ROLES[role], "content": content_parts(content) if isinstance(content, str) else content}
+
+
+def _image(entry: Any, error: Callable[[str], SampleError], max_pixels: int) -> Any:
+    if not isinstance(entry, Mapping):
+        return entry
+    data, path = entry.get("bytes"), entry.get("path")
+    if data is None and path is None:
+        raise error("a picture has neither 'bytes' nor 'path'")
+    if data is None:
+        return path
+    if not isinstance(data, bytes):
+        raise error(f"the 'bytes' of picture {path!r} are a {type(data).__name__}; JSON cannot hold them, use a path")
+    return ImageFile(name=path or "<bytes>", data=data, max_pixels=max_pixels)

@@ -1,0 +1,168 @@
+"""Conversations as Qwen-VL publishes them for fine-tuning, and its files of questions and referring expressions."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm.data.benchmarks.base import asked
+from vlm.data.sources.fields import IMAGE, Fields, Part, RecordSource, after_image, exchange, text
+
+_PART = re.compile(
+    r"(?:Picture \d+: ?)?<img>(?P<img>.*?)</img>|<ref>(?P<ref>.*?)</ref>"
+    r"|<box>(?P<box>.*?)</box>|<quad>(?P<quad>.*?)</quad>",
+    re.DOTALL,
+)
+_POINT = r"\((0|[1-9]\d{0,2}),(0|[1-9]\d{0,2})\)"
+_POINTS = {"box": re.compile(f"{_POINT},{_POINT}"), "quad": re.compile(",".join([_POINT] * 4))}
+_ROLES = ("system", "user", "assistant")
+
+
+def parse_text(content: str, *, first_image: int = 0) -> tuple[list[Part], list[str]]:
+    """A text with Qwen-VL's marks as parts of a message (`vlm.sample`), and the paths of its pictures in their order.
+
+    ::
+
+        Picture 1: <img>a.jpg</img>\\n<ref>the dog</ref><box>(120,300),(550,800)</box>
+
+    `Picture 1: ` goes: the template of the chat model writes it. Places belong to the last picture before them.
+    Where there is none, and where a place is no box (swapped corners, numbers over 999), its text stays text.
+
+    Args:
+        first_image: number of pictures before this text.
+    """
+    parts: list[Part] = []
+    paths: list[str] = []
+    end = 0
+
+    def add(value: str) -> None:
+        if value and parts and parts[-1]["type"] == "text":
+            parts[-1] = text(parts[-1]["text"] + value)
+        elif value:
+            parts.append(text(value))
+
+    for match in _PART.finditer(content):
+        add(content[end : match.start()])
+        end = match.end()
+        kind, value = str(match.lastgroup), match[str(match.lastgroup)]
+        shown = first_image + len(paths)
+        place = _place(kind, value, image=shown - 1) if kind in _POINTS and shown else None
+        if kind == "img":
+            parts.append(IMAGE)
+            paths.append(value)
+        elif kind == "ref" and value.strip():
+            parts.append({"type": "ref", "text": value})
+        elif place is not None:
+            parts.append(place)
+        else:
+            add(match.group())
+    add(content[end:])
+    return parts, paths
+
+
+class QwenJson(RecordSource):
+    """The form that Qwen-VL's `finetune.py` reads.
+
+    ::
+
+        [{"id": "identity_0", "conversations": [
+            {"from": "user", "value": "Picture 1: <img>a.jpg</img>\\n框出图中的格子衬衫"},
+            {"from": "assistant", "value": "<ref>格子衬衫</ref><box>(588,499),(725,789)</box>"}]}]
+
+    Pictures are numbered anew by the template, over the whole conversation; see `parse_text`.
+    """
+
+    def _flag(self, record: Mapping[str, Any]) -> bool:  # type: ignore[override]
+        turns = record.get("conversations")
+        turns = turns if isinstance(turns, list) else []
+        return any("<img>" in str(turn.get("value")) for turn in turns if isinstance(turn, Mapping))
+
+    def chat(self, fields: Fields) -> dict[str, Any]:
+        messages: list[dict[str, Any]] = []
+        paths: list[str] = []
+        for at, turn in enumerate(fields.objects("conversations")):
+            role, value = turn.text("from"), turn.need("value", str, "a text")
+            if role not in _ROLES:
+                raise fields.error(f"conversations[{at}]: unknown role {role!r}; use one of {', '.join(_ROLES)}")
+            content, found = parse_text(value, first_image=len(paths))
+            messages.append({"role": role, "content": content})
+            paths += found
+        return {"images": paths, "messages": messages}
+
+
+class QwenQuestions(RecordSource):
+    """Questions in the files that Qwen-VL publishes for its benchmarks, to ask and to train on.
+
+    ::
+
+        {"image": "a.png", "question": "Who is the author?", "question_id": 7, "answer": "Ann"}
+
+    `answer` may be a list, of which the first is trained.
+
+    Args:
+        path: JSONL.
+        task: name of the benchmark.
+        request: on a line behind the question, or text with `{}` in the place of the question.
+        **keywords: `image_root`, `name`, `max_pixels` as in `JsonSource`.
+    """
+
+    def __init__(self, path: str | Path, task: str, request: str = "{} Answer:", **keywords: Any) -> None:
+        super().__init__(path, **keywords)
+        self.task, self.request = task, request
+
+    def chat(self, fields: Fields) -> dict[str, Any]:
+        found = fields.need("answer", (str, list), "a text or a list of texts")
+        answers = fields.texts("answer") if isinstance(found, list) else [fields.text("answer")]
+        question = asked(fields.text("question"), self.request)
+        return {
+            "images": [fields.text("image")],
+            "messages": exchange(after_image(question), [text(answers[0])]),
+            "answers": answers,
+        } | ({"id": fields.record["question_id"]} if "question_id" in fields.record else {})
+
+
+class QwenReferring(RecordSource):
+    """RefCOCO, RefCOCO+ and RefCOCOg in the files that Qwen-VL publishes: one expression and its box a line.
+
+    ::
+
+        {"image": "a.jpg", "sent": "the left dog", "bbox": [x0, y0, x1, y1], "width": 640, "height": 480}
+
+    Questions alone: the box is the only one of `answers`, in LLaVA's form and not rounded, to be judged with
+    `vlm.metrics.GroundingAccuracy` and `references: llava`.
+
+    Args:
+        path: JSONL.
+        request: text with `{}` in the place of the expression.
+        **keywords: `image_root`, `name`, `max_pixels` as in `JsonSource`.
+    """
+
+    task = "refcoco"
+
+    def __init__(self, path: str | Path, request: str = "<ref>{}</ref><box>", **keywords: Any) -> None:
+        super().__init__(path, **keywords)
+        self.request = request
+
+    def chat(self, fields: Fields) -> dict[str, Any]:
+        values = fields.numbers("bbox", 4)
+        sides = [fields.need(key, (int, float), "a number of pixels") for key in ("width", "height")] * 2
+        if min(sides) <= 0 or values[0] >= values[2] or values[1] >= values[3]:
+            raise fields.error(f"'bbox' {values} must be left, top, right, bottom in a picture of {sides[:2]} pixels")
+        shares = ", ".join(f"{value / side:.9f}" for value, side in zip(values, sides, strict=True))
+        content = after_image(asked(fields.text("sent"), self.request))
+        return {
+            "images": [fields.text("image")],
+            "messages": [{"role": "user", "content": content}],
+            "answers": [f"[{shares}]"],
+        }
+
+
+def _place(kind: str, value: str, *, image: int) -> Part | None:
+    """A place in thousandths as a part of a message; None where the text is none that would be written so."""
+    match = _POINTS[kind].fullmatch(value)
+    if match is None:
+        return None
+    values: Sequence[float] = [int(number) / 1000 for number in match.groups()]
+    if kind == "box" and not (values[0] < values[2] and values[1] < values[3]):
+        return None
+    return {"type": kind, kind: list(values), "image": image}

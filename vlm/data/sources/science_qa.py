@@ -1,0 +1,142 @@
+"""ScienceQA (Learn to Explain, Lu et al., 2022) in its own layout: `problems.json`, `pid_splits.json`, `images/`."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from vlm.data.benchmarks.base import read_object
+from vlm.data.sources.base import Source
+from vlm.errors import SampleError, UserError
+from vlm.sample import MAX_PIXELS, Sample, parse_sample
+
+TASK = "science_qa"
+LETTERS = "ABCDE"
+Form = Literal["QCM-LEA", "QCM-A"]
+
+
+class ScienceQA(Source):
+    """Multiple-choice questions, half of them with a picture, with a lecture and an explanation of the answer.
+
+    ::
+
+        problems.json        {"7": {"question": "Which is a solid?", "choices": ["a ball", "air"], "answer": 0,
+                                    "hint": "", "image": "image.png" or null, "lecture": "...", "solution": "...",
+                                    "split": "train"}, ...}
+        pid_splits.json      {"train": ["7", ...], "val": [...], "minival": [...], "test": [...], "minitest": [...]}
+        images/train/7/image.png
+
+    A sample reads as in LLaVA's `convert_sqa_to_llava` (haotian-liu/LLaVA)::
+
+        Which is a solid?                          question
+        Context: N/A                               hint
+        Options: (A) a ball (B) air                choices
+        <image>                                    behind the question
+
+        {lecture} {solution} The answer is A.      with the form QCM-LEA
+
+    Blanks at both ends are stripped, every double blank becomes one, and a backslash with an n in lecture or solution
+    is a new line, all as published. `choices` are the options and `answers` the
+    letter, with the task `science_qa`.
+
+    Args:
+        path: the folder.
+        split: a key of `pid_splits.json`; a question's picture lies under the split that the question itself names.
+        form: what the answer is: QCM-LEA reasons first (LLaVA), QCM-A is the letter's sentence alone.
+        name: by default `science_qa_{split}`.
+        max_pixels: limit on decode.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        split: str,
+        form: Form = "QCM-LEA",
+        name: str | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        if form not in ("QCM-LEA", "QCM-A"):
+            raise UserError(f"ScienceQA: unknown form {form!r}; use QCM-LEA or QCM-A")
+        self.path = Path(path)
+        self.split = split
+        self.form = form
+        self.name = name if name is not None else f"{TASK}_{split}"
+        self.max_pixels = max_pixels
+
+    @cached_property
+    def _problems(self) -> list[tuple[str, Any]]:
+        """(id, problem) of the split, in its order."""
+        problems, splits = (read_object(self.path / name) for name in ("problems.json", "pid_splits.json"))
+        ids = splits.get(self.split)
+        if not isinstance(ids, list):
+            raise UserError(f"{self.path / 'pid_splits.json'}: no split {self.split!r}; it has {', '.join(splits)}")
+        ids = [str(pid) for pid in ids]
+        if lost := [pid for pid in ids if pid not in problems]:
+            raise UserError(f"{self.path / 'problems.json'}: question {lost[0]!r} of split {self.split!r} is missing")
+        if not ids:
+            raise UserError(f"{self.path / 'pid_splits.json'}: split {self.split!r} is empty; choose another one")
+        return [(pid, problems[pid]) for pid in ids]
+
+    def __len__(self) -> int:
+        return len(self._problems)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.path} has {len(self)} questions, asked for number {index}")
+        pid, problem = self._problems[index]
+        return parse_sample(
+            self._record(pid, problem),
+            source=str(self.path / "problems.json"),
+            image_root=self.path / "images",
+            max_pixels=self.max_pixels,
+        )
+
+    def has_image(self, index: int) -> bool:
+        problem = self._problems[index][1]
+        return isinstance(problem, Mapping) and bool(problem.get("image"))
+
+    def image_mask(self) -> np.ndarray:
+        return np.array([self.has_image(index) for index in range(len(self))])
+
+    def _record(self, pid: str, problem: Any) -> dict[str, Any]:
+        def error(message: str) -> SampleError:
+            return SampleError(message, sample_id=pid, source=str(self.path / "problems.json"))
+
+        if not isinstance(problem, Mapping):
+            raise error(f"expected a JSON object, found {type(problem).__name__}")
+        texts = {key: problem.get(key, "") or "" for key in ("question", "hint", "lecture", "solution")}
+        if bad := [key for key, text in texts.items() if not isinstance(text, str)]:
+            raise error(f"'{bad[0]}' must be a string, found {texts[bad[0]]!r}")
+        choices, answer = problem.get("choices"), problem.get("answer")
+        if not isinstance(choices, list) or not 1 < len(choices) <= len(LETTERS):
+            raise error(f"'choices' must be a list of 2 to {len(LETTERS)} texts, found {choices!r}")
+        if type(answer) is not int or not 0 <= answer < len(choices):
+            raise error(f"'answer' must be the index of one of the {len(choices)} choices, found {answer!r}")
+        lecture, solution = (texts[key].replace("\\n", "\n") for key in ("lecture", "solution"))
+        options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+        question = _tidy(
+            f"Question: {texts['question']}\nContext: {texts['hint'].strip() or 'N/A'}\nOptions: {options}\n"
+        )
+        reasons = f"{lecture} {solution} " if self.form == "QCM-LEA" else ""
+        reply = _tidy(f"Answer: {reasons}The answer is {LETTERS[answer]}.")
+        content: list[dict[str, str]] = [{"type": "text", "text": question.replace("Question: ", "")}]
+        image = problem.get("image")
+        if image:
+            content = [{"type": "text", "text": content[0]["text"] + "\n"}, {"type": "image"}]
+        return {
+            "id": pid,
+            "images": [f"{problem.get('split', self.split)}/{pid}/{image}"] if image else [],
+            "messages": [
+                {"role": "user", "content": content},
+                {"role": "assistant", "content": reply.replace("Answer: ", "")},
+            ],
+            "task": TASK,
+            "choices": choices,
+            "answers": [LETTERS[answer]],
+        }
+
+
+def _tidy(text: str) -> str:
+    return text.replace("  ", " ").strip()

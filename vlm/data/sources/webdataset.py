@@ -1,0 +1,237 @@
+"""WebDataset shards (LAION, COYO): tar files in which the members of one sample share a key."""
+
+import json
+import re
+import tarfile
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm.data.sources.base import Source
+from vlm.data.sources.fields import after_image, exchange, text
+from vlm.data.sources.folder import SUFFIXES
+from vlm.errors import SampleError, UserError
+from vlm.sample import MAX_PIXELS, ImageFile, Sample, parse_sample
+from vlm.sample.paths import located
+
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+@dataclass(frozen=True)
+class Best:
+    """Which pairs of a shard are kept: VILA's choice from COYO (`coyo_downloader.py`) unless said otherwise.
+
+    Attributes:
+        share: at most this share of a shard, those with the largest sums; of equal ones the first.
+        above: the sum has to be larger.
+        keys: numbers of `KEY.json` that are added up.
+    """
+
+    share: float = 0.2
+    above: float = 0.6
+    keys: Sequence[str] = ("clip_similarity_vitb32", "clip_similarity_vitl14")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise UserError(f"best.share must be above 0 and at most 1, found {self.share}")
+
+    def among(self, sums: Sequence[float]) -> list[int]:
+        """The places of those that stay, ascending."""
+        passing = [at for at, value in enumerate(sums) if value > self.above]
+        passing.sort(key=lambda at: -sums[at])
+        return sorted(passing[: int(len(sums) * self.share)])
+
+
+class WebDataset(Source):
+    """Pictures and captions in tar files, read in place by position.
+
+    ::
+
+        00000.tar:  000000001.jpg  000000001.txt  000000001.json  000000002.jpg ...
+
+    Tars are gone through once for where their members lie; after that a sample is two reads, in any order, so that an
+    epoch is shuffled as a whole and a stopped run goes on exactly. Memory holds three numbers per member.
+
+    Args:
+        path: a tar file or URL of one, a numbered series (`shards/{00000..00099}.tar`), or a pattern (`shards/*.tar`).
+        caption: where the caption is: `txt` for `KEY.txt`, or a key of `KEY.json`.
+        prompt: the user's text beside the picture.
+        best: leave out pairs that do not belong together, by numbers in `KEY.json`.
+        name: by default the file's name without its ending.
+        max_pixels: limit on decode.
+
+    Raises:
+        UserError: at first use; no such file, no tar file, a cut one, or no pictures with captions in it.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        caption: str = "txt",
+        prompt: str = "",
+        best: Best | None = None,
+        name: str | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self.path = located(path)
+        self.best = best
+        self.caption = caption
+        self.prompt = prompt
+        self.name = name if name is not None else self.path.stem
+        self.max_pixels = max_pixels
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The shards in order."""
+        pattern = str(self.path)
+        if found := _RANGE.search(pattern):
+            first, last = found.groups()
+            numbers = range(int(first), int(last) + 1)
+            return [located(pattern.replace(found.group(), str(number).zfill(len(first)))) for number in numbers]
+        if any(mark in self.path.name for mark in "*?["):
+            files = sorted(self.path.parent.glob(self.path.name))
+            if not files:
+                raise UserError(f"{self.path}: no file there; check the path")
+            return files
+        return [self.path]
+
+    @cached_property
+    def _index(self) -> np.ndarray:
+        """int64[n, 5]: shard, then position and length of the picture, then of the text."""
+        rows = array("q")
+        for number, file in enumerate(self.files):
+            found: list[tuple[int, ...]] = []
+            facts: list[tuple[int, int] | None] = []
+            for members in _samples(file):
+                image = next((members[suffix] for suffix in members if suffix in SUFFIXES), None)
+                words = members.get(".txt" if self.caption == "txt" else ".json")
+                if image is not None and words is not None:
+                    found.append((number, *image, *words))
+                    facts.append(members.get(".json"))
+            for at in range(len(found)) if self.best is None else self.best.among(_numbers(file, facts, self.best)):
+                rows.extend(found[at])
+        if not rows and self.best is not None:
+            raise UserError(f"{self.path}: no pair passes 'best' ({self.best}); lower it")
+        if not rows:
+            wanted = "KEY.txt" if self.caption == "txt" else "KEY.json"
+            raise UserError(f"{self.path}: no picture with a {wanted} in it; set 'caption' to where the captions are")
+        return np.frombuffer(rows, dtype=np.int64).reshape(-1, 5)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name} has {len(self)} samples, asked for number {index}")
+        shard, image_at, image_size, text_at, text_size = self._index[index].tolist()
+        file = self.files[shard]
+        with file.open("rb") as opened:
+            opened.seek(text_at)
+            content = opened.read(text_size)
+        identity = f"{file.stem}/{index}"
+
+        def error(message: str) -> SampleError:
+            return SampleError(message, sample_id=identity, source=str(file))
+
+        try:
+            words = content.decode()
+            if self.caption != "txt":
+                record: Any = json.loads(words)
+                words = record[self.caption]
+        except (KeyError, TypeError) as problem:
+            raise error(f"its .json has no key {self.caption!r}; set 'caption' to one of its keys") from problem
+        except ValueError as problem:
+            raise error(f"its caption cannot be read ({problem}); write the shard again in UTF-8") from problem
+        if not isinstance(words, str) or not words.strip():
+            raise error(f"its caption is {words!r}; remove the sample or fill it in")
+        picture = MemberImage(
+            name=f"picture of {identity}", path=file, max_pixels=self.max_pixels, start=image_at, length=image_size
+        )
+        return parse_sample(
+            {
+                "id": identity,
+                "task": "caption",
+                "images": [picture],
+                "messages": exchange(after_image(self.prompt), [text(words.strip())]),
+            },
+            source=str(file),
+            position=index,
+        )
+
+    def has_image(self, index: int) -> bool:
+        return 0 <= index < len(self)
+
+    def image_mask(self) -> np.ndarray:
+        return np.ones(len(self), dtype=bool)
+
+
+class MemberImage(ImageFile):
+    """A picture inside of a larger file, read when it is decoded."""
+
+    start: int
+    length: int
+
+    def __init__(self, *, name: str, path: Path, max_pixels: int, start: int, length: int) -> None:
+        super().__init__(name=name, path=path, max_pixels=max_pixels)
+        object.__setattr__(self, "start", start)
+        object.__setattr__(self, "length", length)
+
+    def _open(self, sample: Sample) -> Any:
+        assert self.path is not None
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            data = file.read(self.length)
+        return ImageFile(name=self.name, data=data, max_pixels=self.max_pixels)._open(sample)
+
+
+def _samples(file: Path) -> Iterator[dict[str, tuple[int, int]]]:
+    """Per key of a tar file, {suffix: (position, length)} of its members."""
+    key, members = None, dict[str, tuple[int, int]]()
+    try:
+        with file.open("rb") as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                # the key ends at the first point of the name, as in WebDataset itself
+                folder, _, base = member.name.rpartition("/")
+                stem, _, suffix = base.partition(".")
+                if (folder, stem) != key:
+                    if members:
+                        yield members
+                    key, members = (folder, stem), {}
+                members[f".{suffix.lower()}"] = (member.offset_data, member.size)
+            size = file.stat().st_size
+            if any(start + length > size for start, length in members.values()):
+                raise tarfile.ReadError("the last member is cut off")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error}); check the path") from error
+    except tarfile.TarError as error:
+        raise UserError(
+            f"{file}: is no whole tar file ({error}); fetch it again (gzipped ones have to be unpacked)"
+        ) from error
+    if members:
+        yield members
+
+
+def _numbers(file: Path, places: Sequence[tuple[int, int] | None], best: Best) -> list[float]:
+    """The sum that decides about each sample of a shard, read from its `KEY.json`."""
+    sums: list[float] = []
+    with file.open("rb") as opened:
+        for at, place in enumerate(places):
+            try:
+                if place is None:
+                    raise KeyError("KEY.json")
+                opened.seek(place[0])
+                facts = json.loads(opened.read(place[1]))
+                sums.append(sum(float(facts[key]) for key in best.keys))
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(
+                    f"{file}: sample {at} has no number {' or '.join(best.keys)} in its .json ({error}); leave 'best' "
+                    "out or name its keys"
+                ) from error
+    return sums

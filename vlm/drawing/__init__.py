@@ -1,0 +1,1 @@
+"""Images, text and pages for people to look at."""

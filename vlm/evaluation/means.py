@@ -1,0 +1,30 @@
+"""Means of the loss over an epoch of validation."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm.batch import Batch
+
+
+class EpochMeans:
+    """Means of the loss terms over an epoch of validation: sums and denominators of all packs of all ranks."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, losses: Mapping[str, Tensor], batch: Batch) -> None:
+        for name, total in losses.items():
+            share = torch.tensor([1.0, batch.counts[name] / batch.packs], device=total.device, dtype=torch.float64)
+            share[0] = total
+            self.sums[name] = self.sums.get(name, 0.0) + share
+
+    def over_ranks(self, strategy: Any, weights: Mapping[str, float]) -> dict[str, float]:
+        """Each term's mean and the weighted `loss`; empty without packs. Every rank has to call it."""
+        means: dict[str, float] = {}
+        for name, share in self.sums.items():
+            total, count = strategy.reduce(share, reduce_op="sum").tolist()
+            means[name] = total / count if count else 0.0
+        return means | {"loss": sum(weights.get(name, 1.0) * mean for name, mean in means.items())} if means else {}

@@ -1,0 +1,1 @@
+"""What shows whether a run is well."""

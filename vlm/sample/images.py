@@ -1,0 +1,108 @@
+"""Images that are not decoded yet."""
+
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from vlm.sample.paths import is_remote, located
+
+if TYPE_CHECKING:
+    from vlm.sample.parts import Sample
+
+MAX_PIXELS = 100_000_000
+"""Default limit on decode: a 100-megapixel picture is a mistake or an attack."""
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """A picture that is not decoded yet: a file, or bytes out of a shard or a parquet row."""
+
+    name: str
+    path: Path | None = None
+    data: bytes | None = None
+    max_pixels: int = MAX_PIXELS
+
+    def size(self, sample: "Sample") -> tuple[int, int]:
+        """(width, height), read from the header alone."""
+        with self._open(sample) as image:
+            return image.size
+
+    def read(self, sample: "Sample") -> Image.Image:
+        """The picture, decoded, in RGB, as the published pipelines have it: `Image.open(...).convert("RGB")`.
+
+        So transparency is dropped, of an animation the first frame is taken, and a rotation that a camera noted in
+        EXIF is not applied. 16 bits of grey become the upper 8, where that conversion would cut them off to white.
+
+        Raises:
+            SampleError: missing, truncated, not a picture, larger than `max_pixels`, or with pixels of 32 bits, whose
+                range nobody knows.
+        """
+        with self._open(sample) as image, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Palette images with Transparency")  # dropped, as said above
+            if image.mode in ("I", "F"):
+                raise sample.error(f"image {self.name!r} has pixels of 32 bits; bring them to 0..255 and save 8 bits")
+            try:
+                if image.mode.startswith("I;16"):
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                return image.convert("RGB")
+            except (OSError, SyntaxError, ValueError) as error:
+                raise sample.error(f"image {self.name!r} cannot be decoded ({error}); replace or remove it") from error
+
+    def _open(self, sample: "Sample") -> Image.Image:
+        try:
+            with warnings.catch_warnings():
+                # our own limit below says the same with the sample's name
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                if self.path is not None and is_remote(self.path):
+                    image = Image.open(io.BytesIO(self.path.read_bytes()))
+                else:
+                    image = Image.open(self.path if self.path is not None else io.BytesIO(self.data or b""))
+        except FileNotFoundError as error:
+            remedy = "correct the path or image_root"
+            if "\\" in self.name:
+                remedy = "write / for \\ in paths"
+            elif "://" in self.name:
+                remedy = "download it and give its path"
+            raise sample.error(f"image {self.name!r} does not exist (looked at {self.path}); {remedy}") from error
+        except Image.DecompressionBombError as error:
+            raise sample.error(f"image {self.name!r} is too large ({error}); shrink it") from error
+        except (UnidentifiedImageError, OSError) as error:
+            raise sample.error(
+                f"image {self.name!r} is not a readable picture ({error}); save it as PNG or JPEG"
+            ) from error
+        width, height = image.size
+        if width * height > self.max_pixels:
+            image.close()
+            raise sample.error(
+                f"image {self.name!r} has {width}x{height} pixels, over the limit of {self.max_pixels:,}; "
+                "shrink it or raise max_pixels"
+            )
+        return image
+
+
+def parse_image(entry: Any, *, error, image_root: str | Path | None, max_pixels: int = MAX_PIXELS) -> ImageFile:
+    """A path (or bytes) as an `ImageFile`; `error` makes the exception for a bad one. A finished one stays as it is."""
+    if isinstance(entry, ImageFile):
+        return entry
+    if isinstance(entry, bytes):
+        return ImageFile(name="<bytes>", data=entry, max_pixels=max_pixels)
+    if not isinstance(entry, str) or not entry:
+        raise error(f"an image must be a path, found {entry!r}")
+    if image_root is None:
+        return ImageFile(name=entry, path=Path(entry), max_pixels=max_pixels)
+    root = located(image_root)
+    outside = f"image {entry!r} lies outside the image root {root}; set image_root to a folder that holds it"
+    if is_remote(root):
+        if ".." in entry.split("/") or entry.startswith("/") or "://" in entry:
+            raise error(outside)
+        return ImageFile(name=entry, path=root / entry, max_pixels=max_pixels)
+    root = root.resolve()
+    path = (root / entry).resolve()
+    if not path.is_relative_to(root):
+        raise error(outside)
+    return ImageFile(name=entry, path=path, max_pixels=max_pixels)
