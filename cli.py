@@ -127,7 +127,7 @@ def _tools() -> dict[str, Callable[[list[str]], int]]:
         return run(arguments)
 
     def procedure(arguments: list[str]) -> int:
-        from vlm.procedures import main as run
+        from vlm.recipes.node import main as run
 
         return run(arguments)
 

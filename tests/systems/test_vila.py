@@ -27,7 +27,7 @@ from vlm.data import Best, FewShot, LlavaJson, Mmc4, Mmc4Pairs, VisualFlan, WebD
 from vlm.errors import SampleError, UserError
 from vlm.language import CausalLM, Decoding
 from vlm.prompts import IMAGE, LlamaTokenizer, get_template
-from vlm.recipes.graph import load_recipe
+from vlm.recipes import load_recipe
 from vlm.sample import parse_sample
 from vlm.vision import TimmTower
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from vlm.errors import UserError
-from vlm.recipes.graph import load_recipe
+from vlm.recipes.reading import load_recipe
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 """The recipes of a checkout. An installed package has none: there a recipe is named by its file."""
