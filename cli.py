@@ -311,7 +311,7 @@ def _describe(options: Sequence[str]) -> Any:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     from vlm.data import VisionLanguageData
-    from vlm.commands.stage_view import Described
+    from vlm.commands.stage_view import StageView
     from vlm.module import VisionLanguageModule
 
     class Description(LightningCLI):
@@ -333,7 +333,7 @@ def _describe(options: Sequence[str]) -> Any:
             args=list(options),
             run=False,
         ).config_init
-    return Described(made.model.system, made.stage.stage.name, made.model.codec, made.data)
+    return StageView(made.model.system, made.stage.stage.name, made.model.codec, made.data)
 
 
 def _from_weights(options: Sequence[str]) -> list[str]:

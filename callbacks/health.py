@@ -16,7 +16,7 @@ from torch import Tensor, distributed
 
 from callbacks.progress import say, warn
 from vlm.batch import NOT_TERMS, Batch
-from vlm.monitoring.nonfinite import TrainedPack, as_json, find_culprits
+from vlm.monitoring.nonfinite import MicroBatchRecord, as_json, find_culprits
 from vlm.data.loading.trainer_progress import is_finished
 from vlm.errors import UserError
 from vlm.monitoring.checksums import FrozenTensors
@@ -85,7 +85,7 @@ class Health(Callback):
         self._parts = trained_parts(trainer.optimizers[0])
         self._frozen = FrozenTensors(pl_module)
         self._start = trainer.global_step
-        self._packs: list[TrainedPack] = []
+        self._packs: list[MicroBatchRecord] = []
         self._pending: _Pending | None = None
         self._norms: dict[str, Tensor] = {}
         self._zero_since: dict[str, int] = {}
@@ -110,7 +110,7 @@ class Health(Callback):
         assert isinstance(pl_module, VisionLanguageModule)
         is_whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         step = trainer.global_step + (not is_whole)
-        self._packs.append(TrainedPack.of(batch, step=step, losses=pl_module.running))
+        self._packs.append(MicroBatchRecord.of(batch, step=step, losses=pl_module.running))
         self._count(step, batch, rank=trainer.global_rank)
         if not is_whole:
             return

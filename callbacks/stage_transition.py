@@ -22,7 +22,7 @@ from vlm.errors import SampleError
 from vlm.building.instantiate import describe, describe_module, system_class
 from vlm.building.weight_sources import frozen_parts
 from vlm.module import VisionLanguageModule
-from vlm.stages import AdamW, Follow, Schedule, Stage, Trained
+from vlm.stages import AdamW, InitFrom, Schedule, Stage, Trained
 
 _LOOKED_AT = 16
 
@@ -49,7 +49,7 @@ class StageTransition(Callback):
         self,
         name: str,
         train: dict[str, Trained],
-        follows: list[Follow] | None = None,
+        follows: list[InitFrom] | None = None,
         continues: str | None = None,
         modes: dict[str, Literal["train", "eval"]] | None = None,
         optimizer: AdamW = AdamW(),  # noqa: B008  (frozen)

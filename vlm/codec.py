@@ -71,7 +71,7 @@ class Codec(ABC):
     def num_tokens(self, width: int, height: int) -> int:
         """Tokens that one picture of this size takes in the language model's row."""
 
-    def written(self, sample: Sample, *, seed: int | None = None) -> Sample:
+    def render_regions(self, sample: Sample, *, seed: int | None = None) -> Sample:
         """The sample with phrases and regions as the text that the system reads and writes.
 
         Raises:
@@ -117,7 +117,7 @@ class Codec(ABC):
         """Generated ids as text, special tokens and the stop mark removed."""
 
 
-def lay_out(items: Sequence[Encoded], *, streams: Sequence[str] = ()) -> tuple[Row, dict[str, Row]]:
+def pack_rows(items: Sequence[Encoded], *, streams: Sequence[str] = ()) -> tuple[Row, dict[str, Row]]:
     """`Batch.text` and `Batch.rows` of a pack.
 
     Args:

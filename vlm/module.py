@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 
 from vlm.batch import EVENTS, Batch, Row
-from vlm.building.network import allocate, empty_weights, fill, find_ties, initialisers, tie
+from vlm.building.network import allocate, empty_weights, find_ties, initialisers, load_or_init, tie
 from vlm.building.weight_sources import check_finished, is_resuming, weight_sources
 from vlm.checkpoints.artefact import read_artefact
 from vlm.checkpoints.report import LoadReport
@@ -125,7 +125,7 @@ class VisionLanguageModule(LightningModule):
         trainer = self._trainer
         allocate(self, trainer.strategy.root_device if trainer is not None else self.device)
         tie(self, self.ties)
-        self.load_report, self.frozen_hashes = fill(
+        self.load_report, self.frozen_hashes = load_or_init(
             self,
             weight_sources(self),
             seed=self.seed,

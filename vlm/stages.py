@@ -35,7 +35,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Follow:
+class InitFrom:
     """An artefact that the stage starts from.
 
     Attributes:
@@ -102,7 +102,7 @@ class Stage:
 
     name: str
     train: Mapping[str, Trained]
-    follows: Sequence[Follow] = ()
+    follows: Sequence[InitFrom] = ()
     continues: str | None = None
     modes: Mapping[str, Literal["train", "eval"]] = field(default_factory=dict)
     optimizer: AdamW = field(default_factory=AdamW)
@@ -117,9 +117,9 @@ class Stage:
             )
 
     @property
-    def sources(self) -> Sequence[Follow]:
+    def sources(self) -> Sequence[InitFrom]:
         """The artefacts that weights come from; of two that hold a tensor the later one wins."""
-        return [*self.follows, *([Follow(self.continues)] if self.continues is not None else [])]
+        return [*self.follows, *([InitFrom(self.continues)] if self.continues is not None else [])]
 
     def assign(self, names: Iterable[str]) -> dict[str, str]:
         """{parameter name: the pattern that trains it}.

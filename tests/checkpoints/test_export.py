@@ -20,7 +20,7 @@ from vlm.connectors import MLP, Linear
 from vlm.errors import UserError
 from vlm.language import CausalLM, Decoding
 from vlm.sample import ImagePart, Message, Sample, TextPart
-from vlm.stages import Follow, Stage, Trained
+from vlm.stages import InitFrom, Stage, Trained
 from vlm.vision import TimmTower
 from vlm.vision.tiling import AnyRes
 
@@ -28,7 +28,7 @@ from vlm.vision.tiling import AnyRes
 def finished(folder: Path, system=llava_1_5, **changes) -> Path:
     """The last of two stages: the tower is frozen in both, the connector comes out of the first where it is not."""
     last = changes.pop("last", ("connector", "language"))
-    follows: list[Follow] = []
+    follows: list[InitFrom] = []
     for name, parts in {"1_align": ("connector",), "2_finetune": last}.items():
         module = system(**changes)
         module.stage = Stage(name, {part: Trained(lr=1.0) for part in parts}, follows=follows)
@@ -37,7 +37,7 @@ def finished(folder: Path, system=llava_1_5, **changes) -> Path:
             if parameter.requires_grad:
                 parameter.data += 0.05 * torch.randn_like(parameter)
         write_stage(folder / name / "artefact", module, global_step=1)
-        follows = [Follow(str(folder / name / "artefact"), {"connector": "connector"})]
+        follows = [InitFrom(str(folder / name / "artefact"), {"connector": "connector"})]
     return folder
 
 

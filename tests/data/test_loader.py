@@ -15,10 +15,10 @@ from vlm.batch import IGNORE
 from vlm.codec import step_counts
 from vlm.data import BatchSpec, InstructionData, MultitaskData, PretrainingData
 from vlm.data.loading.encoder import Encoder
-from vlm.data.sampling.packs import as_filler, check_pack, deal, fill
+from vlm.data.sampling.packs import as_filler, check_pack, balance_packs, add_fillers
 from vlm.data.sources.base import Concat
-from vlm.data.sampling.batches import cut
-from vlm.data.loading.shared_memory import unwrap, wrap
+from vlm.data.sampling.batches import batch_draws
+from vlm.data.loading.shared_memory import from_shared, to_shared
 from vlm.errors import SampleError, UserError
 from vlm.seeding import seed_from
 
@@ -83,12 +83,12 @@ def same(a, b):
 
 @given(lengths=st.lists(st.integers(0, 500), max_size=60), packs=st.integers(1, 16))
 def test_packs_are_balanced_and_lose_nothing(lengths, packs):
-    dealt = deal(lengths, packs)
+    dealt = balance_packs(lengths, packs)
     assert sorted(i for pack in dealt for i in pack) == list(range(len(lengths)))
     loads = [sum(lengths[i] for i in pack) for pack in dealt]
     assert max(loads) - min(loads) <= max(lengths, default=0)
     assert len(lengths) < packs or all(dealt)
-    assert dealt == deal(list(lengths), packs)
+    assert dealt == balance_packs(list(lengths), packs)
 
 
 def test_a_pack_over_the_limit_says_what_to_raise():
@@ -104,13 +104,13 @@ def test_a_pack_over_the_limit_says_what_to_raise():
 
 def test_a_filler_trains_nothing_and_counts_nothing():
     items = [CODEC.encode(sample(str(n), n, image=True)) for n in (9, 3, 5)]
-    filled = fill(items, 5)
+    filled = add_fillers(items, 5)
     assert [item.filler for item in filled] == [False] * 3 + [True] * 2
     assert {item.sample.id for item in filled[3:]} == {"3"}  # the shortest costs least
     assert (filled[3].text[0].targets == IGNORE).all()
     assert (items[1].text[0].targets != IGNORE).any()
     assert step_counts(filled) == step_counts(items)
-    assert fill(items, 2) == items
+    assert add_fillers(items, 2) == items
     row = CODEC.collate([as_filler(items[0])], counts={}).text
     assert len(row.label_positions) == 0
 
@@ -145,7 +145,7 @@ def test_packs_of_a_step_are_balanced_and_dealt_in_turn():
     assert max(loads) - min(loads) <= max(pack.text.max_len for pack in flat(step))
     encoder = Encoder(data.samples, CODEC, data.seed)
     draws = data.steps(0, encoder=encoder)[0]
-    dealt = deal([encoder(draw, epoch=0).num_tokens for draw in draws], 8)
+    dealt = balance_packs([encoder(draw, epoch=0).num_tokens for draw in draws], 8)
     for rank in range(4):
         for micro in range(2):  # pack p is micro-batch p // world of rank p % world
             expected = [str(draws[i]) for i in dealt[micro * 4 + rank]]
@@ -187,7 +187,7 @@ def test_drop_last():
 def test_batches_counted_in_rows_and_tokens(lengths, size, room):
     draws = list(range(100, 100 + len(lengths)))
     for spec in (BatchSpec(room, "tokens"), BatchSpec(size, "rows", room)):
-        steps = cut(draws, spec, lengths=lengths)
+        steps = batch_draws(draws, spec, lengths=lengths)
         assert [draw for step in steps for draw in step] == draws
         for step, following in zip(steps, [*steps[1:], None], strict=True):
             rows, used = 1, 0
@@ -200,7 +200,7 @@ def test_batches_counted_in_rows_and_tokens(lengths, size, room):
             if following is not None:  # a step ends only when the next sample does not fit
                 assert used + lengths[following[0] - 100] > room
                 assert rows == (size if spec.unit == "rows" else 1)
-        assert cut(draws, spec, lengths=lengths, drop_last=True) in (steps, steps[:-1])
+        assert batch_draws(draws, spec, lengths=lengths, drop_last=True) in (steps, steps[:-1])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -260,8 +260,10 @@ def test_a_mistake_in_the_code_names_the_sample():
 
 def test_a_step_travels_in_one_piece():
     packs = epoch_of(make(30, size=30).train_loader(CODEC, accumulate=8), 0)
-    parcel = wrap([*packs, torch.zeros(0, dtype=torch.bfloat16), torch.tensor([True]), torch.arange(6).view(2, 3).T])
-    back = unwrap(pickle.loads(pickle.dumps(parcel)))
+    parcel = to_shared(
+        [*packs, torch.zeros(0, dtype=torch.bfloat16), torch.tensor([True]), torch.arange(6).view(2, 3).T]
+    )
+    back = from_shared(pickle.loads(pickle.dumps(parcel)))
     assert all(same(a, b) for a, b in zip(back[:-3], packs, strict=True))
     assert (back[-3].dtype, back[-3].shape) == (torch.bfloat16, (0,))
     assert back[-2].tolist() == [True]

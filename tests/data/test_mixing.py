@@ -15,7 +15,7 @@ from tests.support.fake_codec import ByteCodec, ListSource, sample, samples
 from tests.data.test_loader import SPLITS, epoch_of, flat, same, steps_of
 from vlm.data import BatchSpec, InstructionData, Mixture, MultitaskData, PretrainingData, WithResolution
 from vlm.data.loading.encoder import Encoder
-from vlm.data.sampling.mixture import apportion, rank_orders, spread, walk
+from vlm.data.sampling.mixture import apportion, rank_orders, interleave_evenly, shuffled_walk
 from vlm.errors import UserError
 
 CODEC = ByteCodec()
@@ -182,8 +182,8 @@ def test_apportioned_numbers_are_the_shares_rounded(parts, total):
 
 @given(size=st.integers(1, 9), start=st.integers(0, 40), count=st.integers(0, 40), seed=st.integers(0, 9))
 def test_a_walk_is_a_window_of_one_endless_walk(size, start, count, seed):
-    whole, rounds = walk(size, start=0, count=start + count, seed=seed)
-    part, visits = walk(size, start=start, count=count, seed=seed)
+    whole, rounds = shuffled_walk(size, start=0, count=start + count, seed=seed)
+    part, visits = shuffled_walk(size, start=start, count=count, seed=seed)
     assert part.tolist() == whole[start:].tolist()
     assert visits.tolist() == (rounds[start:] - start // size).tolist()
     for first in range(0, start + count - size + 1, size):
@@ -207,14 +207,14 @@ def test_sources_are_spread_as_in_vila(row):
         assert step == [index for order in row["indices"] for index in order[own]]
     # without `ranks` the pattern over the epoch is the same
     starts = np.cumsum([0, *sizes])
-    pattern = spread([size // batch.size * rank_batch for size in sizes])
+    pattern = interleave_evenly([size // batch.size * rank_batch for size in sizes])
     for order in row["indices"]:
         assert (np.searchsorted(starts, order, side="right") - 1).tolist() == pattern.tolist()
 
 
 @given(numbers=st.lists(st.integers(0, 60), min_size=1, max_size=5))
 def test_spread_numbers_are_exact_and_even(numbers):
-    found = spread(numbers)
+    found = interleave_evenly(numbers)
     assert np.bincount(found, minlength=len(numbers)).tolist() == numbers
     first = max(range(len(numbers)), key=lambda kind: numbers[kind])
     for end in range(len(found)):  # the most frequent one chose its places freely

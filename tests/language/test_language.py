@@ -11,7 +11,7 @@ from vlm.errors import UserError
 from vlm.language import CausalLM, Decoding, PartialLoRA
 from vlm.language.attention import packed_attention
 from vlm.language.causal_lm import label_logits
-from vlm.language.choosing import choose
+from vlm.language.choosing import rank_options
 from vlm.language.surgery import PartialLoRALinear
 
 SMALL = {
@@ -103,7 +103,7 @@ def test_the_option_with_the_lowest_mean_loss_is_chosen() -> None:
         wanted.append(losses.index(min(losses)))
     assert len(set(wanted)) > 1
     embeds = [packed.get_input_embeddings()(prompt) for prompt in prompts]
-    assert choose(packed, embeds, options) == wanted
+    assert rank_options(packed, embeds, options) == wanted
     with pytest.raises(UserError, match=r"options must have one \{\}"):
         Decoding(options="A")
 

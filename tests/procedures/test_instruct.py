@@ -22,8 +22,8 @@ from vlm.data import LlavaJson
 from vlm.errors import UserError
 from vlm.procedures import main
 from vlm.procedures.instruct.answers import Rejected, check, repeats, rounds_of, tidy
-from vlm.procedures.instruct.kinds import NAMES, detailed_request, load_kind, styles
-from vlm.procedures.instruct.pace import Clock
+from vlm.procedures.instruct.task_specs import NAMES, detailed_request, load_kind, styles
+from vlm.procedures.instruct.rate_limiter import Clock
 from vlm.procedures.llava_captions import requests
 from vlm.sample import ImagePart
 

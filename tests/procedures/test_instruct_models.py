@@ -21,8 +21,8 @@ from vlm.errors import SampleError, UserError
 from vlm.procedures import main
 from vlm.procedures.instruct import command
 from vlm.procedures.instruct.answers import Rejected
-from vlm.procedures.instruct.kinds import load_kind
-from vlm.procedures.instruct.pace import Pace
+from vlm.procedures.instruct.task_specs import load_kind
+from vlm.procedures.instruct.rate_limiter import RateLimiter
 from vlm.sample import ImagePart
 
 pytestmark = pytest.mark.usefixtures("clock")
@@ -120,7 +120,7 @@ def test_a_rate_is_kept_by_all_threads_together(tmp_path: Path, clock: FakeClock
         assert main(arguments) == 0
     assert sent == pytest.approx([0.5 * k for k in range(6)])
 
-    made, pace = [], Pace(ticking := FakeClock(), requests_per_minute=60)
+    made, pace = [], RateLimiter(ticking := FakeClock(), requests_per_minute=60)
 
     def ask() -> None:
         for _ in range(20):
@@ -216,7 +216,7 @@ def test_a_local_model(llama: Path, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from vlm.procedures.instruct.kinds import Sampling
+    from vlm.procedures.instruct.task_specs import Sampling
     from vlm.procedures.instruct.local import LocalChat
     from vlm.procedures.instruct.models import Turn
 
@@ -258,7 +258,7 @@ def test_a_local_model(llama: Path, tmp_path: Path) -> None:
 
 def test_a_system_of_ours_describes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vlm.procedures.instruct import local
-    from vlm.procedures.instruct.kinds import Sampling
+    from vlm.procedures.instruct.task_specs import Sampling
     from vlm.procedures.instruct.local import OwnSystem
     from vlm.procedures.instruct.models import Turn
     from vlm.procedures.instruct.records import Item

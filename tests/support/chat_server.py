@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from vlm.procedures.instruct.pace import Clock
+from vlm.procedures.instruct.rate_limiter import Clock
 
 
 @dataclass

@@ -11,7 +11,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from vlm.batch import IGNORE, Batch, Row, TokenSequence
-from vlm.codec import Codec, Encoded, lay_out, read_views
+from vlm.codec import Codec, Encoded, pack_rows, read_views
 from vlm.connectors import Linear
 from vlm.functional import splice
 from vlm.language import Decoding
@@ -124,7 +124,7 @@ class QFormerT5Codec(Codec):
         return Encoded(sample, (text,), {"decoder": (decoder,)}, {"lm": float(len(targets))}, seed)
 
     def collate(self, items: Sequence[Encoded], *, counts: Mapping[str, float], packs: int = 1) -> Batch:
-        text, rows = lay_out(items, streams=["image"])
+        text, rows = pack_rows(items, streams=["image"])
         views = read_views(items, transform=self.transform)
         infos = tuple(item.info() for item in items)
         return Batch(text, rows, {"image": views} if views else {}, infos, dict(counts), packs=packs)
@@ -167,16 +167,16 @@ class QFormerT5(VisionLanguageModule):
             "language": language,
         }
 
-    def connect(self, pixels: Tensor) -> Tensor:
+    def encode_images(self, pixels: Tensor) -> Tensor:
         features = self.vision(pixels.to(self.qformer.queries.dtype))
         return self.connector(self.qformer(self.norm(features))).flatten(0, 1)
 
     def image_features(self, batch: Batch) -> Tensor:
         if "image" in batch.views:
-            return self.connect(batch.views["image"].pixels)
+            return self.encode_images(batch.views["image"].pixels)
         if batch.counts["images"]:  # another rank has one
             size = self.tower.image_size
-            return self.connect(torch.zeros(1, 3, size, size, device=batch.text.ids.device))[:0]
+            return self.encode_images(torch.zeros(1, 3, size, size, device=batch.text.ids.device))[:0]
         idle = (self.vision, self.norm, self.qformer, self.connector)
         unused = zero_from(parameter for part in idle for parameter in part.parameters())
         return torch.zeros(0, self.language.config.d_model, device=batch.text.ids.device) + unused

@@ -33,7 +33,7 @@ from vlm.language import Decoding
 from vlm.building.instantiate import describe
 from vlm.module import VisionLanguageModule
 from vlm.sample import ImagePart, Message, Sample, TextPart
-from vlm.stages import AdamW, Follow, Schedule, Stage, Trained
+from vlm.stages import AdamW, InitFrom, Schedule, Stage, Trained
 
 pytestmark = [
     pytest.mark.parametrize("name", SYSTEMS),
@@ -255,7 +255,7 @@ def test_a_stage_starts_where_the_one_before_it_ended(name: str, tmp_path: Path)
     for number, stage in enumerate([*stages, stages[-1]]):  # the last one goes on from itself, with all it has
         parts = dict(stage.parts) if number < len(stages) else {}
         module = make(name, stage.train)
-        module.stage = Stage("test", dict(stage.train), follows=[Follow(previous, parts)] if previous else [])
+        module.stage = Stage("test", dict(stage.train), follows=[InitFrom(previous, parts)] if previous else [])
         module.configure_model()
         batch = collate(module, samples(tmp_path))
         with torch.no_grad():
@@ -327,7 +327,7 @@ def test_artefacts_that_do_not_fit_are_refused(name: str, tmp_path: Path) -> Non
     write_stage(tmp_path / "artefact", module, global_step=1)
 
     def follow(folder: str, parts: dict[str, str]) -> None:
-        stage = Stage("next", {"connector": RATE}, follows=[Follow(str(tmp_path / folder), parts)])
+        stage = Stage("next", {"connector": RATE}, follows=[InitFrom(str(tmp_path / folder), parts)])
         later = make(name)
         later.stage = stage
         later.configure_model()

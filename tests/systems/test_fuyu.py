@@ -176,7 +176,7 @@ def test_places_count_in_halves_of_the_scaled_picture(tmp_path: Path) -> None:
     }
     codec = fuyu().codec
     sample = parse_sample(record, image_root=tmp_path)
-    (part,) = codec.written(sample).messages[1].content
+    (part,) = codec.render_regions(sample).messages[1].content
     assert part == TextPart("<box>4, 2, 15, 13</box>")
     view = codec.view(120, 160)
     (box,) = codec.find_boxes(part.text, size=view.size)

@@ -40,7 +40,7 @@ from vlm.language import CausalLM, Decoding, NewTokens
 from vlm.functional import token_loss
 from vlm.prompts import IMAGE, LlamaTokenizer, get_template
 from vlm.sample import ImagePart, Message, TextPart
-from vlm.stages import Follow, Schedule, Stage, Trained
+from vlm.stages import InitFrom, Schedule, Stage, Trained
 from vlm.systems import LLaVA
 from vlm.vision import TimmTower
 
@@ -162,7 +162,7 @@ def test_stage_1_learns_the_connector_and_two_rows_alone(tmp_path: Path) -> None
     later = llava(tokenizer=MARKED, template="v0_first_marked")
     parts = {"connector": "connector", "language.model.embed_tokens.added": "language.model.embed_tokens.added"}
     later.stage = Stage(
-        "2_chat", {"connector": RATE, "language": RATE}, follows=[Follow(str(tmp_path / "artefact"), parts)]
+        "2_chat", {"connector": RATE, "language": RATE}, follows=[InitFrom(str(tmp_path / "artefact"), parts)]
     )
     later.configure_model()
     assert all(torch.equal(*pair) for pair in zip(later.score(pool), module.score(pool), strict=True))

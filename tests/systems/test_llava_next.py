@@ -23,7 +23,7 @@ from vlm.building.network import empty_weights
 from vlm.commands.convert import convert
 from vlm.checkpoints.tables.llava import LAYOUTS, llava_table
 from vlm.checkpoints.published.llava_config import read_config
-from vlm.checkpoints.published.open import talk
+from vlm.checkpoints.published.open import chat_settings
 from vlm.checkpoints.published.llava_reading import Model
 from vlm.commands.check_data.parts import parts_of
 from vlm.data import BatchSpec, ChatJson, InstructionData
@@ -200,7 +200,7 @@ def test_a_released_folder_is_talked_to_as_it_was_trained(
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(content[layout]))
     config = read_config(tmp_path, LAYOUTS[layout], connector="mlp2x_gelu")
-    class_path, arguments = talk(Model("llava_next", config, {}, lambda: (), tmp_path, {}))
+    class_path, arguments = chat_settings(Model("llava_next", config, {}, lambda: (), tmp_path, {}))
     assert (class_path, arguments["template"]) == ("vlm.systems.LLaVANext", template)
 
 

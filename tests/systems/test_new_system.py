@@ -11,7 +11,7 @@ from tests.support.systems import SYSTEMS, TOKENIZER, build, make, qformer_t5, s
 from tests.support.training import ListSource, trainer
 from vlm.batch import IGNORE
 from vlm.data import BatchSpec, InstructionData
-from vlm.stages import Follow, Schedule
+from vlm.stages import InitFrom, Schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 
@@ -21,7 +21,7 @@ def test_two_stages_learn(tmp_path: Path) -> None:
     losses, previous = [sum(-scores.sum().item() for scores in build("qformer_t5").score(pool))], ""
     for name, stage in SYSTEMS["qformer_t5"].stages.items():
         folder = tmp_path / name
-        follows = [Follow(previous, dict(stage.parts))] if previous else []
+        follows = [InitFrom(previous, dict(stage.parts))] if previous else []
         transition = StageTransition(name, dict(stage.train), follows=follows, schedule=Schedule("constant"))
         module = qformer_t5(split_prefix=True)
         run = trainer(folder, max_epochs=8, accumulate_grad_batches=2, callbacks=[transition])

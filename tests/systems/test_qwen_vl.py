@@ -31,7 +31,7 @@ from vlm.language.qwen import as_qwen2
 from vlm.functional import token_loss
 from vlm.functional import resized, sincos_2d
 from vlm.prompts import QwenTokenizer
-from vlm.stages import Follow, Stage, Trained
+from vlm.stages import InitFrom, Stage, Trained
 from vlm.systems import QwenVL
 from vlm.vision import TimmTower
 
@@ -352,7 +352,7 @@ def test_a_published_folder_opens_and_a_trained_stage_goes_back(tmp_path: Path) 
 
     convert(source, tmp_path / "ours", system="qwen_vl", target_layout="ours")
     trained = vlm.systems.QwenVL(**module.arguments)
-    trained.stage = Stage("3_sft", {"connector": Trained(1.0)}, follows=[Follow(str(tmp_path / "ours"))])
+    trained.stage = Stage("3_sft", {"connector": Trained(1.0)}, follows=[InitFrom(str(tmp_path / "ours"))])
     trained.configure_model()
     for parameter in trained.connector.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)

@@ -86,7 +86,7 @@ def initialisers(parts: Mapping[str, nn.Module], descriptions: Mapping[str, Any]
 
 
 @torch.no_grad()
-def fill(
+def load_or_init(
     module: nn.Module, sources: Sequence[WeightSource], *, seed: int, initialisers: Mapping[str, Initialiser]
 ) -> tuple[LoadReport, dict[str, str]]:
     """Fills every parameter and persistent buffer of `module` exactly once.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlm.checkpoints.artefact import Artefact, read_artefact
-from vlm.checkpoints.files.locate import some
+from vlm.checkpoints.files.locate import preview
 from vlm.checkpoints.files.weights import WeightFiles, WeightSource, fingerprint_of
 from vlm.checkpoints.published.open import is_artefact, published_source
 from vlm.checkpoints.published.qwen_vl import qwen_table
@@ -188,7 +188,7 @@ def check_finished(module: Any) -> None:
     verified = check_frozen(module, read_artefact(module.weights)) if is_artefact(module.weights) else frozenset()
     if lost := [name for name in module.load_report.new if name.split(".")[0] not in verified]:
         raise UserError(
-            f"{module.weights}: holds nothing for {some(lost)}, which would be random; fetch or make it again, or name "
+            f"{module.weights}: holds nothing for {preview(lost)}, which would be random; fetch or make it again, or name "
             "the part's base weights"
         )
 

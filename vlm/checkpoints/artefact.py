@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from vlm.checkpoints.files.atomic import atomic_directory
-from vlm.checkpoints.files.locate import CARRIED, some
+from vlm.checkpoints.files.locate import CARRIED, preview
 from vlm.checkpoints.files.weights import WeightFiles, fingerprint_of, hash_tensor, write_safetensors
 from vlm.errors import UserError
 
@@ -215,7 +215,7 @@ def read_artefact(folder: str | Path, *, system: str | Collection[str] | None = 
             f"{file}: has format {meta.get('format')!r}, this version reads {FORMAT}; update or make it again"
         )
     if lost := [key for key in (*_REQUIRED, *_DEFAULTS, "tensors", "carried") if key not in meta]:
-        raise UserError(f"{file}: lacks {some(lost)}; make the artefact again")
+        raise UserError(f"{file}: lacks {preview(lost)}; make the artefact again")
     allowed = {system} if isinstance(system, str) else set(system or ())
     if allowed and meta["system"] not in allowed:
         raise UserError(
@@ -226,7 +226,7 @@ def read_artefact(folder: str | Path, *, system: str | Collection[str] | None = 
     if meta["tensors"].keys() != set(artefact.weights.keys()):
         different = meta["tensors"].keys() ^ set(artefact.weights.keys())
         raise UserError(
-            f"{folder}: {some(sorted(different))} only in one of {STAGE_FILE} and the weights; make it again"
+            f"{folder}: {preview(sorted(different))} only in one of {STAGE_FILE} and the weights; make it again"
         )
     if meta["carried"] and not (folder / CARRIED).exists():
         raise UserError(f"{folder}: {CARRIED} is missing; make the artefact again")

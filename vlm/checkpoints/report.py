@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from vlm.checkpoints.files.locate import some
+from vlm.checkpoints.files.locate import preview
 from vlm.errors import UserError
 
 
@@ -62,7 +62,9 @@ class LoadReport:
         lines += [f"from {source}: {count}" for source, count in self.sources.items()]
         lines += [f"resized: {name} {_size(r.old)} -> {_size(r.new)}, {r.method}" for name, r in self.resized.items()]
         lines += [
-            f"{label}: {some(names)}" for label, names in (("new", self.new), ("unexpected", self.unexpected)) if names
+            f"{label}: {preview(names)}"
+            for label, names in (("new", self.new), ("unexpected", self.unexpected))
+            if names
         ]
         return "\n".join([*lines, *self.notes])
 
@@ -77,16 +79,18 @@ class LoadReport:
         """
         allow_new = list(allow_new)
         if self.unexpected:
-            raise UserError(f"{some(self.unexpected)}: in the checkpoint but not in the network; is it another system?")
+            raise UserError(
+                f"{preview(self.unexpected)}: in the checkpoint but not in the network; is it another system?"
+            )
         missing = [name for name in self.new if not any(fnmatchcase(name, pattern) for pattern in allow_new)]
         if missing:
             raise UserError(
-                f"{some(missing)}: in the network but not in the checkpoint; list them as new if they should be"
+                f"{preview(missing)}: in the network but not in the checkpoint; list them as new if they should be"
             )
         useless = [pattern for pattern in allow_new if not any(fnmatchcase(name, pattern) for name in self.new)]
         if useless:
             raise UserError(
-                f"new tensors {some(useless)}: the pattern fits none that started fresh; correct or remove it"
+                f"new tensors {preview(useless)}: the pattern fits none that started fresh; correct or remove it"
             )
 
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from vlm.checkpoints.artefact import STAGE_FILE, fill_artefact, read_artefact
 from vlm.checkpoints.files.atomic import atomic_directory
 from vlm.checkpoints.files.locate import CARRIED
-from vlm.checkpoints.files.weights import SHARD_BYTES, aside, write_safetensors
-from vlm.checkpoints.published.family import Family, Opened, _copy, get_family, open_family
+from vlm.checkpoints.files.weights import SHARD_BYTES, divert, write_safetensors
+from vlm.checkpoints.published.family import Family, OpenedCheckpoint, _copy, get_family, open_family
 from vlm.checkpoints.published.llava_reading import Stream, chained
 from vlm.checkpoints.report import LoadReport
 from vlm.errors import UserError
 
 
-def open_trained(family: Family, path: str | Path, *, layout: str) -> Opened:
+def open_trained(family: Family, path: str | Path, *, layout: str) -> OpenedCheckpoint:
     """An artefact of ours: a converted checkpoint tensor by tensor, a trained stage as `vlm.load` opens it."""
     artefact = read_artefact(path, system=family.system)
     model = artefact.meta["model"]
@@ -28,7 +28,7 @@ def open_trained(family: Family, path: str | Path, *, layout: str) -> Opened:
         config = family.translated(published["config"], source=published["layout"], target=layout)
         shapes = artefact.weights.shapes() | {name: tuple(t.shape) for name, t in artefact.carried.items()}
         stream: Stream = chained(artefact.items, artefact.carried.items)
-        return Opened(layout, config, shapes, stream, model, partial(_copy, artefact.folder, family.files))
+        return OpenedCheckpoint(layout, config, shapes, stream, model, partial(_copy, artefact.folder, family.files))
     from vlm.loading import load
 
     module = load(path)
@@ -38,7 +38,7 @@ def open_trained(family: Family, path: str | Path, *, layout: str) -> Opened:
     tensors = {name: tensor.detach() for name, tensor in module.state_dict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     write_files = partial(_write_files, family, module)
-    return Opened(layout, family.config(module, layout), shapes, tensors.items, model, write_files)
+    return OpenedCheckpoint(layout, family.config(module, layout), shapes, tensors.items, model, write_files)
 
 
 def convert_family(
@@ -73,7 +73,7 @@ def convert_family(
     return report
 
 
-def _fill_ours(folder: Path, family: Family, opened: Opened, *, template: str | None) -> LoadReport:
+def _fill_ours(folder: Path, family: Family, opened: OpenedCheckpoint, *, template: str | None) -> LoadReport:
     table = family.table(opened.layout, opened.config)
     carried: dict[str, Tensor] = {}
     arguments = {**opened.model["init_args"], **({} if template is None else {"template": template})}
@@ -86,18 +86,18 @@ def _fill_ours(folder: Path, family: Family, opened: Opened, *, template: str | 
         "model": {"class_path": opened.model["class_path"], "init_args": arguments},
         "published": {"layout": opened.layout, "config": opened.config},
     }
-    stream = aside(opened.stream(), table.is_carried, carried)
+    stream = divert(opened.stream(), table.is_carried, carried)
     fill_artefact(folder, tensors=stream, meta=meta, carried=carried, max_shard_bytes=SHARD_BYTES)
     return LoadReport(loaded=[name for name in opened.shapes if name not in carried], carried=list(carried))
 
 
-def _fill_published(folder: Path, family: Family, opened: Opened, *, layout: str) -> LoadReport:
+def _fill_published(folder: Path, family: Family, opened: OpenedCheckpoint, *, layout: str) -> LoadReport:
     config = family.translated(opened.config, source=opened.layout, target=layout)
     table = family.table(layout, config)
     kept = {n: shape for n, shape in opened.shapes.items() if table.has_place(n) or not table.is_carried(n)}
     table.check(kept, side="ours")
     beside: dict[str, Tensor] = {}
-    stream = aside(opened.stream(), lambda name: name not in kept, beside)
+    stream = divert(opened.stream(), lambda name: name not in kept, beside)
     write_safetensors(folder / "model.safetensors", table.stream_from_ours(stream), max_shard_bytes=SHARD_BYTES)
     if beside:
         write_safetensors(folder / CARRIED, beside.items())

@@ -66,7 +66,7 @@ def export(src: str | Path, dst: str | Path, *, dtype: str | None = None) -> "Lo
     from vlm.checkpoints.published.family import FAMILIES, get_family
     from vlm.checkpoints.published.hf_processor import sizes_cut_otherwise, write_processor, write_tokenizer
     from vlm.checkpoints.published.llava_writing import fill_published
-    from vlm.checkpoints.published.open import find_weights, is_artefact, write_talk
+    from vlm.checkpoints.published.open import find_weights, is_artefact, write_chat_settings
     from vlm.commands.convert_family import convert_family
     from vlm.loading import load
 
@@ -84,7 +84,7 @@ def export(src: str | Path, dst: str | Path, *, dtype: str | None = None) -> "Lo
         report = fill_published(folder, model, target="hf")
         patch = module.vision.trunk.patch_embed.patch_size[0]
         write_processor(folder, module.codec, patch_size=patch, pad_id=marks[1], tiles=tiles)
-        write_talk(folder, module)
+        write_chat_settings(folder, module)
     if tiles is not None:
         found = sizes_cut_otherwise(tiles, largest=_LARGEST)
         sizes = ", ".join(f"{width}x{height}" for width, height in found[:_SHOWN]) + ", ..." * (len(found) > _SHOWN)

@@ -242,9 +242,9 @@ def _readable(module: Any, question: Question | SampleError) -> Question | Sampl
 
 
 def _followed(decoding: Any, codec: Any, terminal: "_Terminal") -> Any:
-    from vlm.language.generation import Overheard
+    from vlm.language.generation import StreamingDecoding
 
-    return Overheard(**dataclasses.asdict(decoding), hear=lambda ids: terminal.grow(codec.decode(ids)))
+    return StreamingDecoding(**dataclasses.asdict(decoding), on_token=lambda ids: terminal.grow(codec.decode(ids)))
 
 
 class _Terminal:

@@ -17,7 +17,7 @@ from vlm.batch import Batch
 from vlm.codec import Codec, Encoded, step_counts
 from vlm.commands.check_data.facts import encode, sizes_of
 from vlm.commands.check_data.parts import Part, parts_of
-from vlm.commands.stage_view import Describe
+from vlm.commands.stage_view import StageParser
 from vlm.drawing.html import chip, escape, figure, write_page
 from vlm.drawing.panels import Piece, as_text, pieces_of, views_as_seen
 from vlm.errors import SampleError, UserError
@@ -48,7 +48,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Look:
+class RenderedSample:
     """A sample as it is trained in one epoch.
 
     Attributes:
@@ -62,7 +62,7 @@ class Look:
     rows: Sequence[tuple[str, Sequence[Piece]]]
 
 
-def look_at(part: Part, index: int, *, epoch: int) -> Look:
+def look_at(part: Part, index: int, *, epoch: int) -> RenderedSample:
     """A sample in an epoch, its choices and augmentation included.
 
     Raises:
@@ -81,7 +81,7 @@ def look_at(part: Part, index: int, *, epoch: int) -> Look:
         if tokenizer is None
         else [(name, pieces_of(sequence, tokenizer.decode, max_pieces=None)) for name, sequence in sequences]
     )
-    return Look(item, _pictures(sample, item, batch, codec), rows)
+    return RenderedSample(item, _pictures(sample, item, batch, codec), rows)
 
 
 def _pictures(sample: Sample, item: Encoded, batch: Batch, codec: Codec) -> list[Picture]:
@@ -146,7 +146,7 @@ def _head(name: str, facts: Sequence[str]) -> str:
     return f"<div class='card'><div class='head'><b>{escape(name)}</b>{said}</div>"
 
 
-def _shown(look: Look) -> str:
+def _shown(look: RenderedSample) -> str:
     tokens, labels, visual = sizes_of(look.item)
     counts = [f"{tokens:,} tokens", f"{labels:,} trained", f"{visual:,} for pictures"]
     figures = "".join(
@@ -212,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str], *, describe: Describe) -> int:
+def main(arguments: Sequence[str], *, describe: StageParser) -> int:
     """Writes the page.
 
     Args:

@@ -7,7 +7,7 @@ from vlm.codec import Codec
 from vlm.data.modules.base import VisionLanguageData
 
 
-class Described(NamedTuple):
+class StageView(NamedTuple):
     """What the tools that look at data need of a stage."""
 
     system: str
@@ -16,5 +16,5 @@ class Described(NamedTuple):
     data: VisionLanguageData
 
 
-Describe = Callable[[Sequence[str]], Described]
+StageParser = Callable[[Sequence[str]], StageView]
 """Options of `vlm fit` as a stage; no network is built and no weights are read."""

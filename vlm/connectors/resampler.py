@@ -32,11 +32,11 @@ class Resampler(Connector):
         if math.isqrt(self.num_queries) ** 2 != self.num_queries:
             raise UserError(f"connector.num_queries: the queries stand on a square grid, {self.num_queries} do not")
 
-    def build(self, in_dim: int, out_dim: int) -> "Resample":
+    def build(self, in_dim: int, out_dim: int) -> "ResamplerModule":
         num_heads = self.num_heads or max(1, out_dim // _HEAD_DIM)
         if out_dim % num_heads or out_dim % 4:
             raise UserError(f"connector.num_heads: {num_heads} heads do not share out a width of {out_dim}")
-        return Resample(in_dim, out_dim, num_queries=self.num_queries, num_heads=num_heads)
+        return ResamplerModule(in_dim, out_dim, num_queries=self.num_queries, num_heads=num_heads)
 
     def num_tokens(self, num_features: int) -> int:
         return self.num_queries
@@ -44,7 +44,7 @@ class Resampler(Connector):
     def initialise(self, network: nn.Module, module: nn.Module) -> None:
         """Draws the new tensors that one submodule holds itself, as the published code does."""
         if module is network:
-            assert isinstance(module, Resample)
+            assert isinstance(module, ResamplerModule)
             nn.init.trunc_normal_(module.query, std=0.02)
         elif isinstance(module, nn.MultiheadAttention):
             nn.init.xavier_uniform_(module.in_proj_weight)
@@ -61,7 +61,7 @@ class Resampler(Connector):
                 nn.init.zeros_(module.bias)
 
 
-class Resample(nn.Module):
+class ResamplerModule(nn.Module):
     """features float[V, P, in_dim] of a square map -> tokens float[V, num_queries, out_dim].
 
     ::

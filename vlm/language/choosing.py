@@ -11,7 +11,7 @@ from vlm.language.causal_lm import label_logits
 
 
 @torch.no_grad()
-def choose(
+def rank_options(
     language: PreTrainedModel, prompts: Sequence[Tensor], options: Sequence[Sequence[Sequence[int]]]
 ) -> list[int]:
     """The number of the likeliest option behind each prompt: that with the lowest mean loss over its tokens.

@@ -100,14 +100,14 @@ class _Sampling(LogitsProcessor):
 
 
 @dataclass(frozen=True)
-class Overheard(Decoding):
+class StreamingDecoding(Decoding):
     """Decoding of one answer that is followed while it grows.
 
     Attributes:
-        hear: called with the ids so far before each new one; the last one is in the finished answer alone.
+        on_token: called with the ids so far before each new one; the last one is in the finished answer alone.
     """
 
-    hear: Callable[[list[int]], None] = field(kw_only=True)
+    on_token: Callable[[list[int]], None] = field(kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,15 +116,15 @@ class Overheard(Decoding):
 
     def processors(self, seeds: Sequence[int]) -> LogitsProcessorList:
         assert len(seeds) == 1, "only one answer can be followed"
-        return LogitsProcessorList([*super().processors(seeds), _Listener(self.hear)])
+        return LogitsProcessorList([*super().processors(seeds), _Listener(self.on_token)])
 
 
 class _Listener(LogitsProcessor):
-    def __init__(self, hear: Callable[[list[int]], None]) -> None:
-        self.hear = hear
+    def __init__(self, on_token: Callable[[list[int]], None]) -> None:
+        self.on_token = on_token
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        self.hear(input_ids[0].tolist())
+        self.on_token(input_ids[0].tolist())
         return scores
 
 

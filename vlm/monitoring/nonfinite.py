@@ -11,7 +11,7 @@ from vlm.batch import Batch, SampleInfo
 
 
 @dataclass(frozen=True)
-class TrainedPack:
+class MicroBatchRecord:
     """One micro-batch of this rank; its tensors stay where they are until somebody asks.
 
     Attributes:
@@ -25,12 +25,12 @@ class TrainedPack:
     losses: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, batch: Batch, *, step: int, losses: Mapping[str, Tensor]) -> "TrainedPack":
+    def of(cls, batch: Batch, *, step: int, losses: Mapping[str, Tensor]) -> "MicroBatchRecord":
         return cls(step, batch.samples, batch.text.cu_seqlens, batch.text.owner, dict(losses))
 
 
 @dataclass(frozen=True)
-class Culprits:
+class NonFiniteReport:
     """The first step at which something was not finite.
 
     Attributes:
@@ -45,10 +45,10 @@ class Culprits:
     sample_ids: list[str]
 
 
-def as_json(packs: Iterable[TrainedPack], *, rank: int) -> list[dict[str, Any]]:
+def as_json(packs: Iterable[MicroBatchRecord], *, rank: int) -> list[dict[str, Any]]:
     """Packs in their order; numbers that JSON has not are strings, lengths are counted in tokens."""
     described: list[dict[str, Any]] = []
-    before: TrainedPack | None = None
+    before: MicroBatchRecord | None = None
     for pack in packs:
         tokens = [0] * len(pack.samples)
         for owner, length in zip(pack.owner.tolist(), pack.cu_seqlens.diff().tolist(), strict=True):
@@ -70,7 +70,7 @@ def as_json(packs: Iterable[TrainedPack], *, rank: int) -> list[dict[str, Any]]:
     return described
 
 
-def find_culprits(packs: Sequence[dict[str, Any]], *, looked: int) -> Culprits:
+def find_culprits(packs: Sequence[dict[str, Any]], *, looked: int) -> NonFiniteReport:
     """Where it began, among the described packs of all ranks up to the step `looked` at."""
     packs = [pack for pack in packs if pack["step"] <= looked]
     bad = [pack for pack in packs if any(isinstance(value, str) for value in pack["losses"].values())]
@@ -79,4 +79,4 @@ def find_culprits(packs: Sequence[dict[str, Any]], *, looked: int) -> Culprits:
     guilty = [pack for pack in bad if pack["step"] == step]
     terms = [term for pack in guilty for term, value in pack["losses"].items() if isinstance(value, str)]
     ids = [sample["id"] for pack in guilty or of_step for sample in pack["samples"]]
-    return Culprits(step, of_step, list(dict.fromkeys(terms)), ids)
+    return NonFiniteReport(step, of_step, list(dict.fromkeys(terms)), ids)

@@ -13,7 +13,7 @@ from vlm.errors import UserError
 from vlm.prompts.regions import REGION_FORMS
 from vlm.prompts.spans import ImageMark, Span, TextSpan
 from vlm.prompts.template import Form, Template
-from vlm.prompts.tokenizer import HubTokenizer, Opened, add_special
+from vlm.prompts.tokenizer import HubTokenizer, LoadedTokenizer, add_special
 from vlm.sample import Message
 
 BOS, ANSWER, END = "<s>", "<0x04>", "|ENDOFTEXT|"
@@ -43,7 +43,7 @@ class FuyuTokenizer(HubTokenizer):
     _: KW_ONLY
     eos_token: str | None = END
 
-    def _open(self) -> Opened:
+    def _open(self) -> LoadedTokenizer:
         opened = super()._open()
         known = opened.backend.get_vocab(with_added_tokens=True)
         if missing := [token for token in (*_SPECIAL, SPEAKER, NEWLINE) if token not in known]:

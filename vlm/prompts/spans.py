@@ -52,7 +52,7 @@ def _alike(left: TextSpan, right: TextSpan) -> bool:
     return (left.trained, left.literal) == (right.trained, right.literal)
 
 
-def fill(form: Iterable[TextSpan], content: Iterable[Span]) -> list[Span]:
+def format_spans(form: Iterable[TextSpan], content: Iterable[Span]) -> list[Span]:
     """Spans of one turn with the content in the place of `{}`, trained and literal where the place is."""
     spans: list[Span] = []
     for span in form:

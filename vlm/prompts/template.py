@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from vlm.batch import IGNORE
 from vlm.errors import UserError
 from vlm.prompts.regions import LLAVA, RegionForm
-from vlm.prompts.spans import ImageMark, Span, TextSpan, fill, merge, surround, tight
+from vlm.prompts.spans import ImageMark, Span, TextSpan, format_spans, merge, surround, tight
 from vlm.prompts.tokenizer import Tokenizer
 from vlm.sample import DOCUMENT, ImagePart, Message, Part, TextPart
 
@@ -160,7 +160,7 @@ class Template:
             turns = [(where, _trimmed(message)) for where, message in turns]
         text = form.opening if system else form.bare
         around = (TextSpan(text),) if isinstance(text, str) else text
-        opening = [span for span in fill(around, [TextSpan(system)]) if span != TextSpan("")]
+        opening = [span for span in format_spans(around, [TextSpan(system)]) if span != TextSpan("")]
         num_images = 0
         written: list[list[Span]] = [[] if form.opening_in_turn else opening]
         for index, (where, message) in enumerate(turns):
@@ -169,12 +169,12 @@ class Template:
                 if index == 0 and form.opening_in_turn:
                     content = [*opening, *content]
                 bare = not self.instructed and not (generate and _joined_text(message).strip())
-                spans = content if bare else fill(form.user, content)
+                spans = content if bare else format_spans(form.user, content)
                 spans = surround(tight(spans) if form.tight else spans, form.image, first=num_images + 1)
                 num_images += sum(isinstance(span, ImageMark) for span in spans)
                 written.append([TextSpan(form.between), *spans] if index else spans)
             else:
-                written.append(fill(form.assistant, [TextSpan(_text_of(message, where=where))]))
+                written.append(format_spans(form.assistant, [TextSpan(_text_of(message, where=where))]))
         if generate:
             cue = next((i for i, span in enumerate(form.assistant) if span.trained), len(form.assistant))
             written.append(list(form.assistant[:cue]))

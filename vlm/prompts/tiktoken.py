@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from vlm.errors import UserError
 from vlm.prompts.files import find_file
-from vlm.prompts.tokenizer import Opened, Tokenizer, add_special, encode_with
+from vlm.prompts.tokenizer import LoadedTokenizer, Tokenizer, add_special, encode_with
 
 END = "<|endoftext|>"
 TURNS = ("<|im_start|>", "<|im_end|>")
@@ -58,7 +58,7 @@ class QwenTokenizer(Tokenizer):
     def _file(self) -> Path:
         return find_file(self.path, "qwen.tiktoken", "a folder with a `qwen.tiktoken`, or such a file")
 
-    def _open(self) -> Opened:
+    def _open(self) -> LoadedTokenizer:
         ranks = _read_ranks(self._file)
         letters = _byte_letters()
         words = {token: "".join(letters[byte] for byte in token) for token in ranks}
@@ -88,7 +88,7 @@ class QwenTokenizer(Tokenizer):
         # no special ones: they stay in an answer when it is decoded
         backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in PLACES])
         add_special(backend, [*IMAGES, *new, *self.added_tokens])
-        return Opened(backend, None, END, pad)
+        return LoadedTokenizer(backend, None, END, pad)
 
     @cached_property
     def _control(self) -> re.Pattern[str]:

@@ -23,7 +23,7 @@ from vlm.prompts.files import download, find_file
 _BLANK = "▁"  # how SentencePiece writes a space
 
 
-class Opened(NamedTuple):
+class LoadedTokenizer(NamedTuple):
     """A tokenizer in memory. The strings are those of its marks, None where it has none."""
 
     backend: tokenizers.Tokenizer
@@ -55,10 +55,10 @@ class Tokenizer(ABC):
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
 
     @abstractmethod
-    def _open(self) -> Opened: ...
+    def _open(self) -> LoadedTokenizer: ...
 
     @cached_property
-    def _opened(self) -> Opened:
+    def _opened(self) -> LoadedTokenizer:
         return self._open()
 
     def encode(self, text: str, *, literal: Sequence[tuple[int, int]] = ()) -> tuple[list[int], list[tuple[int, int]]]:
@@ -160,7 +160,7 @@ class LlamaTokenizer(Tokenizer):
     def _file(self) -> Path:
         return find_file(self.path, "tokenizer.model", "a folder with a SentencePiece `tokenizer.model`")
 
-    def _open(self) -> Opened:
+    def _open(self) -> LoadedTokenizer:
         proto = _sentencepiece_proto(self._file)
         vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
         kinds = proto.SentencePiece
@@ -207,7 +207,7 @@ class LlamaTokenizer(Tokenizer):
         pad = self.pad_token or unknown
         new = [pad] if pad not in vocab and pad not in self.added_tokens else []
         add_special(backend, [token for token in (unknown, bos, eos, *new, *self.added_tokens) if token is not None])
-        return Opened(backend, bos, eos, pad)
+        return LoadedTokenizer(backend, bos, eos, pad)
 
     def save(self, folder: str | Path) -> None:
         super().save(folder)
@@ -239,7 +239,7 @@ class HubTokenizer(Tokenizer):
     def _file(self) -> Path:
         return find_file(self.path, "tokenizer.json", "a folder with a `tokenizer.json`, or such a file")
 
-    def _open(self) -> Opened:
+    def _open(self) -> LoadedTokenizer:
         file = self._file
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
@@ -253,7 +253,7 @@ class HubTokenizer(Tokenizer):
         pad = self.pad_token or marks.get("pad_token")
         eos = self.eos_token or marks.get("eos_token")
         add_special(backend, [token for token in (pad, eos, *self.added_tokens) if token is not None])
-        return Opened(backend, marks.get("bos_token"), eos, pad)
+        return LoadedTokenizer(backend, marks.get("bos_token"), eos, pad)
 
 
 def encode_with(backend: tokenizers.Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:

@@ -1,14 +1,14 @@
 """Every stage of a published recipe with one command: what the graph says, and a process for each node of it."""
 
 from vlm.recipes.catalogue import find_recipe, print_systems, systems
-from vlm.recipes.graph import Followed, Procedure, Recipe, TrainingStage
+from vlm.recipes.graph import Procedure, Recipe, StageRef, TrainingStage
 from vlm.recipes.reading import load_recipe
 from vlm.recipes.run import run_recipe
 
 __all__ = [
-    "Followed",
     "Procedure",
     "Recipe",
+    "StageRef",
     "TrainingStage",
     "find_recipe",
     "load_recipe",

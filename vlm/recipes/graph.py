@@ -33,7 +33,7 @@ from vlm.errors import UserError
 
 
 @dataclass(frozen=True)
-class Followed:
+class StageRef:
     """A finished stage that another one starts from.
 
     Attributes:
@@ -67,7 +67,7 @@ class TrainingStage:
     configs: tuple[Path, ...]
     overlays: tuple[Path, ...]
     needs: tuple[str, ...] = ()
-    follows: tuple[Followed, ...] = ()
+    follows: tuple[StageRef, ...] = ()
     continues: str | None = None
 
 
@@ -140,7 +140,7 @@ def _cannot_do_without(node: Node) -> set[str]:
     return {*node.needs, *continued}
 
 
-def _not_following(node: TrainingStage, name: str, instead: tuple[Followed, ...]) -> TrainingStage:
+def _not_following(node: TrainingStage, name: str, instead: tuple[StageRef, ...]) -> TrainingStage:
     if all(str(followed) != name for followed in node.follows):
         return node
     others = tuple(followed for followed in node.follows if str(followed) != name)

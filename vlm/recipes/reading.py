@@ -8,7 +8,7 @@ import yaml
 
 from vlm.errors import UserError
 from vlm.procedures import PROCEDURES
-from vlm.recipes.graph import Followed, Node, Procedure, Recipe, TrainingStage, in_order
+from vlm.recipes.graph import Node, Procedure, Recipe, StageRef, TrainingStage, in_order
 from vlm.recipes.inputs import places
 
 _STAGE_KEYS = frozenset({"configs", "needs", "follows", "continues"})
@@ -165,7 +165,7 @@ class _Reader:
             raise self.error(key, f"there is no file {value!r} in {self.path.parent}")
         return self.path.parent / value
 
-    def followed(self, value: Any, key: str, *, system: str, trained: list[str]) -> Followed:
+    def followed(self, value: Any, key: str, *, system: str, trained: list[str]) -> StageRef:
         self.keys(value, key, required={"artefact"}, optional=frozenset({"parts"}))
         artefact, parts = value["artefact"], value.get("parts", {})
         owner, _, stage = artefact.partition("/") if isinstance(artefact, str) else ("", "", "")
@@ -175,7 +175,7 @@ class _Reader:
             self.one_of(stage, f"{key}.artefact", trained)
         if not isinstance(parts, dict) or not all(isinstance(part, str) for item in parts.items() for part in item):
             raise self.error(f"{key}.parts", f"must be a mapping {{our part: its part}}, found {parts!r}")
-        return Followed(owner, stage, parts)
+        return StageRef(owner, stage, parts)
 
 
 def _is_procedure(value: Any) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vlm.errors import UserError
 from vlm.recipes.configs import config_files, default_run, from_here
-from vlm.recipes.graph import Followed, Node, Procedure, Recipe, TrainingStage
+from vlm.recipes.graph import Node, Procedure, Recipe, StageRef, TrainingStage
 from vlm.recipes.inputs import fill_configs, fill_places
 from vlm.recipes.node import ProcedureFolder
 from vlm.recipes.run_folder import RunFolder
@@ -71,7 +71,7 @@ class Request:
             follows = [{"artefact": str(self._artefact(item)), "parts": dict(item.parts)} for item in node.follows]
             arguments += ["--stage.follows", json.dumps(follows)]
         if node.continues is not None:
-            arguments += ["--stage.continues", str(self._artefact(Followed(self.recipe.system, node.continues)))]
+            arguments += ["--stage.continues", str(self._artefact(StageRef(self.recipe.system, node.continues)))]
         if any(isinstance(other, TrainingStage) and other.continues == node.name for other in self.recipe.nodes):
             arguments += ["--stage.keep_optimizer", "true"]
         return [*arguments, *self.options, *self.stage_options.get(node.name, ())]
@@ -86,9 +86,9 @@ class Request:
         return [*arguments, *self.stage_options.get(node.name, ())]
 
     def _needs(self, node: Node) -> dict[str, Path]:
-        return {name: self._artefact(Followed(self.recipe.system, name)) for name in node.needs}
+        return {name: self._artefact(StageRef(self.recipe.system, name)) for name in node.needs}
 
-    def _artefact(self, followed: Followed) -> Path:
+    def _artefact(self, followed: StageRef) -> Path:
         """What a node made. It is there, or an earlier node of this command makes it."""
         if str(followed) in self.given:
             return self.given[str(followed)]

@@ -126,8 +126,8 @@ class Fuyu(RowDecoder):
     def blank_size(self) -> tuple[int, int]:
         return self.patches.side, self.patches.side
 
-    def picture_parts(self) -> tuple[nn.Module, ...]:
+    def image_modules(self) -> tuple[nn.Module, ...]:
         return (self.connector,)
 
-    def connect(self, pixels: Tensor) -> Tensor:
+    def encode_images(self, pixels: Tensor) -> Tensor:
         return self.connector(channels_last(pixels).to(self.connector.weight.dtype))[:, None]

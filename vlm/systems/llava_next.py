@@ -116,7 +116,7 @@ class LLaVANext(SplicedDecoder):
             parts["newline"] = Newline(language.config.hidden_size)
         return parts
 
-    def lay_out(self, features: Tensor, layout: Tensor | None) -> Tensor:
+    def arrange_features(self, features: Tensor, layout: Tensor | None) -> Tensor:
         rows = features.flatten(0, 1)
         if self.has_newline:
             rows = self.newline(rows)
@@ -124,8 +124,8 @@ class LLaVANext(SplicedDecoder):
                 return rows[:-1]
         return rows if layout is None else rows.index_select(0, layout)
 
-    def picture_parts(self) -> tuple[nn.Module, ...]:
-        return (*super().picture_parts(), self.newline) if self.has_newline else super().picture_parts()
+    def image_modules(self) -> tuple[nn.Module, ...]:
+        return (*super().image_modules(), self.newline) if self.has_newline else super().image_modules()
 
     @property
     def has_newline(self) -> bool:

@@ -10,7 +10,7 @@ from vlm.connectors import PatchMining
 from vlm.connectors.mining import mine_views
 from vlm.errors import UserError
 from vlm.systems.spliced import SplicedDecoder
-from vlm.vision import VisionTower
+from vlm.vision import TowerDescription
 from vlm.vision.preprocess import ImageTransform
 from vlm.vision.tiling import low_views
 
@@ -50,7 +50,7 @@ class MiniGemini(SplicedDecoder):
     def __init__(
         self,
         *,
-        vision_high: VisionTower,
+        vision_high: TowerDescription,
         grid: int = 1,
         whole: bool = False,
         scale_features: bool = False,
@@ -82,10 +82,10 @@ class MiniGemini(SplicedDecoder):
         }
         return {name: parts[name] for name in order}
 
-    def picture_parts(self) -> tuple[nn.Module, ...]:
+    def image_modules(self) -> tuple[nn.Module, ...]:
         return self.vision, self.vision_high, self.mining, self.connector
 
-    def connect(self, pixels: Tensor) -> Tensor:
+    def encode_images(self, pixels: Tensor) -> Tensor:
         views = low_views(pixels, size=self.low_size, grid=self.grid, whole=self.whole)
         low = _run(self.vision, views.flatten(0, 1)).unflatten(0, views.shape[:2])
         high = _run(self.vision_high, pixels)

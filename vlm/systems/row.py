@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlm.batch import IGNORE, Batch, TokenSequence, Views, next_token_targets
-from vlm.codec import Codec, Encoded, lay_out
+from vlm.codec import Codec, Encoded, pack_rows
 from vlm.errors import UserError
 from vlm.functional import splice, token_loss, zero_from
 from vlm.geometry import Box, View
 from vlm.language import Decoding, LanguagePart, NewTokens
 from vlm.language.causal_lm import label_logits
-from vlm.language.choosing import choose
+from vlm.language.choosing import rank_options
 from vlm.language.generation import generate
 from vlm.module import VisionLanguageModule
 from vlm.prompts.documents import documents_of, fit_document
@@ -52,7 +52,7 @@ class RowCodec(Codec):
     def find_boxes(self, text: str, *, size: tuple[float, float]) -> list[Box]:
         return find_boxes(text, self.template.regions, size=size)
 
-    def written(self, sample: Sample, *, seed: int | None = None) -> Sample:
+    def render_regions(self, sample: Sample, *, seed: int | None = None) -> Sample:
         def view(image: int) -> View:
             width, height = sample.images[image].size(sample)
             return self.view(width, height, image=image, seed=seed)
@@ -61,9 +61,9 @@ class RowCodec(Codec):
 
     def encode(self, sample: Sample, *, seed: int | None = None, generate: bool = False) -> Encoded:
         if len(documents := documents_of(sample)) > 1:
-            return joined([self.encode(one, seed=seed, generate=generate) for one in documents])
+            return concat_documents([self.encode(one, seed=seed, generate=generate) for one in documents])
         places = places_named(sample)
-        sample = self.written(sample, seed=seed)
+        sample = self.render_regions(sample, seed=seed)
         try:
             tokens = self.template.tokenize(sample.messages, self.tokenizer, generate=generate)
         except UserError as error:
@@ -116,7 +116,7 @@ class RowCodec(Codec):
         return ids, wide, slots
 
     def collate(self, items: Sequence[Encoded], *, counts: Mapping[str, float], packs: int = 1) -> Batch:
-        text, _ = lay_out(items, streams=[STREAM])
+        text, _ = pack_rows(items, streams=[STREAM])
         views = self.read(items)
         return Batch(
             text=text,
@@ -138,7 +138,7 @@ class RowCodec(Codec):
         return text.strip()
 
 
-def joined(items: Sequence[Encoded]) -> Encoded:
+def concat_documents(items: Sequence[Encoded]) -> Encoded:
     """The documents of one sample, each a sequence of its own."""
     counts: dict[str, float] = {}
     for item in items:
@@ -194,14 +194,14 @@ class RowDecoder(VisionLanguageModule):
         """Height and width of a view."""
 
     @abstractmethod
-    def picture_parts(self) -> tuple[nn.Module, ...]:
+    def image_modules(self) -> tuple[nn.Module, ...]:
         """What pictures go through."""
 
     @abstractmethod
-    def connect(self, pixels: Tensor) -> Tensor:
+    def encode_images(self, pixels: Tensor) -> Tensor:
         """float[V, 3, H, W] -> float[V, P, D]."""
 
-    def lay_out(self, features: Tensor, layout: Tensor | None) -> Tensor:
+    def arrange_features(self, features: Tensor, layout: Tensor | None) -> Tensor:
         """float[V, P, D] features of all views as float[K, D] image tokens (see `Views.layout`)."""
         return features.flatten(0, 1)
 
@@ -210,9 +210,13 @@ class RowDecoder(VisionLanguageModule):
     def image_features(self, batch: Batch) -> Tensor:
         """float[K, D] features of all pictures, in the order of the row's slots."""
         views = batch.views.get(STREAM)
-        return self.no_features(batch) if views is None else self.lay_out(self.connect(views.pixels), views.layout)
+        return (
+            self.empty_features(batch)
+            if views is None
+            else self.arrange_features(self.encode_images(views.pixels), views.layout)
+        )
 
-    def no_features(self, batch: Batch) -> Tensor:
+    def empty_features(self, batch: Batch) -> Tensor:
         """float[0, D] for a pack without pictures, connected to what it left out.
 
         A step in which no rank has a picture skips the tower everywhere. In a mixed step, a rank without one runs a
@@ -220,11 +224,13 @@ class RowDecoder(VisionLanguageModule):
         """
         device = batch.text.ids.device
         if batch.counts.get("images"):
-            return self.lay_out(self.connect(torch.zeros(1, 3, *self.blank_size, device=device)), None)[:0]
+            return self.arrange_features(self.encode_images(torch.zeros(1, 3, *self.blank_size, device=device)), None)[
+                :0
+            ]
         features = torch.zeros(0, self.language.config.hidden_size, device=device)
         if not torch.is_grad_enabled():
             return features
-        return features + zero_from(p for part in self.picture_parts() for p in part.parameters())
+        return features + zero_from(p for part in self.image_modules() for p in part.parameters())
 
     def embed(self, batch: Batch) -> Tensor:
         """float[N, D]: token embeddings with the image features in place."""
@@ -247,7 +253,7 @@ class RowDecoder(VisionLanguageModule):
         if decoding.options is not None:
             letters = [ascii_uppercase[: max(1, len(sample.choices))] for sample in batch.samples]
             texts = [[decoding.options.replace("{}", letter) for letter in group] for group in letters]
-            chosen = choose(self.language, prompts, [[tokenizer.encode(t)[0] for t in group] for group in texts])
+            chosen = rank_options(self.language, prompts, [[tokenizer.encode(t)[0] for t in group] for group in texts])
             return [group[at] for group, at in zip(letters, chosen, strict=True)]
         answers = generate(
             self.language,

@@ -17,7 +17,7 @@ from vlm.prompts.tokenizer import Tokenizer
 from vlm.sample import Sample
 from vlm.seeding import seed_from
 from vlm.systems.row import RowCodec, RowDecoder
-from vlm.vision import TowerFacts, VisionTower
+from vlm.vision import TowerDescription, TowerFacts
 from vlm.vision.preprocess import ImageMode, ImageTransform, RandomCropFlip
 
 
@@ -89,7 +89,7 @@ class SplicedDecoder(RowDecoder):
     def __init__(
         self,
         *,
-        vision: VisionTower,
+        vision: TowerDescription,
         connector: Connector,
         language: LanguagePart,
         tokenizer: Tokenizer,
@@ -132,10 +132,10 @@ class SplicedDecoder(RowDecoder):
     def blank_size(self) -> tuple[int, int]:
         return self.tower.image_size, self.tower.image_size
 
-    def picture_parts(self) -> tuple[nn.Module, ...]:
+    def image_modules(self) -> tuple[nn.Module, ...]:
         return self.vision, self.connector
 
-    def connect(self, pixels: Tensor) -> Tensor:
+    def encode_images(self, pixels: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())):
             features = self.vision(pixels.to(next(self.vision.parameters()).dtype))
         return self.connector(features)

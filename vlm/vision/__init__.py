@@ -2,7 +2,7 @@ from vlm.vision.augment import RandAugment
 from vlm.vision.patches import Patches
 from vlm.vision.preprocess import RandomCropFlip
 from vlm.vision.pyramid import ConvNeXtPyramid, Pyramid
-from vlm.vision.towers import TimmTower, Tower, TowerFacts, VisionTower
+from vlm.vision.towers import TimmTower, Tower, TowerDescription, TowerFacts
 
 __all__ = [
     "ConvNeXtPyramid",
@@ -12,6 +12,6 @@ __all__ = [
     "RandomCropFlip",
     "TimmTower",
     "Tower",
+    "TowerDescription",
     "TowerFacts",
-    "VisionTower",
 ]

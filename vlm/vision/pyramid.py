@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm.errors import UserError
-from vlm.vision.towers import TowerFacts, VisionTower
+from vlm.vision.towers import TowerDescription, TowerFacts
 
 
 @dataclass(frozen=True)
-class ConvNeXtPyramid(VisionTower):
+class ConvNeXtPyramid(TowerDescription):
     """A ConvNeXt of timm, its stages brought to the resolution of the first one and concatenated (Mini-Gemini, 2024).
 
     Attributes:

@@ -35,7 +35,7 @@ class TowerFacts:
     depth: int
 
 
-class VisionTower(ABC):
+class TowerDescription(ABC):
     """Description of a vision tower.
 
     Attributes:
@@ -58,7 +58,7 @@ class VisionTower(ABC):
 
 
 @dataclass(frozen=True)
-class TimmTower(VisionTower):
+class TimmTower(TowerDescription):
     """A timm vision transformer.
 
     Attributes:

@@ -45,7 +45,7 @@ def _indexed(index: Path) -> tuple[list[Path], list[str]]:
         raise UserError(f"{index}: {bad[0]!r} leads out of the folder")
     files = [index.parent / name for name in dict.fromkeys(weight_map.values())]
     if missing := [file.name for file in files if not file.exists()]:
-        raise UserError(f"{index.parent}: shard {some(missing)} is missing; fetch it again")
+        raise UserError(f"{index.parent}: shard {preview(missing)} is missing; fetch it again")
     return files, list(weight_map)
 
 
@@ -70,7 +70,7 @@ def download(hub_id: str, revision: str | None) -> Path:
     raise UserError(f"{hub_id}: the repository holds no weight files")
 
 
-def some(names: Iterable[str], shown: int = 5) -> str:
+def preview(names: Iterable[str], shown: int = 5) -> str:
     """The first few names and how many there are, for messages."""
     names = list(names)
     return ", ".join(names[:shown]) + (f", ... ({len(names)} in all)" if len(names) > shown else "")

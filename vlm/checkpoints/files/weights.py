@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vlm.checkpoints.files.atomic import atomic_files
-from vlm.checkpoints.files.locate import download, find_files, some
+from vlm.checkpoints.files.locate import download, find_files, preview
 from vlm.errors import UserError
 
 _DTYPES = {
@@ -72,7 +72,7 @@ class WeightFiles:
                     raise UserError(f"{path}: tensor {key!r} is in {self._file_of[key].name} and in {file.name}")
                 self._file_of[key] = file
         if index is not None and (lost := [key for key in index if key not in self._file_of]):
-            raise UserError(f"{path}: {some(lost)} in the index but in none of its files; fetch the files again")
+            raise UserError(f"{path}: {preview(lost)} in the index but in none of its files; fetch the files again")
         if not self._file_of:
             raise UserError(f"{path}: holds no tensors")
 
@@ -193,7 +193,7 @@ def write_safetensors(
     return [path.with_name(name) for name in names]
 
 
-def aside(
+def divert(
     items: Iterable[tuple[str, Tensor]], goes_aside: Callable[[str], bool], beside: dict[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """The items that do not go aside; the others are put into `beside`."""

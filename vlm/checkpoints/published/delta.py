@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vlm.checkpoints.files.locate import some
+from vlm.checkpoints.files.locate import preview
 from vlm.checkpoints.files.weights import WeightFiles
 from vlm.errors import UserError
 
@@ -37,9 +37,9 @@ class DeltaFiles(WeightFiles):
         shapes = self.shapes()
         new = [name for name in shapes if name not in base_shapes]
         if unknown := [name for name in new if name not in _PROJECTOR]:
-            raise UserError(f"{base}: lacks {some(unknown)} of the delta {delta}; is it the right base?")
+            raise UserError(f"{base}: lacks {preview(unknown)} of the delta {delta}; is it the right base?")
         if lost := [name for name in base_shapes if name not in shapes and not name.endswith(_BUFFER)]:
-            raise UserError(f"{delta}: lacks {some(lost)} of the base {base}; the delta is incomplete")
+            raise UserError(f"{delta}: lacks {preview(lost)} of the base {base}; the delta is incomplete")
         for name, shape in shapes.items():
             theirs = base_shapes.get(name, shape)
             grown = name in _TABLES and shape[0] >= theirs[0] and shape[1:] == theirs[1:]

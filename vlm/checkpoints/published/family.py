@@ -88,7 +88,7 @@ def find_family(keys: Iterable[str]) -> Family | None:
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedCheckpoint:
     """A checkpoint of a family under our names, carried tensors among them.
 
     Attributes:
@@ -107,7 +107,7 @@ class Opened:
     write_files: Callable[[Path], None]
 
 
-def open_family(family: Family, path: str | Path, *, layout: str = "auto") -> Opened:
+def open_family(family: Family, path: str | Path, *, layout: str = "auto") -> OpenedCheckpoint:
     """Opens and checks a published folder or hub id; no tensor is read yet.
 
     Raises:
@@ -128,7 +128,7 @@ def open_family(family: Family, path: str | Path, *, layout: str = "auto") -> Op
         carried = WeightFiles(files.folder / CARRIED)
         shapes, stream = shapes | carried.shapes(), chained(stream, carried.items)
     model = family.describe(config, files.folder)
-    return Opened(found, config, shapes, stream, model, partial(_copy, files.folder, family.files))
+    return OpenedCheckpoint(found, config, shapes, stream, model, partial(_copy, files.folder, family.files))
 
 
 def family_source(family: Family, path: str) -> WeightSource:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.checkpoints.tables.llava import Connector, Layout
-from vlm.checkpoints.tables.mini_gemini import FAMILIES
+from vlm.checkpoints.tables.mini_gemini import LANGUAGE_DEFAULTS
 from vlm.errors import UserError
 
 _LLAMA = {  # values a config.json leaves out when they are these (hub files do)
@@ -154,7 +154,7 @@ def read_config(folder: Path, layout: Layout, *, connector: Connector) -> LlavaC
     except ValueError as error:
         raise UserError(f"{file}: is not readable JSON ({error})") from error
     text = content.get("text_config") or {} if layout.is_hf else content
-    defaults = _LLAMA | FAMILIES.get(text.get("model_type", "").rpartition("_")[2], {})
+    defaults = _LLAMA | LANGUAGE_DEFAULTS.get(text.get("model_type", "").rpartition("_")[2], {})
     known = (*defaults, "vocab_size", "num_key_value_heads")
     language = {**defaults, **{key: text[key] for key in known if key in text and key != "model_type"}}
     if text.get("hidden_activation"):  # of Gemma: it came later and counts

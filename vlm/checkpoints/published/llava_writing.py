@@ -12,10 +12,10 @@ from torch import Tensor
 from vlm.checkpoints.artefact import fill_artefact
 from vlm.checkpoints.files.atomic import atomic_directory
 from vlm.checkpoints.files.locate import CARRIED
-from vlm.checkpoints.files.weights import SHARD_BYTES, aside, write_safetensors
+from vlm.checkpoints.files.weights import SHARD_BYTES, divert, write_safetensors
 from vlm.checkpoints.published.llava_config import write_config
 from vlm.checkpoints.published.llava_reading import Model, chained, table_of
-from vlm.checkpoints.published.open import talk
+from vlm.checkpoints.published.open import chat_settings
 from vlm.checkpoints.published.vila import FOLDERS, PREFIXES, place_of, write_configs
 from vlm.checkpoints.report import LoadReport
 from vlm.checkpoints.tables.llava import LAYOUTS, OFFICIAL
@@ -85,7 +85,7 @@ def fill_published(folder: Path, model: Model, *, target: str) -> LoadReport:
     table.check(kept, side="ours")
     beside: dict[str, Tensor] = {}
     dtypes: list[str] = []
-    stream = aside(model.stream(), lambda name: name not in kept, beside)
+    stream = divert(model.stream(), lambda name: name not in kept, beside)
     published = _noting_dtype(table.stream_from_ours(stream), dtypes)
     write_safetensors(folder / "model.safetensors", published, max_shard_bytes=SHARD_BYTES)
     if beside:
@@ -105,7 +105,7 @@ def _write_artefact(dst: Path, model: Model, *, template: str | None) -> LoadRep
         frozen["vision"] = {"source": model.config.tower, "fingerprint": None}
     if model.config.high is not None and not any(name.startswith("vision_high.") for name in model.shapes):
         frozen["vision_high"] = {"source": model.config.high["weights"], "fingerprint": None}
-    class_path, arguments = talk(model)
+    class_path, arguments = chat_settings(model)
     arguments |= {} if template is None else {"template": template}
     parts = model.config.model_parts(has_tower="vision" not in frozen)
     parts["tokenizer"]["init_args"] |= arguments.pop("tokenizer", {})
@@ -123,7 +123,7 @@ def _write_artefact(dst: Path, model: Model, *, template: str | None) -> LoadRep
         "published": model.config.to_json(),
     }
     with atomic_directory(dst) as folder:
-        stream = aside(model.stream(), table.is_carried, carried)
+        stream = divert(model.stream(), table.is_carried, carried)
         fill_artefact(folder, tensors=stream, meta=meta, carried=carried, max_shard_bytes=SHARD_BYTES)
         _copy_small_files(model.folder, folder)
     return LoadReport(loaded=[name for name in model.shapes if name not in carried], carried=list(carried))

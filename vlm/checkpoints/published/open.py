@@ -15,7 +15,7 @@ from vlm.checkpoints.tables.llava import detect_connector, detect_layout
 from vlm.checkpoints.tables.mini_gemini import MARK
 from vlm.errors import UserError
 
-TALK_FILE = "vlm.json"
+CHAT_SETTINGS_FILE = "vlm.json"
 """Beside the weights that `vlm export` writes: what a published config has no place for."""
 SYSTEMS: dict[str, tuple[str, dict[str, str]]] = {
     "llava": ("vlm.systems.LLaVA", {"template": "v0", "image": "crop"}),
@@ -99,7 +99,7 @@ def describe_published(path: str) -> dict[str, Any]:
     if (family := _family_of(path)) is not None:
         return dict(open_family(family, path).model)
     model = open_published(path)
-    class_path, arguments = talk(model)
+    class_path, arguments = chat_settings(model)
     parts = model.config.model_parts(has_tower=True)
     marks = arguments.pop("tokenizer", {})
     tokenizer = {"class_path": "vlm.prompts.LlamaTokenizer", "init_args": {"path": str(model.folder), **marks}}
@@ -113,14 +113,14 @@ def describe_published(path: str) -> dict[str, Any]:
             "init_args": {"path": str(model.folder), "add_bos": True},
         }
     arguments = {**parts, **arguments, "tokenizer": tokenizer}
-    if (own := model.folder / TALK_FILE).is_file():
+    if (own := model.folder / CHAT_SETTINGS_FILE).is_file():
         stated = json.loads(own.read_text(encoding="utf-8"))
         tokenizer["init_args"] = tokenizer["init_args"] | stated.pop("tokenizer", {})
         arguments |= stated
     return {"class_path": class_path, "init_args": arguments}
 
 
-def talk(model: Model) -> tuple[str, dict[str, Any]]:
+def chat_settings(model: Model) -> tuple[str, dict[str, Any]]:
     """Class of a published model and how it is talked to: its template, its view of a picture, tokens it added."""
     class_path, arguments = SYSTEMS[model.system]
     official = model.config.originals.get("official", {})
@@ -174,12 +174,12 @@ def _added_tokens(folder: Path) -> dict[str, Any]:
     return {"added_tokens": tokens}
 
 
-def write_talk(folder: Path, module: Any) -> None:
+def write_chat_settings(folder: Path, module: Any) -> None:
     """How a system of ours is talked to, so that its exported folder opens here as what it was."""
     arguments = {key: module.arguments[key] for key in ("template", "image", "max_tokens")}
     tokenizer = asdict(module.codec.tokenizer)
     del tokenizer["path"]
-    (folder / TALK_FILE).write_text(
+    (folder / CHAT_SETTINGS_FILE).write_text(
         json.dumps({**arguments, "tokenizer": tokenizer}, indent=2) + "\n", encoding="utf-8"
     )
 

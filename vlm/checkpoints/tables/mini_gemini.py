@@ -37,7 +37,7 @@ _MIXTRAL = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 1e6,
 }
-FAMILIES: dict[str, dict[str, Any]] = {"gemma": _GEMMA, "mixtral": _MIXTRAL}
+LANGUAGE_DEFAULTS: dict[str, dict[str, Any]] = {"gemma": _GEMMA, "mixtral": _MIXTRAL}
 """What the config.json of a family leaves out when it is this, where it differs from Llama's."""
 _MINING = {"query": "query", "aux": "key", "val": "value"}
 

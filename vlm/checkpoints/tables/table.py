@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm.checkpoints.files.locate import some
+from vlm.checkpoints.files.locate import preview
 from vlm.checkpoints.tables.rules import Part, Rule, Side
 from vlm.errors import UserError
 
@@ -113,7 +113,7 @@ class Table:
                 yield from self._emit(rule, parts, binding, side)
             else:
                 missing += [_fill(getattr(rule, side)[position], binding) for position in sorted(lost)]
-        self._refuse(unknown, missing + self._never_seen(seen, side) + holes(layers), side)
+        self._refuse(unknown, missing + self._never_seen(seen, side) + missing_layers(layers), side)
 
     def _emit(self, rule: Rule, parts: list[Part], binding: tuple, side: Side) -> Iterator[tuple[str, Tensor]]:
         if side == "theirs":
@@ -151,12 +151,12 @@ class Table:
         where = f"the {self.layout} layout" if side == "theirs" else "our names"
         if unknown:
             place = where if side == "theirs" else f"the {self.layout} layout"
-            raise UserError(f"{some(unknown)}: no place in {place}; is it another system or layout?")
+            raise UserError(f"{preview(unknown)}: no place in {place}; is it another system or layout?")
         if missing:
-            raise UserError(f"{some(missing)}: missing, and {where} needs it; the checkpoint is incomplete")
+            raise UserError(f"{preview(missing)}: missing, and {where} needs it; the checkpoint is incomplete")
 
 
-def holes(names: Iterable[str]) -> list[str]:
+def missing_layers(names: Iterable[str]) -> list[str]:
     """Names that stacked layers lack: every layer of a stack has the same tensors, and the indices start at 0."""
     stacks: dict[str, dict[str, set[int]]] = {}
     for name in names:

@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader, Sampler
 
 from vlm.batch import Batch
 from vlm.data.loading.encoder import Encoder
-from vlm.data.loading.opaque import Sealed
+from vlm.data.loading.opaque import OpaqueBatch
 from vlm.data.loading.rank_gather import Gather
-from vlm.data.loading.shared_memory import Parcel, unwrap
-from vlm.data.loading.step_dataset import Made, Step, StepDataset
+from vlm.data.loading.shared_memory import SharedTensors, from_shared
+from vlm.data.loading.step_dataset import Step, StepDataset, StepPacks
 from vlm.data.loading.workers import worker_context
 from vlm.data.wrappers.quarantine import LeftOut
 from vlm.errors import SampleError, UserError
@@ -73,7 +73,7 @@ class StepSampler(Sampler[Step]):
             yield Step(epoch, index, tuple(steps[index]))
 
 
-class Progress(Protocol):
+class LoopPosition(Protocol):
     """What the loader asks of, and tells, the loop that trains on its packs."""
 
     def trained(self) -> int:
@@ -103,7 +103,7 @@ class StepLoader(DataLoader):
         fixed: every pass is the same, from the start (validation).
         identity: what must not change between a checkpoint and its resume, by the name of the setting.
         progress: the loop to keep in step with; without one, packs count as trained when handed out.
-        sealed: packs arrive as `Sealed`, for a Lightning loop.
+        sealed: packs arrive as `OpaqueBatch`, for a Lightning loop.
         max_bad_samples: different bad samples that are noted and left out of their steps; one more is an error.
         gather: how to ask the other ranks which samples they could not read; needed where bad samples are left out and
             `world` is more than 1.
@@ -129,7 +129,7 @@ class StepLoader(DataLoader):
         num_workers: int = 0,
         fixed: bool = False,
         identity: Mapping[str, Any] | None = None,
-        progress: Progress | None = None,
+        progress: LoopPosition | None = None,
         sealed: bool = False,
         max_bad_samples: int = 0,
         gather: Gather | None = None,
@@ -164,7 +164,7 @@ class StepLoader(DataLoader):
         """Packs of this rank in the whole epoch, also when part of it has been seen."""
         return len(self.sampler) * self.accumulate
 
-    def __iter__(self) -> Iterator[Batch | Sealed]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Batch | OpaqueBatch]:  # type: ignore[override]
         # a generator: Lightning asks for the iterator before it sets the epoch, and nothing runs until the first `next`
         sampler = self.sampler
         if self.progress is not None:
@@ -172,15 +172,15 @@ class StepLoader(DataLoader):
         sampler.packs_seen = 0 if sampler.fixed else sampler.packs_seen // self.accumulate * self.accumulate
         for item in self._timed(super().__iter__()):
             try:
-                made = self._agreed(unwrap(item) if isinstance(item, Parcel) else item)
+                made = self._agreed(from_shared(item) if isinstance(item, SharedTensors) else item)
             except UserError:
                 self._iterator = None  # ends the workers here, not when the error and all it refers to are collected
                 raise
             for pack in made.packs:
                 sampler.packs_seen += 1
-                yield Sealed(pack) if self.sealed else pack
+                yield OpaqueBatch(pack) if self.sealed else pack
 
-    def _agreed(self, made: Made | UserError) -> Made:
+    def _agreed(self, made: StepPacks | UserError) -> StepPacks:
         """The step without the samples that any rank could not read; notes them.
 
         Raises:

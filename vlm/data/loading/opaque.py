@@ -3,7 +3,7 @@
 from typing import Any
 
 
-class Sealed:
+class OpaqueBatch:
     """Opens when it is moved to the device.
 
     With `bf16-true` Lightning rounds every float of a batch before the model sees it (weights of the loss, too) and

@@ -2,11 +2,11 @@
 
 from torch.utils.data import Dataset
 
-from vlm.data.loading.opaque import Sealed
+from vlm.data.loading.opaque import OpaqueBatch
 from vlm.data.sources.base import Source
 
 
-class SampleLists(Dataset):
+class PredictDataset(Dataset):
     """Samples of one rank in lists, undecoded."""
 
     def __init__(self, samples: Source, *, size: int, world: int, rank: int) -> None:
@@ -18,5 +18,5 @@ class SampleLists(Dataset):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> Sealed:
-        return Sealed([self.samples[i] for i in self.mine[index * self.size : (index + 1) * self.size]])
+    def __getitem__(self, index: int) -> OpaqueBatch:
+        return OpaqueBatch([self.samples[i] for i in self.mine[index * self.size : (index + 1) * self.size]])

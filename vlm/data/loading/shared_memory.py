@@ -16,7 +16,7 @@ _ALIGN = 64
 
 
 @dataclass(frozen=True)
-class Parcel:
+class SharedTensors:
     """Attributes:
 
     content: pickle of everything but the tensors.
@@ -42,7 +42,7 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, parcel: Parcel) -> None:
+    def __init__(self, parcel: SharedTensors) -> None:
         super().__init__(io.BytesIO(parcel.content))
         self.parcel = parcel
 
@@ -52,7 +52,7 @@ class _Unpickler(pickle.Unpickler):
         return self.parcel.data[start : start + size].view(dtype).view(shape)
 
 
-def wrap(value: Any) -> Parcel:
+def to_shared(value: Any) -> SharedTensors:
     """Copies all CPU tensors inside `value` into one shared tensor."""
     file = io.BytesIO()
     pickler = _Pickler(file)
@@ -64,9 +64,9 @@ def wrap(value: Any) -> Parcel:
     data = torch.empty(size, dtype=torch.uint8).share_memory_()
     for tensor, (start, _, _) in zip(pickler.tensors, places, strict=True):
         data[start : start + tensor.nbytes] = tensor.view(-1).view(torch.uint8)
-    return Parcel(file.getvalue(), tuple(places), data)
+    return SharedTensors(file.getvalue(), tuple(places), data)
 
 
-def unwrap(parcel: Parcel) -> Any:
+def from_shared(parcel: SharedTensors) -> Any:
     """What `wrap` was given; its tensors are views of the parcel's memory."""
     return _Unpickler(parcel).load()

@@ -10,8 +10,8 @@ from torch.utils.data import Dataset, get_worker_info
 
 from vlm.batch import Batch
 from vlm.codec import Encoded, step_counts
-from vlm.data.loading.shared_memory import Parcel, wrap
-from vlm.data.sampling.packs import check_pack, deal, fill
+from vlm.data.loading.shared_memory import SharedTensors, to_shared
+from vlm.data.sampling.packs import add_fillers, balance_packs, check_pack
 from vlm.errors import SampleError, UserError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Made:
+class StepPacks:
     """A step of one rank.
 
     Attributes:
@@ -62,15 +62,15 @@ class StepDataset(Dataset):
         self.max_tokens = max_tokens
         self.tolerant = tolerant
 
-    def __getitem__(self, step: Step) -> Made | UserError | Parcel:
+    def __getitem__(self, step: Step) -> StepPacks | UserError | SharedTensors:
         """An error a user can mend is returned: raised in a worker it would arrive as the text of a traceback."""
         try:
             made = self.make(step)
         except UserError as error:
             return error
-        return wrap(made) if get_worker_info() is not None else made
+        return to_shared(made) if get_worker_info() is not None else made
 
-    def make(self, step: Step, bad: Mapping[int, SampleError] | None = None) -> Made:
+    def make(self, step: Step, bad: Mapping[int, SampleError] | None = None) -> StepPacks:
         """The step without the draws in `bad`, and without those that turn out to be bad here."""
         known = dict(bad or {})
         items = self._encode(step, known)
@@ -78,9 +78,9 @@ class StepDataset(Dataset):
             good = {draw: item for draw, item in items.items() if draw not in known}
             packs, failed = self._collate(step, good)
             if not failed:
-                return Made(step, packs, known)
+                return StepPacks(step, packs, known)
             known |= failed
-        return Made(step, [], known)
+        return StepPacks(step, [], known)
 
     def _encode(self, step: Step, bad: dict[int, SampleError]) -> dict[int, Encoded]:
         """{draw: item} of the step; adds to `bad` what cannot be encoded."""
@@ -105,9 +105,9 @@ class StepDataset(Dataset):
             )
         counts = step_counts(list(good.values()))
         packs = self.world * self.accumulate
-        items = fill(list(good.values()), packs)
+        items = add_fillers(list(good.values()), packs)
         lengths = [item.num_tokens for item in items]
-        dealt = deal(lengths, packs)
+        dealt = balance_packs(lengths, packs)
         for pack in dealt:  # all of them on every rank: either every rank raises or none
             check_pack([lengths[i] for i in pack], self.max_tokens)
         batches: list[Batch] = []

@@ -11,7 +11,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 
 class TrainerProgress:
-    """The training loop of a Lightning trainer, as `vlm.data.loading.loader.Progress`."""
+    """The training loop of a Lightning trainer, as `vlm.data.loading.loader.LoopPosition`."""
 
     def __init__(self, trainer: L.Trainer) -> None:
         loop = trainer.fit_loop

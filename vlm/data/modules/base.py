@@ -13,14 +13,14 @@ from torch.utils.data import DataLoader
 from vlm.codec import Codec
 from vlm.data.loading.encoder import Encoder
 from vlm.data.loading.lengths import draw_lengths
-from vlm.data.loading.loader import Progress, StepLoader
-from vlm.data.loading.predict_dataset import SampleLists
+from vlm.data.loading.loader import LoopPosition, StepLoader
+from vlm.data.loading.predict_dataset import PredictDataset
 from vlm.data.loading.rank_gather import Gather, gather_over_ranks
 from vlm.data.loading.trainer_progress import TrainerProgress
 from vlm.data.loading.workers import worker_context
 from vlm.data.modules.passes import split
-from vlm.data.sampling.batches import BatchSpec, cut
-from vlm.data.sampling.mixture import Mixture, Turns, rank_orders, ranks_together
+from vlm.data.sampling.batches import BatchSpec, batch_draws
+from vlm.data.sampling.mixture import DrawGroups, Mixture, rank_orders, ranks_together
 from vlm.data.sampling.order import shuffled
 from vlm.data.sources.base import Concat, Source
 from vlm.data.wrappers.quarantine import Kept, Quarantine, fingerprint
@@ -122,7 +122,7 @@ class VisionLanguageData(L.LightningDataModule):
         """
         return None
 
-    def turns(self) -> Turns | None:
+    def turns(self) -> DrawGroups | None:
         """Draws that the mixture takes together where chance picks their source; None: each alone."""
         return None
 
@@ -144,7 +144,7 @@ class VisionLanguageData(L.LightningDataModule):
         lengths = None
         if self.batch.unit != "samples":
             lengths = self.lengths(draws, epoch=epoch, encoder=encoder)
-        return cut(draws, self.batch, lengths=lengths, drop_last=self.drop_last)
+        return batch_draws(draws, self.batch, lengths=lengths, drop_last=self.drop_last)
 
     def lengths(self, draws: Sequence[int], *, epoch: int, encoder: Encoder) -> list[int]:
         """Tokens of each draw, for batches that are counted in rows or tokens."""
@@ -169,7 +169,7 @@ class VisionLanguageData(L.LightningDataModule):
         world: int = 1,
         rank: int = 0,
         accumulate: int = 1,
-        progress: Progress | None = None,
+        progress: LoopPosition | None = None,
         sealed: bool = False,
         gather: Gather | None = None,
     ) -> StepLoader:
@@ -214,7 +214,7 @@ class VisionLanguageData(L.LightningDataModule):
             judged_by: the samples are to be answered (see `Batch.judged_by`).
         """
         size = self.val_batch_size * world
-        steps = cut(range(len(samples)) if indices is None else indices, BatchSpec(size))
+        steps = batch_draws(range(len(samples)) if indices is None else indices, BatchSpec(size))
         return StepLoader(
             Encoder(samples, codec, self.seed, self.preparation(), training=False, judged_by=judged_by),
             plan=lambda epoch: steps,
@@ -266,7 +266,7 @@ class VisionLanguageData(L.LightningDataModule):
         """
         samples = Concat(self.predict_sources, key="data.predict_sources")
         self._checked_trainer()
-        dataset = SampleLists(samples, size=self.val_batch_size, **self._ranks())
+        dataset = PredictDataset(samples, size=self.val_batch_size, **self._ranks())
         return DataLoader(
             dataset,
             batch_size=None,

@@ -8,7 +8,7 @@ import numpy as np
 from vlm.data.loading.encoder import Encoder
 from vlm.data.modules.base import VisionLanguageData
 from vlm.data.sampling.batches import BatchSpec
-from vlm.data.sampling.mixture import arranged, walk
+from vlm.data.sampling.mixture import order_kinds, shuffled_walk
 from vlm.data.sampling.order import modality_grouped_steps
 from vlm.data.sources.base import Source
 from vlm.errors import UserError
@@ -57,10 +57,12 @@ class InstructionData(VisionLanguageData):
         if not counts[0] or (counts[1] and not len(groups[1])):
             missing = "text-only samples" if counts[0] else "samples with pictures"
             raise UserError(f"data.text_share={self.text_share} needs {missing}, data.sources have none; add or remove")
-        kinds = arranged(counts, spread_out=False, seed=seed_from(self.seed, epoch, 4))
+        kinds = order_kinds(counts, spread_out=False, seed=seed_from(self.seed, epoch, 4))
         draws = np.empty(len(kinds), dtype=np.int64)
         for kind, (group, count) in enumerate(zip(groups, counts, strict=True)):
-            found, visits = walk(len(group), start=count * epoch, count=count, seed=seed_from(self.seed, kind, 5))
+            found, visits = shuffled_walk(
+                len(group), start=count * epoch, count=count, seed=seed_from(self.seed, kind, 5)
+            )
             draws[kinds == kind] = group[found] + visits * len(pictured)
         return draws.tolist()
 

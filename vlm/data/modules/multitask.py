@@ -7,8 +7,8 @@ import numpy as np
 
 from vlm.data.loading.encoder import Encoder
 from vlm.data.modules.base import VisionLanguageData
-from vlm.data.sampling.batches import BatchSpec, Pure, cut_pure
-from vlm.data.sampling.mixture import Turns, arranged, check_names
+from vlm.data.sampling.batches import BatchSpec, Pure, batch_draws_pure
+from vlm.data.sampling.mixture import DrawGroups, check_names, order_kinds
 from vlm.data.sources.base import Source
 from vlm.data.wrappers.resolution import WithResolution
 from vlm.errors import UserError
@@ -78,12 +78,12 @@ class MultitaskData(VisionLanguageData):
             lengths = self.lengths(draws, epoch=epoch, encoder=encoder)
         evenly = self.mixture is not None and self.mixture.order == "spread"
         kinds = self._groups_of(draws)
-        steps = cut_pure(
+        steps = batch_draws_pure(
             draws,
             self.batch,
             kinds=kinds.tolist(),
             pure=self.pure,
-            arrange=lambda counts: arranged(counts, spread_out=evenly, seed=seed_from(self.seed, epoch, 3)).tolist(),
+            arrange=lambda counts: order_kinds(counts, spread_out=evenly, seed=seed_from(self.seed, epoch, 3)).tolist(),
             lengths=lengths,
             drop_last=self.drop_last,
         )
@@ -100,11 +100,11 @@ class MultitaskData(VisionLanguageData):
         samples = np.asarray(draws, dtype=np.int64) % len(self.samples)
         return np.asarray(self.groups())[np.searchsorted(self.samples.ends, samples, side="right")]
 
-    def turns(self) -> Turns | None:
+    def turns(self) -> DrawGroups | None:
         chance = self.mixture is not None and self.mixture.by_chance
         if not chance or self.pure != "step" or self.batch.unit != "samples":
             return None
-        return Turns(self.groups(), length=self.batch.size)
+        return DrawGroups(self.groups(), length=self.batch.size)
 
     def identity(self) -> dict[str, Any]:
         return super().identity() | {

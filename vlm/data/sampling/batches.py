@@ -35,7 +35,7 @@ class BatchSpec:
             raise UserError(f"data.batch.row_tokens goes with unit rows and no other, found unit {self.unit!r}")
 
 
-def cut(
+def batch_draws(
     draws: Sequence[int], spec: BatchSpec, *, lengths: Sequence[int] | None = None, drop_last: bool = False
 ) -> list[list[int]]:
     """Consecutive draws as steps.
@@ -60,7 +60,7 @@ def cut(
     return steps if full or not drop_last else steps[:-1]
 
 
-def cut_pure(
+def batch_draws_pure(
     draws: Sequence[int],
     spec: BatchSpec,
     *,
@@ -70,7 +70,7 @@ def cut_pure(
     lengths: Sequence[int] | None = None,
     drop_last: bool = False,
 ) -> list[list[int]]:
-    """As `cut`, with one kind of sample in a step, or in a row.
+    """As `batch_draws`, with one kind of sample in a step, or in a row.
 
     The draws of each kind fill steps (rows) in their order; these take turns.
 
@@ -88,7 +88,7 @@ def cut_pure(
         if not own:
             bins.append([])
         elif pure == "step":
-            bins.append(cut(own, spec, lengths=own_lengths, drop_last=drop_last))
+            bins.append(batch_draws(own, spec, lengths=own_lengths, drop_last=drop_last))
         else:
             assert own_lengths is not None
             assert spec.row_tokens is not None

@@ -142,7 +142,9 @@ class Mixture:
             return [round(self.repeats[name] * size) for name, size in sizes.items()]
         return None
 
-    def picks(self, sizes: Mapping[str, int], *, seed: int, epoch: int, turns: "Turns | None" = None) -> np.ndarray:
+    def picks(
+        self, sizes: Mapping[str, int], *, seed: int, epoch: int, turns: "DrawGroups | None" = None
+    ) -> np.ndarray:
         """int64[num_draws], the source of each draw of the epoch.
 
         Args:
@@ -150,16 +152,16 @@ class Mixture:
         """
         counts = self.counts(sizes)
         if counts is not None:
-            return arranged(counts, spread_out=self.order == "spread", seed=seed_from(seed, epoch, 2))
-        return drawn(
+            return order_kinds(counts, spread_out=self.order == "spread", seed=seed_from(seed, epoch, 2))
+        return sample_sources(
             self.shares(sizes),
             self.num_draws(sizes),
-            turns=turns or Turns(range(len(sizes))),
+            turns=turns or DrawGroups(range(len(sizes))),
             seed=seed_from(seed, epoch, 1),
         )
 
     def draws(
-        self, sizes: Mapping[str, int], *, seed: int, epoch: int, turns: "Turns | None" = None
+        self, sizes: Mapping[str, int], *, seed: int, epoch: int, turns: "DrawGroups | None" = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """The epoch in order, as (sample, visit).
 
@@ -182,7 +184,7 @@ class Mixture:
         first = 0
         for which, size in enumerate(sizes.values()):
             places = np.flatnonzero(picks == which)
-            samples[places], visits[places] = walk(
+            samples[places], visits[places] = shuffled_walk(
                 size, start=starts[which], count=len(places), seed=seed_from(seed, which)
             )
             samples[places] += first
@@ -191,7 +193,7 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class Turns:
+class DrawGroups:
     """Draws that chance takes together: `length` in a row come from one group."""
 
     groups: Sequence[int]
@@ -200,7 +202,7 @@ class Turns:
     length: int = 1
 
 
-def drawn(shares: Sequence[float], num_draws: int, *, turns: Turns, seed: int) -> np.ndarray:
+def sample_sources(shares: Sequence[float], num_draws: int, *, turns: DrawGroups, seed: int) -> np.ndarray:
     """int64[num_draws], sources by chance: of each turn the group, then of each draw a source of that group."""
     random = np.random.RandomState([seed >> 32, seed & 0xFFFFFFFF])
     groups, parts = np.asarray(turns.groups), np.asarray(shares)
@@ -220,15 +222,15 @@ def _choose(parts: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     return np.searchsorted(bounds, uniform, side="right")
 
 
-def arranged(counts: Sequence[int], *, spread_out: bool, seed: int) -> np.ndarray:
+def order_kinds(counts: Sequence[int], *, spread_out: bool, seed: int) -> np.ndarray:
     """int64[sum(counts)], kinds 0, 1, ... in exact numbers, evenly or in random order."""
     if spread_out:
-        return spread(counts)
+        return interleave_evenly(counts)
     kinds = np.repeat(np.arange(len(counts)), counts)
     return kinds[np.asarray(shuffled(len(kinds), seed=seed, epoch=0), dtype=np.int64)]
 
 
-def spread(counts: Sequence[int]) -> np.ndarray:
+def interleave_evenly(counts: Sequence[int]) -> np.ndarray:
     """int64[sum(counts)], kinds 0, 1, ..., each evenly over the whole (VILA's sampler).
 
     The most frequent kind chooses first, at equal distances; the next one chooses among the places that are left.
@@ -243,7 +245,7 @@ def spread(counts: Sequence[int]) -> np.ndarray:
     return kinds
 
 
-def walk(size: int, *, start: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def shuffled_walk(size: int, *, start: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Stops start .. start + count of an endless walk over `size` samples.
 
     Returns:
@@ -282,7 +284,7 @@ def rank_orders(sizes: Sequence[int], *, rank_batch: int, ranks: int, seed: int,
             "devices; lower data.batch.size"
         )
     starts = np.cumsum([0, *sizes]).tolist()
-    pattern = spread(own).tolist()
+    pattern = interleave_evenly(own).tolist()
     orders: list[list[int]] = []
     for rank in range(ranks):
         random = Random(seed + epoch)

@@ -11,7 +11,7 @@ from vlm.codec import Encoded
 from vlm.errors import UserError
 
 
-def deal(lengths: Sequence[int], packs: int) -> list[list[int]]:
+def balance_packs(lengths: Sequence[int], packs: int) -> list[list[int]]:
     """Balanced packs: the longest sample first, each to the pack that is the lightest so far.
 
     The heaviest and the lightest pack differ by at most the longest sample, and no pack is empty when there are at
@@ -33,7 +33,7 @@ def deal(lengths: Sequence[int], packs: int) -> list[list[int]]:
     return [sorted(pack) for pack in dealt]
 
 
-def fill(items: Sequence[Encoded], packs: int) -> list[Encoded]:
+def add_fillers(items: Sequence[Encoded], packs: int) -> list[Encoded]:
     """`items`, with fillers added until every pack can have one.
 
     A step can have fewer samples than there are packs (the last one of an epoch). A device without a pack would leave

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from vlm.procedures.instruct.kinds import Kind
+from vlm.procedures.instruct.task_specs import Kind
 
 FIELDS = {"pairs": ("Question", "Answer"), "generation": ("Request", "Prompt")}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vlm.errors import SampleError, UserError
-from vlm.procedures.instruct.kinds import Box
 from vlm.procedures.instruct.records import Item, distinct
+from vlm.procedures.instruct.task_specs import Box
 from vlm.sample import parse_image
 
 _Pixels = tuple[str, tuple[float, float, float, float]]

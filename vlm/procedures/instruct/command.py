@@ -17,12 +17,12 @@ from vlm.procedures.captions import write_records
 from vlm.procedures.instruct.coco import read_coco
 from vlm.procedures.instruct.endpoint import Endpoint
 from vlm.procedures.instruct.engine import Engine
-from vlm.procedures.instruct.kinds import NAMES, Kind, load_kind, styles
 from vlm.procedures.instruct.ledger import Ledger
 from vlm.procedures.instruct.models import Model
-from vlm.procedures.instruct.pace import Clock, Pace
 from vlm.procedures.instruct.procedure import NUM_STYLES, Outcome, Procedure, Role
+from vlm.procedures.instruct.rate_limiter import Clock, RateLimiter
 from vlm.procedures.instruct.records import Item, check_pictures, read_records
+from vlm.procedures.instruct.task_specs import NAMES, Kind, load_kind, styles
 from vlm.seeding import seed_from
 
 _SHOWN = 3
@@ -186,7 +186,7 @@ def _models(options: argparse.Namespace, kind: Kind, clock: Clock) -> dict[Role,
             model=options.model,
             key=_key(options.key_env),
             fields=_fields(options.request),
-            pace=Pace(clock, requests_per_minute=options.requests_per_minute),
+            pace=RateLimiter(clock, requests_per_minute=options.requests_per_minute),
             tries=options.tries,
             timeout=options.timeout,
         )

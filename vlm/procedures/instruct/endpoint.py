@@ -22,9 +22,9 @@ from PIL import Image
 
 from vlm.errors import UserError
 from vlm.procedures.instruct.answers import Rejected
-from vlm.procedures.instruct.kinds import Sampling
 from vlm.procedures.instruct.models import Reply, Turn
-from vlm.procedures.instruct.pace import Pace
+from vlm.procedures.instruct.rate_limiter import RateLimiter
+from vlm.procedures.instruct.task_specs import Sampling
 from vlm.sample import Sample
 
 _BUSY = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)
@@ -69,7 +69,7 @@ class Endpoint:
         url: str,
         *,
         model: str,
-        pace: Pace,
+        pace: RateLimiter,
         key: str | None = None,
         fields: Mapping[str, Any] | None = None,
         tries: int = 6,

@@ -12,17 +12,17 @@ from tqdm import tqdm
 
 from vlm.errors import SampleError, UserError
 from vlm.procedures.instruct.answers import Rejected
-from vlm.procedures.instruct.kinds import Sampling
 from vlm.procedures.instruct.ledger import Key, Ledger
 from vlm.procedures.instruct.models import Model, Reply, Turn
-from vlm.procedures.instruct.pace import Clock, Stopped
 from vlm.procedures.instruct.procedure import Ask, Outcome, Procedure, Role, outcome
+from vlm.procedures.instruct.rate_limiter import Clock, Stopped
 from vlm.procedures.instruct.records import Item
+from vlm.procedures.instruct.task_specs import Sampling
 from vlm.seeding import seed_from
 
-HOPELESS = 20
+MAX_INITIAL_REJECTIONS = 20
 """So many records of a start, all rejected: something is wrong that more requests do not mend."""
-_LAST_WORDS = 10.0
+SHUTDOWN_GRACE_S = 10.0
 
 
 class Engine:
@@ -75,10 +75,10 @@ class Engine:
                 asked += was_asked
                 bar.update()
                 bar.set_postfix(rejected=len(rejected), refresh=False)
-                if asked == HOPELESS and not good:
+                if asked == MAX_INITIAL_REJECTIONS and not good:
                     reasons = Counter(found.reasons[-1] for found in rejected.values())
                     raise UserError(
-                        f"{self.ledger.path}: the first {HOPELESS} records were all rejected, most often: "
+                        f"{self.ledger.path}: the first {MAX_INITIAL_REJECTIONS} records were all rejected, most often: "
                         f"{reasons.most_common(1)[0][0]}; see there what was said, and correct the model or its options"
                     )
         return rejected
@@ -165,6 +165,6 @@ class Engine:
                     yield found
         finally:
             self.clock.stop()
-            end = time.monotonic() + _LAST_WORDS
+            end = time.monotonic() + SHUTDOWN_GRACE_S
             for thread in threads:
                 thread.join(max(0.0, end - time.monotonic()))

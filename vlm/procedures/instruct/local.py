@@ -8,9 +8,9 @@ from typing import Any
 
 from vlm.errors import UserError
 from vlm.procedures.instruct.answers import Rejected
-from vlm.procedures.instruct.kinds import Sampling
 from vlm.procedures.instruct.models import Reply, Turn
-from vlm.procedures.instruct.together import Request, Together
+from vlm.procedures.instruct.request_batcher import Request, RequestBatcher
+from vlm.procedures.instruct.task_specs import Sampling
 from vlm.sample import ImagePart, Message, Sample, TextPart
 
 
@@ -38,7 +38,7 @@ class LocalChat:
 
         self.name = str(folder)
         self._template_error = TemplateError
-        self._together = Together(self._generate, parallel=parallel)
+        self._together = RequestBatcher(self._generate, parallel=parallel)
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self.network: Any = AutoModelForCausalLM.from_pretrained(
@@ -119,7 +119,7 @@ class OwnSystem:
 
         self.name = weights
         self.module = open_system(weights, device=device, dtype=dtype)
-        self._together = Together(self._generate, parallel=parallel)
+        self._together = RequestBatcher(self._generate, parallel=parallel)
 
     def reply(self, turns: Sequence[Turn], *, seed: int, sampling: Sampling) -> Reply:
         # its template has a system message of its own, which it was trained with

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from vlm.procedures.instruct.kinds import Sampling
+from vlm.procedures.instruct.task_specs import Sampling
 from vlm.sample import Sample
 
 

@@ -6,9 +6,9 @@ from random import Random
 from typing import Any, Literal, Protocol
 
 from vlm.procedures.instruct.answers import Rejected, check, count_words, rounds_of, tidy
-from vlm.procedures.instruct.kinds import Kind, Sampling, ask_about, detailed_request, lines
 from vlm.procedures.instruct.models import Reply, Turn
 from vlm.procedures.instruct.records import Item
+from vlm.procedures.instruct.task_specs import Kind, Sampling, ask_about, detailed_request, lines
 from vlm.seeding import seed_from
 
 Role = Literal["writer", "describer"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from vlm.data.sources.json_records import RecordFile
 from vlm.errors import SampleError, UserError
-from vlm.procedures.instruct.kinds import Box, Kind
+from vlm.procedures.instruct.task_specs import Box, Kind
 from vlm.sample import ImageFile, Sample, parse_image
 
 IMAGE_MARK = "<image>"

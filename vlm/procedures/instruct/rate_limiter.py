@@ -26,7 +26,7 @@ class Clock:
             raise Stopped
 
 
-class Pace:
+class RateLimiter:
     """Requests of all threads go out one by one, at least `60 / requests_per_minute` seconds apart.
 
     Args:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlm.procedures.instruct.kinds import Sampling
 from vlm.procedures.instruct.models import Reply
+from vlm.procedures.instruct.task_specs import Sampling
 
 _GATHERING = 0.05
 """Seconds for threads that have just been answered to come back: little beside the run of a network."""
@@ -24,7 +24,7 @@ class Request:
     error: BaseException | None = None
 
 
-class Together:
+class RequestBatcher:
     """Of the threads that wait, one answers for all: whoever comes to the network next takes everybody along.
 
     Args:
