@@ -188,8 +188,8 @@ def check_finished(module: Any) -> None:
     verified = check_frozen(module, read_artefact(module.weights)) if is_artefact(module.weights) else frozenset()
     if lost := [name for name in module.load_report.new if name.split(".")[0] not in verified]:
         raise UserError(
-            f"{module.weights}: holds nothing for {preview(lost)}, which would be random; fetch or make it again, or name "
-            "the part's base weights"
+            f"{module.weights}: holds nothing for {preview(lost)}, which would be random; fetch or make it again, or "
+            "name the part's base weights"
         )
 
 

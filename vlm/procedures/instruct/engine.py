@@ -78,8 +78,9 @@ class Engine:
                 if asked == MAX_INITIAL_REJECTIONS and not good:
                     reasons = Counter(found.reasons[-1] for found in rejected.values())
                     raise UserError(
-                        f"{self.ledger.path}: the first {MAX_INITIAL_REJECTIONS} records were all rejected, most often: "
-                        f"{reasons.most_common(1)[0][0]}; see there what was said, and correct the model or its options"
+                        f"{self.ledger.path}: the first {MAX_INITIAL_REJECTIONS} records were all rejected, "
+                        f"most often: {reasons.most_common(1)[0][0]}; see there what was said, and correct the model "
+                        "or its options"
                     )
         return rejected
 
