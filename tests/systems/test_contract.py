@@ -21,6 +21,7 @@ from torch.nn.utils import parameters_to_vector
 import vlm
 from callbacks import StageTransition
 from callbacks.stage_transition import write_stage
+from tests.support.parity import assert_same_scores
 from tests.support.ranks import run_ranks
 from tests.support.systems import RATE, SYSTEMS, build, make, picture, samples
 from tests.support.training import ListSource, Recorder, trainer, weights
@@ -133,10 +134,10 @@ def test_surgery_starts_as_the_identity(name: str, tmp_path: Path) -> None:
     assert bool(new) == bool(SYSTEMS[name].surgery)
     with torch.no_grad():
         before = plain.label_logits(batch)
-        assert torch.equal(module.label_logits(batch), before)
+        assert_same_scores([module.label_logits(batch)], [before])
         if new:
             disturb(module, new)
-            assert not torch.equal(module.label_logits(batch), before)
+            assert (module.label_logits(batch) - before).abs().max() > 1e-3
 
 
 # -- a sample and a pack
@@ -265,7 +266,7 @@ def test_a_stage_starts_where_the_one_before_it_ended(name: str, tmp_path: Path)
             inherited = [n for n in earlier.trained if not parts or any(n.startswith(f"{part}.") for part in parts)]
             assert inherited
             assert_equal({n: now[n] for n in inherited}, {n: before["values"][n] for n in inherited})
-            assert loss == before["loss"]
+            assert loss == pytest.approx(before["loss"], rel=1e-6)
         disturb(module, module.trained_names())
         previous = str(tmp_path / str(number))
         write_stage(Path(previous), module, global_step=1)
@@ -289,7 +290,7 @@ def test_artefact_round_trip_of_every_trained_set(name: str, tmp_path: Path) -> 
         assert not any(child.training for child in loaded.modules())
         batch = collate(module, pool)
         with torch.no_grad():
-            assert torch.equal(loaded.label_logits(batch), module.label_logits(batch))
+            assert_same_scores([loaded.label_logits(batch)], [module.label_logits(batch)])
         stored = json.loads((folder / "stage.json").read_text())
         assert {tensor.split(".")[0] for tensor in stored["tensors"]} == set(chosen)
         assert stored["surgery"] == describe(list(SYSTEMS[name].surgery))
