@@ -42,6 +42,18 @@ ELSEWHERE = {"llava/2_science_qa"}
 """Stages whose answers have a benchmark of their own and are not asked here."""
 LIMIT_S = 240.0
 """What the recipe of a demo may take on two cores."""
+TASKS = {
+    "caption": "caption, CIDEr-D",
+    "vqa": '"What is at the top left?"',
+    "color": "colour",
+    "position": "place",
+    "count": "how many",
+    "ocr": "read the sign",
+    "refer": "describe a region",
+    "ground": "find a region, IoU of at least 0.5",
+    "text": "small talk, no image",
+}
+"""Tasks of the demo data in words; others keep the name of their score."""
 BLIND = {"text"}
 """Tasks that need no image."""
 HEAD = """# What the demos know
@@ -163,15 +175,18 @@ def ask(folder: Path, name: str, *command: str, weights: str | None = None) -> d
 def table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """Markdown: a line per task, a column per evaluation, and which tasks fall short."""
     counts = found["trained"]["counts"]
-    tasks = [name for name in found["trained"]["scores"] if name.split("/")[0] in counts]
-    lines = [f"| | {' | '.join(found)} | questions |", f"|---|{'---|' * len(found)}---|"]
+    lines = [f"| held-out | {' | '.join(found)} | questions |", f"|---|{'---|' * len(found)}---|"]
     short = []
-    for task in tasks:
-        values = [column["scores"].get(task) for column in found.values()]
-        lines.append(f"| {task} | {' | '.join(map(_number, values))} | {counts[task.split('/')[0]]} |")
+    for score in found["trained"]["scores"]:
+        task = score.split("/")[0]
+        if task not in counts:
+            continue
+        words = TASKS.get(task, score)
+        values = [column["scores"].get(score) for column in found.values()]
+        lines.append(f"| {words} | {' | '.join(map(_number, values))} | {counts[task]} |")
         seen, shuffled = (value or 0.0 for value in values[:2])
-        if task.split("/")[0] not in BLIND and (seen < 2 * shuffled or seen < shuffled + 0.3):
-            short.append(task.split("/")[0])
+        if task not in BLIND and (seen < 2 * shuffled or seen < shuffled + 0.3):
+            short.append(words)
     verdict = f"Short of what we want: {', '.join(short)}." if short else "Every task is where we want it."
     return "\n".join([*lines, "", verdict])
 
