@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vlm.data.sources.base import JsonSource
-from vlm.errors import SampleError, UserError
+from vlm.errors import Fault, SampleError, UserError
 from vlm.sample import Sample, parse_sample
 
 Part = dict[str, Any]
@@ -43,8 +43,8 @@ class Fields:
     def __init__(self, record: Record, *, identity: Any, source: str) -> None:
         self.record, self.identity, self.source = record, str(identity), source
 
-    def error(self, message: str) -> SampleError:
-        return SampleError(message, sample_id=self.identity, source=self.source)
+    def error(self, message: str, *, kind: Fault | None = None) -> SampleError:
+        return SampleError(message, sample_id=self.identity, source=self.source, kind=kind)
 
     def need(self, key: str, kind: type | tuple[type, ...], what: str) -> Any:
         if key not in self.record:

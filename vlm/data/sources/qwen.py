@@ -147,7 +147,9 @@ class QwenReferring(RecordSource):
         values = fields.numbers("bbox", 4)
         sides = [fields.need(key, (int, float), "a number of pixels") for key in ("width", "height")] * 2
         if min(sides) <= 0 or values[0] >= values[2] or values[1] >= values[3]:
-            raise fields.error(f"'bbox' {values} must be left, top, right, bottom in a picture of {sides[:2]} pixels")
+            sides = sides[:2]
+            found = f"'bbox' {values} must be left, top, right, bottom in an image of {sides} pixels"
+            raise fields.error(found, kind="region")
         shares = ", ".join(f"{value / side:.9f}" for value, side in zip(values, sides, strict=True))
         content = after_image(asked(fields.text("sent"), self.request))
         return {

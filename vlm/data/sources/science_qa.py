@@ -1,7 +1,7 @@
 """ScienceQA (Learn to Explain, Lu et al., 2022) in its own layout: `problems.json`, `pid_splits.json`, `images/`."""
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,9 +101,7 @@ class ScienceQA(Source):
         return np.array([self.has_image(index) for index in range(len(self))])
 
     def _record(self, pid: str, problem: Any) -> dict[str, Any]:
-        def error(message: str) -> SampleError:
-            return SampleError(message, sample_id=pid, source=str(self.path / "problems.json"))
-
+        error = partial(SampleError, sample_id=pid, source=str(self.path / "problems.json"))
         if not isinstance(problem, Mapping):
             raise error(f"expected a JSON object, found {type(problem).__name__}")
         texts = {key: problem.get(key, "") or "" for key in ("question", "hint", "lecture", "solution")}

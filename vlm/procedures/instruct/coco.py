@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,7 @@ def read_coco(captions: str | Path, instances: str | Path | None, *, image_root:
     for picture in file.lists["images"]:
         number, image = file.number(picture, "id"), file.text(picture, "file_name")
 
-        def error(message: str, name: str = str(number)) -> SampleError:
-            return SampleError(message, sample_id=name, source=str(captions))
-
+        error = partial(SampleError, sample_id=str(number), source=str(captions))
         sentences = tuple(filter(None, told[number]))
         if not sentences:
             raise error("the picture has no caption; take it out of 'images'")
