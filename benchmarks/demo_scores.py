@@ -80,6 +80,8 @@ def main() -> int:
 def measured(system: str, runs: Path, options: Sequence[str]) -> str:
     """Trains and asks a system, as far as that is not done yet; its section of the page."""
     recipe = load_recipe(find_recipe(system))
+    for other in other_systems(recipe):
+        measured(other, runs, options)
     for folder in demo_data(recipe):
         vlm("demo-data", folder, *DATA[folder])
     run = runs / f"{system}_demo"
@@ -93,6 +95,12 @@ def measured(system: str, runs: Path, options: Sequence[str]) -> str:
     shortened = f" Shortened, so the scores say nothing: `{' '.join(options)}`." if options else ""
     about = f"{machine()}, {datetime.date.today():%Y-%m-%d}. Training took {_minutes(total)}{late} ({took}).{shortened}"
     return "\n\n".join([f"## {system}", about, *tables])
+
+
+def other_systems(recipe: Recipe) -> list[str]:
+    """Whose stages this recipe starts from."""
+    follows = [item for node in recipe.nodes if isinstance(node, TrainingStage) for item in node.follows]
+    return list(dict.fromkeys(item.system for item in follows if item.system != recipe.system))
 
 
 def demo_data(recipe: Recipe) -> list[str]:

@@ -142,15 +142,16 @@ def test_the_fine_map_equals_the_official_numbers() -> None:
 
 def test_low_views_equal_the_official_ones() -> None:
     """The whole of HD is made from the view of twice the size, not from the picture."""
+    # 1.4e-6 seen without vector instructions, nothing with them; a grey level is 0.015
     tensors, meta = golden("mgm_hr_tower__a"), golden_json("mgm_hr_tower__a")
     pixels, size = tensors["inputs/image_hr"][None], meta["config"]["lr_size"]
     found = low_views(pixels, size=size)[0, 0]
-    torch.testing.assert_close(found, tensors["outputs/lr_plain"], atol=2e-6, rtol=0)
+    torch.testing.assert_close(found, tensors["outputs/lr_plain"], atol=1e-5, rtol=0)
     views = low_views(pixels, size=size, grid=2, whole=True)[0]
     views = torch.cat([views[1:], views[:1]])
-    torch.testing.assert_close(views, tensors["outputs/lr_hd_crops_global"], atol=2e-6, rtol=0)
+    torch.testing.assert_close(views, tensors["outputs/lr_hd_crops_global"], atol=1e-5, rtol=0)
     parts = low_views(pixels, size=size, grid=2)[0]
-    torch.testing.assert_close(parts, tensors["outputs/lr_hd_crops_only"], atol=2e-6, rtol=0)
+    torch.testing.assert_close(parts, tensors["outputs/lr_hd_crops_only"], atol=1e-5, rtol=0)
 
 
 def test_sizes_that_do_not_go_together_are_refused() -> None:
