@@ -380,6 +380,8 @@ def test_answers_do_not_depend_on_the_batch(name: str, decoding: Decoding, tmp_p
     disturb(module, module.trained_names())
     lengths = [module.codec.encode(sample, generate=True).num_tokens for sample in asked]
     assert max(lengths) > 5 * min(lengths)
+    # texts can be compared: the best two tokens lie 4e-4 apart and more, noise of 1e-5 on every score changes no answer
+    # of any search, and that of processors and batches is 5e-6
     alone = [module.generate([sample], decoding=decoding)[0] for sample in asked]
     assert len(set(alone)) > 2
     assert module.generate(asked, decoding=decoding) == alone
