@@ -50,7 +50,7 @@ TOOLS = {
     "demo-data": "vlm.demo:main",
     "export": "vlm.commands.export:main",
     "predict": "vlm.commands.predict:main",
-    "run": "vlm.procedures:main",
+    "run": "vlm.recipes.node:main",
     "scores": "vlm.evaluation.scores:main",
     "show-data": "vlm.commands.show_data:main",
     "systems": "vlm.recipes.catalogue:print_systems",
