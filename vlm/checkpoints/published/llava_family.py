@@ -39,6 +39,7 @@ class LLaVAFamily(Family):
     Attributes:
         kind: what its checkpoints have.
         template: that it is talked to with, where it is always the same one.
+        marked_template: the same where images stand between tokens of their own; None: they never do.
         image: how an image becomes a square view, where the files do not say it.
     """
 
@@ -48,6 +49,7 @@ class LLaVAFamily(Family):
     hub_class: ClassVar[str | None] = "LlavaForConditionalGeneration"
     kind = Kind("llava", connectors=("linear",))
     template: ClassVar[str] = "v0"
+    marked_template: ClassVar[str | None] = "v0_first_marked"
     image: ClassVar[str] = "crop"
 
     def claims(self, folder: PublishedFolder) -> bool:
@@ -128,9 +130,9 @@ class LLaVAFamily(Family):
     def _arguments(self, opened: OpenedLlava) -> tuple[dict[str, Any], dict[str, Any]]:
         """How a folder is talked to: arguments of the system's class, and of its tokenizer."""
         marked = marks_images(opened)
-        if marked and self.system != "llava":
+        if marked and self.marked_template is None:
             raise UserError(f"{opened.folder}: mm_use_im_start_end is set; no {self.system} of ours marks its images")
-        template = "v0_first_marked" if marked else self.chat_template(opened)
+        template = self.marked_template if marked else self.chat_template(opened)
         arguments = {"template": template, "image": opened.config.image or self.image}
         return arguments, tokenizer_settings(opened, marked=marked)
 
@@ -140,6 +142,7 @@ class LLaVA15Family(LLaVAFamily):
     looks_for = "a projector of several layers (mm_projector.0.weight or multi_modal_projector.linear_1.weight)"
     kind = Kind("llava_1_5")
     template = "v1"
+    marked_template = None
     image = "pad"
 
 
