@@ -1,5 +1,6 @@
 """Which recipes there are."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from vlm import registry
@@ -35,12 +36,14 @@ def systems() -> list[str]:
     return sorted(name for name in registry.SYSTEMS if (registry.recipe_folder(name) / "recipe.yaml").is_file())
 
 
-def print_systems() -> int:
+def print_systems(arguments: Sequence[str] = ()) -> int:
     """`vlm systems`: one line per system with its stages in order.
 
     Raises:
-        UserError: a recipe is wrong, or there are none beside the package.
+        UserError: a recipe is wrong, or there are none beside the package, or there are arguments.
     """
+    if arguments:
+        raise UserError(f"vlm systems takes no arguments, found {' '.join(arguments)}")
     names = systems()
     if not names:
         raise UserError("no recipes here: they live in the folder configs/ of the repository, beside vlm/")
