@@ -475,7 +475,7 @@ def test_tokenizers_with_other_ids_are_refused(entries: dict[str, Any], message:
 
 
 def test_the_file_that_has_all_tokens_counts(tmp_path: Path) -> None:
-    """Phi-3's tokenizer.model lacks what its tokenizer.json has; and a fast one alone says whether texts begin with BOS."""
+    """Phi-3's tokenizer.model lacks what its tokenizer.json has; that one says whether texts begin with BOS, too."""
     prompts.LlamaTokenizer(str(TOKENIZER)).save(tmp_path)
     assert describe_tokenizer(tmp_path)["class_path"].endswith("LlamaTokenizer")
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<image>": 32000, "<|user|>": 32001}))
