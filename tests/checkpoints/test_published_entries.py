@@ -24,6 +24,7 @@ from transformers import (
 
 import vlm
 from tests.support.systems import GOLDEN, llava_1_5, picture
+from vlm import prompts
 from vlm.building.instantiate import instantiate
 from vlm.checkpoints.published.entries import read_json
 from vlm.checkpoints.published.family import get_family
@@ -460,7 +461,10 @@ def test_the_tokenizer_is_as_legacy_as_its_file_says(legacy: bool | None, tmp_pa
         ({"add_eos_token": True}, "add_eos_token is true"),
         ({"sp_model_kwargs": {"enable_sampling": True}}, "sp_model_kwargs"),
         ({"tokenizer_class": "CodeLlamaTokenizer"}, "CodeLlamaTokenizer"),
-        ({"added_tokens_decoder": {"32000": {"content": "<seg>"}}}, "adds the token '<seg>' with the id 32000"),
+        (
+            {"added_tokens_decoder": {"32000": {"content": "<seg>"}}},
+            "adds the token '<seg>' with the id 32000 to the 32000 of",
+        ),
     ],
 )
 def test_tokenizers_with_other_ids_are_refused(entries: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -468,6 +472,18 @@ def test_tokenizers_with_other_ids_are_refused(entries: dict[str, Any], message:
     (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(entries))
     with pytest.raises(UserError, match=message):
         vlm.load(tmp_path / "hf")
+
+
+def test_the_file_that_has_all_tokens_counts(tmp_path: Path) -> None:
+    """Phi-3's tokenizer.model lacks what its tokenizer.json has; that one says whether texts begin with BOS, too."""
+    prompts.LlamaTokenizer(str(TOKENIZER)).save(tmp_path)
+    assert describe_tokenizer(tmp_path)["class_path"].endswith("LlamaTokenizer")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<image>": 32000, "<|user|>": 32001}))
+    for add_bos in (None, False):
+        edit(tmp_path / "tokenizer_config.json", {"add_bos_token": add_bos})
+        made = describe_tokenizer(tmp_path)
+        assert made["class_path"].endswith("HubTokenizer")
+        assert made["init_args"]["add_bos"] == (add_bos is None)
 
 
 PIXELS: dict[str, tuple[dict[str, Any], str]] = {

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import vlm.recipes.catalogue
 import vlm.registry
 from vlm.errors import UserError
 from vlm.recipes import TrainingStage, load_recipe, print_systems, run_recipe, systems
@@ -69,6 +68,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "fake.py").write_text(FAKE_FIT)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(vlm.registry, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(vlm.registry, "SYSTEMS", {"three": vlm.registry.System("nowhere.Three")})
     for name in ("WORLD_SIZE", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     _finish(tmp_path / "runs/other/1_base")

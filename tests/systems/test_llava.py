@@ -318,7 +318,7 @@ def test_a_published_model_says_nothing_of_its_template(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (None, "cannot be read .* names the marks around a picture"),
+        (None, "missing; it names the marks around an image"),
         ({"[PAD]": 96}, "must name <im_start> and <im_end>"),
         ({"<im_start>": 96, "<im_end>": 98}, "without a gap"),
     ],

@@ -7,7 +7,6 @@ from typing import Any
 
 from vlm.checkpoints.published.entries import read_json
 from vlm.checkpoints.published.llava_reading import OpenedLlava
-from vlm.checkpoints.published.tokenizer_entries import check_added, llama_settings
 from vlm.checkpoints.published.vila import FOLDERS
 from vlm.errors import UserError
 
@@ -23,20 +22,6 @@ def marks_images(model: OpenedLlava) -> bool:
     originals = model.config.originals
     root = originals.get("official") or originals.get(FOLDERS, {}).get("") or {}
     return bool(root.get("mm_use_im_start_end"))
-
-
-def tokenizer_settings(model: OpenedLlava, *, marked: bool) -> dict[str, Any]:
-    """Arguments of a LLaMA tokenizer that the folder's files say.
-
-    Args:
-        marked: the tokens of LLaVA's first release are among its own.
-
-    Raises:
-        UserError: tokens without a row, or a tokenizer that makes other ids.
-    """
-    added = added_tokens(model.folder) if marked else {}
-    check_added(model.folder, rows=model.config.vocab_rows, added=frozenset(added.get("added_tokens", ())))
-    return llama_settings(model.folder) | added
 
 
 def next_template(model: OpenedLlava) -> str:

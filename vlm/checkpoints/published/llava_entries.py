@@ -151,10 +151,9 @@ def check_known_tower(name: str | None, file: Path) -> None:
     )
 
 
-def check_class_token(system: str, *, is_map: bool, file: Path) -> None:
+def refuse_class_token(system: str, file: Path) -> None:
     """Refuses a class token among features that have to be a square map."""
-    if is_map or system == "mini_gemini":
-        raise UserError(
-            f"{file}: the class token is a feature too (cls_patch, full), and the features of {system} are a square "
-            "map here; such weights cannot be opened"
-        )
+    raise UserError(
+        f"{file}: the class token is a feature too (cls_patch, full), and the features of {system} are a square "
+        "map here; such weights cannot be opened"
+    )

@@ -8,11 +8,11 @@ import torch
 
 from vlm.checkpoints.published.family import Family, Load, PublishedFolder
 from vlm.checkpoints.published.llava_chat import (
+    added_tokens,
     marks_images,
     mini_gemini_template,
     next_template,
     read_chat_settings,
-    tokenizer_settings,
     write_view,
 )
 from vlm.checkpoints.published.llava_export import fill_exported
@@ -39,6 +39,7 @@ class LLaVAFamily(Family):
     Attributes:
         kind: what its checkpoints have.
         template: that it is talked to with, where it is always the same one.
+        marked_template: the same where images stand between tokens of their own; None: they never do.
         image: how an image becomes a square view, where the files do not say it.
     """
 
@@ -48,6 +49,7 @@ class LLaVAFamily(Family):
     hub_class: ClassVar[str | None] = "LlavaForConditionalGeneration"
     kind = Kind("llava", connectors=("linear",))
     template: ClassVar[str] = "v0"
+    marked_template: ClassVar[str | None] = "v0_first_marked"
     image: ClassVar[str] = "crop"
 
     def claims(self, folder: PublishedFolder) -> bool:
@@ -91,17 +93,12 @@ class LLaVAFamily(Family):
             raise error if path in str(error) else UserError(f"{path}: {error}") from error
 
     def describe(self, opened: OpenedLlava) -> dict[str, Any]:
-        arguments, marks = self._arguments(opened)
-        # Gemma's SentencePiece model puts no blank in front and has symbols of its own
-        tokenizer = describe_tokenizer(
-            opened.folder, rewritten=opened.config.language.get("model_type") in ("gemma", "gemma2")
-        )
-        if tokenizer["class_path"].endswith("LlamaTokenizer"):
-            tokenizer["init_args"] |= marks
         parts = opened.config.model_parts(has_tower=True)
+        tokenizer = self._tokenizer(opened)
         stated = read_chat_settings(opened.folder)
         tokenizer["init_args"] |= stated.pop("tokenizer", {})
-        return {"class_path": self.class_path, "init_args": {**parts, **arguments, "tokenizer": tokenizer, **stated}}
+        arguments = {**parts, **self._arguments(opened), "tokenizer": tokenizer, **stated}
+        return {"class_path": self.class_path, "init_args": arguments}
 
     def carried(self, opened: OpenedLlava) -> Callable[[str], bool]:
         return table_of(opened, opened.config.layout).is_carried
@@ -112,10 +109,13 @@ class LLaVAFamily(Family):
             if target == "hf" and opened.config.image is not None and not says_view(folder):
                 write_view(folder, opened.config.image)
             return report
-        arguments, marks = self._arguments(opened)
-        arguments |= {} if template is None else {"template": template}
+        arguments = self._arguments(opened) | ({} if template is None else {"template": template})
         parts = opened.config.model_parts(has_tower=any(name.startswith("vision.") for name in opened.shapes))
-        parts["tokenizer"]["init_args"] |= marks
+        if any((opened.folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+            parts["tokenizer"] = self._tokenizer(opened)
+            parts["tokenizer"]["init_args"]["path"] = "."  # copied along
+        elif marks_images(opened):
+            parts["tokenizer"]["init_args"] |= added_tokens(opened.folder)
         return fill_llava_artefact(folder, opened, {"class_path": self.class_path, "init_args": {**parts, **arguments}})
 
     def export(self, folder: Path, path: str, *, dtype: torch.dtype | None, load: Load) -> LoadReport:
@@ -125,14 +125,21 @@ class LLaVAFamily(Family):
         """Name of the template that a folder is talked to with."""
         return self.template
 
-    def _arguments(self, opened: OpenedLlava) -> tuple[dict[str, Any], dict[str, Any]]:
-        """How a folder is talked to: arguments of the system's class, and of its tokenizer."""
+    def _arguments(self, opened: OpenedLlava) -> dict[str, Any]:
+        """How a folder is talked to."""
         marked = marks_images(opened)
-        if marked and self.system != "llava":
+        if marked and self.marked_template is None:
             raise UserError(f"{opened.folder}: mm_use_im_start_end is set; no {self.system} of ours marks its images")
-        template = "v0_first_marked" if marked else self.chat_template(opened)
-        arguments = {"template": template, "image": opened.config.image or self.image}
-        return arguments, tokenizer_settings(opened, marked=marked)
+        template = self.marked_template if marked else self.chat_template(opened)
+        return {"template": template, "image": opened.config.image or self.image}
+
+    def _tokenizer(self, opened: OpenedLlava) -> dict[str, Any]:
+        return describe_tokenizer(
+            opened.folder,
+            # Gemma's SentencePiece model puts no blank in front and has symbols of its own
+            rewritten=opened.config.language.get("model_type") in ("gemma", "gemma2"),
+            added=added_tokens(opened.folder) if marks_images(opened) else None,
+        )
 
 
 class LLaVA15Family(LLaVAFamily):
@@ -140,6 +147,7 @@ class LLaVA15Family(LLaVAFamily):
     looks_for = "a projector of several layers (mm_projector.0.weight or multi_modal_projector.linear_1.weight)"
     kind = Kind("llava_1_5")
     template = "v1"
+    marked_template = None
     image = "pad"
 
 

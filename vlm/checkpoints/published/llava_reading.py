@@ -14,7 +14,7 @@ from vlm.checkpoints.files.weights import WeightFiles, fingerprint_of, hash_tens
 from vlm.checkpoints.published.delta import DeltaFiles
 from vlm.checkpoints.published.family import OpenedCheckpoint, Stream, chained
 from vlm.checkpoints.published.llava_config import LlavaConfig, check_config, read_config, with_tower
-from vlm.checkpoints.published.llava_entries import check_class_token, check_known_tower
+from vlm.checkpoints.published.llava_entries import check_known_tower, refuse_class_token
 from vlm.checkpoints.published.vila import PartFolders, has_part_folders
 from vlm.checkpoints.tables.clip import clip_table
 from vlm.checkpoints.tables.llava import (
@@ -152,8 +152,8 @@ def _open_published(files: WeightFiles, kind: Kind, layout_name: str) -> OpenedL
         if name.startswith(layout.vision)
     }
     file = files.folder / "config.json"
-    if config.class_token:
-        check_class_token(system, is_map=config.pinpoints is not None or connector == "mlp_downsample", file=file)
+    if config.class_token and (config.pinpoints is not None or kind.mining or connector == "mlp_downsample"):
+        refuse_class_token(system, file)
     if tower and config.vision is None:
         local = Path(config.tower) if config.tower and (Path(config.tower) / "config.json").exists() else None
         if local is None:

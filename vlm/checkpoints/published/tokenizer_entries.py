@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from sentencepiece import SentencePieceProcessor
 
 from vlm.checkpoints.published.entries import Entries, read_json
 from vlm.errors import UserError
@@ -40,11 +41,14 @@ _IMAGE_TOKENS = frozenset({"<image>", "<pad>"})
 """Of Hugging Face folders: images and padding take their places without tokens."""
 
 
-def describe_tokenizer(folder: Path, *, rewritten: bool = False) -> dict[str, Any]:
+def describe_tokenizer(
+    folder: Path, *, rewritten: bool = False, added: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """`class_path` and `init_args` of the tokenizer in a folder.
 
     Args:
         rewritten: the SentencePiece model alone does not say how it is used (Gemma), so its `tokenizer.json` counts.
+        added: arguments of a SentencePiece tokenizer for tokens that the folder adds to it on purpose.
 
     Raises:
         UserError: there is none, or it makes other ids than ours would.
@@ -52,44 +56,44 @@ def describe_tokenizer(folder: Path, *, rewritten: bool = False) -> dict[str, An
     has_model, has_json = ((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
     if not (has_model or has_json):
         raise UserError(f"{folder}: has neither tokenizer.model nor tokenizer.json; put the tokenizer's files beside")
-    if has_json and (rewritten or not has_model):
+    strange = (
+        None if rewritten or not has_model else _strange_token(folder, frozenset((added or {}).get("added_tokens", ())))
+    )
+    if has_json and (rewritten or strange or not has_model):
         arguments = {"path": str(folder), "add_bos": _starts_with_bos(folder)}
         return {"class_path": "vlm.prompts.HubTokenizer", "init_args": arguments}
-    return {"class_path": "vlm.prompts.LlamaTokenizer", "init_args": {"path": str(folder), **llama_settings(folder)}}
+    if strange:
+        raise UserError(strange)
+    arguments = {"path": str(folder), **_llama_settings(folder), **(added or {})}
+    return {"class_path": "vlm.prompts.LlamaTokenizer", "init_args": arguments}
 
 
-def llama_settings(folder: Path) -> dict[str, Any]:
-    """What `tokenizer_config.json` says of a SentencePiece model of LLaMA's kind, where that is not the usual.
-
-    Raises:
-        UserError: an entry that makes other ids than ours, or added tokens.
-    """
+def _llama_settings(folder: Path) -> dict[str, Any]:
+    """What `tokenizer_config.json` says of a SentencePiece model of LLaMA's kind, where that is not the usual."""
     file = folder / "tokenizer_config.json"
     content = read_json(file) or {}
-    if not (folder / "tokenizer.model").is_file():
-        return {}
     Entries(_READ - _LLAMA_ONLY.keys(), _LLAMA_ONLY, _HARMLESS).check(content, file)
     settings: dict[str, Any] = {}
-    if content.get("legacy") is False:  # transformers takes it as set where the file does not say
+    if content.get("legacy") is False:  # transformers 4 takes it as set where the file does not say
         settings["legacy"] = False
     if content.get("add_bos_token") is False:
         settings["add_bos"] = False
     return settings
 
 
-def check_added(folder: Path, *, rows: int, added: frozenset[str] = frozenset()) -> None:
-    """Refuses tokens above the vocabulary of the language model: their texts would be cut into other ones.
-
-    Args:
-        rows: of the vocabulary that is read.
-        added: those that are opened otherwise.
-    """
-    for token, (index, file) in _added(folder).items():
-        if index >= rows and token not in _IMAGE_TOKENS | added:
-            raise UserError(
-                f"{file}: adds the token {token!r} with the id {index}, and the vocabulary that is read ends at "
-                f"{rows - 1}; take the token out of the file if the weights were trained without it"
+def _strange_token(folder: Path, known: frozenset[str]) -> str | None:
+    """What is wrong with a token that the SentencePiece model does not have, whose text would be cut into others."""
+    added = {token: found for token, found in _added(folder).items() if token not in known | _IMAGE_TOKENS}
+    if not added:
+        return None
+    rows = SentencePieceProcessor(str(folder / "tokenizer.model")).get_piece_size()
+    for token, (index, file) in added.items():
+        if index >= rows:
+            return (
+                f"{file}: adds the token {token!r} with the id {index} to the {rows} of tokenizer.model; put the "
+                "tokenizer.json that has it beside"
             )
+    return None
 
 
 def _added(folder: Path) -> dict[str, tuple[int, Path]]:
