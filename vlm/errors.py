@@ -1,12 +1,25 @@
 """Errors a user can cause. The command line prints them as one line, without a traceback."""
 
+from typing import Literal
+
+Fault = Literal["marks", "region", "image", "too long", "no label"]
+"""What kinds of faults samples have, where the kind is known: `vlm check-data` counts them."""
+
 
 class UserError(ValueError):
-    """Something the user can mend: the message names the file, key or sample and says what to do."""
+    """Something the user can mend: the message names the file, key or sample and says what to do.
+
+    Attributes:
+        kind: of fault, where the error is about the content of a sample.
+    """
+
+    def __init__(self, message: str, *, kind: Fault | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class SampleError(UserError):
-    """One training sample is bad.
+    """One sample is bad.
 
     Attributes:
         reason: what is wrong with it.
@@ -14,17 +27,15 @@ class SampleError(UserError):
         source: file the sample came from.
     """
 
-    def __init__(self, message: str, *, sample_id: str, source: str) -> None:
-        super().__init__(f"{source}: sample {sample_id!r}: {message}")
+    def __init__(self, message: str, *, sample_id: str, source: str, kind: Fault | None = None) -> None:
+        super().__init__(f"{source}: sample {sample_id!r}: {message}", kind=kind)
         self.reason = message
         self.sample_id = sample_id
         self.source = source
-        self._args = (message, sample_id, source)
 
     def __reduce__(self):  # keyword-only arguments do not survive the default pickling between worker and trainer
-        message, sample_id, source = self._args
-        return _rebuild_sample_error, (message, sample_id, source)
+        return _rebuild_sample_error, (self.reason, self.sample_id, self.source, self.kind)
 
 
-def _rebuild_sample_error(message: str, sample_id: str, source: str) -> SampleError:
-    return SampleError(message, sample_id=sample_id, source=source)
+def _rebuild_sample_error(message: str, sample_id: str, source: str, kind: Fault | None) -> SampleError:
+    return SampleError(message, sample_id=sample_id, source=source, kind=kind)

@@ -3,6 +3,7 @@
 import html.parser
 import io
 import json
+import pickle
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,17 @@ from PIL import Image
 
 import cli
 from tests.commands.test_cli import World, _truncated
+from vlm.batch import IGNORE
 from vlm.commands.check_data.facts import hashed, script_of
 from vlm.commands.check_data.statistics import histogram
+from vlm.data import ReferringExpressions
+from vlm.errors import SampleError
+from vlm.prompts import IMAGE, Tokenized
+from vlm.prompts.documents import fit_document
+from vlm.sample import parse_sample
+
+PICTURE = [{"type": "image"}]
+WORDS = [{"type": "text", "text": "Once upon a time."}]
 
 
 @pytest.fixture
@@ -61,11 +71,11 @@ def test_everything_that_can_be_wrong(world: World, capfd: pytest.CaptureFixture
         "keys": ({"id": "keys", "images": []}, "schema: key 'messages' is missing"),
         "role": ({"id": "role", "messages": [{"role": "robot", "content": "x"}]}, "schema: messages[0]: unknown role"),
         "marks": (chat("marks") | {"images": []}, "marks: 1 image marks in the text but 0 images"),
-        "missing": (chat("missing", images=("nowhere.png",)), "picture: image 'nowhere.png' does not exist"),
-        "cut": (chat("cut", images=("2.png",)), "picture: image '2.png' cannot be decoded"),
-        "script": (chat("<b>script</b>", images=("text.png",)), "picture: image 'text.png' is not a readable"),
-        "huge": (chat("huge", images=(_huge(world.folder),)), "picture: image 'huge.png' is too large"),
-        "root": (chat("root", images=("../x.png",)), "picture: image '../x.png' lies outside the image root"),
+        "missing": (chat("missing", images=("nowhere.png",)), "image: image 'nowhere.png' does not exist"),
+        "cut": (chat("cut", images=("2.png",)), "image: image '2.png' cannot be decoded"),
+        "script": (chat("<b>script</b>", images=("text.png",)), "image: image 'text.png' is not a readable"),
+        "huge": (chat("huge", images=(_huge(world.folder),)), "image: image 'huge.png' is too large"),
+        "root": (chat("root", images=("../x.png",)), "image: image '../x.png' lies outside the image root"),
         "range": (chat("range", box(0.1, 0.1, 1.5, 0.5)), "region: messages[1].content[1]: box [0.1, 0.1, 1.5, 0.5]"),
         "inverted": (chat("inverted", box(0.5, 0.1, 0.1, 0.5)), "region: messages[1].content[1]: box"),
         "pixels": (chat("pixels", box(1, 1, 300, 20, unit="pixel")), "region: box [1, 1, 300, 20] lies outside of its"),
@@ -73,7 +83,7 @@ def test_everything_that_can_be_wrong(world: World, capfd: pytest.CaptureFixture
         "long": (chat("long", answer="a b " * 2000), "too long: 4062 tokens (16 of them"),
         "label": ({"id": "label", "messages": [{"role": "user", "content": "x"}]}, "no label: message 0: the user's"),
         "good box": (chat("good box", {"type": "ref", "text": "it"}, box(0.1, 0.1, 0.5, 0.9)), None),
-        "two": (chat("two", images=("0.png", "2.png")), "picture: image '2.png' cannot be decoded"),
+        "two": (chat("two", images=("0.png", "2.png")), "image: image '2.png' cannot be decoded"),
     }
     data = write(world.folder / "chat.jsonl", [record for record, _ in broken.values()])
     world.options.append(f"--data.init_args.sources={json.dumps([source(data)])}")
@@ -91,7 +101,7 @@ def test_everything_that_can_be_wrong(world: World, capfd: pytest.CaptureFixture
     assert report["summaries"][0]["bad by kind"] == {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
     assert report["bad"] == len(expected) == report["summaries"][0]["bad"]
     out = capfd.readouterr().out
-    assert "bad: 6 picture missing, broken or too large" in out
+    assert "bad: 6 image missing, broken or too large" in out
     assert f"--data.init_args.quarantine={world.folder / 'out' / 'quarantine.jsonl'}" in out
     page = (world.folder / "out" / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page
@@ -103,6 +113,19 @@ def test_everything_that_can_be_wrong(world: World, capfd: pytest.CaptureFixture
     assert world.fit("--data.init_args.batch.size=2") == 2
     assert world.fit(f"--data.init_args.quarantine={world.folder / 'out' / 'quarantine.jsonl'}") == 0
     assert "quarantine: 15 samples are left out of the training" in capfd.readouterr().out
+
+
+def test_readers_say_what_kind_of_fault_it_is(tmp_path: Path) -> None:
+    (tmp_path / "refs.json").write_text(json.dumps([{"image": "0.png", "sentences": ["it"], "bbox": [4, 4, 0, 9]}]))
+    with pytest.raises(SampleError, match="has no area") as flat:
+        ReferringExpressions(tmp_path / "refs.json")[0]
+    words = Tokenized([5] * 40, [5] * 40)
+    marked = Tokenized([IMAGE, *words.ids], [IGNORE, *words.labels])
+    document = parse_sample({"images": ["0.png"], "messages": [{"role": "document", "content": [*PICTURE, *WORDS]}]})
+    with pytest.raises(SampleError, match="over the limit of 16") as long:
+        fit_document(document, marked, [20], max_tokens=16)
+    assert [error.value.kind for error in (flat, long)] == ["region", "too long"]
+    assert pickle.loads(pickle.dumps(flat.value)).kind == "region", "lost between a worker and the trainer"
 
 
 class _Page(html.parser.HTMLParser):

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +118,7 @@ def _question(
     record: Mapping[str, Any], default: Any, *, source: str, root: Path | None, name: str | None = None
 ) -> Question:
     identity = next((record[key] for key in _ID_KEYS if record.get(key) is not None), default)
-
-    def error(message: str) -> SampleError:
-        return SampleError(message, sample_id=str(identity), source=source)
-
+    error = partial(SampleError, sample_id=str(identity), source=source)
     prompt = _one_of(record, _PROMPT_KEYS, error)
     if not isinstance(prompt, str) or not prompt.strip():
         keys = f"the record has the keys {sorted(record)}, a question is {{'image', 'prompt'}}"

@@ -119,7 +119,8 @@ def fit_document(sample: Sample, tokens: Tokenized, image_tokens: Sequence[int],
     if not any(label != IGNORE for label in tokens.labels[:end]):
         raise sample.error(
             f"the beginning of the document takes {used} tokens with its picture, over the limit of {max_tokens}, so "
-            "that no text is left to train on; raise max_tokens or drop the document"
+            "that no text is left to train on; raise max_tokens or drop the document",
+            kind="too long",
         )
     cut = Tokenized(tokens.ids[:end], tokens.labels[:end])
     events = {CUT: 1.0, DROPPED: float(len(widths) - kept)}

@@ -61,7 +61,9 @@ class RegionForm(ABC):
         """
 
     def _refuse(self, kind: RegionKind) -> UserError:
-        return UserError(f"templates with regions of form {self.name!r} cannot write a {kind}; turn it into a box")
+        return UserError(
+            f"templates with regions of form {self.name!r} cannot write a {kind}; turn it into a box", kind="region"
+        )
 
 
 class LlavaRegions(RegionForm):
@@ -227,7 +229,7 @@ def _written(message: Message, sample: Sample, form: RegionForm, view: Callable[
             try:
                 yield TextPart(form.write(first.kind, regions, size=seen.size))
             except UserError as error:
-                raise sample.error(str(error)) from error
+                raise sample.error(str(error), kind=error.kind) from error
         else:
             yield first
 
@@ -239,7 +241,8 @@ def _in_view(region: RegionPart, sample: Sample, view: View) -> Points:
         if region.unit == "pixel" and (max(x for x, _ in points) > width or max(y for _, y in points) > height):
             raise sample.error(
                 f"{region.kind} {_numbers(points)} lies outside of its picture of {width}x{height} pixels; "
-                "correct it, or give shares with 'unit': 'share'"
+                "correct it, or give shares with 'unit': 'share'",
+                kind="region",
             )
         points = region.shares(width, height)
     moved = view.placement(points)
@@ -254,7 +257,8 @@ def _in_view(region: RegionPart, sample: Sample, view: View) -> Points:
     if hidden:
         raise sample.error(
             f"{region.kind} {_numbers(region.points)} lies outside of what the system sees of the picture; pad or "
-            "squash pictures with regions instead of cropping them"
+            "squash pictures with regions instead of cropping them",
+            kind="region",
         )
     return inside
 

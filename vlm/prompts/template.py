@@ -290,5 +290,6 @@ def _split(messages: Sequence[Message], *, generate: bool) -> tuple[str | None, 
     if generate:
         return system, numbered[:-1] if numbered[-1][1].role == "assistant" else numbered
     if numbered[-1][1].role == "user":
-        raise UserError(f"message {numbered[-1][0]}: the user's last message has no answer; add one or drop it")
+        place = numbered[-1][0]
+        raise UserError(f"message {place}: the user's last message has no answer; add one or drop it", kind="no label")
     return system, numbered

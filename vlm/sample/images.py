@@ -45,13 +45,17 @@ class ImageFile:
         with self._open(sample) as image, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Palette images with Transparency")  # dropped, as said above
             if image.mode in ("I", "F"):
-                raise sample.error(f"image {self.name!r} has pixels of 32 bits; bring them to 0..255 and save 8 bits")
+                raise sample.error(
+                    f"image {self.name!r} has pixels of 32 bits; bring them to 0..255 and save 8 bits", kind="image"
+                )
             try:
                 if image.mode.startswith("I;16"):
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 return image.convert("RGB")
             except (OSError, SyntaxError, ValueError) as error:
-                raise sample.error(f"image {self.name!r} cannot be decoded ({error}); replace or remove it") from error
+                raise sample.error(
+                    f"image {self.name!r} cannot be decoded ({error}); replace or remove it", kind="image"
+                ) from error
 
     def _open(self, sample: "Sample") -> Image.Image:
         try:
@@ -68,19 +72,23 @@ class ImageFile:
                 remedy = "write / for \\ in paths"
             elif "://" in self.name:
                 remedy = "download it and give its path"
-            raise sample.error(f"image {self.name!r} does not exist (looked at {self.path}); {remedy}") from error
+            raise sample.error(
+                f"image {self.name!r} does not exist (looked at {self.path}); {remedy}", kind="image"
+            ) from error
         except Image.DecompressionBombError as error:
-            raise sample.error(f"image {self.name!r} is too large ({error}); shrink it") from error
+            raise sample.error(f"image {self.name!r} is too large ({error}); shrink it", kind="image") from error
         except (UnidentifiedImageError, OSError) as error:
             raise sample.error(
-                f"image {self.name!r} is not a readable picture ({error}); save it as PNG or JPEG"
+                f"image {self.name!r} is not a readable picture ({error}); save it as PNG or JPEG",
+                kind="image",
             ) from error
         width, height = image.size
         if width * height > self.max_pixels:
             image.close()
             raise sample.error(
                 f"image {self.name!r} has {width}x{height} pixels, over the limit of {self.max_pixels:,}; "
-                "shrink it or raise max_pixels"
+                "shrink it or raise max_pixels",
+                kind="image",
             )
         return image
 
@@ -92,17 +100,17 @@ def parse_image(entry: Any, *, error, image_root: str | Path | None, max_pixels:
     if isinstance(entry, bytes):
         return ImageFile(name="<bytes>", data=entry, max_pixels=max_pixels)
     if not isinstance(entry, str) or not entry:
-        raise error(f"an image must be a path, found {entry!r}")
+        raise error(f"an image must be a path, found {entry!r}", kind="image")
     if image_root is None:
         return ImageFile(name=entry, path=Path(entry), max_pixels=max_pixels)
     root = located(image_root)
     outside = f"image {entry!r} lies outside the image root {root}; set image_root to a folder that holds it"
     if is_remote(root):
         if ".." in entry.split("/") or entry.startswith("/") or "://" in entry:
-            raise error(outside)
+            raise error(outside, kind="image")
         return ImageFile(name=entry, path=root / entry, max_pixels=max_pixels)
     root = root.resolve()
     path = (root / entry).resolve()
     if not path.is_relative_to(root):
-        raise error(outside)
+        raise error(outside, kind="image")
     return ImageFile(name=entry, path=path, max_pixels=max_pixels)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -44,12 +45,9 @@ def parse_sample(
     Raises:
         SampleError: names the key and says what to do.
     """
-    sample_id = str(record.get("id", position if position is not None else "?")) if isinstance(record, Mapping) else "?"
-
-    def error(message: str) -> SampleError:
-        name = sample_id if sample_id != "?" or position is None else str(position)
-        return SampleError(message, sample_id=name, source=source)
-
+    unnamed = "?" if position is None else str(position)
+    sample_id = str(record.get("id", unnamed)) if isinstance(record, Mapping) else unnamed
+    error = partial(SampleError, sample_id=sample_id, source=source)
     if not isinstance(record, Mapping):
         raise error(f"expected a JSON object, found {type(record).__name__}")
     if "messages" not in record:
@@ -66,23 +64,30 @@ def parse_sample(
         raise error("'messages' is empty; a sample needs at least one message")
     marks = sum(isinstance(part, ImagePart) for message in messages for part in message.content)
     if marks != len(images):
-        raise error(f"{marks} image marks in the text but {len(images)} images; every image needs exactly one mark")
+        found = f"{marks} image marks in the text but {len(images)} images"
+        raise error(f"{found}; every image needs exactly one mark", kind="marks")
     for index, message in enumerate(messages):
         for part in message.content:
             if isinstance(part, RegionPart) and part.image >= len(images):
                 raise error(
                     f"messages[{index}]: a {part.kind} of image {part.image}, but there are {len(images)} images "
-                    "(they are counted from 0)"
+                    "(they are counted from 0)",
+                    kind="region",
                 )
         alone = all(other.role == DOCUMENT for other in messages) and not record.get("answers")
         if message.role == DOCUMENT and not alone:
             raise error(f"messages[{index}]: a document stands alone; leave other messages and 'answers' out")
         if message.role == DOCUMENT and not any(_says_something(part) for part in message.content):
-            raise error(f"messages[{index}]: the document has no text, so there is nothing to train on; drop it")
+            raise error(
+                f"messages[{index}]: the document has no text, so there is nothing to train on; drop it",
+                kind="no label",
+            )
         if message.role == "assistant" and not any(_says_something(part) for part in message.content):
-            raise error(f"messages[{index}]: the assistant's answer is empty; fill it in or drop the turn")
+            raise error(
+                f"messages[{index}]: the assistant's answer is empty; fill it in or drop the turn", kind="no label"
+            )
     return Sample(
-        id=sample_id if sample_id != "?" or position is None else str(position),
+        id=sample_id,
         messages=messages,
         images=images,
         source=source,
@@ -138,19 +143,22 @@ def _region(value: Mapping[str, Any], kind: RegionKind, key: str, error) -> Regi
         or len(numbers) != _NUM_VALUES[kind]
         or not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
     ):
-        raise error(f"{key}: a {kind} takes {_NUM_VALUES[kind]} numbers under the key {kind!r}, found {numbers!r}")
+        raise error(
+            f"{key}: a {kind} takes {_NUM_VALUES[kind]} numbers under the key {kind!r}, found {numbers!r}",
+            kind="region",
+        )
     if isinstance(image, bool) or not isinstance(image, int) or image < 0:
-        raise error(f"{key}: 'image' must be the number of a picture, counted from 0, found {image!r}")
+        raise error(f"{key}: 'image' must be the number of a picture, counted from 0, found {image!r}", kind="region")
     if unit not in get_args(RegionUnit):
-        raise error(f"{key}: 'unit' must be one of {', '.join(get_args(RegionUnit))}, found {unit!r}")
+        raise error(f"{key}: 'unit' must be one of {', '.join(get_args(RegionUnit))}, found {unit!r}", kind="region")
     values = [float(number) for number in numbers]
     if min(values) < 0 or (unit != "pixel" and max(values) > 1):
         limits = (
             "pixels start at 0" if unit == "pixel" else "shares of the picture lie in 0..1 ('unit': 'pixel' for pixels)"
         )
-        raise error(f"{key}: {kind} {list(numbers)} lies outside of its picture; {limits}")
+        raise error(f"{key}: {kind} {list(numbers)} lies outside of its picture; {limits}", kind="region")
     if kind == "box" and not (values[0] < values[2] and values[1] < values[3]):
-        raise error(f"{key}: box {list(numbers)} is empty or inverted; give left, top, right, bottom")
+        raise error(f"{key}: box {list(numbers)} is empty or inverted; give left, top, right, bottom", kind="region")
     return RegionPart(kind, tuple(zip(values[::2], values[1::2], strict=True)), image, unit)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vlm.errors import SampleError
+from vlm.errors import Fault, SampleError
 from vlm.geometry import Points
 from vlm.sample.images import ImageFile
 
@@ -94,6 +94,6 @@ class Sample:
     choices: tuple[str, ...] = ()
     resolution: str | None = None
 
-    def error(self, message: str) -> SampleError:
+    def error(self, message: str, *, kind: Fault | None = None) -> SampleError:
         """A `SampleError` that names this sample and its file."""
-        return SampleError(message, sample_id=self.id, source=self.source)
+        return SampleError(message, sample_id=self.id, source=self.source, kind=kind)

@@ -67,19 +67,21 @@ class RowCodec(Codec):
         try:
             tokens = self.template.tokenize(sample.messages, self.tokenizer, generate=generate)
         except UserError as error:
-            raise sample.error(str(error)) from error
+            raise sample.error(str(error), kind=error.kind) from error
         limit = None if generate else self.max_tokens  # the end of a prompt is what is to be continued
         sample, tokens, widths, events = fit_document(sample, tokens, self.image_tokens(sample), max_tokens=limit)
         ids, labels, slots = self.reserve(tokens.ids, tokens.labels, widths)
         if len(ids) > self.max_tokens:
             raise sample.error(
                 f"{len(ids)} tokens ({len(slots)} of them for {len(sample.images)} images), over the limit of "
-                f"{self.max_tokens}; shorten it or raise max_tokens"
+                f"{self.max_tokens}; shorten it or raise max_tokens",
+                kind="too long",
             )
         targets = next_token_targets(torch.tensor(labels))
         num_labels = int((targets != IGNORE).sum())
         if not generate and num_labels == 0:
-            raise sample.error(f"no token is trained under this template ({self.template.name}); is there an answer?")
+            template = f"no token is trained under this template ({self.template.name})"
+            raise sample.error(f"{template}; is there an answer?", kind="no label")
         text = self.sequence(sample, ids, targets, slots)
         return Encoded(sample, (text,), counts={"lm": float(num_labels), **events}, seed=seed, places=places)
 

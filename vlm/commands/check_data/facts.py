@@ -12,22 +12,15 @@ from vlm.sample import ImageFile, ImagePart, Message, TextPart
 KINDS = {
     "schema": "not a sample",
     "marks": "image marks and images differ",
-    "region": "box, quad or point outside of its picture",
-    "picture": "picture missing, broken or too large",
+    "region": "box, quad or point outside of its image",
+    "image": "image missing, broken or too large",
     "too long": "over the limit of tokens",
     "no label": "nothing to train on",
     "encoding": "cannot be encoded",
     "copy": "a copy of an earlier sample",
 }
-"""What can be wrong with a sample."""
+"""What can be wrong with a sample: `vlm.errors.Fault`, or where it was met, or a copy."""
 SCRIPTS = ("latin", "han", "other", "none")
-_PATTERNS = {
-    "picture": r"image '|image \"|an image must|a picture |the 'bytes' of",
-    "marks": r"\d+ image marks",
-    "region": r"(messages\[.*|an? )?\b(box|quad|point)\b|templates with regions",
-    "no label": r"no token is trained|message.*: the (user's last message has no answer|assistant's answer is empty)",
-    "too long": r"\d+ tokens .*over the limit|.* over data\.max_tokens",
-}
 _LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]")
 _HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
 
@@ -45,12 +38,6 @@ def sizes_of(item: Encoded) -> tuple[int, int, int]:
     labels = sum(int((sequence.targets != IGNORE).sum()) for sequence in sequences)
     visual = sum(len(positions) for sequence in sequences for positions in sequence.slots.values())
     return item.num_tokens, labels, visual
-
-
-def kind_of(reason: str, otherwise: str) -> str:
-    """One of `KINDS` for what an error says."""
-    said = re.sub(r"^(row|line) \d+: ", "", reason)
-    return next((kind for kind, pattern in _PATTERNS.items() if re.match(pattern, said)), otherwise)
 
 
 def script_of(text: str) -> int:

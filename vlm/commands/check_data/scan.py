@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vlm.codec import Codec
-from vlm.commands.check_data.facts import SCRIPTS, content_of, encode, file_key, hashed, kind_of, script_of, sizes_of
+from vlm.commands.check_data.facts import SCRIPTS, content_of, encode, file_key, hashed, script_of, sizes_of
 from vlm.commands.check_data.parts import Part, locate
 from vlm.data.loading.workers import worker_context
 from vlm.errors import SampleError, UserError
@@ -104,7 +104,7 @@ class _TextChunks(Dataset):
         try:
             sample = part.samples[index]
         except SampleError as error:
-            findings.append(Finding(number, error.sample_id, kind_of(error.reason, "schema"), error.reason))
+            findings.append(Finding(number, error.sample_id, error.kind or "schema", error.reason))
             return (0, 0, 0, len(SCRIPTS) - 1, 0, 0, 0, hashed(error.sample_id)), []
         sizes, is_cut = (0, 0, 0), 0
         try:
@@ -113,9 +113,10 @@ class _TextChunks(Dataset):
                 if epoch == 0:
                     sizes, is_cut = sizes_of(item), int(CUT in item.counts)
                 if self.max_tokens is not None and item.num_tokens > self.max_tokens:
-                    raise sample.error(f"{item.num_tokens} tokens, over data.max_tokens={self.max_tokens}")
+                    over = f"{item.num_tokens} tokens, over data.max_tokens={self.max_tokens}"
+                    raise sample.error(over, kind="too long")
         except SampleError as error:
-            findings.append(Finding(number, sample.id, kind_of(error.reason, "encoding"), error.reason))
+            findings.append(Finding(number, sample.id, error.kind or "encoding", error.reason))
         texts = [part.text for message in sample.messages for part in message.content if hasattr(part, "text")]
         keys = [file_key(file, number, at) for at, file in enumerate(sample.images)]
         numbers = (
@@ -275,7 +276,7 @@ def scan(
             if (number, reason) not in known:
                 known.add((number, reason))
                 part, index = locate(parts, number)
-                findings.append(Finding(number, part.samples[index].id, "picture", reason))
+                findings.append(Finding(number, part.samples[index].id, "image", reason))
     findings.sort(key=lambda finding: finding.sample)
     return result
 

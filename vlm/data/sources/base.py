@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +135,7 @@ class LlavaJson(JsonSource):
         return bool(record.get("image") or record.get("images"))
 
     def _schema(self, record: Mapping[str, Any], index: int) -> Mapping[str, Any]:
-        def error(message: str) -> SampleError:
-            return SampleError(message, sample_id=str(record.get("id", index)), source=str(self.path))
-
+        error = partial(SampleError, sample_id=str(record.get("id", index)), source=str(self.path))
         if "conversations" not in record:
             raise error(f"key 'conversations' is missing; {without_turns(record)}")
         turns = record["conversations"]

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm.data.sources.fields import IMAGE, Fields, Part, Record, RecordSource, exchange, text
+from vlm.data.sources.fields import Fields, Record
 from vlm.data.sources.folder import SUFFIXES
+from vlm.data.sources.record_sources import IMAGE, Part, RecordSource, exchange, text
 from vlm.errors import UserError
 from vlm.sample import ImageFile, Sample
 
@@ -95,13 +96,15 @@ class VisualFlan(RecordSource):
 
     def _image(self, entry: Any, fields: Fields) -> Any:
         if not isinstance(entry, str) or not entry:
-            raise fields.error(f"a picture must be a path or a file in base64, found {entry!r}")
+            raise fields.error(f"an image must be a path or a file in base64, found {entry!r}", kind="image")
         if Path(entry[-8:]).suffix.lower() in SUFFIXES:
             return entry
         try:
             data = base64.b64decode(entry, validate=True)
         except (binascii.Error, ValueError) as error:
-            raise fields.error(f"a picture is neither a path nor base64 ({entry[:40]}...; {error})") from error
+            raise fields.error(
+                f"an image is neither a path nor base64 ({entry[:40]}...; {error})", kind="image"
+            ) from error
         return ImageFile(name="<base64>", data=data, max_pixels=self.max_pixels)
 
 

@@ -1,6 +1,7 @@
 """Chats as Hugging Face and ShareGPT tools keep them, told by their keys and brought to the form of `vlm.sample`."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from vlm.data.sources.base import EXTRA_KEYS, JsonSource, content_parts, without_turns
@@ -31,14 +32,12 @@ class MessagesJson(JsonSource):
         return any(record.get(key) for key in IMAGE_KEYS)
 
     def _schema(self, record: Mapping[str, Any], index: int) -> Mapping[str, Any]:
-        def error(message: str) -> SampleError:
-            return SampleError(message, sample_id=str(record.get("id", index)), source=str(self.path))
-
+        error = partial(SampleError, sample_id=str(record.get("id", index)), source=str(self.path))
         return chat_record(record, index, error=error, max_pixels=self.max_pixels)
 
 
 def chat_record(
-    record: Mapping[str, Any], index: int, *, error: Callable[[str], SampleError], max_pixels: int
+    record: Mapping[str, Any], index: int, *, error: Callable[..., SampleError], max_pixels: int
 ) -> dict[str, Any]:
     """A record in the form of `vlm.sample`; see `MessagesJson`.
 
@@ -70,14 +69,14 @@ def chat_record(
     }
 
 
-def _one_of(record: Mapping[str, Any], keys: Sequence[str], error: Callable[[str], SampleError]) -> Any:
+def _one_of(record: Mapping[str, Any], keys: Sequence[str], error: Callable[..., SampleError]) -> Any:
     found = [key for key in keys if record.get(key) is not None]
     if len(found) > 1:
         raise error(f"has both {found[0]!r} and {found[1]!r}; keep one of them")
     return record[found[0]] if found else None
 
 
-def _message(turn: Any, key: str, error: Callable[[str], SampleError]) -> dict[str, Any]:
+def _message(turn: Any, key: str, error: Callable[..., SampleError]) -> dict[str, Any]:
     if not isinstance(turn, Mapping) or not ({"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys()):
         raise error(f"{key} must be an object with 'role' and 'content', or with 'from' and 'value'")
     role, content = (turn["role"], turn["content"]) if "role" in turn else (turn["from"], turn["value"])
@@ -86,14 +85,15 @@ def _message(turn: Any, key: str, error: Callable[[str], SampleError]) -> dict[s
     return {"role": _ROLES[role], "content": content_parts(content) if isinstance(content, str) else content}
 
 
-def _image(entry: Any, error: Callable[[str], SampleError], max_pixels: int) -> Any:
+def _image(entry: Any, error: Callable[..., SampleError], max_pixels: int) -> Any:
     if not isinstance(entry, Mapping):
         return entry
     data, path = entry.get("bytes"), entry.get("path")
     if data is None and path is None:
-        raise error("a picture has neither 'bytes' nor 'path'")
+        raise error("an image has neither 'bytes' nor 'path'", kind="image")
     if data is None:
         return path
     if not isinstance(data, bytes):
-        raise error(f"the 'bytes' of picture {path!r} are a {type(data).__name__}; JSON cannot hold them, use a path")
+        what = type(data).__name__
+        raise error(f"the 'bytes' of image {path!r} are a {what}; JSON cannot hold them, use a path", kind="image")
     return ImageFile(name=path or "<bytes>", data=data, max_pixels=max_pixels)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from vlm.data.sources.base import Source
 from vlm.data.sources.messages import IMAGE_KEYS, TURN_KEYS, chat_record
-from vlm.errors import SampleError, UserError
+from vlm.errors import Fault, SampleError, UserError
 from vlm.sample import MAX_PIXELS, ImageFile, Sample, parse_image, parse_sample
 from vlm.sample.paths import located
 
@@ -77,10 +77,10 @@ class Parquet(Source):
         record = self._read(file, number, columns.text).slice(row, 1).to_pylist()[0]
         position = first_row + row
 
-        def error(message: str) -> SampleError:
+        def error(message: str, *, kind: Fault | None = None) -> SampleError:
             identity = record.get("id")
             name = position if identity is None else identity
-            return SampleError(f"row {position}: {message}", sample_id=str(name), source=str(file))
+            return SampleError(f"row {position}: {message}", sample_id=str(name), source=str(file), kind=kind)
 
         if columns.pictures:
             key = columns.pictures[0].split(".")[0]
@@ -104,9 +104,9 @@ class Parquet(Source):
                 max_pixels=self.max_pixels,
             )
         except SampleError as found:
-            raise error(found.reason) from found
+            raise error(found.reason, kind=found.kind) from found
 
-    def _captioned(self, record: dict[str, Any], error: Callable[[str], SampleError]) -> dict[str, Any]:
+    def _captioned(self, record: dict[str, Any], error: Callable[..., SampleError]) -> dict[str, Any]:
         assert self.caption is not None
         caption = record.get(self.caption)
         if not isinstance(caption, str) or not caption.strip():
@@ -162,14 +162,14 @@ class Parquet(Source):
         return table
 
     def _picture(
-        self, file: Path, number: int, row: int, place: int | None, name: str, error: Callable[[str], SampleError]
+        self, file: Path, number: int, row: int, place: int | None, name: str, error: Callable[..., SampleError]
     ) -> ImageFile:
         columns = self._index.columns[file].pictures
         value = self._read(file, number, columns).column(0)[row].as_py()
         entry = value if place is None else value[place]
         if entry["bytes"] is None:
             if entry["path"] is None:
-                raise error("a picture has neither 'bytes' nor 'path'")
+                raise error("an image has neither 'bytes' nor 'path'", kind="image")
             found = parse_image(entry["path"], error=error, image_root=self._root(file), max_pixels=self.max_pixels)
             return replace(found, name=name)
         return ImageFile(name=name, data=entry["bytes"], max_pixels=self.max_pixels)

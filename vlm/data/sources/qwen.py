@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm.data.benchmarks.base import asked
-from vlm.data.sources.fields import IMAGE, Fields, Part, RecordSource, after_image, exchange, text
+from vlm.data.sources.fields import Fields
+from vlm.data.sources.record_sources import IMAGE, Part, RecordSource, after_image, exchange, text
+from vlm.data.sources.requests import asked
 
 _PART = re.compile(
     r"(?:Picture \d+: ?)?<img>(?P<img>.*?)</img>|<ref>(?P<ref>.*?)</ref>"
@@ -147,7 +148,9 @@ class QwenReferring(RecordSource):
         values = fields.numbers("bbox", 4)
         sides = [fields.need(key, (int, float), "a number of pixels") for key in ("width", "height")] * 2
         if min(sides) <= 0 or values[0] >= values[2] or values[1] >= values[3]:
-            raise fields.error(f"'bbox' {values} must be left, top, right, bottom in a picture of {sides[:2]} pixels")
+            sides = sides[:2]
+            found = f"'bbox' {values} must be left, top, right, bottom in an image of {sides} pixels"
+            raise fields.error(found, kind="region")
         shares = ", ".join(f"{value / side:.9f}" for value, side in zip(values, sides, strict=True))
         content = after_image(asked(fields.text("sent"), self.request))
         return {

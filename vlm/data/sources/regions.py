@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from vlm.data.sources.fields import Fields, Part, RecordSource, after_image, box, exchange, text
+from vlm.data.sources.fields import Fields
+from vlm.data.sources.record_sources import Part, RecordSource, after_image, box, exchange, text
 from vlm.errors import UserError
 
 Direction = Literal["ground", "refer"]
@@ -68,7 +69,7 @@ class ReferringExpressions(_Turns):
     def chat(self, fields: Fields) -> dict[str, Any]:
         x, y, width, height = fields.numbers("bbox", 4)
         if width <= 0 or height <= 0:
-            raise fields.error(f"'bbox' {[x, y, width, height]} has no area; it is x, y, width, height")
+            raise fields.error(f"'bbox' {[x, y, width, height]} has no area; it is x, y, width, height", kind="region")
         region = box([x, y, x + width, y + height], unit=self.unit)
         return self.turns(fields, [(sentence, region) for sentence in fields.texts("sentences")])
 

@@ -6,15 +6,15 @@ import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vlm.data.sources.base import Source
-from vlm.data.sources.fields import after_image, exchange, text
 from vlm.data.sources.folder import SUFFIXES
+from vlm.data.sources.record_sources import after_image, exchange, text
 from vlm.errors import SampleError, UserError
 from vlm.sample import MAX_PIXELS, ImageFile, Sample, parse_sample
 from vlm.sample.paths import located
@@ -134,10 +134,7 @@ class WebDataset(Source):
             opened.seek(text_at)
             content = opened.read(text_size)
         identity = f"{file.stem}/{index}"
-
-        def error(message: str) -> SampleError:
-            return SampleError(message, sample_id=identity, source=str(file))
-
+        error = partial(SampleError, sample_id=identity, source=str(file))
         try:
             words = content.decode()
             if self.caption != "txt":

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,7 @@ def read_records(path: str | Path, kind: Kind, *, image_root: str | Path | None 
 
 def _item(record: Mapping[str, Any], at: int, kind: Kind, source: str, root: Path) -> Item:
     name = str(record.get("id", at))
-
-    def error(message: str) -> SampleError:
-        return SampleError(message, sample_id=name, source=source)
+    error = partial(SampleError, sample_id=name, source=source)
 
     def missing(key: str, form: str) -> SampleError:
         return error(f"{kind.name} needs {key!r}, {form}; found keys {sorted(map(str, record))}")
