@@ -172,6 +172,13 @@ class Views:
     size: tuple[tuple[int, int], ...]
     layout: Tensor | None = None
 
+    @classmethod
+    def blank(cls, height: int, width: int, *, device: torch.device | str) -> "Views":
+        """One view without content, of an image of the first sample."""
+        first = torch.zeros(1, dtype=torch.int64, device=device)
+        pixels = torch.zeros(1, 3, height, width, device=device)
+        return cls(pixels, image_of_view=first, sample_of_image=first, grid=((1, 1),), size=((width, height),))
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Views":
         return _to_device(self, device, non_blocking)
 

@@ -3,6 +3,7 @@
 Shape legend: see `vlm.batch`.
 """
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -33,8 +34,8 @@ from vlm.stages import Stage
 class VisionLanguageModule(LightningModule):
     """Base of the systems.
 
-    A system hands its arguments to this constructor, makes `codec` from them, and says how its parts are built
-    (`build_parts`) and what a batch costs (`losses`). Everything else is here.
+    A system hands all of its arguments to this constructor, and says how they become a codec (`make_codec`), how its
+    parts are built (`build_parts`) and what a batch costs (`losses`). Everything else is here.
 
     Set by callbacks in their `setup`, or by hand, before `configure_model` runs:
 
@@ -64,6 +65,10 @@ class VisionLanguageModule(LightningModule):
 
     def __init__(self, *, seed: int = 0, **arguments: Any) -> None:
         super().__init__()
+        constructors = [vars(kind)["__init__"] for kind in type(self).__mro__ if "__init__" in vars(kind)]
+        known = {name for constructor in constructors for name in inspect.signature(constructor).parameters}
+        if unknown := sorted(arguments.keys() - known):
+            raise TypeError(f"{type(self).__name__} takes no argument {unknown[0]!r}")
         self.seed = seed
         self.arguments = {**arguments, "seed": seed}
         self.stage: Stage | None = None
@@ -76,8 +81,13 @@ class VisionLanguageModule(LightningModule):
         self.ties: dict[str, str] = {}
         self.running: dict[str, Tensor] = {}
         self._total_steps: int | None = None
+        self.codec = self.make_codec()
 
     # -- what a system says
+
+    @abstractmethod
+    def make_codec(self) -> Codec:
+        """The codec, from `arguments` alone: the constructor calls it once, before those of subclasses have run."""
 
     @abstractmethod
     def build_parts(self) -> dict[str, nn.Module]:
