@@ -9,6 +9,7 @@ import torch
 from vlm.building.instantiate import instantiate, model_of
 from vlm.checkpoints.artefact import read_artefact
 from vlm.checkpoints.published.open import describe_published, find_weights, is_artefact
+from vlm.errors import UserError
 
 
 def load(path: str | Path) -> Any:
