@@ -11,8 +11,9 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,19 @@ UNTRAINED = "untrained"
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 """What torchrun, SLURM and Lightning's own launcher tell a process about its place; the first one has 0 in all."""
 
+
+TOOLS = {
+    "check-data": "vlm.commands.check_data.command:main",
+    "convert": "vlm.commands.convert:main",
+    "demo-data": "vlm.demo:main",
+    "export": "vlm.commands.export:main",
+    "predict": "vlm.commands.predict:main",
+    "run": "vlm.procedures:main",
+    "scores": "vlm.evaluation.scores:main",
+    "show-data": "vlm.commands.show_data:main",
+    "systems": "vlm.recipes.catalogue:print_systems",
+}
+"""Commands that need no trainer: the function that runs each, imported when it is asked for."""
 
 _CLASSES: dict[str, Any] = {
     "subclass_mode_model": True,
@@ -92,71 +106,14 @@ def _dispatch(arguments: list[str]) -> int:
         from vlm.recipes import run_recipe
 
         return run_recipe(arguments[1:])
-    if tool := _tools().get(command):
-        return tool(arguments[1:])
+    if command in TOOLS:
+        module, name = TOOLS[command].split(":")
+        keywords = {"describe": _describe} if command in ("check-data", "show-data") else {}
+        return getattr(import_module(module), name)(arguments[1:], **keywords)
     if command not in ("fit", "validate", "test"):
         raise UserError(f"unknown command {command!r}; `vlm --help` lists them")
     _run_lightning(arguments)
     return 0
-
-
-def _tools() -> dict[str, Callable[[list[str]], int]]:
-    def check_data(arguments: list[str]) -> int:
-        from vlm.commands.check_data.command import main as run
-
-        return run(arguments, describe=_describe)
-
-    def convert(arguments: list[str]) -> int:
-        from vlm.commands.convert import main as run
-
-        return run(arguments)
-
-    def demo_data(arguments: list[str]) -> int:
-        from vlm.demo import main as run
-
-        return run(arguments)
-
-    def export(arguments: list[str]) -> int:
-        from vlm.commands.export import main as run
-
-        return run(arguments)
-
-    def predict(arguments: list[str]) -> int:
-        from vlm.commands.predict import main as run
-
-        return run(arguments)
-
-    def procedure(arguments: list[str]) -> int:
-        from vlm.procedures import main as run
-
-        return run(arguments)
-
-    def scores(arguments: list[str]) -> int:
-        from vlm.evaluation.scores import main as run
-
-        return run(arguments)
-
-    def show_data(arguments: list[str]) -> int:
-        from vlm.commands.show_data import main as run
-
-        return run(arguments, describe=_describe)
-
-    def systems(arguments: list[str]) -> int:
-        from vlm.recipes import print_systems
-
-        return print_systems()
-
-    return {
-        "check-data": check_data,
-        "convert": convert,
-        "demo-data": demo_data,
-        "export": export,
-        "predict": predict,
-        "run": procedure,
-        "scores": scores,
-        "show-data": show_data,
-        "systems": systems,
-    }
 
 
 def _run_lightning(arguments: list[str]) -> None:
@@ -307,11 +264,11 @@ def _silence() -> None:
 
 
 def _describe(options: Sequence[str]) -> Any:
-    """The stage that `vlm fit` would train with these options (`vlm.commands.stage_view`). Nothing is built."""
+    """The stage that `vlm fit` would train with these options, as a `StageView`. Nothing is built."""
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     from vlm.data import VisionLanguageData
-    from vlm.commands.stage_view import StageView
+    from vlm.commands.check_data.stage_view import StageView
     from vlm.module import VisionLanguageModule
 
     class Description(LightningCLI):

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import vlm  # noqa: F401  (before lightning)
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.progress import warn

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import vlm  # noqa: F401  (before lightning)
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from vlm.batch import Batch

@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import vlm  # noqa: F401  (before lightning)
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import distributed
 from torch.optim import Optimizer
 
 from vlm.checkpoints.files.atomic import atomic_directory, remove_leftovers
-from vlm.checkpoints.resume.single_file import AtomicCheckpointIO, point_last
+from vlm.checkpoints.resume.pointer import point_last
+from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
 from vlm.checkpoints.resume.sharded import cut_like, read_sharded, write_shard, write_state
 from vlm.errors import UserError
 from vlm.module import VisionLanguageModule

@@ -9,7 +9,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import vlm  # noqa: F401  (before lightning)
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, distributed

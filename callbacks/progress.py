@@ -6,7 +6,6 @@ import textwrap
 import time
 from typing import Any
 
-import vlm  # noqa: F401  (before lightning)
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_only

@@ -5,7 +5,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import vlm  # noqa: F401  (before lightning)
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-import vlm  # noqa: F401  (before lightning)
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor

@@ -3,7 +3,6 @@
 import time
 from typing import Any
 
-import vlm  # noqa: F401  (before lightning)
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor

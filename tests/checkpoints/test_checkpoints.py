@@ -18,7 +18,7 @@ from vlm.checkpoints.artefact import STAGE_FILE, read_artefact, write_artefact
 from vlm.checkpoints.files.atomic import atomic_directory, atomic_file, remove_leftovers
 from vlm.checkpoints.files.locate import CARRIED
 from vlm.checkpoints.report import LoadReport, Resized
-from vlm.checkpoints.files.weights import WeightFiles, fingerprint_of, hash_tensor, write_safetensors
+from vlm.checkpoints.files.weights import WeightFiles, hash_tensor, write_safetensors
 from vlm.errors import UserError
 
 META = {"system": "llava", "stage": "1_align", "global_step": 7, "model": {"class_path": "x", "init_args": {}}}
@@ -69,14 +69,10 @@ def containers(folder, tensors):
 
 
 def test_containers_hold_the_same(tmp_path, tensors):
-    fingerprints = set()
     for kind, path in containers(tmp_path, tensors).items():
         files = WeightFiles(path)
         assert files.shapes() == {name: tuple(tensor.shape) for name, tensor in tensors.items()}, kind
-        assert files.dtypes() == {name: tensor.dtype for name, tensor in tensors.items()}, kind
         same(dict(files.items()), tensors)
-        fingerprints.add(files.fingerprint())
-    assert fingerprints == {fingerprint_of({name: hash_tensor(tensor) for name, tensor in tensors.items()})}
     same(dict(WeightFiles(tmp_path / "nested" / "model.pth").items()), tensors)
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     with pytest.raises(UserError, match=r"no tensor 'c' among 6"):
@@ -284,7 +280,8 @@ def test_failures_leave_the_old_and_no_rubbish(tmp_path):
 
 
 def test_io_refuses_what_a_resume_could_not_read(tmp_path):
-    from vlm.checkpoints.resume.single_file import AtomicCheckpointIO, read_last
+    from vlm.checkpoints.resume.pointer import read_last
+    from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
 
     io = AtomicCheckpointIO()
     with pytest.raises(UserError, match=r"checkpoint\['callbacks'\]\['mine'\]\[1\] is a pathlib\.\w+"):
@@ -303,12 +300,13 @@ def test_io_refuses_what_a_resume_could_not_read(tmp_path):
     with pytest.raises(UserError, match="no such checkpoint"):
         io.load_checkpoint(tmp_path / "none.ckpt")
     (tmp_path / "last").write_text("gone.ckpt\n")
-    with pytest.raises(UserError, match=r"names 'gone\.ckpt'"):
+    with pytest.raises(UserError, match=r"names the checkpoint 'gone\.ckpt'"):
         read_last(tmp_path)
 
 
 def test_pointer_follows_saves_and_removals(tmp_path):
-    from vlm.checkpoints.resume.single_file import AtomicCheckpointIO, read_last
+    from vlm.checkpoints.resume.pointer import read_last
+    from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
 
     io = AtomicCheckpointIO()
     for step in (1, 2, 3):
@@ -334,7 +332,8 @@ def small_disk(tmp_path):
 
 
 def test_full_disk_keeps_the_previous_checkpoint(small_disk):
-    from vlm.checkpoints.resume.single_file import AtomicCheckpointIO, read_last
+    from vlm.checkpoints.resume.pointer import read_last
+    from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
 
     io = AtomicCheckpointIO()
     state = {"w": torch.randn(1_000_000)}
@@ -364,7 +363,8 @@ def save_forever(folder: str, step: int) -> None:
 
 
 def test_kill_during_save(tmp_path):
-    from vlm.checkpoints.resume.single_file import AtomicCheckpointIO, read_last
+    from vlm.checkpoints.resume.pointer import read_last
+    from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vlm.checkpoints.resume.single_file"])
@@ -400,7 +400,8 @@ def test_lightning_saves_and_resumes_through_it(tmp_path):
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.demos.boring_classes import BoringModel
 
-    from vlm.checkpoints.resume.single_file import AtomicCheckpointIO, read_last
+    from vlm.checkpoints.resume.pointer import read_last
+    from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
 
     def trainer(steps):
         return pl.Trainer(

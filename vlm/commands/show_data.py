@@ -17,7 +17,7 @@ from vlm.batch import Batch
 from vlm.codec import Codec, Encoded, step_counts
 from vlm.commands.check_data.facts import encode, sizes_of
 from vlm.commands.check_data.parts import Part, parts_of
-from vlm.commands.stage_view import StageParser
+from vlm.commands.check_data.stage_view import StageParser
 from vlm.drawing.html import chip, escape, figure, write_page
 from vlm.drawing.panels import Piece, as_text, pieces_of, views_as_seen
 from vlm.errors import SampleError, UserError

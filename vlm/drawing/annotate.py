@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw
 
+from vlm.drawing.boxes import draw_boxes
 from vlm.drawing.fonts import typeset
 from vlm.geometry import Box
 
-_COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
 _MIN_WIDTH, _MIN_SIDE, _MAX_SIDE, _MARGIN, _GAP = 360, 320, 1024, 12, 8
 _SIZE, _LINE, _MAX_LINES = 16, 22, 200
 _PAPER, _INK, _FAINT = "#ffffff", "#1f2328", "#6e7781"
@@ -22,15 +22,8 @@ def annotate(images: Sequence[Image.Image], *, prompt: str, answer: str, boxes: 
     """
     shown = [_resized(image) for image in images]
     scale = max(shown[0].size) / max(images[0].size)
-    pen = ImageDraw.Draw(shown[0])
-    for at, box in enumerate(boxes):
-        color = _COLORS[at % len(_COLORS)]
-        left, top, right, bottom = (value * scale for value in box)
-        pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=_PAPER, width=5)  # seen on any ground
-        pen.rectangle((left, top, right, bottom), outline=color, width=3)
-        if len(boxes) > 1:
-            pen.rectangle((left, top, left + 8 + 9 * len(str(at + 1)), top + _LINE), fill=color)
-            pen.text((left + 5, top + 2), str(at + 1), fill=_PAPER, font_size=_SIZE)
+    numbered = [(str(at + 1) if len(boxes) > 1 else "", box) for at, box in enumerate(boxes)]
+    draw_boxes(ImageDraw.Draw(shown[0]), numbered, scale=(scale, scale))
     row = sum(image.width for image in shown) + _GAP * (len(shown) - 1)
     width = max(_MIN_WIDTH, row)
     inner = width - 2 * _MARGIN

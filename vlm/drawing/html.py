@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from vlm.checkpoints.files.atomic import atomic_file
+from vlm.drawing.boxes import draw_boxes
 from vlm.geometry import Box
 
 _STYLE = """
@@ -68,7 +69,6 @@ figcaption { color: var(--faint); font-size: 12px; margin-top: 2px; }
 .legend .tokens { line-height: 1.4; font-size: 13px; }
 """
 _JPEG_QUALITY = 82
-_BOX_COLORS = ("#e6194b", "#1b7f3b", "#4363d8", "#f58231", "#911eb4", "#008080")
 
 
 def escape(text: object) -> str:
@@ -131,15 +131,7 @@ def figure(image: Image.Image, caption: str, *, side: int, boxes: Sequence[tuple
         shown = shown.resize(size, Image.Resampling.LANCZOS)
     elif scale >= 2 or boxes:  # small pictures as they are: pixel by pixel
         shown = shown.resize(size, Image.Resampling.NEAREST)
-    pen = ImageDraw.Draw(shown)
-    for at, (label, (x0, y0, x1, y1)) in enumerate(boxes):
-        color = _BOX_COLORS[at % len(_BOX_COLORS)]
-        corners = (x0 * shown.width, y0 * shown.height, x1 * shown.width, y1 * shown.height)
-        pen.rectangle((corners[0] - 1, corners[1] - 1, corners[2] + 1, corners[3] + 1), outline="#ffffff", width=4)
-        pen.rectangle(corners, outline=color, width=2)
-        if label:
-            pen.rectangle((corners[0], corners[1], corners[0] + 6 + 8 * len(label), corners[1] + 15), fill=color)
-            pen.text((corners[0] + 4, corners[1] + 1), label, fill="#ffffff", font_size=12)
+    draw_boxes(ImageDraw.Draw(shown), boxes, scale=(shown.width, shown.height))
     file = io.BytesIO()
     shown.save(file, "JPEG", quality=_JPEG_QUALITY)
     data = base64.b64encode(file.getvalue()).decode()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlm.batch import IGNORE, Batch, TokenSequence
 from vlm.codec import Codec
+from vlm.drawing.boxes import draw_boxes
 from vlm.drawing.fonts import font_for, printable, spelled, typeset
 from vlm.geometry import Box
 from vlm.sample import Message, TextPart
@@ -206,12 +207,7 @@ class _Column:
         shown = picture.convert("RGB").resize(size, method)
         canvas = ImageDraw.Draw(shown)
         for color, places in boxes.items():
-            for x0, y0, x1, y1 in places:
-                corners = (x0 * size[0], y0 * size[1], x1 * size[0], y1 * size[1])
-                canvas.rectangle(
-                    (corners[0] - 1, corners[1] - 1, corners[2] + 1, corners[3] + 1), outline=_PAPER, width=5
-                )
-                canvas.rectangle(corners, outline=color, width=3)
+            draw_boxes(canvas, (("", place) for place in places), scale=size, color=color)
         at = self.height
 
         def paint(image: Image.Image, canvas: ImageDraw.ImageDraw, top: float) -> None:

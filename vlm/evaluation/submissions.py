@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from vlm.data.benchmarks.base import listed, read_object, records
+from vlm.data.benchmarks.base import records
 from vlm.data.benchmarks.choice import table_rows
+from vlm.data.sources.fields import read_list, read_object
 from vlm.errors import UserError
 from vlm.metrics.vqa import normalize_textvqa
 
@@ -71,7 +72,7 @@ class VQAServer(Submission):
 
     def _split(self) -> list[Any]:
         is_list = self.questions.suffix == ".jsonl"
-        entries: Iterable[Any] = records(self.questions) if is_list else listed(self.questions, "questions")
+        entries: Iterable[Any] = records(self.questions) if is_list else read_list(self.questions, "questions")
         split = [entry.get("question_id") if isinstance(entry, Mapping) else None for entry in entries]
         if None in split:
             raise UserError(

@@ -15,8 +15,6 @@ from vlm.prompts.template import Form, Span, Template, TextSpan, merge
 from vlm.prompts.tiktoken import END
 from vlm.sample import DOCUMENT, ImagePart, Message
 
-NUM_SLOTS = 256
-"""Places between `<img>` and `</img>`, at any resolution."""
 _QWEN = REGION_FORMS["qwen"]
 
 
@@ -100,21 +98,3 @@ TEMPLATES: dict[str, Template] = {
         ),
     )
 }
-
-
-def path_slots(path: str, *, pad_id: int, num_slots: int = NUM_SLOTS) -> list[int]:
-    """Ids that the published tokenizer writes between `<img>` and `</img>`: the bytes of the path, then `<imgpad>`.
-
-    Rows of this project hold no paths, because features overwrite all of them; the published code finds its pictures by
-    these ids, and needs one `<imgpad>` behind the bytes and one slot more.
-
-    Args:
-        pad_id: of `<imgpad>`.
-
-    Raises:
-        UserError: the path is longer than the slots.
-    """
-    content = path.encode()
-    if len(content) > num_slots:
-        raise UserError(f"path of {len(content)} bytes, Qwen-VL has room for {num_slots}: {path[:80]}; shorten it")
-    return [*content, *[pad_id] * (num_slots - len(content))]

@@ -1,5 +1,6 @@
 """Which recipes there are."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from vlm.errors import UserError
@@ -37,12 +38,14 @@ def systems() -> list[str]:
     return sorted(path.parent.name for path in CONFIGS.glob("*/recipe.yaml"))
 
 
-def print_systems() -> int:
+def print_systems(arguments: Sequence[str] = ()) -> int:
     """`vlm systems`: one line per system with its stages in order.
 
     Raises:
-        UserError: a recipe is wrong, or there are none beside the package.
+        UserError: a recipe is wrong, or there are none beside the package, or there are arguments.
     """
+    if arguments:
+        raise UserError(f"vlm systems takes no arguments, found {' '.join(arguments)}")
     names = systems()
     if not names:
         raise UserError("no recipes here: they live in the folder configs/ of the repository, beside vlm/")

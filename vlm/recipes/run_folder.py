@@ -22,6 +22,7 @@ from typing import IO, Any
 import yaml
 
 from vlm.checkpoints.files.atomic import atomic_file
+from vlm.checkpoints.resume.pointer import read_last
 from vlm.errors import UserError
 
 HOW_IT_RUNS = (
@@ -223,23 +224,8 @@ class RunFolder:
         )
 
     def last_checkpoint(self) -> Path | None:
-        """The checkpoint (a file or a folder) to go on from; None before the first one.
-
-        Raises:
-            UserError: `checkpoints/last` names one that is not there.
-        """
-        pointer = self.checkpoints / "last"
-        try:
-            name = pointer.read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
-            return None
-        checkpoint = self.checkpoints / name
-        if not name or Path(name).name != name or not checkpoint.exists():
-            raise UserError(
-                f"{pointer}: names the checkpoint {name!r}, which is not in {self.checkpoints}; put it back, "
-                "write the name of another one into the file, or remove the file to start from step 0"
-            )
-        return checkpoint
+        """The checkpoint (a file or a folder) to go on from; None before the first one."""
+        return read_last(self.checkpoints)
 
 
 def _plain(value: Any) -> Any:

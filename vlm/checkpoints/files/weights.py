@@ -84,11 +84,7 @@ class WeightFiles:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor, without reading their data."""
-        return {key: shape for key, (shape, _) in self._headers()}
-
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """Dtype of every tensor, without reading their data."""
-        return {key: dtype for key, (_, dtype) in self._headers()}
+        return dict(self._headers())
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) pairs, file by file; a tensor lives as long as its reader keeps it."""
@@ -108,18 +104,11 @@ class WeightFiles:
         with _explain(file):
             return opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
 
-    def fingerprint(self) -> str:
-        """Identity of names and contents, whatever the container and the number of shards. Reads everything."""
-        return fingerprint_of({name: hash_tensor(tensor) for name, tensor in self.items()})
-
-    def _headers(self) -> Iterator[tuple[str, tuple[tuple[int, ...], torch.dtype]]]:
+    def _headers(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         for key, file in self._file_of.items():
             opened = self._open(file)
-            if isinstance(opened, dict):
-                yield key, (tuple(opened[key].shape), opened[key].dtype)
-            else:
-                part = opened.get_slice(key)
-                yield key, (tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+            shape = opened[key].shape if isinstance(opened, dict) else opened.get_slice(key).get_shape()
+            yield key, tuple(shape)
 
     def _open(self, file: Path):
         if self._opened is None or self._opened[0] != file:  # one open file: its memory map goes with it

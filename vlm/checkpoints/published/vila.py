@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vlm.checkpoints.files.weights import WeightFiles
@@ -78,8 +77,8 @@ class PartFolders(WeightFiles):
         files, key = self._parts[name]
         return files.get(key)
 
-    def _headers(self) -> Iterator[tuple[str, tuple[tuple[int, ...], torch.dtype]]]:
-        headers: dict[int, dict[str, Any]] = {}
+    def _headers(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        headers: dict[int, dict[str, tuple[int, ...]]] = {}
         for name, (files, key) in self._parts.items():
             if id(files) not in headers:
                 headers[id(files)] = dict(files._headers())

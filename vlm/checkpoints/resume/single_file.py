@@ -7,14 +7,10 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
-from vlm.checkpoints.files.atomic import atomic_directory, atomic_file, remove, remove_leftovers
+from vlm.checkpoints.files.atomic import atomic_file, remove, remove_leftovers
 from vlm.checkpoints.resume.plain import check_plain
+from vlm.checkpoints.resume.pointer import LAST, point_last
 from vlm.errors import UserError
-
-__all__ = ["LAST", "AtomicCheckpointIO", "atomic_directory", "point_last", "read_last"]
-
-LAST = "last"
-"""Small text file in the checkpoint folder: name of the newest complete checkpoint."""
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -76,29 +72,3 @@ class AtomicCheckpointIO(CheckpointIO):
             else:
                 point_last(newest)
         remove(path)
-
-
-def point_last(path: str | Path) -> None:
-    """Makes `last` name this complete checkpoint (a file or a folder) in one step."""
-    path = Path(path)
-    with atomic_file(path.parent / LAST) as file:
-        file.write(f"{path.name}\n".encode())
-
-
-def read_last(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint of a folder, None where none was ever completed.
-
-    Raises:
-        UserError: the pointer names a checkpoint that somebody removed.
-    """
-    pointer = Path(folder) / LAST
-    try:
-        name = pointer.read_text().strip()
-    except FileNotFoundError:
-        return None
-    path = pointer.with_name(name) if name and Path(name).name == name else None
-    if path is None or not path.exists():
-        raise UserError(
-            f"{pointer}: names {name!r}, which is not there; put it back, or write another name into the file"
-        )
-    return path

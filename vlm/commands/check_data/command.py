@@ -12,7 +12,7 @@ from vlm.commands.check_data.page import write_report
 from vlm.commands.check_data.parts import parts_of
 from vlm.commands.check_data.report import Report
 from vlm.commands.check_data.scan import scan
-from vlm.commands.stage_view import StageParser
+from vlm.commands.check_data.stage_view import StageParser
 from vlm.data.wrappers.quarantine import as_lines
 from vlm.errors import UserError
 from vlm.recipes.configs import add_stage_options, stage_options

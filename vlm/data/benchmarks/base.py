@@ -1,9 +1,7 @@
-"""What benchmark readers share: questions with a picture each, and reading with errors that name the question."""
+"""What benchmark readers share: questions with an image each."""
 
-import json
-import re
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,24 +9,10 @@ from typing import Any
 import numpy as np
 
 from vlm.data.sources.base import Source
+from vlm.data.sources.fields import Fields
 from vlm.data.sources.json_records import RecordFile
-from vlm.errors import SampleError, UserError
+from vlm.errors import UserError
 from vlm.sample import MAX_PIXELS, ImageFile, Sample, parse_sample
-
-SHORT = "Answer the question using a single word or phrase."
-LETTER = "Answer with the option's letter from the given choices directly."
-
-
-def asked(question: str, request: str) -> str:
-    """The question as a request puts it: in the place of its `{}`, else on a line before it."""
-    if "{}" in request:
-        return request.replace("{}", question, 1)
-    return f"{question}\n{request}" if request else question
-
-
-def filled(form: str, **fields: str) -> str:
-    """A form with each `{name}` that is one of the fields replaced."""
-    return re.sub(rf"\{{({'|'.join(fields)})\}}", lambda match: fields[match[1]], form)
 
 
 class Benchmark(Source):
@@ -96,58 +80,12 @@ class Benchmark(Source):
     def image_mask(self) -> np.ndarray:
         return np.array([question["image"] is not None for question in self._all])
 
-    def error(self, identity: Any, message: str) -> SampleError:
-        return SampleError(message, sample_id=str(identity), source=str(self.path))
-
-    def need(self, record: Any, key: str, identity: Any) -> Any:
-        if not isinstance(record, Mapping) or key not in record:
-            found = sorted(map(str, record)) if isinstance(record, Mapping) else type(record).__name__
-            raise self.error(identity, f"key {key!r} is missing; found {found}")
-        return record[key]
-
-    def text(self, record: Any, key: str, identity: Any) -> str:
-        value = self.need(record, key, identity)
-        if not isinstance(value, str) or not value.strip():
-            raise self.error(identity, f"{key!r} must be a text, found {value!r}")
-        return value
-
-    def file_name(self, pattern: str, value: Any, identity: Any) -> str:
-        try:
-            return pattern.format(value)
-        except (IndexError, KeyError, ValueError) as error:
-            raise self.error(
-                identity, f"image_pattern {pattern!r} makes no file name of {value!r} ({error}); give another pattern"
-            ) from error
-
-    def people(self, entries: Any, identity: Any) -> list[str]:
-        """Answers of several people, as texts or as {"answer": text}."""
-        if not isinstance(entries, list) or not entries:
-            raise self.error(identity, f"'answers' must be a list of answers, found {entries!r}")
-        return [entry if isinstance(entry, str) else self.text(entry, "answer", identity) for entry in entries]
+    def fields(self, record: Any, identity: Any) -> Fields:
+        """The values of a record; `identity` names it in errors."""
+        return Fields(record, identity=identity, source=self.path)
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSON list or JSONL file."""
     file = RecordFile(path, flag=bool)
     return (file[index] for index in range(len(file)))
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
-    except ValueError as error:
-        raise UserError(f"{path}: broken JSON ({error}); fetch it again") from error
-    except RecursionError as error:
-        raise UserError(f"{path}: nested too deeply; fetch it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: must be a JSON object, found a {type(content).__name__}")
-    return content
-
-
-def listed(path: Path, key: str) -> list[Any]:
-    content = read_object(path)
-    if not isinstance(content.get(key), list):
-        raise UserError(f"{path}: key {key!r} must hold a list; found keys {sorted(content)[:8]}")
-    return content[key]

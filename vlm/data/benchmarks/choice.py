@@ -8,7 +8,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from vlm.data.benchmarks.base import LETTER, Benchmark, filled, listed, read_object
+from vlm.data.benchmarks.base import Benchmark
+from vlm.data.sources.fields import read_list, read_object
+from vlm.data.sources.requests import LETTER, filled
 from vlm.errors import UserError
 
 LETTERS = "ABCDEFGHIJ"
@@ -43,21 +45,22 @@ class MMBench(Benchmark):
     def questions(self) -> Iterator[dict[str, Any]]:
         pictures: dict[str, bytes] = {}
         for number, row in enumerate(table_rows(self.path)):
-            index = self.text(row, "index", number)
+            index = self.fields(row, number).text("index")
+            fields = self.fields(row, index)
             choices = list(takewhile(bool, (_cell(row, letter) for letter in "ABCD")))
             lines = [hint] if (hint := _cell(row, "hint")) else []
-            lines.append(self.text(row, "question", index))
+            lines.append(fields.text("question"))
             lines += [f"{letter}. {choice}" for letter, choice in zip("ABCD", choices, strict=False)]
-            image = self.text(row, "image", index)
+            image = fields.text("image")
             if len(image) < 64 and image in pictures:  # a later rotation names the row that has the picture
                 pictures[index] = pictures[image]
             else:
                 try:
                     pictures[index] = base64.b64decode(image, validate=True)
                 except ValueError as error:
-                    raise self.error(index, f"'image' is no base64 ({error}); fetch the file again") from error
+                    raise fields.error(f"'image' is no base64 ({error}); fetch the file again") from error
             if not index.isdecimal():
-                raise self.error(index, "'index' must be a number")
+                raise fields.error("'index' must be a number")
             found = {"id": index, "image": pictures[index], "text": "\n".join([*lines, self.request])}
             found |= {"choices": choices, "group": str(int(index) % _ROUND)}
             yield found | ({"answers": [answer]} if (answer := _cell(row, "answer")) else {})
@@ -105,18 +108,19 @@ class SeedBench(Benchmark):
         self.form = form
 
     def questions(self) -> Iterator[dict[str, Any]]:
-        for number, record in enumerate(listed(self.path, "questions")):
-            identity = self.need(record, "question_id", number)
+        for number, record in enumerate(read_list(self.path, "questions")):
+            identity = self.fields(record, number).value("question_id")
+            fields = self.fields(record, identity)
             if record.get("data_type", "image") != "image":
                 continue
-            choices = [self.text(record, f"choice_{letter}", identity) for letter in "abcd"]
-            question = self.text(record, "question", identity)
+            choices = [fields.text(f"choice_{letter}") for letter in "abcd"]
+            question = fields.text("question")
             yield {
                 "id": identity,
-                "image": self.text(record, "data_id", identity),
+                "image": fields.text("data_id"),
                 "text": filled(self.form, question=question, options=_lines(choices)),
                 "choices": choices,
-                "answers": [self.text(record, "answer", identity)],
+                "answers": [fields.text("answer")],
                 "group": str(record.get("question_type_id", "")),
             }
 
@@ -150,18 +154,17 @@ class ScienceQAPictures(Benchmark):
 
     def questions(self) -> Iterator[dict[str, Any]]:
         for identity, problem in read_object(self.path / "problems.json").items():
-            if self.need(problem, "split", identity) != self.split or not problem.get("image"):
+            fields = self.fields(problem, identity)
+            if fields.value("split") != self.split or not fields.has("image"):
                 continue
-            choices, answer = (self.need(problem, key, identity) for key in ("choices", "answer"))
-            if not isinstance(choices, list) or answer not in range(len(choices)):
-                raise self.error(identity, f"'answer' must be the place of one of the 'choices', found {answer!r}")
-            fields = {"question": self.text(problem, "question", identity), "hint": problem.get("hint") or "N/A"}
+            choices, letter = fields.choice(LETTERS)
+            parts = {"question": fields.text("question"), "hint": fields.words("hint") or "N/A"}
             yield {
                 "id": identity,
                 "image": f"{self.split}/{identity}/{problem['image']}",
-                "text": filled(self.form, **fields, options=_lines(choices)),
+                "text": filled(self.form, **parts, options=_lines(choices)),
                 "choices": choices,
-                "answers": [LETTERS[answer]],
+                "answers": [letter],
             }
 
 

@@ -6,8 +6,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vlm.data.benchmarks.base import LETTER, SHORT, Benchmark, read_object
+from vlm.data.benchmarks.base import Benchmark
+from vlm.data.sources.fields import Fields, read_object
 from vlm.data.sources.parquet import RowImage, read_table
+from vlm.data.sources.requests import LETTER, SHORT
 from vlm.errors import SampleError, UserError
 from vlm.metrics.choice import LETTERS
 from vlm.sample import ImageFile
@@ -39,29 +41,33 @@ class MMMU(Benchmark):
                 yield self._question(file, row, record)
 
     def _question(self, file: Path, row: int, record: Mapping[str, Any]) -> dict[str, Any]:
-        identity = self.text(record, "id", f"{file.parent.name} {row}")
-        question, answer = self.text(record, "question", identity), self.text(record, "answer", identity)
+        identity = self.fields(record, f"{file.parent.name} {row}").text("id")
+        fields = self.fields(record, identity)
+        question, answer = fields.text("question"), fields.text("answer")
         load = partial(_picture, file, row, identity, self.max_pixels)
         found = {
             "id": identity,
             "image": RowImage(name=f"image_1 of {identity}", max_pixels=self.max_pixels, load=load),
             "group": file.parent.name,
         }
-        if self.text(record, "question_type", identity) != "multiple-choice":
-            answers = self._listed(answer, "answer", identity) if answer.startswith("[") else [answer]
+        if fields.text("question_type") != "multiple-choice":
+            answers = _spelled(fields, "answer") if answer.startswith("[") else [answer]
             return found | {"text": f"{question}\n{SHORT}", "answers": answers}
-        choices = self._listed(self.text(record, "options", identity), "options", identity)
+        choices = _spelled(fields, "options")
         options = "".join(f"({letter}) {choice}\n" for letter, choice in zip(LETTERS, choices, strict=False))
         return found | {"text": f"{question}\n{options}\n{LETTER}", "choices": choices, "answers": [answer]}
 
-    def _listed(self, text: str, key: str, identity: str) -> list[str]:
-        try:
-            values = ast.literal_eval(text)
-        except (ValueError, SyntaxError) as error:
-            raise self.error(identity, f"{key!r} is no list ({error}); fetch the file again") from error
-        if not isinstance(values, list) or not values:
-            raise self.error(identity, f"{key!r} must spell a list, found {text!r}")
-        return [str(value) for value in values]
+
+def _spelled(fields: Fields, key: str) -> list[str]:
+    """A list that a text spells."""
+    text = fields.text(key)
+    try:
+        values = ast.literal_eval(text)
+    except (ValueError, SyntaxError) as error:
+        raise fields.error(f"{key!r} is no list ({error}); fetch the file again") from error
+    if not isinstance(values, list) or not values:
+        raise fields.error(f"{key!r} must spell a list, found {text!r}")
+    return [str(value) for value in values]
 
 
 def _picture(file: Path, row: int, identity: str, max_pixels: int) -> ImageFile:
@@ -97,20 +103,20 @@ class MathVista(Benchmark):
 
     def questions(self) -> Iterator[dict[str, Any]]:
         for identity, record in read_object(self.path).items():
-            question, unit = self.text(record, "question", identity), record.get("unit")
-            choices = record.get("choices") or []
-            if not isinstance(choices, list):
-                raise self.error(identity, f"'choices' must be a list, found {choices!r}")
+            fields = self.fields(record, identity)
+            question, unit = fields.text("question"), fields.record.get("unit")
+            choices = fields.need("choices", list, "a list") if fields.has("choices") else []
             lines = [f"Question: {question} (Unit: {unit})" if unit else f"Question: {question}"]
             lines += ["Choices:"] if choices else []
             lines += [f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
-            lines += [f"Hint: Please answer the question {self._hint(record, identity)}", "Solution:"]
-            found = {"id": identity, "image": self.text(record, "image", identity), "text": "\n".join(lines)}
-            yield found | {"answers": [str(self.need(record, "answer", identity))]}
+            lines += [f"Hint: Please answer the question {self._hint(fields)}", "Solution:"]
+            found = {"id": identity, "image": fields.text("image"), "text": "\n".join(lines)}
+            yield found | {"answers": [str(fields.value("answer"))]}
 
-    def _hint(self, record: Mapping[str, Any], identity: str) -> str:
-        kind = self.text(record, "question_type", identity), self.text(record, "answer_type", identity)
-        places = int(record.get("precision") or 0)
+    def _hint(self, fields: Fields) -> str:
+        kind = fields.text("question_type"), fields.text("answer_type")
+        precision = fields.record.get("precision")
+        places = int(precision or 0)
         if kind not in self._HINTS or (kind[1] == "float" and places not in self._PLACES):
-            raise self.error(identity, f"no prompt is published for {kind} with precision {record.get('precision')!r}")
+            raise fields.error(f"no prompt is published for {kind} with precision {precision!r}")
         return self._HINTS[kind].format(*self._PLACES.get(places, ()))

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlm.data.benchmarks.base import LETTER, Benchmark, read_object, records
+from vlm.data.benchmarks.base import Benchmark, records
+from vlm.data.sources.fields import read_object
+from vlm.data.sources.requests import LETTER
 
 LETTERS = "ABCDE"
 
@@ -35,9 +37,11 @@ class LlavaQuestions(Benchmark):
 
     def questions(self) -> Iterator[dict[str, Any]]:
         for number, record in enumerate(records(self.path)):
-            identity = self.need(record, self.id_key, number)
-            image = self.file_name(self.image_pattern, self.text(record, "image", identity), identity)
-            found = {"id": identity, "image": image, "text": self.text(record, "text", identity)}
+            identity = self.fields(record, number).value(self.id_key)
+            fields = self.fields(record, identity)
+            fields.text("image")
+            image = fields.file_name(self.image_pattern, "image")
+            found = {"id": identity, "image": image, "text": fields.text("text")}
             yield found | ({"group": str(record["category"])} if "category" in record else {})
 
 
@@ -51,11 +55,12 @@ class MMVet(Benchmark):
 
     def questions(self) -> Iterator[dict[str, Any]]:
         for identity, record in read_object(self.path).items():
+            fields = self.fields(record, identity)
             yield {
                 "id": identity,
-                "image": self.text(record, "imagename", identity),
-                "text": self.text(record, "question", identity),
-                "answers": [self.text(record, "answer", identity)],
+                "image": fields.text("imagename"),
+                "text": fields.text("question"),
+                "answers": [fields.text("answer")],
             }
 
 
@@ -77,19 +82,17 @@ class LlavaScienceQA(Benchmark):
     def questions(self) -> Iterator[dict[str, Any]]:
         problems = read_object(self.problems)
         for number, record in enumerate(records(self.path)):
-            identity = str(self.need(record, "id", number))
-            if self.only_images and not record.get("image"):
+            identity = str(self.fields(record, number).value("id"))
+            fields = self.fields(record, identity)
+            if self.only_images and not fields.has("image"):
                 continue
-            turns = self.need(record, "conversations", identity)
-            text = self.text(turns[0] if isinstance(turns, list) and turns else None, "value", identity)
-            problem = self.need(problems, identity, identity)
-            choices, answer = (self.need(problem, key, identity) for key in ("choices", "answer"))
-            if not isinstance(choices, list) or answer not in range(min(len(choices), len(LETTERS))):
-                raise self.error(identity, f"'answer' must be the place of one of the 'choices', found {answer!r}")
+            turns = fields.value("conversations")
+            text = self.fields(turns[0] if isinstance(turns, list) and turns else None, identity).text("value")
+            choices, letter = self.fields(self.fields(problems, identity).value(identity), identity).choice(LETTERS)
             yield {
                 "id": identity,
                 "image": record.get("image"),
                 "text": f"{text.replace('<image>', '').strip()}\n{LETTER}",
                 "choices": choices,
-                "answers": [LETTERS[answer]],
+                "answers": [letter],
             }

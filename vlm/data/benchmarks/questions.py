@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlm.data.benchmarks.base import SHORT, Benchmark, asked, listed, read_object, records
+from vlm.data.benchmarks.base import Benchmark, records
+from vlm.data.sources.fields import read_list, read_object
+from vlm.data.sources.requests import SHORT, asked
 
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 
@@ -33,19 +35,20 @@ class VQAv2(Benchmark):
         self.image_pattern, self.request = image_pattern, request
 
     def questions(self) -> Iterator[dict[str, Any]]:
-        entries = listed(self.annotations, "annotations") if self.annotations is not None else []
-        answers = {self.need(entry, "question_id", at): entry for at, entry in enumerate(entries)}
-        for number, record in enumerate(listed(self.path, "questions")):
-            identity = self.need(record, "question_id", number)
+        entries = read_list(self.annotations, "annotations") if self.annotations is not None else []
+        answers = {self.fields(entry, at).value("question_id"): entry for at, entry in enumerate(entries)}
+        for number, record in enumerate(read_list(self.path, "questions")):
+            identity = self.fields(record, number).value("question_id")
+            fields = self.fields(record, identity)
             found = {
                 "id": identity,
-                "image": self.file_name(self.image_pattern, self.need(record, "image_id", identity), identity),
-                "text": asked(self.text(record, "question", identity), self.request),
+                "image": fields.file_name(self.image_pattern, "image_id"),
+                "text": asked(fields.text("question"), self.request),
             }
             if self.annotations is not None:
                 if identity not in answers:
-                    raise self.error(identity, f"no annotation in {self.annotations}; the files do not belong together")
-                found["answers"] = self.people(self.need(answers[identity], "answers", identity), identity)
+                    raise fields.error(f"no annotation in {self.annotations}; the files do not belong together")
+                found["answers"] = self.fields(answers[identity], identity).answers("answers")
             yield found
 
 
@@ -66,11 +69,12 @@ class GQA(Benchmark):
 
     def questions(self) -> Iterator[dict[str, Any]]:
         for identity, record in read_object(self.path).items():
+            fields = self.fields(record, identity)
             yield {
                 "id": identity,
-                "image": f"{self.text(record, 'imageId', identity)}.jpg",
-                "text": asked(self.text(record, "question", identity), self.request),
-                "answers": [self.text(record, "answer", identity)],
+                "image": f"{fields.text('imageId')}.jpg",
+                "text": asked(fields.text("question"), self.request),
+                "answers": [fields.text("answer")],
             }
 
 
@@ -96,12 +100,13 @@ class VizWiz(Benchmark):
 
     def questions(self) -> Iterator[dict[str, Any]]:
         for number, record in enumerate(records(self.path)):
-            image = self.text(record, "image", number)
+            image = self.fields(record, number).text("image")
+            fields = self.fields(record, image)
             yield {
                 "id": image,
                 "image": image,
-                "text": asked(self.text(record, "question", image), self.request),
-                "answers": self.people(self.need(record, "answers", image), image),
+                "text": asked(fields.text("question"), self.request),
+                "answers": fields.answers("answers"),
             }
 
 
@@ -127,20 +132,22 @@ class TextVQA(Benchmark):
     def questions(self) -> Iterator[dict[str, Any]]:
         told: dict[tuple[str, str], str] = {}
         for at, record in enumerate(records(self.prompts)) if self.prompts is not None else ():
-            text = self.text(record, "text", at)
-            # the file names a question by its picture, which may have several
-            told[str(self.need(record, "question_id", at)), _question(text)] = text
-        for number, record in enumerate(listed(self.path, "data")):
-            identity = self.need(record, "question_id", number)
-            image, question = self.text(record, "image_id", identity), self.text(record, "question", identity)
+            fields = self.fields(record, at)
+            text = fields.text("text")
+            # the file names a question by its image, which may have several
+            told[str(fields.value("question_id")), _question(text)] = text
+        for number, record in enumerate(read_list(self.path, "data")):
+            identity = self.fields(record, number).value("question_id")
+            fields = self.fields(record, identity)
+            image, question = fields.text("image_id"), fields.text("question")
             key = image, _question(question)
             if self.prompts is not None and key not in told:
-                raise self.error(identity, f"no prompt for {question!r} in {self.prompts}; it is of another version")
+                raise fields.error(f"no prompt for {question!r} in {self.prompts}; it is of another version")
             yield {
                 "id": identity,
                 "image": f"{image}.jpg",
                 "text": told[key] if self.prompts is not None else asked(question, self.request),
-                "answers": self.people(self.need(record, "answers", identity), identity),
+                "answers": fields.answers("answers"),
             }
 
 

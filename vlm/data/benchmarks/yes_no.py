@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlm.data.benchmarks.base import SHORT, Benchmark, asked, records
+from vlm.data.benchmarks.base import Benchmark, records
+from vlm.data.sources.requests import SHORT, asked
 from vlm.errors import UserError
 from vlm.sample import MAX_PIXELS
 
@@ -18,14 +19,15 @@ class Pope(Benchmark):
     def questions(self) -> Iterator[dict[str, Any]]:
         for category in self.categories:
             for number, record in enumerate(records(self.path / f"coco_pope_{category}.json")):
-                identity = f"{category}/{self.need(record, 'question_id', number)}"
-                label = self.text(record, "label", identity).lower()
+                identity = f"{category}/{self.fields(record, number).value('question_id')}"
+                fields = self.fields(record, identity)
+                label = fields.text("label").lower()
                 if label not in ("yes", "no"):
-                    raise self.error(identity, f"'label' must be yes or no, found {label!r}")
+                    raise fields.error(f"'label' must be yes or no, found {label!r}")
                 yield {
                     "id": identity,
-                    "image": self.text(record, "image", identity),
-                    "text": f"{self.text(record, 'text', identity)}\n{SHORT}",
+                    "image": fields.text("image"),
+                    "text": f"{fields.text('text')}\n{SHORT}",
                     "answers": [label],
                     "group": category,
                 }

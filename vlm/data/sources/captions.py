@@ -5,12 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlm.data.benchmarks.base import listed
-from vlm.data.sources.fields import (
-    Fields,
+from vlm.data.sources.fields import Fields, Record, read_list
+from vlm.data.sources.record_sources import (
     ObjectSource,
     Part,
-    Record,
     RecordSource,
     after_image,
     box,
@@ -44,9 +42,9 @@ class CocoCaptions(ObjectSource):
         self.prompt = prompt
 
     def records(self) -> Iterator[Record]:
-        images = by_unique(self.path, listed(self.path, "images"), "id")
+        images = by_unique(self.path, read_list(self.path, "images"), "id")
         captions: defaultdict[Any, list[str]] = defaultdict(list)
-        for at, entry in enumerate(listed(self.path, "annotations")):
+        for at, entry in enumerate(read_list(self.path, "annotations")):
             fields = Fields(
                 entry if isinstance(entry, dict) else {}, identity=f"annotation {at}", source=str(self.path)
             )
@@ -89,7 +87,7 @@ class KarpathyCaptions(ObjectSource):
         self.split, self.prompt = split, prompt
 
     def records(self) -> Iterator[Record]:
-        for identity, image in by_unique(self.path, listed(self.path, "images"), "imgid").items():
+        for identity, image in by_unique(self.path, read_list(self.path, "images"), "imgid").items():
             if image.get("split") == self.split:
                 yield {**image, "id": str(identity)}
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from vlm.data.sources.base import Source
-from vlm.data.sources.fields import IMAGE, Fields, Part, Record, RecordSource, text
+from vlm.data.sources.fields import Fields, Record
 from vlm.data.sources.interleave import MAX_IMAGES, interleave
+from vlm.data.sources.record_sources import IMAGE, Part, RecordSource, text
 from vlm.errors import SampleError, UserError
 from vlm.sample import DOCUMENT, Sample, parse_sample
 from vlm.sample.paths import located

@@ -1,55 +1,47 @@
-"""What the readers share: records of a file, one sample each, and messages that name file, sample and key."""
+"""Records and JSON files, checked: errors name the file, the sample and the key."""
 
 import json
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from vlm.data.sources.base import JsonSource
 from vlm.errors import Fault, SampleError, UserError
-from vlm.sample import Sample, parse_sample
 
-Part = dict[str, Any]
 Record = Mapping[str, Any]
-IMAGE: Part = {"type": "image"}
-
-
-def text(value: str) -> Part:
-    return {"type": "text", "text": value}
-
-
-def box(values: Sequence[float], *, unit: str) -> Part:
-    """A box part of left, top, right, bottom."""
-    return {"type": "box", "box": list(values), "unit": unit}
-
-
-def exchange(question: list[Part], answer: list[Part]) -> list[dict[str, Any]]:
-    """Messages of a question and its answer."""
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def after_image(prompt: str) -> list[Part]:
-    """A picture and a text behind it, on a line of its own."""
-    return [IMAGE, text(f"\n{prompt}")] if prompt else [IMAGE]
 
 
 class Fields:
-    """Values of a record, checked; errors name the file, the sample and the key."""
+    """Values of a record, checked.
 
-    def __init__(self, record: Record, *, identity: Any, source: str) -> None:
-        self.record, self.identity, self.source = record, str(identity), source
+    Args:
+        record: a JSON object.
+        identity: the sample's id, or its place in the file.
+        source: the file.
+
+    Raises:
+        SampleError: it is no object.
+    """
+
+    def __init__(self, record: Any, *, identity: Any, source: str | Path) -> None:
+        self.identity, self.source = str(identity), str(source)
+        if not isinstance(record, Mapping):
+            raise self.error(f"expected a JSON object, found {type(record).__name__}")
+        self.record: Record = record
 
     def error(self, message: str, *, kind: Fault | None = None) -> SampleError:
         return SampleError(message, sample_id=self.identity, source=self.source, kind=kind)
 
-    def need(self, key: str, kind: type | tuple[type, ...], what: str) -> Any:
+    def has(self, key: str) -> bool:
+        """Whether there is something under a key."""
+        return bool(self.record.get(key))
+
+    def value(self, key: str) -> Any:
         if key not in self.record:
             raise self.error(f"key {key!r} is missing; found {sorted(map(str, self.record))}")
-        value = self.record[key]
+        return self.record[key]
+
+    def need(self, key: str, kind: type | tuple[type, ...], what: str) -> Any:
+        value = self.value(key)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise self.error(f"{key!r} must be {what}, found {value!r}")
         return value
@@ -60,11 +52,22 @@ class Fields:
             raise self.error(f"{key!r} is empty; fill it in or remove the record")
         return value
 
+    def words(self, key: str) -> str:
+        """A text that may be empty, missing or null."""
+        value = self.record.get(key)
+        if value is not None and not isinstance(value, str):
+            raise self.error(f"{key!r} must be a text, found {value!r}")
+        return value or ""
+
     def texts(self, key: str) -> list[str]:
         values = self.need(key, list, "a list of texts")
         if not values or not all(isinstance(value, str) and value.strip() for value in values):
             raise self.error(f"{key!r} must be a list of at least one text and none of them empty, found {values!r}")
         return values
+
+    def number(self, key: str) -> int:
+        value: int = self.need(key, int, "a whole number")
+        return value
 
     def numbers(self, key: str, count: int) -> list[float]:
         values = self.need(key, list, f"a list of {count} numbers")
@@ -79,94 +82,65 @@ class Fields:
                 raise self.error(f"{key}[{at}] must be an object, found {value!r}")
         return [Fields(value, identity=self.identity, source=self.source) for value in values]
 
+    def file_name(self, pattern: str, key: str) -> str:
+        """The file name that a pattern such as `COCO_val2014_{:012d}.jpg` makes of a value."""
+        value = self.value(key)
+        try:
+            return pattern.format(value)
+        except (IndexError, KeyError, ValueError) as error:
+            raise self.error(
+                f"image_pattern {pattern!r} makes no file name of {value!r} ({error}); give another pattern"
+            ) from error
 
-class RecordSource(JsonSource):
-    """One sample per record of a JSON list or JSONL file; memory does not grow with the file."""
+    def answers(self, key: str) -> list[str]:
+        """Answers of several people, as texts or as {"answer": text}."""
+        entries = self.need(key, list, "a list of answers")
+        if not entries:
+            raise self.error(f"{key!r} must be a list of answers, found {entries!r}")
+        return [
+            entry
+            if isinstance(entry, str)
+            else Fields(entry, identity=self.identity, source=self.source).text("answer")
+            for entry in entries
+        ]
 
-    task: str | None = None
-    image_key: str | None = "image"
-
-    @abstractmethod
-    def chat(self, fields: Fields) -> dict[str, Any]:
-        """`messages`, and `images` and `answers` where there are any, of a record."""
-
-    def _flag(self, record: Record) -> bool:  # type: ignore[override]
-        return self.image_key is not None and bool(record.get(self.image_key))
-
-    def _schema(self, record: Record, index: int) -> dict[str, Any]:
-        identity = record.get("id", index)
-        made = self.chat(Fields(record, identity=identity, source=str(self.path)))
-        return {"id": identity, "task": self.task, **made}
-
-
-class ObjectSource(JsonSource):
-    """One sample per record that is put together from a file which is one JSON object.
-
-    Such a file has to be read as a whole; what is kept of it are the bytes of its records and where they start, which
-    workers share.
-    """
-
-    task: str | None = None
-
-    @abstractmethod
-    def records(self) -> Iterator[Record]:
-        """The records, each with an `id`; JSON can write them."""
-
-    @abstractmethod
-    def chat(self, fields: Fields) -> dict[str, Any]:
-        """As in `RecordSource`."""
-
-    @cached_property
-    def _kept(self) -> tuple[bytes, np.ndarray]:
-        return compact(self.path, self.records())
-
-    def __len__(self) -> int:
-        return len(self._kept[1]) - 1
-
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name} has {len(self)} samples, asked for number {index}")
-        content, ends = self._kept
-        record = json.loads(content[ends[index] : ends[index + 1]])
-        made = self.chat(Fields(record, identity=record["id"], source=str(self.path)))
-        return parse_sample(
-            {"id": record["id"], "task": self.task, **made},
-            source=str(self.path),
-            position=index,
-            image_root=self.image_root,
-            max_pixels=self.max_pixels,
-        )
-
-    def has_image(self, index: int) -> bool:
-        return 0 <= index < len(self)
-
-    def image_mask(self) -> np.ndarray:
-        return np.ones(len(self), dtype=bool)
+    def choice(self, letters: str) -> tuple[list[Any], str]:
+        """The options under `choices`, and the letter of the one whose place stands under `answer`."""
+        choices, answer = self.need("choices", list, "a list of options"), self.value("answer")
+        if type(answer) is not int or not 0 <= answer < min(len(choices), len(letters)):
+            raise self.error(
+                f"'answer' must be the place of one of the {len(choices)} 'choices' (at most {len(letters)}), "
+                f"found {answer!r}"
+            )
+        return choices, letters[answer]
 
 
-def compact(path: Path, records: Iterable[Record]) -> tuple[bytes, np.ndarray]:
-    """Records as bytes one after another, and int64[n + 1] where each begins and the last ends.
+def read_object(path: Path) -> dict[str, Any]:
+    """A file that is one JSON object.
 
     Raises:
-        UserError: there are none.
+        UserError: it cannot be read, or is none.
     """
-    parts = [json.dumps(record, ensure_ascii=False).encode() for record in records]
-    if not parts:
-        raise UserError(f"{path}: holds no samples; remove it from the sources or fill it")
-    return b"".join(parts), np.cumsum([0, *map(len, parts)])
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+    except ValueError as error:
+        raise UserError(f"{path}: broken JSON ({error}); fetch it again") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: nested too deeply; fetch it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must be a JSON object, found a {type(content).__name__}")
+    return content
 
 
-def by_unique(path: Path, entries: Iterable[Any], key: str) -> dict[Any, Mapping[str, Any]]:
-    """Entries by the value of a key.
+def read_list(path: Path, key: str) -> list[Any]:
+    """The list under a key of a file that is one JSON object.
 
     Raises:
-        UserError: an entry without it, or two with the same.
+        UserError: it cannot be read, or there is no list.
     """
-    found: dict[Any, Mapping[str, Any]] = {}
-    for at, entry in enumerate(entries):
-        if not isinstance(entry, Mapping) or not isinstance(entry.get(key), int | str):
-            raise UserError(f"{path}: entry {at} has no {key!r}; it is {str(entry)[:80]}")
-        if entry[key] in found:
-            raise UserError(f"{path}: {key} {entry[key]!r} stands there twice (entry {at}); remove one of them")
-        found[entry[key]] = entry
-    return found
+    content = read_object(path)
+    if not isinstance(content.get(key), list):
+        raise UserError(f"{path}: key {key!r} must hold a list; found keys {sorted(content)[:8]}")
+    return content[key]

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm.data.sources.fields import IMAGE, Fields, Part, Record, RecordSource, exchange, text
+from vlm.data.sources.fields import Fields, Record
 from vlm.data.sources.folder import SUFFIXES
+from vlm.data.sources.record_sources import IMAGE, Part, RecordSource, exchange, text
 from vlm.errors import UserError
 from vlm.sample import ImageFile, Sample
 

@@ -5,18 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlm.data.benchmarks.base import SHORT, asked, listed
-from vlm.data.sources.fields import (
-    IMAGE,
-    Fields,
-    ObjectSource,
-    Record,
-    RecordSource,
-    after_image,
-    by_unique,
-    exchange,
-    text,
-)
+from vlm.data.sources.fields import Fields, Record, read_list
+from vlm.data.sources.record_sources import IMAGE, ObjectSource, RecordSource, after_image, by_unique, exchange, text
+from vlm.data.sources.requests import SHORT, asked
 from vlm.errors import UserError
 from vlm.sample.paths import located
 
@@ -50,8 +41,8 @@ class VQAv2Training(ObjectSource):
         self.image_pattern, self.request = image_pattern, request
 
     def records(self) -> Iterator[Record]:
-        answers = by_unique(self.annotations, listed(self.annotations, "annotations"), "question_id")
-        for identity, question in by_unique(self.path, listed(self.path, "questions"), "question_id").items():
+        answers = by_unique(self.annotations, read_list(self.annotations, "annotations"), "question_id")
+        for identity, question in by_unique(self.path, read_list(self.path, "questions"), "question_id").items():
             if identity not in answers:
                 raise UserError(
                     f"{self.path}: question {identity} has no annotation in {self.annotations}; "
@@ -63,10 +54,7 @@ class VQAv2Training(ObjectSource):
         counts = Counter(person.text("answer") for person in fields.objects("people"))
         if not counts:
             raise fields.error("'answers' of its annotation is empty; remove the question")
-        try:
-            image = self.image_pattern.format(fields.need("image_id", (int, str), "the number of a picture"))
-        except (IndexError, KeyError, ValueError) as error:
-            raise fields.error(f"image_pattern {self.image_pattern!r} makes no file name ({error})") from error
+        image = fields.file_name(self.image_pattern, "image_id")
         question = asked(fields.text("question"), self.request)
         return {
             "images": [image],
@@ -96,7 +84,7 @@ class DocVQA(ObjectSource):
         self.image_key, self.request = image_key, request
 
     def records(self) -> Iterator[Record]:
-        for identity, entry in by_unique(self.path, listed(self.path, "data"), "questionId").items():
+        for identity, entry in by_unique(self.path, read_list(self.path, "data"), "questionId").items():
             yield {**entry, "id": str(identity)}
 
     def chat(self, fields: Fields) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm.data.benchmarks.base import asked
-from vlm.data.sources.fields import IMAGE, Fields, Part, RecordSource, after_image, exchange, text
+from vlm.data.sources.fields import Fields
+from vlm.data.sources.record_sources import IMAGE, Part, RecordSource, after_image, exchange, text
+from vlm.data.sources.requests import asked
 
 _PART = re.compile(
     r"(?:Picture \d+: ?)?<img>(?P<img>.*?)</img>|<ref>(?P<ref>.*?)</ref>"

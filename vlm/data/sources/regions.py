@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from vlm.data.sources.fields import Fields, Part, RecordSource, after_image, box, exchange, text
+from vlm.data.sources.fields import Fields
+from vlm.data.sources.record_sources import Part, RecordSource, after_image, box, exchange, text
 from vlm.errors import UserError
 
 Direction = Literal["ground", "refer"]

@@ -1,15 +1,15 @@
 """ScienceQA (Learn to Explain, Lu et al., 2022) in its own layout: `problems.json`, `pid_splits.json`, `images/`."""
 
 from collections.abc import Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from vlm.data.benchmarks.base import read_object
 from vlm.data.sources.base import Source
-from vlm.errors import SampleError, UserError
+from vlm.data.sources.fields import Fields, read_object
+from vlm.errors import UserError
 from vlm.sample import MAX_PIXELS, Sample, parse_sample
 
 TASK = "science_qa"
@@ -101,24 +101,19 @@ class ScienceQA(Source):
         return np.array([self.has_image(index) for index in range(len(self))])
 
     def _record(self, pid: str, problem: Any) -> dict[str, Any]:
-        error = partial(SampleError, sample_id=pid, source=str(self.path / "problems.json"))
-        if not isinstance(problem, Mapping):
-            raise error(f"expected a JSON object, found {type(problem).__name__}")
-        texts = {key: problem.get(key, "") or "" for key in ("question", "hint", "lecture", "solution")}
-        if bad := [key for key, text in texts.items() if not isinstance(text, str)]:
-            raise error(f"'{bad[0]}' must be a string, found {texts[bad[0]]!r}")
-        choices, answer = problem.get("choices"), problem.get("answer")
-        if not isinstance(choices, list) or not 1 < len(choices) <= len(LETTERS):
-            raise error(f"'choices' must be a list of 2 to {len(LETTERS)} texts, found {choices!r}")
-        if type(answer) is not int or not 0 <= answer < len(choices):
-            raise error(f"'answer' must be the index of one of the {len(choices)} choices, found {answer!r}")
+        fields = Fields(problem, identity=pid, source=self.path / "problems.json")
+        texts = {key: fields.words(key) for key in ("question", "hint", "lecture", "solution")}
+        options_needed = f"a list of 2 to {len(LETTERS)} texts"
+        if not 1 < len(found := fields.need("choices", list, options_needed)) <= len(LETTERS):
+            raise fields.error(f"'choices' must be {options_needed}, found {found!r}")
+        choices, letter = fields.choice(LETTERS)
         lecture, solution = (texts[key].replace("\\n", "\n") for key in ("lecture", "solution"))
         options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
         question = _tidy(
             f"Question: {texts['question']}\nContext: {texts['hint'].strip() or 'N/A'}\nOptions: {options}\n"
         )
         reasons = f"{lecture} {solution} " if self.form == "QCM-LEA" else ""
-        reply = _tidy(f"Answer: {reasons}The answer is {LETTERS[answer]}.")
+        reply = _tidy(f"Answer: {reasons}The answer is {letter}.")
         content: list[dict[str, str]] = [{"type": "text", "text": question.replace("Question: ", "")}]
         image = problem.get("image")
         if image:
@@ -132,7 +127,7 @@ class ScienceQA(Source):
             ],
             "task": TASK,
             "choices": choices,
-            "answers": [LETTERS[answer]],
+            "answers": [letter],
         }
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from vlm.data.sources.base import Source
-from vlm.data.sources.fields import after_image, exchange, text
 from vlm.data.sources.folder import SUFFIXES
+from vlm.data.sources.record_sources import after_image, exchange, text
 from vlm.errors import SampleError, UserError
 from vlm.sample import MAX_PIXELS, ImageFile, Sample, parse_sample
 from vlm.sample.paths import located

@@ -6,6 +6,7 @@ from random import Random
 import numpy as np
 
 from vlm.data.sources.base import Source
+from vlm.data.wrappers.wrapped import Wrapped
 from vlm.errors import UserError
 from vlm.sample import DOCUMENT, ImageFile, Message, RegionPart, Sample, TextPart
 from vlm.seeding import seed_from
@@ -13,7 +14,7 @@ from vlm.seeding import seed_from
 _TRIES = 1000
 
 
-class FewShot(Source):
+class FewShot(Wrapped):
     """Every sample with `shots` examples in front of it, each with its pictures and its answer.
 
     Examples are turns of the same conversation; they are drawn from (seed, number of the sample) alone. An example is
@@ -29,12 +30,9 @@ class FewShot(Source):
     def __init__(self, source: Source, examples: Source, shots: int = 4, seed: int = 0) -> None:
         if shots < 0:
             raise UserError(f"shots must not be negative, found {shots}")
-        self.source, self.examples = source, examples
+        super().__init__(source)
+        self.examples = examples
         self.shots, self.seed = shots, seed
-        self.name = source.name
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.source[index]
@@ -70,9 +68,6 @@ class FewShot(Source):
 
     def image_mask(self) -> np.ndarray:
         return np.array([self.has_image(index) for index in range(len(self))], dtype=bool)
-
-    def place(self, index: int) -> tuple[str, int]:
-        return self.source.place(index)
 
 
 def _counting_from(first: int, message: Message) -> Message:

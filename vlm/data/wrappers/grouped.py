@@ -5,11 +5,12 @@ import dataclasses
 import numpy as np
 
 from vlm.data.sources.base import Source
+from vlm.data.wrappers.wrapped import Wrapped
 from vlm.errors import UserError
 from vlm.sample import DOCUMENT, ImagePart, Message, Sample
 
 
-class Grouped(Source):
+class Grouped(Wrapped):
     """Every `size` samples in a row as one sample of so many documents, each seen by itself.
 
     So a batch that was published in such groups is kept: an item of VILA's loader is four pairs of COYO, to balance
@@ -25,8 +26,8 @@ class Grouped(Source):
     def __init__(self, source: Source, size: int = 4) -> None:
         if size < 1:
             raise UserError(f"the size of a group must be at least 1, found {size}")
-        self.source, self.size = source, size
-        self.name = source.name
+        super().__init__(source)
+        self.size = size
 
     def __len__(self) -> int:
         return len(self.source) // self.size

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from vlm.data.sources.base import Source
+from vlm.data.wrappers.wrapped import Wrapped
 from vlm.errors import SampleError, UserError
 from vlm.sample import Sample
 
@@ -155,12 +156,11 @@ def _at(source: Source, index: int) -> tuple[str | None, str]:
     return sample.id, sample.source
 
 
-class Kept(Source):
+class Kept(Wrapped):
     """A source without the samples that a list names. It remembers these alone, however large the source is."""
 
     def __init__(self, source: Source, quarantine: Quarantine, number: int) -> None:
-        self.source = source
-        self.name = source.name
+        super().__init__(source)
         self._quarantine: Quarantine | None = quarantine
         self._number = number
         self._left_out: np.ndarray | None = None

@@ -6,13 +6,12 @@ the rest. What such a policy means is the codec's business; it names those it kn
 
 import dataclasses
 
-import numpy as np
-
 from vlm.data.sources.base import Source
+from vlm.data.wrappers.wrapped import Wrapped
 from vlm.sample import Sample
 
 
-class WithResolution(Source):
+class WithResolution(Wrapped):
     """A source whose samples ask for a resolution.
 
     Args:
@@ -21,21 +20,8 @@ class WithResolution(Source):
     """
 
     def __init__(self, source: Source, resolution: str) -> None:
-        self.source = source
+        super().__init__(source)
         self.resolution = resolution
-        self.name = source.name
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def __getitem__(self, index: int) -> Sample:
         return dataclasses.replace(self.source[index], resolution=self.resolution)
-
-    def place(self, index: int) -> tuple[str, int]:
-        return self.source.place(index)
-
-    def has_image(self, index: int) -> bool:
-        return self.source.has_image(index)
-
-    def image_mask(self) -> np.ndarray:
-        return self.source.image_mask()

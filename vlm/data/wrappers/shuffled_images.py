@@ -7,12 +7,13 @@ import random
 from collections import defaultdict
 
 from vlm.data.sources.base import Source
+from vlm.data.wrappers.wrapped import Wrapped
 from vlm.errors import UserError
 from vlm.sample import Sample
 from vlm.seeding import seed_from
 
 
-class ShuffledImages(Source):
+class ShuffledImages(Wrapped):
     """Samples with the pictures of others: each one gets those of the next, in a shuffled ring of all samples with the
     same number of pictures and other files. What a system still gets right, it got without looking.
 
@@ -21,8 +22,7 @@ class ShuffledImages(Source):
     """
 
     def __init__(self, samples: Source, *, seed: int = 0) -> None:
-        self.name = samples.name
-        self.samples = samples
+        super().__init__(samples)
         rings: defaultdict[int, dict[object, list[int]]] = defaultdict(lambda: defaultdict(list))
         for index in range(len(samples)):
             images = samples[index].images
@@ -42,12 +42,6 @@ class ShuffledImages(Source):
                 donor = groups[(position + 1) % len(groups)][0]
                 self.donor |= dict.fromkeys(group, donor)
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
     def __getitem__(self, index: int) -> Sample:
-        sample = self.samples[index]
-        return dataclasses.replace(sample, images=self.samples[self.donor[index]].images) if sample.images else sample
-
-    def has_image(self, index: int) -> bool:
-        return self.samples.has_image(index)
+        sample = self.source[index]
+        return dataclasses.replace(sample, images=self.source[self.donor[index]].images) if sample.images else sample
