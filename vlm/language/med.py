@@ -129,23 +129,22 @@ class MedModule(nn.Module):
             cache: of the tokens before, and of the features once a step has made theirs; it is extended.
         """
         num_past, num_tokens = cache.get_seq_length(), mask.shape[1]
-        seen = causal_mask(ids.shape[1], num_tokens, ids.device) & key_mask(mask)
+        own, seen = cache.self_attention_cache, cache.cross_attention_cache
+        visible = causal_mask(ids.shape[1], num_tokens, ids.device) & key_mask(mask)
         # a padded place sees itself: attention to nothing is not a number
-        seen = seen | torch.eye(num_tokens, dtype=torch.bool, device=ids.device)[num_past:]
+        visible = visible | torch.eye(num_tokens, dtype=torch.bool, device=ids.device)[num_past:]
         x = self.embeddings(ids, positions=(mask.cumsum(1) - 1).clamp(min=0)[:, num_past:])
-        slots: dict[str, Any] = {"attention": "decoder_attention", "mask": seen}
+        slots: dict[str, Any] = {"attention": "decoder_attention", "mask": visible}
         slots["context_mask"] = None if features_mask is None else key_mask(features_mask)
         for index, layer in enumerate(self.layers):
             if num_past:
-                past, crossed = (
-                    (part.layers[index].keys, part.layers[index].values)
-                    for part in (cache.self_attention_cache, cache.cross_attention_cache)
-                )
+                stored: list[Any] = [part.layers[index] for part in (own, seen)]
+                past, crossed = ((part.keys, part.values) for part in stored)
                 x, (keys, values), _ = layer(x, past=past, past_context=crossed, **slots)
             else:
                 x, (keys, values), crossed = layer(x, context=features, **slots)
-                cache.cross_attention_cache.update(*crossed, index)
-            cache.self_attention_cache.update(keys[:, :, num_past:], values[:, :, num_past:], index)
+                seen.update(*crossed, index)
+            own.update(keys[:, :, num_past:], values[:, :, num_past:], index)
         return self.logits(x[:, -1])
 
 
@@ -175,6 +174,7 @@ class MedSearch(PreTrainedModel, GenerationMixin):
         **_: Any,
     ) -> Seq2SeqLMOutput:
         """One step; `attention_mask` is that of the features."""
+        assert encoder_outputs.last_hidden_state is not None
         logits = self.med.step(
             decoder_input_ids,
             decoder_attention_mask.bool(),
@@ -184,7 +184,7 @@ class MedSearch(PreTrainedModel, GenerationMixin):
         )
         return Seq2SeqLMOutput(logits=logits[:, None], past_key_values=past_key_values)
 
-    def _update_finished_beams(self, **beams: Any) -> Any:
+    def _update_finished_beams(self, **beams: Any) -> Any:  # type: ignore[override]
         length, power = beams["cur_len"], beams["length_penalty"]
         last = beams["topk_running_sequences"][:, :, length]
         whole = length + (last != self.end_id).to(torch.float32)
@@ -193,5 +193,5 @@ class MedSearch(PreTrainedModel, GenerationMixin):
         return super()._update_finished_beams(**beams)
 
     @staticmethod
-    def _check_early_stop_heuristic(**beams: Any) -> Any:
+    def _check_early_stop_heuristic(**beams: Any) -> Any:  # type: ignore[override]
         return GenerationMixin._check_early_stop_heuristic(**(beams | {"decoder_prompt_len": 1}))
