@@ -240,7 +240,7 @@ def continued(module: Any, sample: Any, count: int) -> str:
     """A greedy answer without a cache: the whole row again for each token, as in training."""
     item = module.codec.encode(sample, generate=True)
     batch = collate_prompt(module, item)
-    row, embeds, context = batch.text, module.embed(batch), module.layer_inputs(batch).context
+    row, embeds, context = batch.text, module.embed_row(batch), module.layer_inputs(batch).context
     ids: list[int] = []
     positions = row.positions
     for _ in range(count):
@@ -292,7 +292,7 @@ def test_the_chosen_option_knows_the_image(name: str, tmp_path: Path) -> None:
     for sample in asked:
         batch = collate_prompt(module, module.codec.encode(sample, generate=True))
         with torch.no_grad(), batched_attention(module.language):
-            embeds, inputs, losses = module.embed(batch), module.layer_inputs(batch), []
+            embeds, inputs, losses = module.embed_row(batch), module.layer_inputs(batch), []
             for ids in texts:
                 after = module.language.get_input_embeddings()(torch.tensor(ids[:-1]))
                 whole = torch.cat([embeds, after])[None]
