@@ -8,6 +8,8 @@ from callbacks.evaluation import Evaluation
 from callbacks.fsdp import MixedPrecisionFSDP
 from callbacks.fsdp_strategy import FSDP2Strategy
 from callbacks.health import Health
+from callbacks.lora import LoRAInjection
+from callbacks.partial_lora import PartialLoRAInjection
 from callbacks.predictions import Predictions
 from callbacks.progress import Progress
 from callbacks.resume_checkpoint import ResumeCheckpoint
@@ -20,7 +22,9 @@ __all__ = [
     "Evaluation",
     "FSDP2Strategy",
     "Health",
+    "LoRAInjection",
     "MixedPrecisionFSDP",
+    "PartialLoRAInjection",
     "Predictions",
     "Progress",
     "ResumeCheckpoint",

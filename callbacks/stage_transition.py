@@ -82,6 +82,7 @@ class StageTransition(Callback):
             rates = [how.lr for pattern, how in self.stage.train.items() if pattern.split(".")[0] == part]
             what = "frozen" if not trained else f"trains {trained:,} at lr {', '.join(f'{rate:g}' for rate in rates)}"
             lines.append(f"  {part:<12} {total:>15,} parameters, {what}")
+        lines += [f"  surgery      {operation}" for operation in module.surgery]
         assert module.load_report is not None
         lines += [f"  {line}" for line in module.load_report.render().splitlines()]
         return "\n".join(lines)
@@ -179,6 +180,7 @@ def write_stage(
                 "path": os.path.relpath(artefact.folder, folder),
                 "fingerprint": artefact.fingerprint,
                 "parts": dict(follow.parts),
+                "leave_out": list(follow.leave_out),
             }
             for follow, artefact in follows
         ],

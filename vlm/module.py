@@ -3,6 +3,7 @@
 Shape legend: see `vlm.batch`.
 """
 
+import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +17,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from vlm.batch import EVENTS, Batch, Row
+from vlm.building.blocks import recompute_blocks
+from vlm.building.inherited_surgery import inherited_surgery
 from vlm.building.network import allocate, empty_weights, find_ties, initialisers, load_or_init, tie
-from vlm.building.weight_sources import check_finished, is_resuming, weight_sources
+from vlm.building.weight_sources import check_finished, check_new, is_resuming, weight_sources
 from vlm.checkpoints.artefact import read_artefact
 from vlm.checkpoints.report import LoadReport
 from vlm.checkpoints.resume.moments import restore_moments
@@ -25,7 +28,8 @@ from vlm.codec import Codec
 from vlm.errors import UserError
 from vlm.evaluation.inference import as_pack, chunks_in_step, evaluating, label_scores
 from vlm.evaluation.means import EpochMeans
-from vlm.language import Decoding
+from vlm.language import Decoding, Surgery
+from vlm.language.surgery import combine
 from vlm.metrics.judges import Judges
 from vlm.moving import changing_names, check_moving, copied_names
 from vlm.sample import Sample
@@ -36,15 +40,16 @@ from vlm.stages import Stage
 class VisionLanguageModule(LightningModule):
     """Base of the systems.
 
-    A system hands its arguments to this constructor, makes `codec` from them, and says how its parts are built
-    (`build_parts`) and what a batch costs (`losses`). Everything else is here.
+    A system hands all of its arguments to this constructor, and says how they become a codec (`make_codec`), how its
+    parts are built (`build_parts`) and what a batch costs (`losses`). Everything else is here.
 
     Set by callbacks in their `setup`, or by hand, before `configure_model` runs:
 
     Attributes:
         arguments: the constructor's arguments; part descriptions among them know base weights and initial values.
         stage: what is trained; None: everything is frozen and in eval mode.
-        surgery: changes to the network, applied in order, stored with artefacts and replayed by whoever loads them.
+        surgery: changes to the network (`register_surgery`). `configure_model` puts those before them that the weights
+            were trained with; artefacts store all, so that whoever loads one has them.
         weights: artefact or published folder to load instead of what the stage follows.
         judges: metrics of answers in validation and test, and how answers are searched for.
         shard: applies FSDP2 to the still empty network; set by the `MixedPrecisionFSDP` callback.
@@ -78,10 +83,14 @@ class VisionLanguageModule(LightningModule):
 
     def __init__(self, *, seed: int = 0, **arguments: Any) -> None:
         super().__init__()
+        constructors = [vars(kind)["__init__"] for kind in type(self).__mro__ if "__init__" in vars(kind)]
+        known = {name for constructor in constructors for name in inspect.signature(constructor).parameters}
+        if unknown := sorted(arguments.keys() - known):
+            raise TypeError(f"{type(self).__name__} takes no argument {unknown[0]!r}")
         self.seed = seed
         self.arguments = {**arguments, "seed": seed}
         self.stage: Stage | None = None
-        self.surgery: list[Any] = []
+        self.surgery: list[Surgery] = []
         self.weights: str | None = None
         self.judges = Judges()
         self.shard: Callable[[nn.Module, Any], None] | None = None
@@ -93,8 +102,13 @@ class VisionLanguageModule(LightningModule):
         self.epochs_done = math.inf
         self._next_epoch = 0
         self._total_steps: int | None = None
+        self.codec = self.make_codec()
 
     # -- what a system says
+
+    @abstractmethod
+    def make_codec(self) -> Codec:
+        """The codec, from `arguments` alone: the constructor calls it once, before those of subclasses have run."""
 
     @abstractmethod
     def build_parts(self) -> dict[str, nn.Module]:
@@ -128,10 +142,23 @@ class VisionLanguageModule(LightningModule):
 
     # -- building
 
+    def register_surgery(self, operation: Surgery) -> None:
+        """Has `configure_model` change the network; registered again, it still happens once.
+
+        Raises:
+            UserError: the network is built already, without this change.
+        """
+        if operation in self.surgery:
+            return
+        if self.load_report is not None:
+            raise UserError(f"surgery: {operation} comes after the network was built; register it before")
+        self.surgery.append(operation)
+
     def configure_model(self) -> None:
         """Builds the network; after it every tensor has its value and nothing is on the meta device.
 
-        The order is fixed: build on meta, surgery, what is trained, sharding, memory, base weights, artefacts.
+        The order is fixed: build on meta, surgery, what is trained, recomputation, sharding, memory, base weights,
+        artefacts.
         """
         if self.load_report is not None:  # Lightning calls again for validate after fit
             return
@@ -139,6 +166,7 @@ class VisionLanguageModule(LightningModule):
             for part, network in self.build_parts().items():
                 self.add_module(part, network)
             plain = {name for name, _ in self.named_parameters()}
+            self.surgery = combine(self, inherited_surgery(self), self.surgery)
             for operation in self.surgery:
                 operation.apply(self)
         self.ties = find_ties(self)
@@ -149,6 +177,9 @@ class VisionLanguageModule(LightningModule):
                 raise UserError(f"stage.train: {both[0]} moves without a gradient; leave it out of the patterns")
         else:
             self.requires_grad_(False).eval()
+        for part, description in self.arguments.items():
+            if getattr(description, "checkpointing", False):
+                recompute_blocks(self.get_submodule(part))
         if self.device_mesh is not None:
             if self.shard is None:
                 raise UserError("a sharding strategy needs the callback callbacks.MixedPrecisionFSDP")
@@ -156,9 +187,10 @@ class VisionLanguageModule(LightningModule):
         trainer = self._trainer
         allocate(self, trainer.strategy.root_device if trainer is not None else self.device)
         tie(self, self.ties)
+        sources = weight_sources(self)
         self.load_report, self.frozen_hashes = load_or_init(
             self,
-            weight_sources(self),
+            sources,
             seed=self.seed,
             initialisers=initialisers(dict(self.named_children()), self.arguments),
             copies=copied_names(self.state_dict().keys() - self.ties.keys(), self.copies),
@@ -168,11 +200,7 @@ class VisionLanguageModule(LightningModule):
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, sorted(moving))
         if self.weights is not None and self.stage is None:
             check_finished(self)
-        # a part with base weights may start nothing fresh, but for what surgery added
-        complete = tuple(f"{part}." for part, value in self.arguments.items() if getattr(value, "weights", None))
-        self.load_report.check(
-            allow_new=[n for n in self.load_report.new if n not in plain or not n.startswith(complete)]
-        )
+        check_new(self, sources, added=dict(self.named_parameters()).keys() - plain)
 
     # -- training
 
@@ -309,7 +337,8 @@ class VisionLanguageModule(LightningModule):
     ) -> list[str]:
         """An answer to each sample's conversation; its last assistant message, if any, is left out.
 
-        The ranks of a sharded system call it together, each with its own samples, as many as it has.
+        One that is only begun (`Message.begun`) stays, and what comes back is what follows it. The ranks of a sharded
+        system call it together, each with its own samples, as many as it has.
         """
         chunks = chunks_in_step(self, samples, batch_size)
         return [answer for chunk in chunks for answer in self._generate(chunk, decoding or Decoding())]

@@ -41,10 +41,14 @@ class InitFrom:
     Attributes:
         artefact: its folder.
         parts: {our prefix: its prefix}; empty: every tensor it holds, under its own name.
+        leave_out: patterns, in its names, of what is dropped on purpose (the text side of BLIP-2's Q-Former).
+        fresh: patterns, in our names, of what may start new in these parts; all else that it lacks is an error.
     """
 
     artefact: str
     parts: Mapping[str, str] = field(default_factory=dict)
+    leave_out: Sequence[str] = ()
+    fresh: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

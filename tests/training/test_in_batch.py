@@ -124,7 +124,7 @@ def packs_in_order(ranks: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 PACKS = BatchSpec(8, negatives="pack", packs=4)
 STEP = BatchSpec(8, negatives="step")
 BOUND = 2e-6
-"""Measured: 3e-7."""
+"""Measured: 4e-7."""
 
 
 def _both(folder: Path, how: str) -> list[dict[str, Any]]:
@@ -149,7 +149,7 @@ def test_a_step_is_the_same_on_any_devices(tmp_path: Path, alone: list[dict[str,
         else:
             found = packs_in_order(shared)
             assert [sum(found[i : i + world], ()) for i in range(0, len(found), world)] == whole["seen"]
-        assert all(difference(whole, rank) < BOUND for rank in shared)
+        assert max(difference(whole, rank) for rank in shared) < BOUND
     assert all(len(pack) == 2 for pack in alone[0]["seen"])
     assert sum(pack.count("filler") for pack in alone[0]["seen"]) == 2  # in the place of the bad one, in each epoch
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.checkpoints.files.weights import WeightSource, assign, hash_tensor
-from vlm.checkpoints.report import LoadReport
+from vlm.checkpoints.report import LoadReport, Resized
 from vlm.errors import UserError
 from vlm.seeding import seed_from
 
@@ -24,10 +24,11 @@ Initialiser = Callable[[nn.Module], None]
 
 @contextmanager
 def empty_weights() -> Iterator[None]:
-    """Inside, new modules keep their buffers but their parameters take no memory (they are on the meta device).
+    """Inside, new modules keep their buffers, on the CPU, but their parameters take no memory (on the meta device).
 
-    Unlike `torch.device("meta")`, tables that constructors compute (rotary frequencies) stay real; unlike accelerate's
-    context of this kind, parameters that are registered twice stay tied.
+    On the CPU whatever surrounds it: Lightning builds in the context of its device, whose tables would differ in their
+    last bits. Unlike `torch.device("meta")`, tables that constructors compute (rotary frequencies) stay real; unlike
+    accelerate's context of this kind, parameters that are registered twice stay tied.
     """
     register: Any = nn.Module.register_parameter
 
@@ -38,7 +39,8 @@ def empty_weights() -> Iterator[None]:
 
     nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
     try:
-        yield
+        with torch.device("cpu"):
+            yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
@@ -74,6 +76,7 @@ def initialisers(parts: Mapping[str, nn.Module], descriptions: Mapping[str, Any]
 
     def initialiser(network: nn.Module, description: Any) -> Initialiser:
         def initialise(module: Any) -> None:
+            module = getattr(module, "base_layer", module)  # of an adapter, whose own tensors are those of the base
             if hasattr(module, "initialise_new"):  # modules of surgery know how their paths start
                 module.initialise_new()
             elif hasattr(description, "initialise"):
@@ -118,6 +121,8 @@ def load_or_init(
     copied = {name: origin for name, origin in copies.items() if name not in provider}
     report, hashes = LoadReport(), {}
     for source in sources:
+        report.dropped += source.dropped
+        report.carried += source.carried
         unknown = sorted(source.names - tensors.keys())
         if unknown:
             raise UserError(
@@ -131,13 +136,17 @@ def load_or_init(
                 contents[name] = hash_tensor(value)
             if name not in wanted:
                 continue
-            target = tensors[name]
+            target, old = tensors[name], tuple(value.shape)
+            value, method = _adopted(module, name, value)
             if value.shape != target.shape:
                 raise UserError(
                     f"{source.label}: {name} has shape {tuple(value.shape)}, the network {tuple(target.shape)}"
                 )
             assign(target, value)
-            report.loaded.append(name)
+            if method is None:
+                report.loaded.append(name)
+            else:
+                report.resized[name] = Resized(old, tuple(value.shape), method)
             report.sources[source.label] = report.sources.get(source.label, 0) + 1
             if not target.requires_grad and name not in moving:
                 hashes[name] = hash_tensor(value.to(target.dtype))
@@ -169,17 +178,33 @@ def load_or_init(
     return report, hashes
 
 
+def _adopted(module: nn.Module, name: str, value: Tensor) -> tuple[Tensor, str | None]:
+    """What the nearest module above a tensor makes of a value for it, and how; the value itself where none does.
+
+    A module with a method `adopt(name, value)`, whose name is the tensor's as seen from it, may bring a value to the
+    form that it keeps: stretched to another resolution, or quantised. It returns None for what it takes as it is.
+    """
+    path, inner = name, ""
+    while path:
+        path, _, leaf = path.rpartition(".")
+        inner = f"{leaf}.{inner}" if inner else leaf
+        adopt = getattr(module.get_submodule(path), "adopt", None)
+        if adopt is not None and (found := adopt(inner, value)) is not None:
+            return found
+    return value, None
+
+
 def _draw(module: nn.Module, own: Mapping[str, Tensor], initialise: Initialiser, seed: int) -> dict[str, Tensor]:
     """New full tensors for `module`, drawn on the CPU whatever the module's device and sharding."""
     parameters, buffers = dict(module._parameters), dict(module._buffers)
     for name, tensor in own.items():
-        blank = torch.full(tensor.shape, torch.nan, dtype=torch.float32)
+        blank = torch.full(tensor.shape, torch.nan, dtype=torch.float32, device="cpu")
         if name in parameters:
             module._parameters[name] = nn.Parameter(blank, requires_grad=False)
         else:
             module._buffers[name] = blank
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             initialise(module)
         # some architectures draw a layer's tensors from the layer above it, which is never asked to here
