@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from vlm.batch import IGNORE, Batch, Row, TokenSequence
-from vlm.codec import Codec, Encoded, pack_rows, read_views
+from vlm.codec import Codec, Encoded, ViewStream, pack_rows, read_views
 from vlm.connectors import Linear, QFormer
 from vlm.functional import splice
 from vlm.language import Decoding
@@ -19,7 +20,7 @@ from vlm.module import VisionLanguageModule
 from vlm.prompts.tokenizer import Tokenizer
 from vlm.sample import Sample, TextPart
 from vlm.seeding import seed_from
-from vlm.vision import TimmTower
+from vlm.vision import TimmTower, TowerFacts
 from vlm.vision.preprocess import ImageTransform
 
 
@@ -78,9 +79,9 @@ class QFormerT5Codec(Codec):
 
     def collate(self, items: Sequence[Encoded], *, counts: Mapping[str, float], packs: int = 1) -> Batch:
         text, rows = pack_rows(items, streams=["image"])
-        views = read_views(items, transform=self.transform)
+        views = read_views(items, lambda sample, seed: {"image": ViewStream(self.transform)})
         infos = tuple(item.info() for item in items)
-        return Batch(text, rows, {"image": views} if views else {}, infos, dict(counts), packs=packs)
+        return Batch(text, rows, views, infos, dict(counts), packs=packs)
 
     def normalization(self, stream: str) -> tuple[Sequence[float], Sequence[float]]:
         return self.transform.mean, self.transform.std
@@ -107,8 +108,14 @@ class QFormerT5(VisionLanguageModule):
     ) -> None:
         kept = {"tokenizer": tokenizer, "split_prefix": split_prefix, "seed": seed}
         super().__init__(vision=vision, qformer=qformer, connector=connector, language=language, **kept)
-        self.tower = vision.facts()
-        self.codec = QFormerT5Codec(tokenizer, qformer.num_queries, self.tower.image_size, split_prefix=split_prefix)
+
+    @cached_property
+    def tower(self) -> TowerFacts:
+        return self.arguments["vision"].facts()
+
+    def make_codec(self) -> QFormerT5Codec:
+        tokenizer, qformer, split = (self.arguments[n] for n in ("tokenizer", "qformer", "split_prefix"))
+        return QFormerT5Codec(tokenizer, qformer.num_queries, self.tower.image_size, split_prefix=split)
 
     def build_parts(self) -> dict[str, nn.Module]:
         language = self.arguments["language"].build()

@@ -1,3 +1,4 @@
+from vlm.language.adapters import PeftAdapter
 from vlm.language.causal_lm import CausalLM, LanguagePart
 from vlm.language.cross_attention import CrossAttention
 from vlm.language.generation import Decoding
@@ -15,6 +16,7 @@ __all__ = [
     "Med",
     "NewTokens",
     "PartialLoRA",
+    "PeftAdapter",
     "Surgery",
     "VisualExpert",
 ]

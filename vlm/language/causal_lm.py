@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from vlm.batch import Row
+from vlm.checkpoints.files.weights import WeightFiles
+from vlm.checkpoints.tables.base import BaseWeights
 from vlm.errors import UserError
 from vlm.language.attention import PACKED
+from vlm.language.base_weights import read_decoder
 from vlm.language.layer_inputs import LayerInputs
 from vlm.language.qwen import as_qwen2
 
@@ -36,6 +39,14 @@ class LanguagePart(ABC):
     @abstractmethod
     def build(self) -> PreTrainedModel:
         """The network; call it under `vlm.building.network.empty_weights`."""
+
+    @abstractmethod
+    def read_base(self, model: nn.Module, files: WeightFiles) -> BaseWeights:
+        """Finds the model's tensors in the files of `weights`.
+
+        Raises:
+            UserError: the files hold something else.
+        """
 
     @abstractmethod
     def initialise(self, model: nn.Module, module: nn.Module) -> None:
@@ -101,6 +112,9 @@ class CausalLM(LanguagePart):
         )
         model.tie_weights()
         return model
+
+    def read_base(self, model: nn.Module, files: WeightFiles) -> BaseWeights:
+        return read_decoder(model, files)
 
     def initialise(self, model: Any, module: nn.Module) -> None:
         model._init_weights(module)  # as the architecture's authors do

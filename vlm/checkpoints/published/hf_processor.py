@@ -65,7 +65,15 @@ def write_tokenizer(folder: Path, codec: Any, *, num_rows: int, tiles: AnyRes | 
     return image_id, pad_id
 
 
-def write_processor(folder: Path, codec: Any, *, patch_size: int, pad_id: int, tiles: AnyRes | None = None) -> None:
+def write_processor(
+    folder: Path,
+    codec: Any,
+    *,
+    patch_size: int,
+    pad_id: int,
+    tiles: AnyRes | None = None,
+    class_token: bool = False,
+) -> None:
     """`processor_config.json`, `preprocessor_config.json` and `generation_config.json`.
 
     Raises:
@@ -75,10 +83,10 @@ def write_processor(folder: Path, codec: Any, *, patch_size: int, pad_id: int, t
         folder / "processor_config.json",
         {
             "image_token": IMAGE_TOKEN,
-            "num_additional_image_tokens": 1,  # the class token, which "default" takes away again
+            "num_additional_image_tokens": 1,  # the class token; "default" takes it away again
             "patch_size": patch_size,
             "processor_class": _processor_class(tiles),
-            "vision_feature_select_strategy": "default",
+            "vision_feature_select_strategy": "full" if class_token else "default",
         },
     )
     _write(folder / "preprocessor_config.json", _image_processor(codec.transform, tiles))

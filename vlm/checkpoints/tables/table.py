@@ -83,6 +83,11 @@ class Table:
         """Whether a tensor of this name is kept aside instead of being part of the network."""
         return any(_match(pattern, our_name) is not None for pattern in self.unused)
 
+    def is_dropped(self, their_name: str) -> bool:
+        """Whether a published tensor is left out on purpose, for good."""
+        found = self._find(their_name, "theirs")
+        return found is not None and not self.rules[found[0]].ours
+
     def has_place(self, our_name: str) -> bool:
         """Whether the published layout can hold this tensor of ours."""
         return self._find(our_name, "ours") is not None
