@@ -281,7 +281,7 @@ def _inputs(
 class _TextCache(EncoderDecoderCache):
     """Keys and values of which beams exchange their own: those of the features are the same for all of a prompt's."""
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:  # type: ignore[override]
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.self_attention_cache.reorder_cache(beam_idx)
 
 
