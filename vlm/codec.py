@@ -98,7 +98,8 @@ class Codec(ABC):
 
         Args:
             seed: source of the sample's own random choices; None in evaluation.
-            generate: leave out the last assistant message and end where the answer has to begin; no labels.
+            generate: leave out the last assistant message unless it is only begun, and end where the answer has to
+                begin or to go on; no labels.
 
         Raises:
             SampleError: the sample cannot be trained on (too long, no label, no image where one is needed).

@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from vlm.batch import Row
+from vlm.checkpoints.files.weights import WeightFiles
+from vlm.checkpoints.tables.base import BaseWeights
 from vlm.errors import UserError
 from vlm.language.attention import PACKED
+from vlm.language.base_weights import read_decoder
 from vlm.language.layer_inputs import LayerInputs
 from vlm.language.qwen import as_qwen2
 
@@ -36,6 +39,14 @@ class LanguagePart(ABC):
     @abstractmethod
     def build(self) -> PreTrainedModel:
         """The network; call it under `vlm.building.network.empty_weights`."""
+
+    @abstractmethod
+    def read_base(self, model: nn.Module, files: WeightFiles) -> BaseWeights:
+        """Finds the model's tensors in the files of `weights`.
+
+        Raises:
+            UserError: the files hold something else.
+        """
 
     @abstractmethod
     def initialise(self, model: nn.Module, module: nn.Module) -> None:
@@ -102,6 +113,9 @@ class CausalLM(LanguagePart):
         model.tie_weights()
         return model
 
+    def read_base(self, model: nn.Module, files: WeightFiles) -> BaseWeights:
+        return read_decoder(model, files)
+
     def initialise(self, model: Any, module: nn.Module) -> None:
         model._init_weights(module)  # as the architecture's authors do
 
@@ -132,9 +146,11 @@ def label_logits(language: PreTrainedModel, embeds: Tensor, row: Row, inputs: La
 
 @contextmanager
 def batched_attention(language: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model attends over padded batches with a cache (for generation) instead of over packed rows."""
-    language.config._attn_implementation = "sdpa" if language._supports_sdpa else "eager"
+    """Inside, a model of packed rows attends over padded batches with a cache instead (for generation)."""
+    before = language.config._attn_implementation
+    if before == PACKED:
+        language.config._attn_implementation = "sdpa" if language._supports_sdpa else "eager"
     try:
         yield
     finally:
-        language.config._attn_implementation = PACKED
+        language.config._attn_implementation = before

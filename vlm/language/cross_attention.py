@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vlm.errors import UserError
 from vlm.language.attention import packed_attention
 from vlm.language.layer_inputs import LayerInputs, extend, informing, take_inputs
-from vlm.language.surgery import Surgery
+from vlm.language.surgery import Surgery, names_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class CrossAttention(Surgery):
     context: int
     width: int
     heads: int
+
+    def find_layers(self, module: nn.Module) -> list[str]:
+        system: Any = module
+        return names_of(module, system.language.base_model.layers)
 
     def apply(self, module: nn.Module) -> None:
         system: Any = module

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vlm.errors import UserError
 from vlm.language.layer_inputs import InformedLinear, LayerInputs, take_inputs
-from vlm.language.surgery import Surgery
+from vlm.language.surgery import Surgery, Up, find_linears, targeted_linears
 
 _SHARED = ("q_proj", "k_proj", "v_proj")
 """Linear layers of one module that share A: in the published model they are one."""
@@ -37,29 +37,26 @@ class PartialLoRA(Surgery):
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))  # files deliver lists
 
+    def find_layers(self, module: nn.Module) -> list[str]:
+        return list(find_linears(module, self.targets))
+
+    @property
+    def cannot_merge(self) -> str | None:
+        return "partial LoRA acts on image tokens alone, so no plain weights compute the same"
+
     def apply(self, module: nn.Module) -> None:
         decoders: set[str] = set()
         downs: dict[str, Down] = {}  # by what shares them
-        for target in self.targets:
-            matched = [
-                name
-                for name, child in module.named_modules()
-                if re.fullmatch(target, name) and isinstance(child, nn.Linear)
-            ]
-            if not matched:
-                raise UserError(f"surgery PartialLoRA: target {target!r} matches no linear layer")
-            for name in matched:
-                parent, _, leaf = name.rpartition(".")
-                found = re.match(r"(.*?)\.layers\.\d+", name)
-                if found is None:
-                    raise UserError(f"surgery PartialLoRA: target {target!r} matches {name}, which is in no layer")
-                linear = module.get_submodule(name)
-                assert isinstance(linear, nn.Linear)
-                group = parent if leaf in _SHARED else name
-                new = PartialLoRALinear(linear, self, down=downs.get(group))
-                downs[group] = new.down
-                setattr(module.get_submodule(parent), leaf, new)
-                decoders.add(found[1])
+        for name, linear in targeted_linears(module, self.targets, operation=self).items():
+            parent, _, leaf = name.rpartition(".")
+            found = re.match(r"(.*?)\.layers\.\d+", name)
+            if found is None:
+                raise UserError(f"surgery PartialLoRA: its targets match {name}, which is in no layer")
+            group = parent if leaf in _SHARED else name
+            new = PartialLoRALinear(linear, self, down=downs.get(group))
+            downs[group] = new.down
+            setattr(module.get_submodule(parent), leaf, new)
+            decoders.add(found[1])
         for decoder in sorted(decoders):
             take_inputs(module.get_submodule(decoder))
 
@@ -76,7 +73,7 @@ class PartialLoRALinear(InformedLinear):
         if down is None:
             self.Plora_A = down = Down(linear.in_features, surgery.rank, dropout=surgery.dropout)
         self._down = [down]  # in a list: of another layer, it has its name there
-        self.Plora_B = _Up(surgery.rank, linear.out_features, bias=False)
+        self.Plora_B = Up(surgery.rank, linear.out_features, bias=False)
         self.scale = surgery.scale
 
     @property
@@ -114,8 +111,3 @@ class Down(InformedLinear):
 
     def initialise_new(self) -> None:
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-
-
-class _Up(nn.Linear):
-    def initialise_new(self) -> None:
-        nn.init.zeros_(self.weight)  # the new path starts as the identity

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from vlm.errors import UserError
 from vlm.language.layer_inputs import InformedLinear, LayerInputs, extend, next_inputs, take_inputs
-from vlm.language.surgery import Surgery
+from vlm.language.surgery import Surgery, names_of
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -31,6 +31,13 @@ class VisualExpert(Surgery):
     So it costs exactly what the language model alone costs. The expert starts as a copy of the language model's
     weights; attention, norms and positions are shared.
     """
+
+    def find_layers(self, module: nn.Module) -> list[str]:
+        system: Any = module
+        layers = system.language.base_model.layers
+        blocks = [getattr(layer, parent, None) for layer in layers for parent in ("self_attn", "mlp")]
+        found = [getattr(block, leaf, None) for block in blocks for leaf in (*_ATTENTION, *_MLP)]
+        return names_of(module, (linear for linear in found if linear is not None))
 
     def apply(self, module: nn.Module) -> None:
         system: Any = module

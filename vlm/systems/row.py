@@ -169,7 +169,7 @@ class RowDecoder(VisionLanguageModule):
     def __init__(self, *, language: LanguagePart, tokenizer: Tokenizer, **arguments: Any) -> None:
         super().__init__(language=language, tokenizer=tokenizer, **arguments)
         if tokenizer.added_tokens:
-            self.surgery.append(NewTokens())
+            self.register_surgery(NewTokens())
 
     def build_language(self) -> PreTrainedModel:
         """The decoder.
@@ -260,14 +260,15 @@ class RowDecoder(VisionLanguageModule):
             texts = [[decoding.options.replace("{}", letter) for letter in group] for group in letters]
             chosen = rank_options(self.language, prompts, [[tokenizer.encode(t)[0] for t in group] for group in texts])
             return [group[at] for group, at in zip(letters, chosen, strict=True)]
+        ends = {mark: tokenizer.added_id(mark) for mark in self.codec.template.stop}
         answers = generate(
             self.language,
             prompts,
             decoding=decoding,
             seeds=[seed_from(decoding.seed, sample.id) for sample in batch.samples],
-            eos_id=tokenizer.eos_id,
+            end_ids=[tokenizer.eos_id, *(end for end in ends.values() if end is not None)],
             pad_id=tokenizer.pad_id,
-            stop=self.codec.template.stop,
+            stop=[mark for mark, end in ends.items() if end is None],
             decode=lambda ids: tokenizer.decode(ids, skip_special=False),
             synced=self.is_sharded,
         )
