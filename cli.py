@@ -50,7 +50,7 @@ TOOLS = {
     "demo-data": "vlm.demo:main",
     "export": "vlm.commands.export:main",
     "predict": "vlm.commands.predict:main",
-    "run": "vlm.procedures:main",
+    "run": "vlm.recipes.node:main",
     "scores": "vlm.evaluation.scores:main",
     "show-data": "vlm.commands.show_data:main",
     "systems": "vlm.recipes.catalogue:print_systems",
@@ -126,11 +126,9 @@ def _run_lightning(arguments: list[str]) -> None:
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from callbacks import BadSamples, Progress
-    from vlm.checkpoints.artefact import read_artefact
     from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
-    from vlm.checkpoints.published.open import describe_published, find_weights, is_artefact
+    from vlm.checkpoints.published.open import find_weights
     from vlm.data import VisionLanguageData
-    from vlm.building.instantiate import instantiate
     from vlm.module import VisionLanguageModule
     from vlm.recipes.run_folder import RunFolder
 
@@ -209,10 +207,6 @@ def _run_lightning(arguments: list[str]) -> None:
             if weights is None or weights == UNTRAINED:
                 return
             self.model.weights = find_weights(weights)
-            if not is_artefact(self.model.weights):
-                self.model.surgery += instantiate(describe_published(self.model.weights).surgery)
-            elif self.subcommand != "fit":
-                self.model.surgery = instantiate(read_artefact(self.model.weights).meta.get("surgery", []))
 
         def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
             table = {} if subcommand == "fit" else {"verbose": False}  # `Evaluation` prints its own

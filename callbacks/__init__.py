@@ -3,10 +3,13 @@
 import vlm  # noqa: F401  (before lightning: repairs torchvision on CPU builds of torch)
 
 from callbacks.bad_samples import BadSamples
+from callbacks.ema import EMA
 from callbacks.evaluation import Evaluation
 from callbacks.fsdp import MixedPrecisionFSDP
 from callbacks.fsdp_strategy import FSDP2Strategy
 from callbacks.health import Health
+from callbacks.lora import LoRAInjection
+from callbacks.partial_lora import PartialLoRAInjection
 from callbacks.predictions import Predictions
 from callbacks.progress import Progress
 from callbacks.resume_checkpoint import ResumeCheckpoint
@@ -14,11 +17,14 @@ from callbacks.stage_transition import StageTransition
 from callbacks.throughput import Throughput
 
 __all__ = [
+    "EMA",
     "BadSamples",
     "Evaluation",
     "FSDP2Strategy",
     "Health",
+    "LoRAInjection",
     "MixedPrecisionFSDP",
+    "PartialLoRAInjection",
     "Predictions",
     "Progress",
     "ResumeCheckpoint",

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from vlm.building.network import find_ties
 from vlm.errors import UserError
 from vlm.module import VisionLanguageModule
+from vlm.building.blocks import stacked_blocks
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -75,7 +76,7 @@ class MixedPrecisionFSDP(Callback):
             mp_policy=self.policy,
             reshard_after_forward=self.reshard_after_forward,
         )
-        for path, unit in (*_blocks(module), *_vocabularies(module)):
+        for path, unit in (*stacked_blocks(module), *_vocabularies(module)):
             held = {f"{path}.{name}" for name, _ in unit.named_parameters(remove_duplicate=False)}
             if all((alias in held) == (owner in held) for alias, owner in ties.items()):
                 shard(unit)
@@ -85,18 +86,6 @@ class MixedPrecisionFSDP(Callback):
         shard(module, mp_policy=root_policy, reshard_after_forward=True)
         _gather_around(module, module.forward_methods)
         assert find_ties(module) == ties, "sharding has untied parameters that were one tensor"
-
-
-def _blocks(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """(path, block) of the outermost stacks. timm's are `Sequential`; plain layers in a row are no blocks."""
-    members = list(module.named_children())
-    is_stack = isinstance(module, (nn.ModuleList, nn.Sequential)) and all(list(m.children()) for _, m in members)
-    for name, member in members:
-        inner = f"{path}.{name}" if path else name
-        if not is_stack:
-            yield from _blocks(member, inner)
-        elif any(True for _ in member.parameters()):
-            yield inner, member
 
 
 def _vocabularies(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -19,15 +19,30 @@ COMMON = {
 }
 """What everything may import; `vlm` itself is the import hook."""
 
+READING = {"vlm.checkpoints.files", "vlm.checkpoints.tables"}
+"""A part's description reads its base weights."""
+
 ALLOWED = {
-    "vlm.vision": {"vlm.functional"},
-    "vlm.connectors": {"vlm.functional"},
-    "vlm.language": set(),
-    "vlm.systems": {*("vlm.module", "vlm.vision", "vlm.connectors", "vlm.language", "vlm.functional", "vlm.prompts")},
+    "vlm.bert": set(),
+    "vlm.vision": {"vlm.functional", *READING},
+    "vlm.connectors": {"vlm.functional", "vlm.bert", *READING},
+    "vlm.language": {"vlm.bert", *READING},
+    "vlm.systems": {
+        *("vlm.module", "vlm.vision", "vlm.connectors", "vlm.language", "vlm.prompts"),
+        *("vlm.functional", "vlm.in_batch", "vlm.moving"),
+    },
 }
 """Package -> what it may import from `vlm` besides itself and `COMMON`."""
 
-WITHOUT_LIGHTNING = ("vlm.vision", "vlm.connectors", "vlm.language", "vlm.prompts", "vlm.batch", "vlm.codec")
+WITHOUT_LIGHTNING = (
+    "vlm.bert",
+    "vlm.vision",
+    "vlm.connectors",
+    "vlm.language",
+    "vlm.prompts",
+    "vlm.batch",
+    "vlm.codec",
+)
 
 
 def _files() -> dict[str, Path]:

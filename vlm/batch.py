@@ -13,7 +13,7 @@ encoders and T5, whose attention needs a rectangle.
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ EVENTS = ("cut_documents", "dropped_images")
 """What happened to samples on their way into the step; logged beside the losses."""
 NOT_TERMS = ("samples", "images", *EVENTS)
 """Entries of `Batch.counts` that are no denominator of a loss term."""
+Negatives = Literal["pack", "step"]
+"""What a sample is compared with by an in-batch objective: the samples of its pack, or of all packs of the step."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class TokenSequence:
         weight: factor on the loss of every trained position of this sequence (BLIP's answers: count / 10).
         slots: per stream of views, int64[k] positions that image features take, in the order of the features.
         owner: position of the sample in its pack that the sequence belongs to; set by `Row.pack`'s caller.
+        positions: int64[n], where they are not 0, 1, 2, ... (CogVLM: the tokens of an image share one).
+        visual: int64[k] in ascending order, the tokens that layers treat as an image, where these are not the slots
+            (CogVLM: the mark before an image is one, the mark behind it is text).
     """
 
     ids: Tensor
@@ -44,6 +49,8 @@ class TokenSequence:
     weight: float = 1.0
     slots: Mapping[str, Tensor] = field(default_factory=dict)
     owner: int = 0
+    positions: Tensor | None = None
+    visual: Tensor | None = None
 
 
 def next_token_targets(labels: Tensor) -> Tensor:
@@ -68,7 +75,7 @@ class Row:
 
     Attributes:
         ids: int64[N].
-        positions: int64[N], counted from 0 inside each sequence.
+        positions: int64[N], by default counted from 0 inside each sequence.
         cu_seqlens: int32[S + 1], where sequences start; the last entry is N.
         max_len: length of the longest sequence, a plain int (varlen attention asks for one without a GPU sync).
         label_positions: int64[L], positions whose output is trained. Kept as indices so that the step selects them
@@ -77,6 +84,7 @@ class Row:
         weights: float32[L], factor on each one's loss.
         slots: per stream of views, int64[K] positions that take image features, in the order of the features.
         owner: int64[S], sample in the pack that each sequence belongs to.
+        visual: int64[K], the tokens that layers treat as an image, in ascending order; by default all slots.
     """
 
     ids: Tensor
@@ -88,6 +96,7 @@ class Row:
     weights: Tensor
     slots: Mapping[str, Tensor]
     owner: Tensor
+    visual: Tensor
 
     @classmethod
     def pack(cls, sequences: Sequence[TokenSequence], streams: Sequence[str] = ()) -> "Row":
@@ -100,9 +109,17 @@ class Row:
         label_positions = (targets != IGNORE).nonzero().squeeze(1)
         weights = torch.cat([torch.full((len(s.ids),), s.weight, dtype=torch.float32) for s in sequences])
         empty = torch.zeros(0, dtype=torch.int64)
+
+        def positions(sequence: TokenSequence) -> Tensor:
+            return torch.arange(len(sequence.ids)) if sequence.positions is None else sequence.positions
+
+        def visual(sequence: TokenSequence) -> Tensor:
+            slots = [sequence.slots.get(name, empty) for name in streams] or [empty]
+            return torch.cat(slots).unique() if sequence.visual is None else sequence.visual
+
         return cls(
             ids=torch.cat([sequence.ids for sequence in sequences]),
-            positions=torch.cat([torch.arange(int(n)) for n in lengths]),
+            positions=torch.cat([positions(sequence) for sequence in sequences]),
             cu_seqlens=torch.cat([starts, lengths.sum()[None]]).to(torch.int32),
             max_len=int(lengths.max()),
             label_positions=label_positions,
@@ -113,6 +130,7 @@ class Row:
                 for name in streams
             },
             owner=torch.tensor([sequence.owner for sequence in sequences]),
+            visual=torch.cat([visual(s) + start for s, start in zip(sequences, starts, strict=True)]),
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Row":
@@ -129,10 +147,10 @@ class Row:
 
     def padded_index(self) -> Tensor:
         """int64[N]: where each token of the row stands in the flattened rectangle of `padded`."""
-        sequence = torch.searchsorted(
-            self.cu_seqlens[1:].to(torch.int64), torch.arange(len(self.ids), device=self.ids.device), right=True
-        )
-        return sequence * self.max_len + self.positions
+        bounds = self.cu_seqlens.to(torch.int64)
+        place = torch.arange(len(self.ids), device=self.ids.device)
+        sequence = torch.searchsorted(bounds[1:], place, right=True)
+        return place - bounds[sequence] + sequence * self.max_len
 
 
 @dataclass(frozen=True)
@@ -155,6 +173,13 @@ class Views:
     grid: tuple[tuple[int, int], ...]
     size: tuple[tuple[int, int], ...]
     layout: Tensor | None = None
+
+    @classmethod
+    def blank(cls, height: int, width: int, *, device: torch.device | str) -> "Views":
+        """One view without content, of an image of the first sample."""
+        first = torch.zeros(1, dtype=torch.int64, device=device)
+        pixels = torch.zeros(1, 3, height, width, device=device)
+        return cls(pixels, image_of_view=first, sample_of_image=first, grid=((1, 1),), size=((width, height),))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Views":
         return _to_device(self, device, non_blocking)
@@ -188,6 +213,10 @@ class Batch:
         labels: per-sample tensors of in-batch objectives: `image_id` int64[B] (retrieval).
         packs: number of packs in the step, so that a mean over packs can be turned into the sum over the step.
         judged_by: name of the metrics that judge the answers to this pack; None where its loss is wanted.
+        negatives: see `Negatives`; None where packs are balanced and samples never meet.
+        pack: number of this pack in its step. With `negatives` all packs of a step have as many samples.
+        seed: of the step, the same in all of its packs; None in evaluation.
+        real: bool[B], False for fillers, which belong in no in-batch term; made from `samples`.
     """
 
     text: Row
@@ -198,6 +227,14 @@ class Batch:
     labels: Mapping[str, Tensor] = field(default_factory=dict)
     packs: int = 1
     judged_by: str | None = None
+    negatives: Negatives | None = None
+    pack: int = 0
+    seed: int | None = None
+    real: Tensor = None  # type: ignore[assignment]  # never None: see `__post_init__`
+
+    def __post_init__(self) -> None:
+        if self.real is None:
+            object.__setattr__(self, "real", torch.tensor([not info.filler for info in self.samples]))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         return _to_device(self, device, non_blocking)

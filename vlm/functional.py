@@ -83,7 +83,7 @@ def sincos_2d(dim: int, grid: int) -> Tensor:
 
 
 def resized(table: Tensor, grid: int) -> Tensor:
-    """The positions of a square grid for another one: bicubic, corners not aligned, no antialiasing, in float32.
+    """The positions of a square grid for another one: bicubic, corners not aligned, no antialiasing, float32 or more.
 
     Args:
         table: float[P, D], row by row.
@@ -96,6 +96,6 @@ def resized(table: Tensor, grid: int) -> Tensor:
     assert side * side == len(table), table.shape
     if side == grid:
         return table
-    image = table.float().unflatten(0, (side, side)).permute(2, 0, 1)[None]
+    image = table.to(torch.promote_types(table.dtype, torch.float32)).unflatten(0, (side, side)).permute(2, 0, 1)[None]
     image = F.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False)
     return image[0].permute(1, 2, 0).flatten(0, 1).to(table.dtype)

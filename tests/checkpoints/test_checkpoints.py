@@ -242,14 +242,6 @@ def test_load_report():
         ["vision", "2", "1", "-", "1"],
     ]
     assert lines[4] == "resized: vision.pos_embed 1x257x8 -> 1x577x8, bicubic"
-    report.check(allow_new=["connector.*"])
-    with pytest.raises(UserError, match=r"connector\.0\.bias: in the network but not in the checkpoint"):
-        report.check(allow_new=["connector.*.weight"])
-    with pytest.raises(UserError, match=r"qformer\.\*: the pattern fits none"):
-        report.check(allow_new=["connector.*", "qformer.*"])
-    report.unexpected.append("head.weight")
-    with pytest.raises(UserError, match=r"head\.weight: in the checkpoint but not in the network"):
-        report.check(allow_new=["connector.*"])
 
 
 # --- atomic files and checkpoints

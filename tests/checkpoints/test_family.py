@@ -114,7 +114,7 @@ def test_surgery_without_a_place_is_refused(toys: None, tmp_path: Path) -> None:
     monkey = {"model_type": "toy"}
     family = ToyFamily()
     family.config = lambda module, layout: monkey  # type: ignore[method-assign]
-    with pytest.raises(UserError, match="was changed by PartialLoRA, which published files of toy have no place for"):
+    with pytest.raises(UserError, match="was changed by PartialLoRA, which published files have no place for"):
         family.open_artefact(tmp_path / "run/artefact", target="official", load=lambda path: module)
 
 

@@ -185,6 +185,37 @@ def test_a_stage_runs_once_and_the_next_follows_it(world: World, capfd: pytest.C
     assert capfd.readouterr().out.startswith(image)
 
 
+def test_lora_by_yaml(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    """The shipped overlay trains an adapter; validate, predict and a stage that follows have it without its lines."""
+    world.stage = "2_finetune"
+    assert world.fit(f"--config={CONFIGS / 'lora.yaml'}") == 0
+    first, banner = world.run, capfd.readouterr().out
+    assert "surgery      PeftAdapter(rank=128, alpha=256.0" in banner
+    stored = json.loads((first / "artefact" / "stage.json").read_text())
+    assert {name.split(".")[0] if "lora_" not in name else "lora" for name in stored["tensors"]} == {
+        "connector",
+        "lora",
+    }
+    assert len(stored["trained"]) == 4 + 2 * 7 * 2  # A and B of seven linear layers in two blocks
+    source = {"class_path": "vlm.data.LlavaJson", "init_args": {"path": str(world.folder / "data.json")}}
+    validation = f"--data.init_args.val_sources={json.dumps([source])}"
+    world.command = "validate"
+    assert world.fit(f"--weights={first}", validation) == 0
+    alone = capfd.readouterr().out.split("\nloss ")[1]
+    assert world.fit(f"--weights={first}", f"--config={CONFIGS / 'lora.yaml'}", validation) == 0
+    assert capfd.readouterr().out.split("\nloss ")[1] == alone
+    world.command, world.run = "fit", world.folder / "second"
+    assert (
+        world.fit(f'--stage.follows=[{{"artefact": "{first / "artefact"}"}}]', "--stage.train={connector: {lr: 1}}")
+        == 0
+    )
+    assert "surgery      PeftAdapter(rank=128" in capfd.readouterr().out
+    other = "--trainer.callbacks+={class_path: callbacks.LoRAInjection, init_args: {rank: 64, alpha: 256}}"
+    world.run = world.folder / "third"
+    assert world.fit(f'--stage.follows=[{{"artefact": "{first / "artefact"}"}}]', other) == 2
+    assert f"in {first / 'artefact'} and in this run, with other settings (rank: 128 and 64" in capfd.readouterr().err
+
+
 def test_other_settings_on_resume_are_refused(
     world: World, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

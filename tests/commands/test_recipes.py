@@ -231,8 +231,8 @@ def test_signals_are_passed_on(recipe: Path, number: signal.Signals) -> None:
         ("1_align:", "2_finetune:", "the key '2_finetune' stands twice"),
         (
             "3_last:",
-            "3_last:\n    run: capfilt",
-            r"stages\.3_last: unknown key 'configs'; it takes needs, run, writes",
+            "3_last:\n    run: instruct",
+            r"stages\.3_last: unknown key 'configs'; it takes arguments, demo, needs, run, writes",
         ),
         ("system: three", "system: [three", "is no valid YAML"),
     ],
@@ -246,8 +246,8 @@ def test_a_wrong_recipe_is_refused(recipe: Path, old: str, new: str, message: st
 
 
 def test_an_unknown_procedure_is_refused_before_anything_starts(recipe: Path) -> None:
-    recipe.write_text(RECIPE + "  4_data: {run: capfilt, needs: [3_last], writes: filtered}\n")
-    with pytest.raises(UserError, match=r"stages\.4_data\.run: this version has no procedure 'capfilt'"):
+    recipe.write_text(RECIPE + "  4_data: {run: capfilt, needs: [3_last], writes: filtered, arguments: [x]}\n")
+    with pytest.raises(UserError, match=r"stages\.4_data\.run: there is no procedure 'capfilt'"):
         _run()
     assert not Path("calls.jsonl").exists()
 

@@ -12,7 +12,8 @@ from vlm.language import CausalLM, Decoding, PartialLoRA
 from vlm.language.attention import packed_attention
 from vlm.language.causal_lm import label_logits
 from vlm.language.choosing import rank_options
-from vlm.language.surgery import PartialLoRALinear
+from vlm.language.layer_inputs import LayerInputs, Prompt, informing
+from vlm.language.partial_lora import PartialLoRALinear
 
 SMALL = {
     "vocab_size": 64,
@@ -73,6 +74,12 @@ def test_packed_attention_refuses_what_it_would_get_wrong() -> None:
     q = torch.zeros(2, 1, 4, 8)
     with pytest.raises(ValueError, match="cu_seqlens"):
         packed_attention(nn.Identity(), q, q, q, None)
+    q, bounds = q[:1], torch.tensor([0, 4])
+    with pytest.raises(ValueError, match="together"):
+        packed_attention(nn.Identity(), q, q, q, None, cu_seqlens=bounds, max_len=4, cu_seqlens_k=bounds)
+    for wrong in ({"cu_seqlens_k": bounds, "max_len_k": 4}, {"sliding_window": 2, "is_causal": False}):
+        with pytest.raises(ValueError, match="causal"):
+            packed_attention(nn.Identity(), q, q, q, None, cu_seqlens=bounds, max_len=4, **wrong)
 
 
 def test_language_errors_name_the_key(tmp_path) -> None:
@@ -102,8 +109,11 @@ def test_the_option_with_the_lowest_mean_loss_is_chosen() -> None:
             losses.append(nn.functional.cross_entropy(logits, whole[len(prompt) :]).item())
         wanted.append(losses.index(min(losses)))
     assert len(set(wanted)) > 1
-    embeds = [packed.get_input_embeddings()(prompt) for prompt in prompts]
-    assert rank_options(packed, embeds, options) == wanted
+    told = [
+        Prompt(packed.get_input_embeddings()(ids), torch.arange(len(ids)), torch.zeros(len(ids), dtype=torch.bool))
+        for ids in prompts
+    ]
+    assert rank_options(packed, told, options) == wanted
     with pytest.raises(UserError, match=r"options must have one \{\}"):
         Decoding(options="A")
 
@@ -128,14 +138,16 @@ def test_partial_lora_equals_the_official_layer(case: str) -> None:
     layer = PartialLoRALinear(linear, PartialLoRA(rank=config["lora_r"], scale=config["lora_alpha"] / config["lora_r"]))
     layer.load_state_dict({k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")})
     x = tensors["inputs/x"].requires_grad_()
-    layer.visual_mask = tensors["inputs/im_mask"].bool()
-    y = layer(x)
+    mask = tensors["inputs/im_mask"].bool()
+    told = LayerInputs(torch.zeros_like(mask), mask.flatten().nonzero().squeeze(1))
+    with informing(layer, told):
+        y = layer(x)
     torch.testing.assert_close(y, tensors["outputs/y"], atol=1e-5, rtol=0)
     (y * tensors["inputs/grad_probe"]).sum().backward()
     for name, parameter in layer.named_parameters():
         torch.testing.assert_close(parameter.grad, tensors[f"outputs/grad/{name}"], rtol=1e-4, atol=1e-6)
-    layer.visual_mask = torch.zeros_like(layer.visual_mask)
-    torch.testing.assert_close(layer(x), tensors["outputs/y_all_false"], atol=1e-5, rtol=0)
+    with informing(layer, LayerInputs(torch.zeros_like(mask), torch.zeros(0, dtype=torch.int64))):
+        torch.testing.assert_close(layer(x), tensors["outputs/y_all_false"], atol=1e-5, rtol=0)
 
 
 def test_parameters_are_float32_whatever_the_folder_says(tmp_path) -> None:

@@ -12,12 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from tests.conftest import GOLDEN
+from tests.support.cog import TinyCog
 from tests.support.qformer_t5 import T5, QFormerT5
-from vlm.batch import Batch
 from vlm.codec import step_counts
-from vlm.connectors import MLP, Downsample, Linear, Resampler
-from vlm.language import CausalLM, PartialLoRA, Surgery
-from vlm.language.causal_lm import batched_attention, label_logits
+from vlm.connectors import MLP, Downsample, Linear, QFormer, Resampler
+from vlm.language import CausalLM, CrossAttention, PartialLoRA, Surgery, VisualExpert
+from vlm.language.causal_lm import batched_attention
+from vlm.language.layer_inputs import LayerInputs
 from vlm.module import VisionLanguageModule
 from vlm.prompts import FuyuTokenizer, LlamaTokenizer
 from vlm.sample import ImageFile, ImagePart, Message, Sample, TextPart
@@ -131,19 +132,10 @@ def _llava_arguments() -> dict[str, Any]:
     }
 
 
-class WithPartialLoRA(LLaVA15):
-    """LLaVA-1.5 with low-rank updates on image tokens."""
-
-    system = "partial_lora"
-
-    def label_logits(self, batch: Batch) -> Tensor:
-        mask = torch.zeros(len(batch.text.ids), dtype=torch.bool)
-        mask[batch.text.slots["image"]] = True
-        return label_logits(self.language, self.embed(batch), batch.text, visual_mask=mask)
-
-
-def partial_lora(**changes: Any) -> WithPartialLoRA:
-    return WithPartialLoRA(**(_llava_arguments() | changes))
+def cog(**changes: Any) -> TinyCog:
+    """18 image tokens per picture, 16 of them patches, and 36 finer places to look at."""
+    high = TimmTower("vit_large_patch14_clip_quickgelu_336", layer=-2, options=TOWER | {"img_size": 42})
+    return TinyCog(**(_llava_arguments() | {"vision_high": high} | changes))
 
 
 T5_CONFIG = {
@@ -161,6 +153,7 @@ def qformer_t5(**changes: Any) -> QFormerT5:
     """4 tokens per picture in the encoder's row."""
     arguments = {
         "vision": TimmTower("vit_large_patch14_clip_quickgelu_336", layer=-2, options=TOWER),
+        "qformer": QFormer(dim=16, num_layers=2, num_heads=4, mlp_dim=32, num_queries=4, dropout=0.0),
         "connector": Linear(),
         "language": T5(T5_CONFIG),
         "tokenizer": TOKENIZER,
@@ -210,7 +203,6 @@ class System:
         base_weights: writes the language model's weights to a folder; gives the `language` argument that reads them.
         surgery: what is done to the network before its stages.
         ties: {alias: owner}, as the architecture says.
-        generates: whether it answers.
         marks: tokens of the vocabulary among those that a picture of some width and height takes.
     """
 
@@ -220,7 +212,6 @@ class System:
     base_weights: Callable[[Any, Path], Any]
     surgery: Sequence[Surgery] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
-    generates: bool = True
     marks: Callable[[Any, int, int], int] = lambda module, width, height: 0
 
     @property
@@ -231,12 +222,15 @@ class System:
 def spliced_reference(module: Any, sample: Sample) -> Tensor:
     item = module.codec.encode(sample)
     batch = module.codec.collate([item], counts=item.counts)
-    keywords = {}
-    if module.surgery:
-        keywords["visual_mask"] = torch.zeros(1, len(batch.text.ids), dtype=torch.bool)
-        keywords["visual_mask"][:, batch.text.slots["image"]] = True
+    inputs: LayerInputs = module.layer_inputs(batch)
     with torch.no_grad(), batched_attention(module.language):
-        logits = module.language(inputs_embeds=module.embed(batch)[None], use_cache=False, **keywords).logits[0]
+        logits = module.language(
+            inputs_embeds=module.embed(batch)[None],
+            attention_mask=torch.ones(1, len(batch.text.ids)),  # without one, shared positions are taken for packing
+            position_ids=inputs.positions[None],
+            use_cache=False,
+            layer_inputs=inputs,
+        ).logits[0]
     values = logits[batch.text.label_positions].float().log_softmax(-1)
     return values.gather(1, batch.text.targets[:, None]).squeeze(1)
 
@@ -276,11 +270,22 @@ TWO_BLOCKS = names(
     "vision.trunk.{cls_token,pos_embed,patch_embed.proj.weight,norm_pre.weight,norm_pre.bias}",
     "vision.trunk.blocks.{0,1}.{norm1,norm2,attn.qkv,attn.proj,mlp.fc1,mlp.fc2}.{weight,bias}",
 )
+HIGH_BLOCKS = frozenset(name.replace("vision.", "vision_high.") for name in TWO_BLOCKS)
+EXPERT = names(
+    "language.model.layers.{0,1}.self_attn.{q,k,v,o}_proj.expert.weight",
+    "language.model.layers.{0,1}.mlp.{gate,up,down}_proj.expert.weight",
+)
+CROSS_ATTENTION = names(
+    "language.model.layers.{0,1}.cross_attn.{query,key_value,dense}.weight",
+    "language.model.layers.{0,1}.post_cross_attention_layernorm.weight",
+)
 QFORMER = names(
-    "{norm,connector}.{weight,bias}",
+    "connector.{weight,bias}",
     "qformer.queries",
-    "qformer.layers.{0,1}.{attention,cross}.{query,key,value,out}.{weight,bias}",
-    "qformer.layers.{0,1}.{up,down,norms.0,norms.1,norms.2}.{weight,bias}",
+    "qformer.{feature_norm,embeddings.norm}.{weight,bias}",
+    "qformer.layers.{0,1}.attention.{query,key,value,dense,norm}.{weight,bias}",
+    "qformer.layers.0.cross_attention.{query,key,value,dense,norm}.{weight,bias}",
+    "qformer.layers.{0,1}.query_mlp.{fc1,fc2,norm}.{weight,bias}",
 )
 T5_DECODER = names(
     "language.decoder.block.{0,1}.layer.{0.SelfAttention,1.EncDecAttention}.{q,k,v,o}.weight",
@@ -291,7 +296,7 @@ T5_DECODER = names(
 )
 T5_ALIASES = ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
 RATE = Trained(lr=1e-2)
-BRIDGE = {"norm": RATE, "qformer": RATE, "connector": RATE}
+BRIDGE = {"qformer": RATE, "connector": RATE}
 LINEAR = names("connector.{weight,bias}")
 LLAVA_STAGES = {  # without new tokens (tests/systems/test_llava.py has those); 2_science_qa trains what 2_chat does
     "1_align": TinyStage({"connector": RATE}, LINEAR),
@@ -405,19 +410,20 @@ SYSTEMS: dict[str, System] = {
         ties={"language.lm_head.weight": "language.model.embed_tokens.weight"},
     ),
     "partial_lora": System(
-        partial_lora,
+        llava_1_5,
         {
             "1_pretrain": TinyStage(
                 {"vision": RATE, "connector": RATE, "language.model.layers.*.Plora_*": RATE},
                 TWO_BLOCKS
                 | CONNECTOR
                 | names(
-                    "language.model.layers.{0,1}.self_attn.{q,k,v,o}_proj.Plora_{A,B}.weight",
+                    "language.model.layers.{0,1}.self_attn.{q,o}_proj.Plora_A.weight",  # that of q is of k and v too
+                    "language.model.layers.{0,1}.self_attn.{q,k,v,o}_proj.Plora_B.weight",
                     "language.model.layers.{0,1}.mlp.{gate,up,down}_proj.Plora_{A,B}.weight",
                 ),
                 # above the last attention no label looks at an image token, and these act on image tokens alone
                 unreached=names(
-                    "language.model.layers.1.self_attn.{q,o}_proj.Plora_{A,B}.weight",
+                    "language.model.layers.1.self_attn.{o_proj.Plora_A,q_proj.Plora_B,o_proj.Plora_B}.weight",
                     "language.model.layers.1.mlp.{gate,up,down}_proj.Plora_{A,B}.weight",
                 ),
             ),
@@ -425,7 +431,27 @@ SYSTEMS: dict[str, System] = {
         spliced_reference,
         causal_base_weights,
         surgery=(PartialLoRA(rank=2),),
-        generates=False,  # its generation does not hand the mask down yet
+    ),
+    "cog": System(
+        cog,
+        {
+            "1_cross": TinyStage(
+                {"vision_high": RATE, "language.model.layers.*cross_att*": RATE},
+                HIGH_BLOCKS | CROSS_ATTENTION,
+            ),
+            "2_expert": TinyStage(
+                {"vision_high": RATE, "connector": RATE, "marks": RATE, "language": RATE},
+                HIGH_BLOCKS | CROSS_ATTENTION | CONNECTOR | DECODER | EXPERT | names("marks.{boi,eoi}"),
+                {"vision_high": "vision_high", "language": "language"},
+                unreached=names(  # above the last attention no label looks at an image token
+                    "language.model.layers.1.self_attn.{q,o}_proj.expert.weight",
+                    "language.model.layers.1.mlp.{gate,up,down}_proj.expert.weight",
+                ),
+            ),
+        },
+        spliced_reference,
+        causal_base_weights,
+        surgery=(VisualExpert(), CrossAttention(context=32, width=16, heads=2)),
     ),
     "qformer_t5": System(
         qformer_t5,

@@ -21,6 +21,7 @@ from torch.nn.utils import parameters_to_vector
 import vlm
 from callbacks import StageTransition
 from callbacks.stage_transition import write_stage
+from tests.support.parity import assert_same_scores
 from tests.support.ranks import run_ranks
 from tests.support.systems import RATE, SYSTEMS, build, make, picture, samples
 from tests.support.training import ListSource, Recorder, trainer, weights
@@ -33,7 +34,8 @@ from vlm.language import Decoding
 from vlm.building.instantiate import describe
 from vlm.module import VisionLanguageModule
 from vlm.sample import ImagePart, Message, Sample, TextPart
-from vlm.stages import AdamW, InitFrom, Schedule, Stage, Trained
+from vlm.schedules import Schedule
+from vlm.stages import AdamW, InitFrom, Stage, Trained
 
 pytestmark = [
     pytest.mark.parametrize("name", SYSTEMS),
@@ -106,7 +108,10 @@ def test_building_depends_on_the_seed_alone(name: str) -> None:
     assert torch.equal(torch_state, states[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
     torch.manual_seed(99)
-    assert_equal(values(build(name, seed=3)), first)
+    module = make(name, seed=3)
+    with torch.device("meta"):  # Lightning builds in the context of its device
+        module.configure_model()
+    assert_equal(values(module), first)
     other = dict(build(name, seed=4).named_parameters())  # buffers are tables that are computed
     drawn = [n for n, tensor in first.items() if tensor.std() > 0 and n in other]
     assert len(drawn) > 10
@@ -128,15 +133,18 @@ def test_surgery_starts_as_the_identity(name: str, tmp_path: Path) -> None:
     plain.surgery = []
     plain.configure_model()
     old, batch = dict(plain.named_parameters()), collate(module, pool)
+    text_alone = collate(module, [sample for sample in pool if not sample.images])
     assert all(torch.equal(p, old[n]) for n, p in module.named_parameters() if n in old)
     new = {n for n, _ in module.named_parameters() if n not in old}
     assert bool(new) == bool(SYSTEMS[name].surgery)
     with torch.no_grad():
-        before = plain.label_logits(batch)
-        assert torch.equal(module.label_logits(batch), before)
+        before, text_before = plain.label_logits(batch), plain.label_logits(text_alone)
+        # an expert's products are of other shapes: 2e-6 seen
+        torch.testing.assert_close(module.label_logits(batch), before, atol=1e-5, rtol=0)
         if new:
             disturb(module, new)
-            assert not torch.equal(module.label_logits(batch), before)
+            assert (module.label_logits(batch) - before).abs().max() > 1e-3
+        assert torch.equal(module.label_logits(text_alone), text_before)
 
 
 # -- a sample and a pack
@@ -265,7 +273,7 @@ def test_a_stage_starts_where_the_one_before_it_ended(name: str, tmp_path: Path)
             inherited = [n for n in earlier.trained if not parts or any(n.startswith(f"{part}.") for part in parts)]
             assert inherited
             assert_equal({n: now[n] for n in inherited}, {n: before["values"][n] for n in inherited})
-            assert loss == before["loss"]
+            assert loss == pytest.approx(before["loss"], rel=1e-6)
         disturb(module, module.trained_names())
         previous = str(tmp_path / str(number))
         write_stage(Path(previous), module, global_step=1)
@@ -289,7 +297,7 @@ def test_artefact_round_trip_of_every_trained_set(name: str, tmp_path: Path) -> 
         assert not any(child.training for child in loaded.modules())
         batch = collate(module, pool)
         with torch.no_grad():
-            assert torch.equal(loaded.label_logits(batch), module.label_logits(batch))
+            assert_same_scores([loaded.label_logits(batch)], [module.label_logits(batch)])
         stored = json.loads((folder / "stage.json").read_text())
         assert {tensor.split(".")[0] for tensor in stored["tensors"]} == set(chosen)
         assert stored["surgery"] == describe(list(SYSTEMS[name].surgery))
@@ -373,12 +381,12 @@ def _dropout(module: Any, _: Any, output: Tensor) -> Tensor:
     ids=["greedy", "beams", "sampled"],
 )
 def test_answers_do_not_depend_on_the_batch(name: str, decoding: Decoding, tmp_path: Path) -> None:
-    if not SYSTEMS[name].generates:
-        pytest.skip("does not answer")
     module, asked = build(name), questions(tmp_path)
     disturb(module, module.trained_names())
     lengths = [module.codec.encode(sample, generate=True).num_tokens for sample in asked]
     assert max(lengths) > 5 * min(lengths)
+    # texts can be compared: the best two tokens lie 4e-4 apart and more, noise of 1e-5 on every score changes no answer
+    # of any search, and that of processors and batches is 5e-6
     alone = [module.generate([sample], decoding=decoding)[0] for sample in asked]
     assert len(set(alone)) > 2
     assert module.generate(asked, decoding=decoding) == alone
@@ -388,7 +396,7 @@ def test_answers_do_not_depend_on_the_batch(name: str, decoding: Decoding, tmp_p
 def test_use_leaves_no_trace(name: str, tmp_path: Path) -> None:
     """Modes, attention implementation and random numbers; and dropout never reaches an answer."""
     module, asked = build(name), questions(tmp_path)
-    uses = [module.score] + [module.generate] * SYSTEMS[name].generates
+    uses = [module.score, module.generate]
     pictured = module.vision if hasattr(module, "vision") else module.connector
     for part in (pictured, module.language.get_input_embeddings()):
         part.register_forward_hook(_dropout)

@@ -5,15 +5,16 @@ devices nor the way it is sharded: weights are streamed from files one at a time
 a generator seeded by (seed, name) before each rank keeps its part.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlm.checkpoints.files.weights import WeightSource, assign, hash_tensor
-from vlm.checkpoints.report import LoadReport
+from vlm.checkpoints.report import LoadReport, Resized
 from vlm.errors import UserError
 from vlm.seeding import seed_from
 
@@ -23,10 +24,11 @@ Initialiser = Callable[[nn.Module], None]
 
 @contextmanager
 def empty_weights() -> Iterator[None]:
-    """Inside, new modules keep their buffers but their parameters take no memory (they are on the meta device).
+    """Inside, new modules keep their buffers, on the CPU, but their parameters take no memory (on the meta device).
 
-    Unlike `torch.device("meta")`, tables that constructors compute (rotary frequencies) stay real; unlike accelerate's
-    context of this kind, parameters that are registered twice stay tied.
+    On the CPU whatever surrounds it: Lightning builds in the context of its device, whose tables would differ in their
+    last bits. Unlike `torch.device("meta")`, tables that constructors compute (rotary frequencies) stay real; unlike
+    accelerate's context of this kind, parameters that are registered twice stay tied.
     """
     register: Any = nn.Module.register_parameter
 
@@ -37,7 +39,8 @@ def empty_weights() -> Iterator[None]:
 
     nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
     try:
-        yield
+        with torch.device("cpu"):
+            yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
@@ -73,6 +76,7 @@ def initialisers(parts: Mapping[str, nn.Module], descriptions: Mapping[str, Any]
 
     def initialiser(network: nn.Module, description: Any) -> Initialiser:
         def initialise(module: Any) -> None:
+            module = getattr(module, "base_layer", module)  # of an adapter, whose own tensors are those of the base
             if hasattr(module, "initialise_new"):  # modules of surgery know how their paths start
                 module.initialise_new()
             elif hasattr(description, "initialise"):
@@ -87,7 +91,13 @@ def initialisers(parts: Mapping[str, nn.Module], descriptions: Mapping[str, Any]
 
 @torch.no_grad()
 def load_or_init(
-    module: nn.Module, sources: Sequence[WeightSource], *, seed: int, initialisers: Mapping[str, Initialiser]
+    module: nn.Module,
+    sources: Sequence[WeightSource],
+    *,
+    seed: int,
+    initialisers: Mapping[str, Initialiser],
+    copies: Mapping[str, str] = MappingProxyType({}),
+    moving: Collection[str] = (),
 ) -> tuple[LoadReport, dict[str, str]]:
     """Fills every parameter and persistent buffer of `module` exactly once.
 
@@ -96,6 +106,8 @@ def load_or_init(
         sources: where several provide a tensor, the last one wins.
         seed: of the new tensors, together with their names.
         initialisers: per part (first component of a name), how its new tensors are drawn.
+        copies: {tensor: the tensor whose value it takes when no source has its own}.
+        moving: tensors without gradients that are not frozen; buffers among them are drawn like parameters.
 
     Returns:
         What was loaded, and the content hash of every frozen tensor.
@@ -106,8 +118,11 @@ def load_or_init(
     tensors = dict(module.state_dict(keep_vars=True))
     aliases = find_ties(module)
     provider = {name: source for source in sources for name in source.names}
+    copied = {name: origin for name, origin in copies.items() if name not in provider}
     report, hashes = LoadReport(), {}
     for source in sources:
+        report.dropped += source.dropped
+        report.carried += source.carried
         unknown = sorted(source.names - tensors.keys())
         if unknown:
             raise UserError(
@@ -121,15 +136,19 @@ def load_or_init(
                 contents[name] = hash_tensor(value)
             if name not in wanted:
                 continue
-            target = tensors[name]
+            target, old = tensors[name], tuple(value.shape)
+            value, method = _adopted(module, name, value)
             if value.shape != target.shape:
                 raise UserError(
                     f"{source.label}: {name} has shape {tuple(value.shape)}, the network {tuple(target.shape)}"
                 )
             assign(target, value)
-            report.loaded.append(name)
+            if method is None:
+                report.loaded.append(name)
+            else:
+                report.resized[name] = Resized(old, tuple(value.shape), method)
             report.sources[source.label] = report.sources.get(source.label, 0) + 1
-            if not target.requires_grad:
+            if not target.requires_grad and name not in moving:
                 hashes[name] = hash_tensor(value.to(target.dtype))
             wanted.discard(name)
         if wanted:
@@ -139,31 +158,59 @@ def load_or_init(
                 raise UserError(f"{source.label}: {alias} and {owner} differ, but the network holds them as one tensor")
     for path, child in module.named_modules():
         prefix = f"{path}." if path else ""
-        own = {n: p for n, p in child.named_parameters(recurse=False) if prefix + n not in aliases}
-        new = [n for n in own if prefix + n not in provider]
+        own: dict[str, Tensor] = {
+            **{n: p for n, p in child.named_parameters(recurse=False) if prefix + n not in aliases},
+            **{n: buffer for n, buffer in child.named_buffers(recurse=False) if prefix + n in moving},
+        }
+        new = [n for n in own if prefix + n not in provider and prefix + n not in copied]
         if not new:
             continue
         values = _draw(child, own, initialisers[path.split(".")[0]], seed_from(seed, path))
         for name in new:
             assign(own[name], values[name])
             report.new.append(prefix + name)
-            if not own[name].requires_grad:
+            if not own[name].requires_grad and prefix + name not in moving:
                 hashes[prefix + name] = hash_tensor(values[name])
+    for name, origin in copied.items():
+        assert name in moving or tensors[name].requires_grad, f"{name} is a copy that nothing changes"
+        tensors[name].copy_(tensors[origin])  # of sharded ones each rank copies its part
+    report.copied = sorted(copied)
     return report, hashes
 
 
-def _draw(module: nn.Module, own: Mapping[str, nn.Parameter], initialise: Initialiser, seed: int) -> dict[str, Tensor]:
+def _adopted(module: nn.Module, name: str, value: Tensor) -> tuple[Tensor, str | None]:
+    """What the nearest module above a tensor makes of a value for it, and how; the value itself where none does.
+
+    A module with a method `adopt(name, value)`, whose name is the tensor's as seen from it, may bring a value to the
+    form that it keeps: stretched to another resolution, or quantised. It returns None for what it takes as it is.
+    """
+    path, inner = name, ""
+    while path:
+        path, _, leaf = path.rpartition(".")
+        inner = f"{leaf}.{inner}" if inner else leaf
+        adopt = getattr(module.get_submodule(path), "adopt", None)
+        if adopt is not None and (found := adopt(inner, value)) is not None:
+            return found
+    return value, None
+
+
+def _draw(module: nn.Module, own: Mapping[str, Tensor], initialise: Initialiser, seed: int) -> dict[str, Tensor]:
     """New full tensors for `module`, drawn on the CPU whatever the module's device and sharding."""
-    kept = dict(module._parameters)
-    blank = {name: torch.full(p.shape, torch.nan, dtype=torch.float32) for name, p in own.items()}
-    module._parameters.update({name: nn.Parameter(value, requires_grad=False) for name, value in blank.items()})
+    parameters, buffers = dict(module._parameters), dict(module._buffers)
+    for name, tensor in own.items():
+        blank = torch.full(tensor.shape, torch.nan, dtype=torch.float32, device="cpu")
+        if name in parameters:
+            module._parameters[name] = nn.Parameter(blank, requires_grad=False)
+        else:
+            module._buffers[name] = blank
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             initialise(module)
         # some architectures draw a layer's tensors from the layer above it, which is never asked to here
-        forgotten = [name for name in own if module.get_parameter(name).isnan().any()]
+        forgotten = [name for name in own if getattr(module, name).isnan().any()]
         assert not forgotten, f"nothing draws {forgotten} of {type(module).__name__}"
-        return {name: module.get_parameter(name).detach().to(p.dtype) for name, p in own.items()}
+        return {name: getattr(module, name).detach().to(tensor.dtype) for name, tensor in own.items()}
     finally:
-        module._parameters.update(kept)
+        module._parameters.update(parameters)
+        module._buffers.update(buffers)

@@ -1,24 +1,22 @@
 """Where a network's tensors come from: base weights, artefacts, published folders."""
 
-import itertools
-import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from vlm.checkpoints.artefact import Artefact, read_artefact
 from vlm.checkpoints.files.locate import preview
 from vlm.checkpoints.files.weights import WeightFiles, WeightSource, fingerprint_of
 from vlm.checkpoints.published.base_entries import check_base
 from vlm.checkpoints.published.open import is_artefact, published_source
-from vlm.checkpoints.published.qwen_vl import qwen_table
-from vlm.checkpoints.tables.clip import clip_table
-from vlm.checkpoints.tables.mini_gemini import convnext_names
-from vlm.checkpoints.tables.mixtral import mixtral_table
+from vlm.checkpoints.resume.moments import WEIGHT
+from vlm.checkpoints.tables.base import read_same_names
 from vlm.errors import UserError
-from vlm.stages import matches
+from vlm.moving import changing_names
+from vlm.stages import InitFrom, matches
+
+DRAWN = "drawn from seed"
+"""How an artefact names the source of frozen tensors that were new."""
 
 
 def weight_sources(module: Any) -> list[WeightSource]:
@@ -31,21 +29,29 @@ def weight_sources(module: Any) -> list[WeightSource]:
         if getattr(description, "weights", None)
     ]
     if module.weights is not None:
-        return sources + artefact_chain(read_artefact(module.weights), renaming({}))
+        return sources + artefact_chain(read_artefact(module.weights), Selection())
     if module.stage is None:
         return sources
     resuming = is_resuming(module)
-    trained = module.trained_names() if resuming else set()
+    changing = changing_names(module) if resuming else set()
     for follow in module.stage.sources:
         ours = {name for name in module.state_dict() if any(matches(part, name) for part in follow.parts)}
-        if resuming and follow.parts and ours <= trained:
+        if resuming and follow.parts and ours <= changing:
             continue  # the checkpoint holds all of it, newer
-        chain = artefact_chain(read_artefact(follow.artefact), renaming(follow.parts))
-        for mine, theirs in follow.parts.items():
-            if not any(matches(mine, name) for source in chain for name in source.names):
-                raise UserError(f"stage.follows: {follow.artefact} holds nothing of {theirs!r}; correct parts.{mine}")
-        sources += chain
+        sources += followed_sources(follow, covers=not resuming)
+    if module.stage.continues is not None and not resuming:
+        sources += _weights_behind_averages(read_artefact(module.stage.continues), module.trained_names())
     return sources
+
+
+def _weights_behind_averages(artefact: Artefact, trained: Collection[str]) -> list[WeightSource]:
+    """What training goes on with where an artefact holds moving averages; what it now leaves frozen stays averaged."""
+    if not artefact.meta.get("averaged"):
+        return []
+    files = artefact.moments
+    entries = {name: f"{name}/{WEIGHT}" for name in artefact.meta["trained"] if name in trained}
+    label = f"weights that {artefact.meta['stage']} averaged ({artefact.folder})"
+    return [WeightSource(label, frozenset(entries), lambda: ((n, files.get(entry)) for n, entry in entries.items()))]
 
 
 def is_resuming(module: Any) -> bool:
@@ -55,100 +61,98 @@ def is_resuming(module: Any) -> bool:
 
 
 def base_source(part: str, description: Any, network: Any) -> WeightSource:
-    """The published weights of one part, under our names."""
+    """The published weights of one part, under our names, as its description reads them."""
     files = WeightFiles(description.weights)
     check_base(part, files.folder, network)
-    names = _tower_names(files, network.facts) if hasattr(network, "facts") else _same_names(files, network)
-    if getattr(getattr(network, "trunk", None), "cls_token", True) is None:
-        names = _without_class_token(names)
+    read_base = getattr(description, "read_base", read_same_names)
+    base = read_base(network, files)
     return WeightSource(
         f"base weights of {part} ({description.weights})",
-        frozenset(f"{part}.{name}" for name in names.names),
-        lambda: ((f"{part}.{name}", tensor) for name, tensor in names.items() if name in names.names),
+        frozenset(f"{part}.{name}" for name in base.names),
+        lambda: ((f"{part}.{name}", tensor) for name, tensor in base.items() if name in base.names),
+        dropped=tuple(f"{part}.{name}" for name in base.dropped),
+        covers=(part,),
+        fresh=tuple(f"{part}.{pattern}" for pattern in base.fresh),
     )
 
 
-class _Names(NamedTuple):
-    names: frozenset[str]
-    items: Callable[[], Iterator[tuple[str, Tensor]]]
+@dataclass(frozen=True)
+class Selection:
+    """What is taken of an artefact, and under which names.
+
+    Attributes:
+        parts: {our prefix: its prefix}; empty: everything, under its own name.
+        leave_out: patterns, in its names, of what is dropped on purpose.
+        then: what is taken of that by an artefact, or a stage, that follows.
+    """
+
+    parts: Mapping[str, str] = field(default_factory=dict)
+    leave_out: Sequence[str] = ()
+    then: "Selection | None" = None
+
+    def rename(self, name: str) -> str | None:
+        """Our name of one of its tensors; None: it is not wanted, or left out."""
+        renamed = None if self._is_left_out(name) else self._in_parts(name)
+        return renamed if renamed is None or self.then is None else self.then.rename(renamed)
+
+    def drops(self, name: str) -> bool:
+        """Whether a tensor is left out on purpose that would be taken otherwise."""
+        renamed = self._in_parts(name)
+        if renamed is None or self._is_left_out(name):
+            return renamed is not None
+        return self.then is not None and self.then.drops(renamed)
+
+    def _in_parts(self, name: str) -> str | None:
+        if not self.parts:
+            return name
+        found = ((mine, theirs) for mine, theirs in self.parts.items() if matches(theirs, name))
+        return next((mine + name[len(theirs) :] for mine, theirs in found), None)
+
+    def _is_left_out(self, name: str) -> bool:
+        return any(matches(pattern, name) for pattern in self.leave_out)
 
 
-def _same_names(files: WeightFiles, network: Any) -> _Names:
-    # rotary tables that old versions of transformers saved are recomputed, not read
-    known = network.state_dict()
-    table = None
-    if "model.layers.0.block_sparse_moe.gate.weight" in files:
-        table = mixtral_table(num_experts=network.config.num_local_experts)
-    elif "transformer.h.0.attn.c_attn.weight" in files:
-        table = qwen_table()
-    if table is not None:
-        made = frozenset(table.check(files.shapes(), side="theirs"))
-        return _Names(made, lambda: table.stream_to_ours(files.items()))
-    names = {name for name in files.keys() if name in known or not name.endswith("rotary_emb.inv_freq")}  # noqa: SIM118
-    # Qwen2's class over a Llama (`CausalLM.config`): the same with biases of zero
-    llama = getattr(network, "config", None) is not None and network.config.model_type == "qwen2"
-    biases = [name for name in known if llama and name.endswith("_proj.bias") and name not in names]
-    zeros = {name: torch.zeros(known[name].shape) for name in biases}
-    return _Names(frozenset({*names, *zeros}), lambda: itertools.chain(files.items(), zeros.items()))
+def followed_sources(follow: InitFrom, *, covers: bool) -> list[WeightSource]:
+    """What a stage takes of an artefact and of those this one follows.
+
+    Args:
+        covers: the parts that are taken have to come whole, but for what `follow.fresh` lists.
+
+    Raises:
+        UserError: a part or a pattern fits nothing of the artefact.
+    """
+    artefact = read_artefact(follow.artefact)
+    chain = artefact_chain(artefact, Selection(follow.parts, follow.leave_out))
+    for mine, theirs in follow.parts.items():
+        if not any(matches(mine, name) for source in chain for name in source.names):
+            raise UserError(f"stage.follows: {follow.artefact} holds nothing of {theirs!r}; correct parts.{mine}")
+    for pattern in follow.leave_out:
+        if not any(matches(pattern, name) for source in chain for name in source.dropped):
+            raise UserError(
+                f"stage.follows: {follow.artefact} holds nothing that leave_out {pattern!r} fits; correct or remove it"
+            )
+    if not covers:
+        return chain
+    whole = _whole_parts(artefact)
+    prefixes = follow.parts or {part: part for part in {name.split(".")[0] for s in chain for name in s.names}}
+    covered = tuple(mine for mine, theirs in prefixes.items() if theirs.split(".")[0] in whole)
+    return [*chain[:-1], replace(chain[-1], covers=covered, fresh=tuple(follow.fresh))]
 
 
-def _tower_names(files: WeightFiles, facts: Any) -> _Names:
-    """A vision tower in Hugging Face CLIP's layout or in timm's; what lies above its last built block is left out."""
-    keys = list(files.keys())
-    prefix = next((p for p in ("vision_model.", "") if f"{p}embeddings.class_embedding" in keys), None)
-    if prefix is not None:
-        table = clip_table(theirs=prefix, num_blocks=facts.num_blocks)
-        ours = {name for name in table.check(files.shapes(), side="theirs") if not table.is_carried(name)}
-
-        def converted() -> Iterator[tuple[str, Tensor]]:
-            stream = table.stream_to_ours(files.items())
-            return ((name.removeprefix("vision."), tensor) for name, tensor in stream)
-
-        return _Names(frozenset(name.removeprefix("vision.") for name in ours), converted)
-    if stages := convnext_names(keys):
-        return _Names(
-            frozenset(f"trunk.{name}" for name in stages.values()),
-            lambda: ((f"trunk.{stages[key]}", tensor) for key, tensor in files.items() if key in stages),
-        )
-    above = re.compile(
-        rf"blocks\.({'|'.join(map(str, range(facts.num_blocks, facts.depth)))})\.|norm\.|fc_norm\.|head\."
-    )
-    names = {f"trunk.{key}" for key in keys if not above.match(key)}
-    return _Names(frozenset(names), lambda: ((f"trunk.{key}", tensor) for key, tensor in files.items()))
+def _whole_parts(artefact: Artefact) -> set[str]:
+    """The parts of which an artefact and those it follows hold everything, or say where the rest comes from."""
+    meta = artefact.meta
+    drawn = {part for part, entry in meta["frozen"].items() if str(entry["source"]).startswith(DRAWN)}
+    whole = {name.split(".")[0] for name in meta["tensors"]} - drawn
+    for reference in meta["follows"]:
+        earlier = _whole_parts(read_artefact(artefact.folder / reference["path"]))
+        earlier -= {pattern.split(".")[0] for pattern in reference.get("leave_out", ())}
+        parts = reference["parts"] or {part: part for part in earlier}
+        whole |= {mine for mine, theirs in parts.items() if theirs in earlier and "." not in mine}
+    return whole
 
 
-def _without_class_token(names: _Names) -> _Names:
-    """A tower's weights for one that has no class token: neither it nor its position, the first one."""
-
-    def items() -> Iterator[tuple[str, Tensor]]:
-        has_token = "trunk.cls_token" in names.names
-        for name, tensor in names.items():
-            if name == "trunk.pos_embed" and has_token:
-                yield name, tensor[:, 1:]
-            elif name != "trunk.cls_token":
-                yield name, tensor
-
-    return _Names(names.names - {"trunk.cls_token"}, items)
-
-
-Rename = Callable[[str], str | None]
-"""Name in an artefact -> our name, None for a tensor that is not wanted."""
-
-
-def renaming(parts: Mapping[str, str], then: Rename | None = None) -> Rename:
-    """{our prefix: its prefix} as a function; without entries every tensor keeps its name."""
-
-    def rename(name: str) -> str | None:
-        renamed: str | None = name
-        if parts:
-            found = ((mine, theirs) for mine, theirs in parts.items() if matches(theirs, name))
-            renamed = next((mine + name[len(theirs) :] for mine, theirs in found), None)
-        return then(renamed) if then is not None and renamed is not None else renamed
-
-    return rename
-
-
-def artefact_chain(artefact: Artefact, rename: Rename) -> list[WeightSource]:
+def artefact_chain(artefact: Artefact, selection: Selection) -> list[WeightSource]:
     """An artefact after those it follows: each holds only what its own stage trained."""
     chain: list[WeightSource] = []
     for reference in artefact.meta.get("follows", []):
@@ -158,14 +162,40 @@ def artefact_chain(artefact: Artefact, rename: Rename) -> list[WeightSource]:
                 f"{artefact.folder}: it follows {earlier.folder}, whose content has changed since; "
                 "restore it or train this stage again"
             )
-        chain += artefact_chain(earlier, renaming(reference["parts"], then=rename))
-    names = {name: renamed for name in artefact.meta["tensors"] if (renamed := rename(name)) is not None}
+        chain += artefact_chain(earlier, Selection(reference["parts"], reference.get("leave_out", ()), selection))
+    names = {name: renamed for name in artefact.meta["tensors"] if (renamed := selection.rename(name)) is not None}
     source = WeightSource(
         f"artefact {artefact.meta.get('stage', artefact.folder.name)} ({artefact.folder})",
         frozenset(names.values()),
         lambda: ((names[name], tensor) for name, tensor in artefact.items() if name in names),
+        dropped=tuple(name for name in artefact.meta["tensors"] if selection.drops(name)),
     )
     return [*chain, source]
+
+
+def check_new(module: Any, sources: Sequence[WeightSource], *, added: Collection[str]) -> None:
+    """Refuses tensors that started fresh although a source should have brought them.
+
+    Args:
+        module: with its load report.
+        added: names of what surgery added, which always may.
+
+    Raises:
+        UserError: a part of a source is not whole, or a pattern of `stage.follows` fits nothing that is new.
+    """
+    new = module.load_report.new
+    for source in sources:
+        covered = [name for name in new if any(matches(pattern, name) for pattern in source.covers)]
+        listed = {name for name in covered if any(matches(pattern, name) for pattern in source.fresh)}
+        if missing := [name for name in covered if name not in listed and name not in added]:
+            raise UserError(
+                f"{source.label}: {preview(missing)}: in the network but not in the checkpoint; what should start new "
+                "has to be listed, under `fresh` of an artefact in stage.follows"
+            )
+    follows = module.stage.follows if module.stage is not None else ()
+    for pattern in (pattern for follow in follows for pattern in follow.fresh):
+        if not any(matches(pattern, name) for name in new):
+            raise UserError(f"stage.follows: fresh {pattern!r} fits nothing that starts new; correct or remove it")
 
 
 def frozen_parts(module: Any) -> dict[str, dict[str, str]]:
@@ -173,7 +203,7 @@ def frozen_parts(module: Any) -> dict[str, dict[str, str]]:
     parts: dict[str, dict[str, str]] = {}
     for part in sorted({name.split(".")[0] for name in module.frozen_hashes}):
         hashes = {name: value for name, value in module.frozen_hashes.items() if name.startswith(f"{part}.")}
-        source = getattr(module.arguments.get(part), "weights", None) or f"drawn from seed {module.seed}"
+        source = getattr(module.arguments.get(part), "weights", None) or f"{DRAWN} {module.seed}"
         parts[part] = {"source": source, "fingerprint": fingerprint_of(hashes)}
     return parts
 

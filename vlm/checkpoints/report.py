@@ -2,11 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from vlm.checkpoints.files.locate import preview
-from vlm.errors import UserError
 
 
 class Resized(NamedTuple):
@@ -25,9 +23,9 @@ class LoadReport:
         loaded: taken as they were.
         resized: taken in another shape.
         new: in the network and in no source: freshly initialised.
+        copied: in no source either, and begun as a copy of another tensor of the network.
         dropped: in the source and left out on purpose.
         carried: in the source, never computed with, kept for writing back.
-        unexpected: in the source and unknown to the network.
         sources: per source, how many tensors came from it.
         notes: what a person should know besides.
     """
@@ -35,21 +33,21 @@ class LoadReport:
     loaded: list[str] = field(default_factory=list)
     resized: dict[str, Resized] = field(default_factory=dict)
     new: list[str] = field(default_factory=list)
+    copied: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     carried: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
     sources: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def render(self) -> str:
-        """A short table: a row per part with counts, then each resized tensor and the first new and unexpected ones."""
+        """A short table: a row per part with counts, then each resized tensor and the first dropped and new ones."""
         columns: dict[str, Iterable[str]] = {
             "loaded": self.loaded,
             "resized": self.resized,
             "new": self.new,
+            "copied": self.copied,
             "dropped": self.dropped,
             "carried": self.carried,
-            "unexpected": self.unexpected,
         }
         counts = {column: _by_part(names) for column, names in columns.items()}
         shown = [column for column in columns if counts[column] or column == "loaded"]
@@ -63,35 +61,10 @@ class LoadReport:
         lines += [f"resized: {name} {_size(r.old)} -> {_size(r.new)}, {r.method}" for name, r in self.resized.items()]
         lines += [
             f"{label}: {preview(names)}"
-            for label, names in (("new", self.new), ("unexpected", self.unexpected))
+            for label, names in (("dropped on purpose", self.dropped), ("new", self.new))
             if names
         ]
         return "\n".join([*lines, *self.notes])
-
-    def check(self, *, allow_new: Iterable[str] = ()) -> None:
-        """Refuses what nobody asked for.
-
-        Args:
-            allow_new: patterns (`connector.*`) of tensors that may start fresh.
-
-        Raises:
-            UserError: tensors nobody knows, tensors without a source, or a pattern that fits none.
-        """
-        allow_new = list(allow_new)
-        if self.unexpected:
-            raise UserError(
-                f"{preview(self.unexpected)}: in the checkpoint but not in the network; is it another system?"
-            )
-        missing = [name for name in self.new if not any(fnmatchcase(name, pattern) for pattern in allow_new)]
-        if missing:
-            raise UserError(
-                f"{preview(missing)}: in the network but not in the checkpoint; list them as new if they should be"
-            )
-        useless = [pattern for pattern in allow_new if not any(fnmatchcase(name, pattern) for name in self.new)]
-        if useless:
-            raise UserError(
-                f"new tensors {preview(useless)}: the pattern fits none that started fresh; correct or remove it"
-            )
 
 
 def _by_part(names: Iterable[str]) -> Mapping[str, int]:

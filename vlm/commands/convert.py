@@ -14,6 +14,7 @@ from vlm.errors import UserError
 from vlm.registry import published_systems
 
 if TYPE_CHECKING:
+    from vlm.checkpoints.published.family import Family
     from vlm.checkpoints.report import LoadReport
 
 TARGETS = ("official", "hf", "ours")
@@ -96,8 +97,19 @@ def convert(
     if source_layout == "ours" or (source_layout == "auto" and (Path(src) / STAGE_FILE).exists()):
         if base is not None:
             raise UserError(f"{src}: is an artefact of ours, and only published weights are deltas; leave out --base")
+        refuse_surgery(family, src)
         opened = family.open_artefact(src, target=target_layout, vision=vision, load=load)
     else:
         opened = family.open(src, layout=source_layout, target=target_layout, vision=vision, base=base)
     with atomic_directory(dst) as folder:
         return family.fill(folder, opened, target=target_layout, template=template)
+
+
+def refuse_surgery(family: "Family", artefact: str | Path) -> None:
+    """Refuses an artefact that was changed in a way that its system's published folders have no place for."""
+    from vlm.building.instantiate import instantiate
+    from vlm.checkpoints.artefact import read_artefact
+    from vlm.language.surgery import refuse_changed
+
+    if not family.holds_surgery:
+        refuse_changed(instantiate(read_artefact(artefact).meta["surgery"]), artefact)

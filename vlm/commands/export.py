@@ -54,6 +54,7 @@ def export(src: str | Path, dst: str | Path, *, dtype: str | None = None) -> "Lo
     from vlm.checkpoints.files.atomic import atomic_directory
     from vlm.checkpoints.published.family import get_family
     from vlm.checkpoints.published.open import family_of, find_weights, is_artefact
+    from vlm.commands.convert import refuse_surgery
     from vlm.loading import load
     from vlm.registry import published_systems
 
@@ -62,6 +63,8 @@ def export(src: str | Path, dst: str | Path, *, dtype: str | None = None) -> "Lo
     known = [name for name in published_systems() if get_family(name).hub_class is not None]
     if system not in known:
         raise UserError(f"{system}: has no class of its own in Hugging Face's tools; {', '.join(known)} have")
+    if is_artefact(weights):
+        refuse_surgery(get_family(system), weights)
     with atomic_directory(dst) as folder:
         as_type = getattr(torch, dtype) if dtype else None
         return get_family(system).export(folder, weights, dtype=as_type, load=load)

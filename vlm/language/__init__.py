@@ -1,6 +1,22 @@
+from vlm.language.adapters import PeftAdapter
 from vlm.language.causal_lm import CausalLM, LanguagePart
+from vlm.language.cross_attention import CrossAttention
 from vlm.language.generation import Decoding
-from vlm.language.surgery import PartialLoRA, Surgery
+from vlm.language.med import Med
+from vlm.language.partial_lora import PartialLoRA
+from vlm.language.surgery import Surgery
 from vlm.language.tokens import NewTokens
+from vlm.language.visual_expert import VisualExpert
 
-__all__ = ["CausalLM", "Decoding", "LanguagePart", "NewTokens", "PartialLoRA", "Surgery"]
+__all__ = [
+    "CausalLM",
+    "CrossAttention",
+    "Decoding",
+    "LanguagePart",
+    "Med",
+    "NewTokens",
+    "PartialLoRA",
+    "PeftAdapter",
+    "Surgery",
+    "VisualExpert",
+]

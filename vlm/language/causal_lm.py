@@ -18,8 +18,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from vlm.batch import Row
+from vlm.checkpoints.files.weights import WeightFiles
+from vlm.checkpoints.tables.base import BaseWeights
 from vlm.errors import UserError
 from vlm.language.attention import PACKED
+from vlm.language.base_weights import read_decoder
+from vlm.language.layer_inputs import LayerInputs
 from vlm.language.qwen import as_qwen2
 
 
@@ -37,6 +41,14 @@ class LanguagePart(ABC):
         """The network; call it under `vlm.building.network.empty_weights`."""
 
     @abstractmethod
+    def read_base(self, model: nn.Module, files: WeightFiles) -> BaseWeights:
+        """Finds the model's tensors in the files of `weights`.
+
+        Raises:
+            UserError: the files hold something else.
+        """
+
+    @abstractmethod
     def initialise(self, model: nn.Module, module: nn.Module) -> None:
         """Draws the new tensors that one submodule of a built model holds itself."""
 
@@ -51,7 +63,7 @@ class CausalLM(LanguagePart):
             `mistral`, `qwen2`, `gemma`, ...), and the weights are new. With `path`, another `model_type` builds that
             class over the same weights (`qwen2` over a Llama computes the same: its biases are zero).
         pretrained: False takes the architecture of `path` with new weights.
-        checkpointing: recompute each layer's activations in the backward pass.
+        checkpointing: recompute each layer's activations in the backward pass, also where the layers are frozen.
     """
 
     path: str | None = None
@@ -99,42 +111,46 @@ class CausalLM(LanguagePart):
             copy.deepcopy(self.transformers_config()), dtype=torch.float32, attn_implementation=PACKED
         )
         model.tie_weights()
-        if self.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
         return model
+
+    def read_base(self, model: nn.Module, files: WeightFiles) -> BaseWeights:
+        return read_decoder(model, files)
 
     def initialise(self, model: Any, module: nn.Module) -> None:
         model._init_weights(module)  # as the architecture's authors do
 
 
-def label_logits(language: PreTrainedModel, embeds: Tensor, row: Row, **keywords: Any) -> Tensor:
+def label_logits(language: PreTrainedModel, embeds: Tensor, row: Row, inputs: LayerInputs | None = None) -> Tensor:
     """Logits at the label positions of a row.
 
     Args:
         language: a causal language model with packed attention.
         embeds: float[N, D] input embeddings, image features in place.
         row: the row they were made from.
-        keywords: passed on to every layer (partial LoRA's and the visual expert's mask travel here).
+        inputs: what its layers are told; None: what the row says.
 
     Returns:
         float[L, vocabulary].
     """
+    inputs = LayerInputs.of(row) if inputs is None else inputs
     return language(
         inputs_embeds=embeds[None],
-        position_ids=row.positions[None],
+        position_ids=inputs.positions[None],
         use_cache=False,  # with a cache, transformers ignores the sequence bounds
         logits_to_keep=row.label_positions,
         cu_seqlens=row.cu_seqlens,
         max_len=row.max_len,
-        **keywords,
+        layer_inputs=inputs,
     ).logits[0]
 
 
 @contextmanager
 def batched_attention(language: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model attends over padded batches with a cache (for generation) instead of over packed rows."""
-    language.config._attn_implementation = "sdpa" if language._supports_sdpa else "eager"
+    """Inside, a model of packed rows attends over padded batches with a cache instead (for generation)."""
+    before = language.config._attn_implementation
+    if before == PACKED:
+        language.config._attn_implementation = "sdpa" if language._supports_sdpa else "eager"
     try:
         yield
     finally:
-        language.config._attn_implementation = PACKED
+        language.config._attn_implementation = before

@@ -8,11 +8,12 @@ from transformers import PreTrainedModel
 
 from vlm.batch import IGNORE, Row, TokenSequence
 from vlm.language.causal_lm import label_logits
+from vlm.language.layer_inputs import LayerInputs, Prompt, pack_context
 
 
 @torch.no_grad()
 def rank_options(
-    language: PreTrainedModel, prompts: Sequence[Tensor], options: Sequence[Sequence[Sequence[int]]]
+    language: PreTrainedModel, prompts: Sequence[Prompt], options: Sequence[Sequence[Sequence[int]]]
 ) -> list[int]:
     """The number of the likeliest option behind each prompt: that with the lowest mean loss over its tokens.
 
@@ -20,21 +21,24 @@ def rank_options(
 
     Args:
         language: the decoder, in eval mode.
-        prompts: per prompt float[n, D] embeddings, image features in place.
+        prompts: what the options go on from.
         options: per prompt the token ids of each option, at least one of at least one token.
     """
-    device, embedding = prompts[0].device, language.get_input_embeddings()
+    device, embedding = prompts[0].embeds.device, language.get_input_embeddings()
     sequences: list[TokenSequence] = []
     embeds: list[Tensor] = []
     for prompt, group in zip(prompts, options, strict=True):
+        before, visual = prompt.positions.cpu(), prompt.visual.cpu().nonzero().squeeze(1)
         for ids in group:
             tokens = torch.tensor(ids)
-            embeds += [prompt, embedding(tokens[:-1].to(device))]
+            embeds += [prompt.embeds, embedding(tokens[:-1].to(device))]
             # what stands under the prompt is never looked at: it comes as embeddings
-            targets = torch.cat([torch.full((len(prompt) - 1,), IGNORE), tokens])
-            sequences.append(TokenSequence(torch.zeros_like(targets), targets))
+            targets = torch.cat([torch.full((len(before) - 1,), IGNORE), tokens])
+            positions = torch.cat([before, before[-1] + torch.arange(1, len(tokens))])
+            sequences.append(TokenSequence(torch.zeros_like(targets), targets, positions=positions, visual=visual))
     row = Row.pack(sequences).to(device)
-    logits = label_logits(language, torch.cat(embeds), row)
+    context = pack_context([prompt for prompt, group in zip(prompts, options, strict=True) for _ in group])
+    logits = label_logits(language, torch.cat(embeds), row, LayerInputs.of(row, context))
     losses = -logits.float().log_softmax(-1).gather(1, row.targets[:, None]).squeeze(1).cpu()
     means = iter(part.mean() for part in losses.split([len(ids) for group in options for ids in group]))
     return [int(torch.stack([next(means) for _ in group]).argmin()) for group in options]

@@ -1,22 +1,28 @@
-"""Changes to a language model, as data: stored with every artefact and replayed by whoever loads it.
+"""Changes to a network, as data: stored with every artefact and replayed by whoever loads it.
 
 Surgery never renames pretrained weights, and a new path starts as the identity.
 """
 
-import math
+import dataclasses
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from vlm.errors import UserError
 
 
 class Surgery(ABC):
-    """One change to the network; subclasses are frozen dataclasses, so that they can be written down."""
+    """One change to the network; subclasses are frozen dataclasses, so that they can be written down and compared."""
+
+    @abstractmethod
+    def find_layers(self, module: nn.Module) -> list[str]:
+        """Names of the layers that `apply` would change; empty where the network has none of them.
+
+        Args:
+            module: the whole system, before any surgery.
+        """
 
     @abstractmethod
     def apply(self, module: nn.Module) -> None:
@@ -24,86 +30,102 @@ class Surgery(ABC):
 
         Args:
             module: the whole system, its parts still without weights.
+
+        Raises:
+            UserError: it has no place for the change.
         """
 
+    @property
+    def cannot_merge(self) -> str | None:
+        """Why no weights of the unchanged network compute the same; None: there are such weights."""
+        return "what it adds is no part of the published network"
 
-@dataclass(frozen=True)
-class PartialLoRA(Surgery):
-    """Low-rank updates that act on image tokens alone (InternLM-XComposer2, 2024).
 
-    ``y = W x + scale * B A x`` where the token shows an image, ``y = W x`` elsewhere.
+def combine(module: nn.Module, inherited: Sequence[tuple[str, Surgery]], own: Sequence[Surgery]) -> list[Surgery]:
+    """What is done to a network, in order: what its weights were trained with, then what was asked for besides.
 
-    Attributes:
-        rank: width of the low-rank path.
-        scale: factor on it (alpha / rank).
-        targets: regular expressions over full module names; each must match a linear layer.
-        dropout: on the input of A.
+    Args:
+        module: the whole system, before any surgery.
+        inherited: (artefact, what was done there).
+        own: registered by the system and by callbacks; what is inherited already happens once.
+
+    Raises:
+        UserError: two of them change one layer.
     """
-
-    rank: int
-    scale: float = 1.0
-    targets: Sequence[str] = (r"language\.model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj",)
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", tuple(self.targets))  # files deliver lists
-
-    def apply(self, module: nn.Module) -> None:
-        layers: dict[str, nn.Module] = {}
-        for target in self.targets:
-            matched = [
-                name
-                for name, child in module.named_modules()
-                if re.fullmatch(target, name) and isinstance(child, nn.Linear)
-            ]
-            if not matched:
-                raise UserError(f"surgery PartialLoRA: target {target!r} matches no linear layer")
-            for name in matched:
-                parent, _, leaf = name.rpartition(".")
-                linear = module.get_submodule(name)
-                assert isinstance(linear, nn.Linear)
-                setattr(module.get_submodule(parent), leaf, PartialLoRALinear(linear, self))
-                found = re.match(r".*?\.layers\.\d+", name)
-                assert found is not None, name
-                layers[found[0]] = module.get_submodule(found[0])
-        for layer in layers.values():
-            layer.register_forward_pre_hook(_hand_down_mask, with_kwargs=True)
+    combined: list[Surgery] = []
+    owner: dict[str, tuple[str, Surgery]] = {}
+    for origin, operation in [*inherited, *(("this run", operation) for operation in own)]:
+        if operation in combined:
+            continue
+        for name in operation.find_layers(module):
+            if name in owner:
+                raise UserError(_explain_conflict(name, *owner[name], origin, operation))
+            owner[name] = origin, operation
+        combined.append(operation)
+    return combined
 
 
-class PartialLoRALinear(nn.Linear):
-    """A linear layer whose `weight` and `bias` keep their names beside `Plora_A` and `Plora_B`."""
-
-    def __init__(self, linear: nn.Linear, surgery: PartialLoRA) -> None:
-        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        self.Plora_A = _Down(linear.in_features, surgery.rank, bias=False)
-        self.Plora_B = _Up(surgery.rank, linear.out_features, bias=False)
-        self.scale = surgery.scale
-        self.dropout = surgery.dropout
-        self.visual_mask: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """float[..., N, in] -> float[..., N, out]; `visual_mask` bool[N] or [..., N] says which tokens are images."""
-        out = super().forward(x)
-        if self.visual_mask is None:
-            return out
-        update = self.Plora_B(self.Plora_A(F.dropout(x, self.dropout, self.training))) * self.scale
-        return out + update * self.visual_mask[..., None].to(update.dtype)
+def _explain_conflict(layer: str, first_origin: str, first: Surgery, origin: str, second: Surgery) -> str:
+    if type(first) is not type(second):
+        return (
+            f"surgery: {layer} is changed by {first} ({first_origin}) and by {second} ({origin}); one layer takes one "
+            "change, so give one of them other targets"
+        )
+    fields = [field.name for field in dataclasses.fields(first)]  # type: ignore[arg-type]
+    pairs = {name: (getattr(first, name), getattr(second, name)) for name in fields}
+    differing = ", ".join(f"{name}: {a} and {b}" for name, (a, b) in pairs.items() if a != b)
+    return (
+        f"surgery: {layer} is changed twice by {type(first).__name__}, in {first_origin} and in {origin}, with other "
+        f"settings ({differing}); use the same ones, or give one of them other targets"
+    )
 
 
-class _Down(nn.Linear):
+def names_of(module: nn.Module, layers: Iterable[nn.Module]) -> list[str]:
+    """The full names of layers somewhere in `module`."""
+    wanted = {id(layer) for layer in layers}
+    return [name for name, child in module.named_modules() if id(child) in wanted]
+
+
+def find_linears(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
+    """{name: layer} of the linear layers whose full name one of the regular expressions matches as a whole."""
+    compiled = [re.compile(target) for target in targets]
+    return {
+        name: child
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear) and any(pattern.fullmatch(name) for pattern in compiled)
+    }
+
+
+def targeted_linears(module: nn.Module, targets: Sequence[str], *, operation: Surgery) -> dict[str, nn.Linear]:
+    """`find_linears`, of which every target has to find some.
+
+    Raises:
+        UserError: a target matches no linear layer.
+    """
+    for target in targets:
+        if not find_linears(module, [target]):
+            raise UserError(f"surgery {type(operation).__name__}: target {target!r} matches no linear layer")
+    return find_linears(module, targets)
+
+
+def refuse_changed(operations: Sequence[Surgery], source: object) -> None:
+    """Refuses to write a changed network into a published layout, which has no place for the change.
+
+    Raises:
+        UserError: there is a change.
+    """
+    if operations:
+        names = ", ".join(type(operation).__name__ for operation in operations)
+        reasons = {reason for operation in operations if (reason := operation.cannot_merge) is not None}
+        because = f" ({'; '.join(sorted(reasons))})" if reasons else ""
+        raise UserError(
+            f"{source}: was changed by {names}, which published files have no place for{because}; use the artefact "
+            "itself: `vlm predict --weights`, or `vlm.load` in Python"
+        )
+
+
+class Up(nn.Linear):
+    """The second half of a low-rank path, float[..., rank] -> float[..., out]; zero, the identity, at the start."""
+
     def initialise_new(self) -> None:
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-
-
-class _Up(nn.Linear):
-    def initialise_new(self) -> None:
-        nn.init.zeros_(self.weight)  # the new path starts as the identity
-
-
-def _hand_down_mask(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Sets a layer's own mask on its children just before it runs: also right when the layer is recomputed."""
-    mask = kwargs.pop("visual_mask", None)
-    for child in layer.modules():
-        if isinstance(child, PartialLoRALinear):
-            child.visual_mask = mask
-    return args, kwargs
+        nn.init.zeros_(self.weight)

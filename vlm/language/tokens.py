@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vlm.language.surgery import Surgery
+from vlm.language.surgery import Surgery, names_of
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,21 @@ class NewTokens(Surgery):
     already, nothing happens.
     """
 
+    @property
+    def cannot_merge(self) -> str | None:
+        return None
+
+    def find_layers(self, module: nn.Module) -> list[str]:
+        if _missing_rows(module) <= 0:
+            return []
+        language: Any = module.language
+        return names_of(module, (language.get_input_embeddings(), language.get_output_embeddings()))
+
     def apply(self, module: nn.Module) -> None:
         system: Any = module
         language, rows = system.language, len(system.codec.tokenizer)
         table, head = language.get_input_embeddings(), language.get_output_embeddings()
-        extra = rows - table.num_embeddings
+        extra = _missing_rows(module)
         if extra <= 0:
             return
         added = AddedRows(extra, table)
@@ -36,6 +46,10 @@ class NewTokens(Surgery):
             tied = head.weight is table.weight
             language.set_output_embeddings(ExtendedHead(head, added if tied else AddedRows(extra, head)))
         language.config.vocab_size = rows
+
+
+def _missing_rows(system: Any) -> int:
+    return len(system.codec.tokenizer) - system.language.get_input_embeddings().num_embeddings
 
 
 class AddedRows(nn.Module):

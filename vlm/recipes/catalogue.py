@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vlm import registry
 from vlm.errors import UserError
-from vlm.recipes.graph import load_recipe
+from vlm.recipes.reading import load_recipe
 
 
 def find_recipe(name: str) -> Path:

@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlm.checkpoints.files.weights import WeightFiles
+from vlm.checkpoints.tables.base import BaseWeights
 from vlm.errors import UserError
+from vlm.vision.base_weights import read_pyramid
 from vlm.vision.towers import TowerDescription, TowerFacts
 
 
@@ -39,6 +42,9 @@ class ConvNeXtPyramid(TowerDescription):
         trunk = self._trunk()
         trunk.norm_pre = trunk.head = nn.Identity()
         return Pyramid(trunk, self._facts(trunk))
+
+    def read_base(self, tower: nn.Module, files: WeightFiles) -> BaseWeights:
+        return read_pyramid(files)
 
     def initialise(self, tower: nn.Module, module: nn.Module) -> None:
         """Draws the new tensors of one submodule: truncated normal for weights, layer scales as the options say."""

@@ -1,5 +1,6 @@
 """Vision towers from timm, built with only the blocks whose output is used."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,11 +8,13 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
+from vlm.checkpoints.files.weights import WeightFiles
+from vlm.checkpoints.tables.base import BaseWeights
 from vlm.errors import UserError
 from vlm.functional import resized
+from vlm.vision.base_weights import read_transformer
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,14 @@ class TowerDescription(ABC):
     @abstractmethod
     def build(self) -> nn.Module:
         """The tower, float[V, 3, H, W] -> float[V, P, D]; call it under `vlm.building.network.empty_weights`."""
+
+    @abstractmethod
+    def read_base(self, tower: nn.Module, files: WeightFiles) -> BaseWeights:
+        """Finds the tower's tensors in the files of `weights`.
+
+        Raises:
+            UserError: the files hold something else.
+        """
 
     @abstractmethod
     def initialise(self, tower: nn.Module, module: nn.Module) -> None:
@@ -96,10 +107,12 @@ class TimmTower(TowerDescription):
         trunk = self._trunk()
         facts = self._facts(trunk)
         trunk.prune_intermediate_layers([facts.num_blocks - 1], prune_norm=not self.final_norm, prune_head=True)
-        trunk.set_grad_checkpointing(self.checkpointing)
         if self.position_grid is None:
             return Tower(trunk, facts, class_token=self.class_token)
         return StretchedTower(trunk, facts, class_token=False)
+
+    def read_base(self, tower: nn.Module, files: WeightFiles) -> BaseWeights:
+        return read_transformer(tower, files)
 
     def initialise(self, tower: nn.Module, module: nn.Module) -> None:
         """Draws the new tensors of one submodule: truncated normal for tables, the layer's own rule elsewhere."""
@@ -155,6 +168,19 @@ class Tower(nn.Module):
         self.facts = facts
         self.class_token = class_token
 
+    def adopt(self, name: str, value: Tensor) -> tuple[Tensor, str] | None:
+        """A table of positions for another resolution, stretched to this one's as BLIP, CLIP, EVA and Qwen-VL do it."""
+        table = self.trunk.pos_embed
+        if name != "trunk.pos_embed" or value.ndim != 3 or value.shape == table.shape:
+            return None
+        fixed = 0 if getattr(self.trunk, "no_embed_class", False) else self.trunk.num_prefix_tokens
+        if math.isqrt(value.shape[1] - fixed) ** 2 != value.shape[1] - fixed:
+            return None
+        # in float64, so that machines that sum in another order round to the same float32: the table may be frozen,
+        # and frozen tensors are known by their content
+        places = resized(value[0, fixed:].double(), math.isqrt(table.shape[1] - fixed)).to(value.dtype)
+        return torch.cat([value[:, :fixed], places[None]], dim=1), "bicubic"
+
     def forward(self, pixels: Tensor) -> Tensor:
         features = self.trunk.forward_features(pixels)
         return features if self.class_token else features[:, self.trunk.num_prefix_tokens :]
@@ -167,8 +193,4 @@ class StretchedTower(Tower):
         trunk = self.trunk
         features = trunk.patch_embed(pixels)
         features = trunk.norm_pre(features + resized(trunk.pos_embed[0], self.facts.grid))
-        if trunk.grad_checkpointing and torch.is_grad_enabled():
-            features = checkpoint_seq(trunk.blocks, features)
-        else:
-            features = trunk.blocks(features)
-        return trunk.norm(features)
+        return trunk.norm(trunk.blocks(features))

@@ -271,11 +271,19 @@ class WeightSource:
         label: for the load report: `base weights of language (folder)`, `artefact 1_align`.
         names: our names of the tensors it provides.
         items: streams (our name, tensor), one at a time.
+        dropped: names of what is left out on purpose.
+        carried: our names of what is there and never computed with.
+        covers: patterns of our names of what is expected to come whole, from here or from another source.
+        fresh: patterns of what may start new all the same.
     """
 
     label: str
     names: frozenset[str]
     items: Callable[[], Iterator[tuple[str, Tensor]]]
+    dropped: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
+    covers: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
 
 
 @torch.no_grad()

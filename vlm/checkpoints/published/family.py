@@ -58,12 +58,14 @@ class Family(ABC):
         layouts: what its folders may be, besides ours; the first is that of the release.
         looks_for: what its folders are known by, for messages.
         hub_class: the class of transformers that opens what `vlm export` writes; None: there is none.
+        holds_surgery: whether its folders may hold what surgery adds; `open_artefact` checks which.
     """
 
     system: ClassVar[str]
     layouts: ClassVar[tuple[str, ...]]
     looks_for: ClassVar[str]
     hub_class: ClassVar[str | None] = None
+    holds_surgery: ClassVar[bool] = False
 
     @property
     def class_path(self) -> str:

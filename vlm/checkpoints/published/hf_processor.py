@@ -91,10 +91,9 @@ def write_processor(
     )
     _write(folder / "preprocessor_config.json", _image_processor(codec.transform, tiles))
     tokenizer = codec.tokenizer
-    settings = Decoding().transformers_config(eos_id=tokenizer.eos_id, pad_id=pad_id)
     marks = [tokenizer.encode(mark)[0] for mark in codec.template.stop]
     ends = {tokenizer.eos_id, *(ids[0] for ids in marks if len(ids) == 1)}
-    settings.eos_token_id = sorted(ends)
+    settings = Decoding().transformers_config(end_ids=sorted(ends), pad_id=pad_id)
     settings.bos_token_id = tokenizer.bos_id
     settings.save_pretrained(folder)
 

@@ -67,8 +67,6 @@ def check_exportable(module: Any) -> None:
     what = None
     if not (isinstance(connector, MLP) and connector.depth == 2):
         what = f"the connector {connector}: its projector has exactly two layers"
-    elif module.surgery:
-        what = f"surgery ({', '.join(type(operation).__name__ for operation in module.surgery)})"
     elif tower.final_norm or (tower.class_token and getattr(module, "tiles", None) is not None):
         what = "final_norm of the tower, or class_token beside tiles: it takes patches before the last norm"
     elif not isinstance(module.vision.trunk.blocks[0].mlp.act, (QuickGELU, nn.GELU)) or isinstance(

@@ -28,6 +28,7 @@ from vlm.checkpoints.published.family import (
 from vlm.checkpoints.report import LoadReport
 from vlm.checkpoints.tables.table import Table
 from vlm.errors import UserError
+from vlm.language.surgery import refuse_changed
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class OneFolderFamily(Family):
         marks: {layout: a tensor that no other layout has}.
         files: what lies beside the weights, copied along.
     """
+
+    holds_surgery = True
 
     marks: ClassVar[Mapping[str, str]]
     files: ClassVar[tuple[str, ...]]
@@ -154,12 +157,7 @@ class OneFolderFamily(Family):
         module = load(path)
         config = self.config(module, target)
         known = {spec["class_path"].rpartition(".")[2] for spec in self.surgery_of(config)}
-        if changed := [
-            kind for kind in (type(operation).__name__ for operation in module.surgery) if kind not in known
-        ]:
-            raise UserError(
-                f"{path}: was changed by {', '.join(changed)}, which published files of {self.system} have no place for"
-            )
+        refuse_changed([operation for operation in module.surgery if type(operation).__name__ not in known], path)
         tensors = {name: tensor.detach() for name, tensor in module.state_dict().items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         return OpenedFolder(shapes, tensors.items, target, config, model, partial(self.write_files, module=module))

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 from vlm.checkpoints.published.entries import Entries, read_json
 from vlm.checkpoints.published.one_folder import OneFolderFamily
-from vlm.checkpoints.tables.rules import Axes, PerHead, Rule, Split, rename
+from vlm.checkpoints.tables.qwen import language_rules
+from vlm.checkpoints.tables.rules import Axes, PerHead, Rule, rename
 from vlm.checkpoints.tables.table import Table
 from vlm.errors import UserError
 from vlm.language.qwen import as_qwen2
@@ -45,7 +46,6 @@ _HARMLESS = frozenset(
 _VISUAL_READ = frozenset(
     {"heads", "image_size", "layers", "mlp_ratio", "n_queries", "patch_size", "resampler_heads", "width"}
 )
-_THEIRS = "transformer.h.{i}."
 _VISUAL = "transformer.visual."
 _BLOCK = "transformer.visual.transformer.resblocks.{i}."
 _POOL = "transformer.visual.attn_pool."
@@ -184,40 +184,11 @@ def _vision_rules(num_heads: int) -> tuple[Rule, ...]:
     )
 
 
-def language_rules(ours: str = "") -> tuple[Rule, ...]:
-    """Of Qwen-7B, by itself or in Qwen-VL.
-
-    Args:
-        ours: what stands before Qwen2's own names.
-    """
-    layer = ours + "model.layers.{i}."
-    return (
-        rename("transformer.wte.weight", ours + "model.embed_tokens.weight"),
-        rename(_THEIRS + "ln_1.weight", layer + "input_layernorm.weight"),
-        Split(
-            theirs=(_THEIRS + "attn.c_attn.{p}",),
-            ours=tuple(layer + f"self_attn.{part}_proj.{{p}}" for part in "qkv"),
-        ),
-        rename(_THEIRS + "attn.c_proj.weight", layer + "self_attn.o_proj.weight"),
-        rename(_THEIRS + "ln_2.weight", layer + "post_attention_layernorm.weight"),
-        rename(_THEIRS + "mlp.w2.weight", layer + "mlp.gate_proj.weight"),
-        rename(_THEIRS + "mlp.w1.weight", layer + "mlp.up_proj.weight"),
-        rename(_THEIRS + "mlp.c_proj.weight", layer + "mlp.down_proj.weight"),
-        rename("transformer.ln_f.weight", ours + "model.norm.weight"),
-        rename("lm_head.weight", ours + "lm_head.weight"),
-    )
-
-
 def _visual(config: Mapping[str, Any]) -> dict[str, Any]:
     visual = config.get("visual")
     if not isinstance(visual, dict):
         raise UserError("config.json: has no `visual` with the tower's sizes; is it the file of these weights?")
     return {"n_queries": 256, "patch_size": 14, "mlp_ratio": 4.9231, **visual}
-
-
-def qwen_table() -> Table:
-    """Names of a Qwen-7B by itself."""
-    return Table(layout="Qwen-7B", rules=language_rules())
 
 
 def check_qwen(config: Mapping[str, Any], file: Path) -> None:

@@ -32,12 +32,14 @@ class Table:
         rules: the first rule that knows a name takes it.
         unused: patterns in our names of tensors the computation never uses; they are carried.
         may_lack: parts (first component of our names) that published checkpoints may leave out as a whole.
+        sparse: patterns in our names of tensors that not every layer of a stack has.
     """
 
     layout: str
     rules: tuple[Rule, ...]
     unused: tuple[str, ...] = ()
     may_lack: tuple[str, ...] = ()
+    sparse: tuple[str, ...] = ()
 
     def to_ours(self, items: Iterable[tuple[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(ours, carried) of a published checkpoint; `stream_to_ours` does the same one tensor at a time.
@@ -81,6 +83,11 @@ class Table:
         """Whether a tensor of this name is kept aside instead of being part of the network."""
         return any(_match(pattern, our_name) is not None for pattern in self.unused)
 
+    def is_dropped(self, their_name: str) -> bool:
+        """Whether a published tensor is left out on purpose, for good."""
+        found = self._find(their_name, "theirs")
+        return found is not None and not self.rules[found[0]].ours
+
     def has_place(self, our_name: str) -> bool:
         """Whether the published layout can hold this tensor of ours."""
         return self._find(our_name, "ours") is not None
@@ -97,7 +104,8 @@ class Table:
                 continue
             number, position, binding = found
             seen.add(number)
-            layers.add(name)
+            if not any(_match(pattern, name) for pattern in self.sparse):
+                layers.add(name)
             rule = self.rules[number]
             parts = waiting.setdefault((number, binding), [None] * len(getattr(rule, side)))
             parts[position] = tensor

@@ -1,0 +1,58 @@
+"""The layouts in which towers are published."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from vlm.checkpoints.files.weights import WeightFiles
+from vlm.checkpoints.tables.base import BaseWeights, read_with_table
+from vlm.checkpoints.tables.clip import clip_table
+from vlm.checkpoints.tables.mini_gemini import convnext_names
+
+
+def read_transformer(tower: Any, files: WeightFiles) -> BaseWeights:
+    """A vision transformer in Hugging Face CLIP's layout or in timm's.
+
+    What lies above its last built block is dropped, and of a tower without class token this and its position too.
+    """
+    keys = files.keys()
+    prefix = next((p for p in ("vision_model.", "") if f"{p}embeddings.class_embedding" in keys), None)
+    if prefix is not None:
+        table = clip_table(theirs=prefix, num_blocks=tower.facts.num_blocks)
+        base = read_with_table(table, files, part="vision.")
+    else:
+        depths = "|".join(map(str, range(tower.facts.num_blocks, tower.facts.depth)))
+        above = re.compile(rf"blocks\.({depths})\.|norm\.|fc_norm\.|head\.")
+        built = {name.removeprefix("trunk.") for name in tower.state_dict()}
+        dropped = tuple(key for key in keys if above.match(key) and key not in built)
+        base = BaseWeights(
+            names=frozenset(f"trunk.{key}" for key in keys if key not in dropped),
+            items=lambda: ((f"trunk.{key}", tensor) for key, tensor in files.items()),
+            dropped=dropped,
+        )
+    return _without_class_token(base) if tower.trunk.cls_token is None else base
+
+
+def read_pyramid(files: WeightFiles) -> BaseWeights:
+    """A ConvNeXt in OpenCLIP's layout or in timm's: stem and stages."""
+    names = convnext_names(files.keys())
+    return BaseWeights(
+        names=frozenset(f"trunk.{name}" for name in names.values()),
+        items=lambda: ((f"trunk.{names[key]}", tensor) for key, tensor in files.items() if key in names),
+        dropped=tuple(key for key in files.keys() if key not in names),  # noqa: SIM118
+    )
+
+
+def _without_class_token(base: BaseWeights) -> BaseWeights:
+    """For a tower that has no class token: neither it nor its position, the first one."""
+    if "trunk.cls_token" not in base.names:
+        return base
+
+    def items() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in base.items():
+            yield name, tensor[:, 1:] if name == "trunk.pos_embed" else tensor
+
+    return replace(base, names=base.names - {"trunk.cls_token"}, items=items, dropped=(*base.dropped, "cls_token"))
