@@ -45,7 +45,8 @@ class PartialLoRA(Surgery):
         return "partial LoRA acts on image tokens alone, so no plain weights compute the same"
 
     def apply(self, module: nn.Module) -> None:
-        decoders, downs = set(), {}
+        decoders: set[str] = set()
+        downs: dict[str, Down] = {}
         for name, linear in targeted_linears(module, self.targets, operation=self).items():
             parent, _, leaf = name.rpartition(".")
             found = re.match(r"(.*?)\.layers\.\d+", name)
