@@ -1,4 +1,4 @@
-# make setup | demo | test | lint. Everything runs in .venv, which the first of them makes.
+# make setup | demo | demo-scores | test | lint. Everything runs in .venv, which the first of them makes.
 PYTHON ?= python3
 
 bin := .venv/bin
@@ -10,7 +10,12 @@ configs := $(addprefix configs/llava_1_5/,model.yaml 2_finetune.yaml demo/model.
 untrained := $(addprefix -c ,$(configs)) -c configs/eval/demo.yaml --trainer.default_root_dir $(trained)/2_finetune
 stamp := .venv/.installed
 
-.PHONY: setup demo test lint clean
+WORKERS ?= 2
+# on both cores, one thread each: some tests start several processes. A worker takes over tests from the end of the other's
+# list, so that most files, and what they share, stay with one
+pytest := OMP_NUM_THREADS=1 $(bin)/python -m pytest -n $(WORKERS) --dist worksteal
+
+.PHONY: setup demo demo-scores test test-slow lint clean
 setup: $(stamp)
 
 # One pip command with all pins: a later one that is not pinned may replace torch by one that torchvision was not made for.
@@ -47,9 +52,17 @@ demo: $(stamp)
 	@echo "answers, drawn        runs/demo_answers/pictures"
 	@echo "your own picture      $(bin)/vlm predict --weights $(trained) --image FILE --prompt TEXT"
 
-# one thread each: some tests start several processes
+# What every system's demo knows and how long it takes, into docs/demo_scores.md; hours for all of them. Started again, it
+# goes on. SYSTEMS="fuyu vila" takes these alone. Nothing else should run meanwhile.
+demo-scores: $(stamp)
+	$(bin)/python -m benchmarks.demo_scores $(SYSTEMS)
+
 test: $(stamp)
-	OMP_NUM_THREADS=1 $(bin)/python -m pytest
+	$(pytest)
+
+# the tests that take minutes: kills at every moment, and every demo recipe shortened to two steps a stage
+test-slow: $(stamp)
+	$(pytest) -m slow
 
 lint: $(stamp)
 	$(bin)/ruff format --check .

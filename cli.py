@@ -50,7 +50,7 @@ TOOLS = {
     "demo-data": "vlm.demo:main",
     "export": "vlm.commands.export:main",
     "predict": "vlm.commands.predict:main",
-    "run": "vlm.procedures:main",
+    "run": "vlm.recipes.node:main",
     "scores": "vlm.evaluation.scores:main",
     "show-data": "vlm.commands.show_data:main",
     "systems": "vlm.recipes.catalogue:print_systems",
@@ -308,7 +308,7 @@ def _from_weights(options: Sequence[str]) -> list[str]:
         artefact = read_artefact(found)
         model, stage, folder = model_of(artefact), artefact.meta["stage"], artefact.folder.parent
     else:
-        model, stage = describe_published(found), "published"
+        model, stage = describe_published(found).model, "published"
         folder = Path("runs") / Path(found).name
     known = {
         "stage.name": stage,

@@ -3,6 +3,7 @@
 import vlm  # noqa: F401  (before lightning: repairs torchvision on CPU builds of torch)
 
 from callbacks.bad_samples import BadSamples
+from callbacks.ema import EMA
 from callbacks.evaluation import Evaluation
 from callbacks.fsdp import MixedPrecisionFSDP
 from callbacks.fsdp_strategy import FSDP2Strategy
@@ -16,6 +17,7 @@ from callbacks.stage_transition import StageTransition
 from callbacks.throughput import Throughput
 
 __all__ = [
+    "EMA",
     "BadSamples",
     "Evaluation",
     "FSDP2Strategy",

@@ -15,6 +15,7 @@ from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
 from vlm.checkpoints.resume.sharded import cut_like, read_sharded, write_shard, write_state
 from vlm.errors import UserError
 from vlm.module import VisionLanguageModule
+from vlm.moving import changing_names
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -45,8 +46,8 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert isinstance(self.lightning_module, VisionLanguageModule)
-        trained = self.lightning_module.trained_names()
-        return {name: tensor for name, tensor in self.lightning_module.state_dict().items() if name in trained}
+        changing = changing_names(self.lightning_module)
+        return {name: tensor for name, tensor in self.lightning_module.state_dict().items() if name in changing}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         return super(ModelParallelStrategy, self).optimizer_state(optimizer)
@@ -111,8 +112,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Replaces the tensors of a checkpoint, and their optimizer states, by this rank's parts of them."""
         assert self.lightning_module is not None
         parameters = dict(self.lightning_module.named_parameters())
-        tensors = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {n: cut_like(t, parameters[n]) if n in parameters else t for n, t in tensors.items()}
+        for kind in checkpoint.keys() & {"state_dict", "averages"}:
+            tensors = checkpoint[kind]
+            checkpoint[kind] = {n: cut_like(t, parameters[n]) if n in parameters else t for n, t in tensors.items()}
         for optimizer, stored in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):
             owners = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             for owner, states in zip(owners, stored["state"].values(), strict=False):

@@ -21,6 +21,7 @@ from vlm.errors import UserError
 from vlm.monitoring.checksums import FrozenTensors
 from vlm.monitoring.norms import squared_gradient_norms, squared_norms, trained_parts
 from vlm.module import VisionLanguageModule
+from vlm.moving import moving_names
 from vlm.seeding import seed_from
 
 
@@ -82,7 +83,7 @@ class Health(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, VisionLanguageModule)
         self._parts = trained_parts(trainer.optimizers[0])
-        self._frozen = FrozenTensors(pl_module)
+        self._frozen = FrozenTensors(pl_module, moving=moving_names(pl_module))
         self._start = trainer.global_step
         self._packs: list[MicroBatchRecord] = []
         self._pending: _Pending | None = None

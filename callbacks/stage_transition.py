@@ -21,7 +21,9 @@ from vlm.errors import SampleError
 from vlm.building.instantiate import describe, describe_module, system_class
 from vlm.building.weight_sources import frozen_parts
 from vlm.module import VisionLanguageModule
-from vlm.stages import AdamW, InitFrom, Schedule, Stage, Trained
+from vlm.moving import changing_names
+from vlm.schedules import Schedule
+from vlm.stages import AdamW, InitFrom, Stage, Trained
 
 _LOOKED_AT = 16
 
@@ -141,7 +143,10 @@ def write_stage(
     optimizer: torch.optim.Optimizer | None = None,
     is_writer: bool = True,
 ) -> None:
-    """Writes a module's trained tensors and everything needed to rebuild it around them.
+    """Writes what a stage has changed in a module and everything needed to rebuild it around that.
+
+    Trained tensors of which the module keeps moving averages are written as these; the moments then come with the
+    values that training goes on with.
 
     Every rank has to call it: sharded tensors are gathered one at a time; one rank writes.
 
@@ -150,10 +155,11 @@ def write_stage(
         optimizer: the one whose moments are kept.
     """
     assert module.stage is not None
-    trained = module.trained_names()
+    changing, averages = changing_names(module), module.averages or {}
     # the state dict: under sharding, `named_parameters` may still show the gathered copies of the last forward
-    tensors = ((name, _full(tensor)) for name, tensor in module.state_dict().items() if name in trained)
-    kept = None if optimizer is None else moments(optimizer)
+    found = ((name, averages.get(name, tensor)) for name, tensor in module.state_dict().items() if name in changing)
+    tensors = ((name, _full(tensor)) for name, tensor in found)
+    kept = None if optimizer is None else moments(optimizer, with_weights=bool(averages))
     if not is_writer:
         for _ in itertools.chain(tensors, kept or ()):
             pass
@@ -165,7 +171,8 @@ def write_stage(
         "global_step": global_step,
         "model": describe_module(module),
         "surgery": describe(module.surgery),
-        "trained": sorted(trained),
+        "trained": sorted(module.trained_names()),
+        "averaged": bool(averages),
         "frozen": frozen_parts(module),
         "ties": dict(module.ties),
         "follows": [

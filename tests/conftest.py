@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import vlm  # noqa: F401
+import hypothesis
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,6 +14,9 @@ from torch import Tensor
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
+# how long an example takes says something about the machine and what else it does
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 GOLDEN = Path(__file__).parent / "golden"
 

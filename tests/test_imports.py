@@ -23,14 +23,26 @@ READING = {"vlm.checkpoints.files", "vlm.checkpoints.tables"}
 """A part's description reads its base weights."""
 
 ALLOWED = {
+    "vlm.bert": set(),
     "vlm.vision": {"vlm.functional", *READING},
-    "vlm.connectors": {"vlm.functional", *READING},
-    "vlm.language": {*READING},
-    "vlm.systems": {*("vlm.module", "vlm.vision", "vlm.connectors", "vlm.language", "vlm.functional", "vlm.prompts")},
+    "vlm.connectors": {"vlm.functional", "vlm.bert", *READING},
+    "vlm.language": {"vlm.bert", *READING},
+    "vlm.systems": {
+        *("vlm.module", "vlm.vision", "vlm.connectors", "vlm.language", "vlm.prompts"),
+        *("vlm.functional", "vlm.in_batch", "vlm.moving"),
+    },
 }
 """Package -> what it may import from `vlm` besides itself and `COMMON`."""
 
-WITHOUT_LIGHTNING = ("vlm.vision", "vlm.connectors", "vlm.language", "vlm.prompts", "vlm.batch", "vlm.codec")
+WITHOUT_LIGHTNING = (
+    "vlm.bert",
+    "vlm.vision",
+    "vlm.connectors",
+    "vlm.language",
+    "vlm.prompts",
+    "vlm.batch",
+    "vlm.codec",
+)
 
 
 def _files() -> dict[str, Path]:

@@ -13,7 +13,7 @@ encoders and T5, whose attention needs a rectangle.
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ EVENTS = ("cut_documents", "dropped_images")
 """What happened to samples on their way into the step; logged beside the losses."""
 NOT_TERMS = ("samples", "images", *EVENTS)
 """Entries of `Batch.counts` that are no denominator of a loss term."""
+Negatives = Literal["pack", "step"]
+"""What a sample is compared with by an in-batch objective: the samples of its pack, or of all packs of the step."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,13 @@ class Views:
     size: tuple[tuple[int, int], ...]
     layout: Tensor | None = None
 
+    @classmethod
+    def blank(cls, height: int, width: int, *, device: torch.device | str) -> "Views":
+        """One view without content, of an image of the first sample."""
+        first = torch.zeros(1, dtype=torch.int64, device=device)
+        pixels = torch.zeros(1, 3, height, width, device=device)
+        return cls(pixels, image_of_view=first, sample_of_image=first, grid=((1, 1),), size=((width, height),))
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Views":
         return _to_device(self, device, non_blocking)
 
@@ -204,6 +213,10 @@ class Batch:
         labels: per-sample tensors of in-batch objectives: `image_id` int64[B] (retrieval).
         packs: number of packs in the step, so that a mean over packs can be turned into the sum over the step.
         judged_by: name of the metrics that judge the answers to this pack; None where its loss is wanted.
+        negatives: see `Negatives`; None where packs are balanced and samples never meet.
+        pack: number of this pack in its step. With `negatives` all packs of a step have as many samples.
+        seed: of the step, the same in all of its packs; None in evaluation.
+        real: bool[B], False for fillers, which belong in no in-batch term; made from `samples`.
     """
 
     text: Row
@@ -214,6 +227,14 @@ class Batch:
     labels: Mapping[str, Tensor] = field(default_factory=dict)
     packs: int = 1
     judged_by: str | None = None
+    negatives: Negatives | None = None
+    pack: int = 0
+    seed: int | None = None
+    real: Tensor = None  # type: ignore[assignment]  # never None: see `__post_init__`
+
+    def __post_init__(self) -> None:
+        if self.real is None:
+            object.__setattr__(self, "real", torch.tensor([not info.filler for info in self.samples]))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         return _to_device(self, device, non_blocking)

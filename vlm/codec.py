@@ -1,7 +1,7 @@
 """From a sample to tensors: the one place that knows how a system sees text and pictures.
 
-Every system makes its `Codec` in `__init__`, from configuration alone: no weights, no GPU, picklable. Data modules,
-loader workers, the planner, `predict` and the model's own count check all ask the same object.
+Every system makes its `Codec` once (`make_codec`), from configuration alone: no weights, no GPU, picklable. Data
+modules, loader workers, the planner, `predict` and the model's own count check all ask the same object.
 
 `encode` is cheap: it renders and tokenizes but decodes no picture, so every rank can encode the whole step to know its
 true token counts. `collate` decodes the pictures of one pack.
@@ -98,7 +98,8 @@ class Codec(ABC):
 
         Args:
             seed: source of the sample's own random choices; None in evaluation.
-            generate: leave out the last assistant message and end where the answer has to begin; no labels.
+            generate: leave out the last assistant message unless it is only begun, and end where the answer has to
+                begin or to go on; no labels.
 
         Raises:
             SampleError: the sample cannot be trained on (too long, no label, no image where one is needed).
@@ -131,40 +132,57 @@ def pack_rows(items: Sequence[Encoded], *, streams: Sequence[str] = ()) -> tuple
     return row(item.text for item in items), {name: row(item.rows.get(name, ()) for item in items) for name in names}
 
 
+@dataclass(frozen=True)
+class ViewStream:
+    """How images become the views of one stream.
+
+    Attributes:
+        transform: image -> float32[3, H, W], or float32[views, 3, H, W] where an image has several views.
+        grid: width, height -> (columns, rows) of an image's tiles; None: it has none.
+    """
+
+    transform: Callable[[Image.Image], Tensor]
+    grid: Callable[[int, int], tuple[int, int]] | None = None
+
+
 def read_views(
     items: Sequence[Encoded],
+    streams: Callable[..., Mapping[str, ViewStream]],
     *,
-    transform: Callable[[Image.Image], Tensor],
     augment: Callable[..., Image.Image] | None = None,
-    grid: Callable[[int, int], tuple[int, int]] | None = None,
-) -> Views | None:
-    """All pictures of a pack, decoded; None when it has none.
+) -> dict[str, Views]:
+    """All images of a pack by stream of views, each image decoded once for all of them; {} when it has none.
 
     Args:
-        transform: picture -> float32[3, H, W], or float32[views, 3, H, W] where a picture has several views.
-        augment: what happens to a picture before it in training, given `seed` and `places`.
-        grid: width, height -> (columns, rows) of a picture's tiles.
+        streams: sample, `seed` -> how its images are seen; the names are the same for every sample.
+        augment: what happens to an image before it in training, given `seed` and `places`.
     """
-    pixels, owners, sizes, counts = [], [], [], []
+    pixels: dict[str, list[Tensor]] = {}
+    grids: dict[str, list[tuple[int, int]]] = {}
+    owners, sizes = [], []
     for owner, item in enumerate(items):
+        seen = streams(item.sample, seed=item.seed)
         for index, file in enumerate(item.sample.images):
             image = file.read(item.sample)
-            sizes.append(image.size)
+            size = image.size
+            owners.append(owner)
+            sizes.append(size)
             if augment is not None and item.seed is not None:
                 image = augment(image, seed=seed_from(item.seed, index), places=item.places)
-            made = transform(image)
-            pixels.append(made if made.ndim == 4 else made[None])
-            counts.append(len(pixels[-1]))
-            owners.append(owner)
-    if not pixels:
-        return None
-    return Views(
-        pixels=torch.cat(pixels),
-        image_of_view=torch.repeat_interleave(torch.tensor(counts)),
-        sample_of_image=torch.tensor(owners),
-        grid=tuple(grid(*size) if grid is not None else (1, 1) for size in sizes),
-        size=tuple(sizes),
-    )
+            for name, stream in seen.items():
+                made = stream.transform(image)
+                pixels.setdefault(name, []).append(made if made.ndim == 4 else made[None])
+                grids.setdefault(name, []).append((1, 1) if stream.grid is None else stream.grid(*size))
+    return {
+        name: Views(
+            pixels=torch.cat(views),
+            image_of_view=torch.repeat_interleave(torch.tensor([len(of_image) for of_image in views])),
+            sample_of_image=torch.tensor(owners),
+            grid=tuple(grids[name]),
+            size=tuple(sizes),
+        )
+        for name, views in pixels.items()
+    }
 
 
 def step_counts(items: Sequence[Encoded]) -> dict[str, float]:

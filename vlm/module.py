@@ -3,14 +3,18 @@
 Shape legend: see `vlm.batch`.
 """
 
+import inspect
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from vlm.batch import EVENTS, Batch, Row
 from vlm.building.blocks import recompute_blocks
@@ -27,6 +31,7 @@ from vlm.evaluation.means import EpochMeans
 from vlm.language import Decoding, Surgery
 from vlm.language.surgery import combine
 from vlm.metrics.judges import Judges
+from vlm.moving import changing_names, check_moving, copied_names
 from vlm.sample import Sample
 from vlm.seeding import seed_from
 from vlm.stages import Stage
@@ -35,8 +40,8 @@ from vlm.stages import Stage
 class VisionLanguageModule(LightningModule):
     """Base of the systems.
 
-    A system hands its arguments to this constructor, makes `codec` from them, and says how its parts are built
-    (`build_parts`) and what a batch costs (`losses`). Everything else is here.
+    A system hands all of its arguments to this constructor, and says how they become a codec (`make_codec`), how its
+    parts are built (`build_parts`) and what a batch costs (`losses`). Everything else is here.
 
     Set by callbacks in their `setup`, or by hand, before `configure_model` runs:
 
@@ -52,6 +57,10 @@ class VisionLanguageModule(LightningModule):
         frozen_hashes: content of the frozen tensors, {name: hash}; what checkpoints refer to.
         ties: {alias: owner} of parameters that are one tensor.
         running: {term: this rank's share of the step's mean, over the micro-batches done so far}.
+        averages: {name: float32 moving average of a trained tensor}, which artefacts hold in the place of the tensor;
+            kept by the `EMA` callback, None without it.
+        epochs_done: epochs of the stage that are done when the present step begins, as in 1.25; infinite outside of
+            training, where every ramp is over. `global_step` has the steps.
     """
 
     codec: Codec
@@ -59,6 +68,13 @@ class VisionLanguageModule(LightningModule):
     """Name of the system in recipes, artefacts and converters."""
     term_weights: ClassVar[Mapping[str, float]] = {}
     """Factor on each loss term; 1 where a term is not listed."""
+    in_batch_terms: ClassVar[tuple[str, ...]] = ()
+    """Loss terms that compare the samples of a step with each other (`vlm.in_batch`)."""
+    moving: Sequence[str] = ()
+    """Patterns of the tensors that training changes without a gradient (momentum copies, queues); they are written in
+    `on_step_start` and `on_step_end` alone."""
+    copies: Mapping[str, str] = MappingProxyType({})
+    """{prefix: prefix of the tensors that those below it start as copies of, where no source has them}."""
     forward_methods: ClassVar[tuple[str, ...]] = (
         *("training_step", "validation_step", "test_step"),
         *("_generate", "_score"),
@@ -67,6 +83,10 @@ class VisionLanguageModule(LightningModule):
 
     def __init__(self, *, seed: int = 0, **arguments: Any) -> None:
         super().__init__()
+        constructors = [vars(kind)["__init__"] for kind in type(self).__mro__ if "__init__" in vars(kind)]
+        known = {name for constructor in constructors for name in inspect.signature(constructor).parameters}
+        if unknown := sorted(arguments.keys() - known):
+            raise TypeError(f"{type(self).__name__} takes no argument {unknown[0]!r}")
         self.seed = seed
         self.arguments = {**arguments, "seed": seed}
         self.stage: Stage | None = None
@@ -78,9 +98,17 @@ class VisionLanguageModule(LightningModule):
         self.frozen_hashes: dict[str, str] = {}
         self.ties: dict[str, str] = {}
         self.running: dict[str, Tensor] = {}
+        self.averages: dict[str, Tensor] | None = None
+        self.epochs_done = math.inf
+        self._next_epoch = 0
         self._total_steps: int | None = None
+        self.codec = self.make_codec()
 
     # -- what a system says
+
+    @abstractmethod
+    def make_codec(self) -> Codec:
+        """The codec, from `arguments` alone: the constructor calls it once, before those of subclasses have run."""
 
     @abstractmethod
     def build_parts(self) -> dict[str, nn.Module]:
@@ -101,6 +129,16 @@ class VisionLanguageModule(LightningModule):
     def answers(self, batch: Batch, decoding: Decoding) -> list[str]:
         """What the system says to each sample of a pack that was encoded with `generate=True`."""
         raise NotImplementedError(f"{type(self).__name__} does not answer")
+
+    def on_step_start(self) -> None:
+        """Before the first micro-batch of an optimizer step: where momentum copies move.
+
+        Moving tensors are not written in `losses`: inside the `forward_methods`, a sharded system has gathered copies
+        of its parameters, and what is written to them is lost.
+        """
+
+    def on_step_end(self) -> None:
+        """After the update of an optimizer step and before anything is saved: where queues take in its features."""
 
     # -- building
 
@@ -132,8 +170,11 @@ class VisionLanguageModule(LightningModule):
             for operation in self.surgery:
                 operation.apply(self)
         self.ties = find_ties(self)
+        moving = check_moving(self)
         if self.stage is not None:
             self.stage.set_trainable(self)
+            if both := sorted(self.trained_names() & moving):
+                raise UserError(f"stage.train: {both[0]} moves without a gradient; leave it out of the patterns")
         else:
             self.requires_grad_(False).eval()
         for part, description in self.arguments.items():
@@ -152,7 +193,11 @@ class VisionLanguageModule(LightningModule):
             sources,
             seed=self.seed,
             initialisers=initialisers(dict(self.named_children()), self.arguments),
+            copies=copied_names(self.state_dict().keys() - self.ties.keys(), self.copies),
+            moving=moving,
         )
+        # DDP would send queues from the first rank to all before each forward: every rank writes the same into its own
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, sorted(moving))
         if self.weights is not None and self.stage is None:
             check_finished(self)
         check_new(self, sources, added=dict(self.named_parameters()).keys() - plain)
@@ -161,9 +206,25 @@ class VisionLanguageModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         assert self.stage is not None, "StageTransition sets the stage before optimizers are made"
-        made = self.stage.configure_optimizers(self, total_steps=self.total_steps, finished_steps=self.finished_steps())
+        schedule, finished = self.stage.schedule, self.finished_steps()
+
+        def factor(step: int) -> float:
+            step += finished
+            # The factor at step 0 is the same for every length. Asked for its number of steps before the first one, a
+            # trainer makes the loader before it has restored where the loader stands.
+            total = schedule.total_steps or (self.total_steps() if step else 1)
+            epochs = self.trainer.max_epochs if schedule.is_per_epoch else None
+            return schedule.factor(step, total, epoch=self._next_epoch, epochs=epochs)
+
+        made = self.stage.configure_optimizers(self, factor=factor)
         if self.stage.continues is not None and not is_resuming(self):
-            restore_moments(made["optimizer"], read_artefact(self.stage.continues))
+            earlier = read_artefact(self.stage.continues)
+            if earlier.meta.get("averaged") and self.averages is None:
+                raise UserError(
+                    f"stage.continues: {earlier.folder} keeps moving averages; add callbacks.EMA, or follow it to "
+                    "start from the averages alone"
+                )
+            restore_moments(made["optimizer"], earlier)
         return made
 
     def finished_steps(self) -> int:
@@ -179,8 +240,21 @@ class VisionLanguageModule(LightningModule):
         return self._total_steps
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # by micro-batch: by global step every micro-batch of a window would draw the same dropout masks
-        torch.manual_seed(seed_from(self.seed, self.current_epoch, batch_idx, self.global_rank))
+        # by pack: by global step all packs of a step would draw the same dropout masks; counted over micro-batches and
+        # ranks, a pack draws the same ones however the packs of a step are shared
+        torch.manual_seed(
+            seed_from(self.seed, self.current_epoch, batch_idx * self.trainer.world_size + self.global_rank)
+        )
+        accumulate = self.trainer.accumulate_grad_batches
+        if batch_idx % accumulate == 0:
+            step, steps = batch_idx // accumulate, -(-int(self.trainer.num_training_batches) // accumulate)
+            self.epochs_done = self.current_epoch + step / steps
+            self._next_epoch = self.current_epoch + (step + 1 == steps)
+            self.on_step_start()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.on_step_end()  # not in `on_train_batch_end`: callbacks save in theirs, which comes first
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, terms = self._scaled_loss(batch)
@@ -263,7 +337,8 @@ class VisionLanguageModule(LightningModule):
     ) -> list[str]:
         """An answer to each sample's conversation; its last assistant message, if any, is left out.
 
-        The ranks of a sharded system call it together, each with its own samples, as many as it has.
+        One that is only begun (`Message.begun`) stays, and what comes back is what follows it. The ranks of a sharded
+        system call it together, each with its own samples, as many as it has.
         """
         chunks = chunks_in_step(self, samples, batch_size)
         return [answer for chunk in chunks for answer in self._generate(chunk, decoding or Decoding())]
@@ -291,9 +366,9 @@ class VisionLanguageModule(LightningModule):
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Resume checkpoints hold the trained tensors; frozen ones are referred to by content."""
-        trained = self.trained_names()
-        checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in trained}
+        """Resume checkpoints hold what training changes; frozen tensors are referred to by content."""
+        changing = changing_names(self)
+        checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in changing}
         checkpoint["frozen"] = dict(self.frozen_hashes)
         checkpoint["total_steps"] = self._total_steps
 
@@ -306,13 +381,18 @@ class VisionLanguageModule(LightningModule):
                 f"cannot resume: {len(changed)} frozen tensors have changed since the start, such as {changed[0]}; "
                 "put the base weights or the followed artefact back, or start in another folder"
             )
+        if ("averages" in checkpoint) != (self.averages is not None):
+            raise UserError(
+                "cannot resume: only one of the checkpoint and this run keeps moving averages; put callbacks.EMA back, "
+                "or take it out, as it was at the start"
+            )
         self._total_steps = checkpoint["total_steps"]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads a resume checkpoint: exactly the trained tensors."""
-        trained = self.trained_names()
-        if strict and state_dict.keys() != trained:
-            odd = sorted(state_dict.keys() ^ trained)
+        """Loads a resume checkpoint: exactly the tensors that training changes."""
+        changing = changing_names(self)
+        if strict and state_dict.keys() != changing:
+            odd = sorted(state_dict.keys() ^ changing)
             raise UserError(
                 f"cannot resume: checkpoint and stage train different tensors, such as {odd[0]} ({len(odd)} in all)"
             )

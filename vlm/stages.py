@@ -4,7 +4,6 @@ Parameters are named by patterns: a part (`connector`), a prefix (`language.mode
 (`vision.trunk.blocks.*.norm1.*`). A pattern that matches nothing, and a parameter matched by two, are errors.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from vlm.errors import UserError
+from vlm.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -60,37 +60,6 @@ class AdamW:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Learning-rate factor over optimizer steps.
-
-    Attributes:
-        kind: what follows the warm-up: `cosine` to `final`, `linear` to `final`, or `constant`.
-        warmup: linear warm-up from `start`: a share of all steps when below 1, else a number of steps.
-        start: factor at step 0.
-        final: factor at the last step.
-        total_steps: length when it is not the trainer's own (a phase of a longer published run).
-    """
-
-    kind: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = 0.0
-    start: float = 0.0
-    final: float = 0.0
-    total_steps: int | None = None
-
-    def factor(self, step: int, total: int) -> float:
-        """The factor for the update after `step` finished ones, out of `total`."""
-        warmup = math.ceil(self.warmup * total) if self.warmup < 1 else int(self.warmup)
-        if step < warmup:
-            return self.start + (1 - self.start) * step / warmup
-        progress = min(1.0, (step - warmup) / max(1, total - warmup))
-        if self.kind == "cosine":
-            return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
-        if self.kind == "linear":
-            return 1 - (1 - self.final) * progress
-        return 1.0
-
-
-@dataclass(frozen=True)
 class Stage:
     """One training stage.
 
@@ -118,6 +87,11 @@ class Stage:
             raise UserError(
                 "stage.continues: the schedule goes on where that stage stopped, so it needs its whole length; "
                 "set stage.schedule.total_steps, to the same number in both stages"
+            )
+        if self.continues is not None and self.schedule.is_per_epoch:
+            raise UserError(
+                f"stage.continues: epochs begin at 0 again, so schedule.kind: {self.schedule.kind} cannot go on where "
+                "that stage stopped; use a kind that goes by steps"
             )
 
     @property
@@ -187,23 +161,13 @@ class Stage:
             groups.values(), key=lambda group: (order.index(group["part"]), group["lr"], group["weight_decay"])
         )
 
-    def configure_optimizers(
-        self, module: nn.Module, *, total_steps: Callable[[], int], finished_steps: int = 0
-    ) -> dict:
+    def configure_optimizers(self, module: nn.Module, *, factor: Callable[[int], float]) -> dict:
         """AdamW over the groups and its schedule, in Lightning's form.
 
         Args:
-            total_steps: gives the trainer's number of steps. Called after the first step: asked for it earlier, a
-                trainer makes the loader before it has restored where the loader stands.
-            finished_steps: of the schedule, in the stages that this one continues.
+            factor: of the learning rates, given the number of finished steps.
         """
         optimizer = torch.optim.AdamW(self.optimizer_groups(module), betas=self.optimizer.betas, eps=self.optimizer.eps)
-
-        def factor(step: int) -> float:
-            step += finished_steps
-            # the factor at step 0 is the same for every length
-            return self.schedule.factor(step, self.schedule.total_steps or (total_steps() if step else 1))
-
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -292,7 +292,7 @@ def test_io_refuses_what_a_resume_could_not_read(tmp_path):
     with pytest.raises(UserError, match="no such checkpoint"):
         io.load_checkpoint(tmp_path / "none.ckpt")
     (tmp_path / "last").write_text("gone.ckpt\n")
-    with pytest.raises(UserError, match=r"names 'gone\.ckpt'"):
+    with pytest.raises(UserError, match=r"names the checkpoint 'gone\.ckpt'"):
         read_last(tmp_path)
 
 

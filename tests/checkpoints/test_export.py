@@ -90,6 +90,7 @@ CASES = {
         "tokenizer": replace(TOKENIZER, legacy=False, pad_token="<pad>"),
         "language": CausalLM(config={**LLAMA, "vocab_size": 32070}),
     },
+    "class token": {"vision": TimmTower("vit_large_patch14_clip_336", layer=-2, class_token=True, options=TOWER)},
     "connector alone": {"last": ("connector",), "template": "plain"},
     "tiles": {"system": llava_next, "last": ("vision", "connector", "newline", "language")},
     "tiles, mistral": {
@@ -172,7 +173,7 @@ def test_a_bfloat16_folder_says_so(tmp_path: Path) -> None:
         ({"connector": Linear()}, "always has a two-layer projector"),
         ({"connector": MLP(depth=3)}, "exactly two layers"),
         ({"system": llava_next, "merge": "flat"}, "merged 'flat'"),
-        ({"vision": TimmTower("vit_large_patch14_clip_quickgelu_336", class_token=True, options=TOWER)}, "class_token"),
+        ({"vision": TimmTower("vit_large_patch14_clip_quickgelu_336", final_norm=True, options=TOWER)}, "final_norm"),
         (
             {"vision": TimmTower("vit_base_patch16_siglip_224", options={"img_size": 28, "patch_size": 7, "depth": 2})},
             "it is no CLIP",

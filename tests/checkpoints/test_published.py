@@ -115,13 +115,13 @@ def _unfinished(folder: Path) -> None:
 
 
 WRONG = {
-    "empty folder": (lambda folder: None, ["neither stage.json nor weight files", "published LLaVA folder"]),
+    "empty folder": (lambda folder: None, ["neither stage.json nor weight files", "published folder"]),
     "notes": (lambda f: (f / "notes.txt").write_text("x"), ["neither stage.json nor weight files"]),
     "pickle": (_pickled, ["pytorch_model.bin", "could run code", "safetensors"]),
     "half a pickle": (lambda f: (f / "pytorch_model.bin").write_bytes(b"PK\x03\x04"), ["truncated", "fetch it again"]),
     "html": (lambda f: (f / "model.safetensors").write_text("<html>404</html>"), ["model.safetensors", "fetch"]),
-    "another architecture": (_plain_llama, ["no projector of LLaVA", "another system"]),
-    "a tower": (_clip, ["no projector of LLaVA"]),
+    "another architecture": (_plain_llama, ["no published folder of a system here", "another system"]),
+    "a tower": (_clip, ["no published folder of a system here"]),
     "unfinished run": (_unfinished, ["1_align", "not finished", "vlm fit"]),
 }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import vlm.recipes.catalogue
+import vlm.registry
 from vlm.errors import UserError
 from vlm.recipes import TrainingStage, load_recipe, print_systems, run_recipe, systems
 
@@ -67,7 +67,8 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "recipe.yaml").write_text(RECIPE)
     (tmp_path / "fake.py").write_text(FAKE_FIT)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(vlm.recipes.catalogue, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(vlm.registry, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(vlm.registry, "SYSTEMS", {"three": vlm.registry.System("nowhere.Three")})
     for name in ("WORLD_SIZE", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     _finish(tmp_path / "runs/other/1_base")
@@ -230,8 +231,8 @@ def test_signals_are_passed_on(recipe: Path, number: signal.Signals) -> None:
         ("1_align:", "2_finetune:", "the key '2_finetune' stands twice"),
         (
             "3_last:",
-            "3_last:\n    run: capfilt",
-            r"stages\.3_last: unknown key 'configs'; it takes needs, run, writes",
+            "3_last:\n    run: instruct",
+            r"stages\.3_last: unknown key 'configs'; it takes arguments, demo, needs, run, writes",
         ),
         ("system: three", "system: [three", "is no valid YAML"),
     ],
@@ -245,8 +246,8 @@ def test_a_wrong_recipe_is_refused(recipe: Path, old: str, new: str, message: st
 
 
 def test_an_unknown_procedure_is_refused_before_anything_starts(recipe: Path) -> None:
-    recipe.write_text(RECIPE + "  4_data: {run: capfilt, needs: [3_last], writes: filtered}\n")
-    with pytest.raises(UserError, match=r"stages\.4_data\.run: this version has no procedure 'capfilt'"):
+    recipe.write_text(RECIPE + "  4_data: {run: capfilt, needs: [3_last], writes: filtered, arguments: [x]}\n")
+    with pytest.raises(UserError, match=r"stages\.4_data\.run: there is no procedure 'capfilt'"):
         _run()
     assert not Path("calls.jsonl").exists()
 
@@ -267,7 +268,7 @@ def test_a_wrong_command_is_refused(recipe: Path, arguments: list[str], message:
 
 
 def test_an_installed_package_has_no_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vlm.recipes.catalogue, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(vlm.registry, "CONFIGS", tmp_path / "configs")
     with pytest.raises(UserError, match="an installed package"):
         run_recipe(["--recipe", "llava_1_5"])
     with pytest.raises(UserError, match="no recipes here"):

@@ -198,7 +198,7 @@ def test_the_lock_is_not_inherited_by_programs(tmp_path: Path) -> None:
         lock.release()
         start = time.monotonic()
         RunFolder(tmp_path).lock().release()
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 30
     finally:
         child.kill()
         child.wait()

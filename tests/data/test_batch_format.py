@@ -240,6 +240,25 @@ def check_row(row, streams=()):
     assert torch.equal(padded.mask, torch.arange(row.max_len) < lengths[:, None])
 
 
+def test_shared_positions_do_not_move_tokens():
+    """A rectangle knows a row's bounds alone; positions and visual tokens of a system's own go through unchanged."""
+    sequences = [
+        TokenSequence(
+            torch.arange(1, n + 1),
+            torch.full((n,), IGNORE),
+            slots={"image": torch.tensor([1, 2])},
+            positions=torch.tensor([0, 1, 1, 1, 2, 3, 4])[:n],
+            visual=visual,
+        )
+        for n, visual in ((5, torch.tensor([1])), (7, None), (4, torch.tensor([], dtype=torch.int64)))
+    ]
+    row = Row.pack(sequences, ["image"])
+    assert row.positions.tolist() == [0, 1, 1, 1, 2, 0, 1, 1, 1, 2, 3, 4, 0, 1, 1, 1]
+    assert row.visual.tolist() == [1, 6, 7]  # by default the slots
+    padded = row.padded(PAD)
+    assert [ids[mask].tolist() for ids, mask in zip(padded.ids, padded.mask, strict=True)] == segments(row)
+
+
 def check_joined(whole, left, right, samples_left):
     """`whole` is `left` and then `right`."""
     shift = len(left.ids)

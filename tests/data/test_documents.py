@@ -19,6 +19,7 @@ from vlm.batch import IGNORE, Row, TokenSequence, next_token_targets
 from vlm.codec import step_counts
 from vlm.data import BatchSpec, Grouped, PretrainingData
 from vlm.data.sources.interleave import interleave
+from vlm.data.loading.encoder import Seeds
 from vlm.data.modules.pretraining import draw_caption
 from vlm.errors import SampleError, UserError
 from vlm.functional import splice
@@ -131,7 +132,7 @@ def test_a_template_of_turns_refuses_a_document():
 def test_a_document_as_a_prompt_ends_open_and_trains_nothing():
     spans = TEMPLATE.render(document("a b").messages, generate=True)
     assert [(span.text, span.trained) for span in spans] == [("a b", False)]
-    assert draw_caption(document("a b"), 3) == document("a b")
+    assert draw_caption(document("a b"), Seeds(3, 0)) == document("a b")
 
 
 def test_documents_of_one_sample_are_sequences_of_their_own(tmp_path: Path):

@@ -15,7 +15,7 @@ from vlm.batch import IGNORE
 from vlm.codec import step_counts
 from vlm.data import BatchSpec, InstructionData, MultitaskData, PretrainingData
 from vlm.data.loading.encoder import Encoder
-from vlm.data.sampling.packs import as_filler, check_pack, balance_packs, add_fillers
+from vlm.data.sampling.packs import Packing, as_filler, check_packs, balance_packs, add_fillers
 from vlm.data.sources.base import Concat
 from vlm.data.sampling.batches import batch_draws
 from vlm.data.loading.shared_memory import from_shared, to_shared
@@ -91,28 +91,43 @@ def test_packs_are_balanced_and_lose_nothing(lengths, packs):
     assert dealt == balance_packs(list(lengths), packs)
 
 
-def test_a_pack_over_the_limit_says_what_to_raise():
-    check_pack([50, 50], 100)
-    check_pack([50, 51], None)
+@given(lengths=st.lists(st.integers(0, 500), max_size=60), packs=st.integers(1, 16), room=st.integers(0, 3))
+def test_packs_hold_no_more_samples_than_they_may(lengths, packs, room):
+    most = -(-len(lengths) // packs) + room
+    dealt = balance_packs(lengths, packs, most=most or None)
+    assert sorted(i for pack in dealt for i in pack) == list(range(len(lengths)))
+    assert max(map(len, dealt)) <= most
+
+
+def test_a_pack_over_the_limit_says_what_to_set():
+    def check(lengths, accumulate=1, training=True, **packing):
+        check_packs(lengths, Packing(100, **packing), world=2, accumulate=accumulate, training=training)
+
+    check([50, 50, 50, 50])
     with pytest.raises(
-        UserError, match=r"2 samples has 101 tokens, over max_tokens=100; raise trainer\.accumulate_grad"
+        UserError,
+        match=r"2 samples has 101 tokens, over data\.max_tokens=100; set trainer\.accumulate_grad_batches to 2",
     ):
-        check_pack([50, 51], 100)
-    with pytest.raises(UserError, match=r"a single sample has 120 tokens.*raise data\.max_tokens"):
-        check_pack([120], 100)
+        check([50, 51, 50, 51])
+    with pytest.raises(UserError, match=r"accumulate_grad_batches to 4$"):
+        check([90] * 8)
+    with pytest.raises(UserError, match=r"a single sample has 120 tokens, over data\.max_tokens=100.*raise it"):
+        check([120])
+    with pytest.raises(UserError, match=r"2 samples has 101 tokens.*lower data\.val_batch_size"):
+        check([50, 51], training=False, max_samples=2, in_order=True)
 
 
 def test_a_filler_trains_nothing_and_counts_nothing():
     items = [CODEC.encode(sample(str(n), n, image=True)) for n in (9, 3, 5)]
-    filled = add_fillers(items, 5)
-    assert [item.filler for item in filled] == [False] * 3 + [True] * 2
-    assert {item.sample.id for item in filled[3:]} == {"3"}  # the shortest costs least
-    assert (filled[3].text[0].targets == IGNORE).all()
+    filled = add_fillers([[items[0], items[2]], [items[1]], [], []])
+    assert [[item.filler for item in pack] for pack in filled] == [[False] * 2, [False], [True], [True]]
+    assert {pack[0].sample.id for pack in filled[2:]} == {"3"}  # the shortest costs least
+    assert (filled[2][0].text[0].targets == IGNORE).all()
     assert (items[1].text[0].targets != IGNORE).any()
-    assert step_counts(filled) == step_counts(items)
-    assert add_fillers(items, 2) == items
-    row = CODEC.collate([as_filler(items[0])], counts={}).text
-    assert len(row.label_positions) == 0
+    assert step_counts([item for pack in filled for item in pack]) == step_counts(items)
+    pack = CODEC.collate([items[0], as_filler(items[0])], counts={})
+    assert len(pack.text.label_positions) == int((items[0].text[0].targets != IGNORE).sum())
+    assert pack.real.tolist() == [True, False]
 
 
 # the step -----------------------------------------------------------------------------------------------------------
@@ -171,7 +186,7 @@ def test_a_sample_makes_its_choices_anew_in_each_epoch():
 def test_a_pack_over_the_limit_is_refused_by_every_rank():
     data = make(16, max_tokens=100)
     for rank in range(2):
-        with pytest.raises(UserError, match=r"raise trainer\.accumulate_grad_batches"):
+        with pytest.raises(UserError, match=r"set trainer\.accumulate_grad_batches to \d"):
             next(iter(data.train_loader(CODEC, world=2, rank=rank)))
     assert steps_of(data, 2, 4)
 

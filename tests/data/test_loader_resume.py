@@ -16,6 +16,8 @@ from vlm.metrics.judges import Judges
 class Model(L.LightningModule):
     """One weight. Notes the samples of every optimizer step."""
 
+    in_batch_terms = ()
+
     def __init__(self, crash_at=None):
         super().__init__()
         self.codec = ByteCodec()

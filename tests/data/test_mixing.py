@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import golden_json
-from tests.support.fake_codec import ByteCodec, ListSource, sample, samples
+from tests.support.fake_codec import ByteCodec, ListSource, answer, sample, samples
 from tests.data.test_loader import SPLITS, epoch_of, flat, same, steps_of
 from vlm.data import BatchSpec, InstructionData, Mixture, MultitaskData, PretrainingData, WithResolution
 from vlm.data.loading.encoder import Encoder
@@ -26,8 +26,29 @@ def sources(sizes=SIZES):
     return [samples(size, prefix=name) for name, size in sizes.items()]
 
 
-def make(*, size=8, unit="samples", row_tokens=None, cls=MultitaskData, **options):
-    return cls(sources(), batch=BatchSpec(size, unit, row_tokens), **options)
+def of_one_modality(sizes=SIZES):
+    """`c` is text alone, the others have pictures."""
+    return [
+        ListSource([sample(f"{name}{i}", 1 + 7 * i % 30, image=name != "c") for i in range(size)], name)
+        for name, size in sizes.items()
+    ]
+
+
+def open_questions():
+    """Pictures nobody has asked about yet."""
+    message = {"role": "user", "content": [{"type": "image"}]}
+    return [
+        ListSource([sample(f"a{i}", i % 9, image=True, messages=[message, _said(i)]) for i in range(40)], "a"),
+        ListSource([sample(f"b{i}", 3, image=True, messages=[message, _said(i)]) for i in range(23)], "b"),
+    ]
+
+
+def _said(i):
+    return {"role": "assistant", "content": "b" * (1 + i % 9)}
+
+
+def make(*, size=8, unit="samples", row_tokens=None, cls=MultitaskData, of=sources, **options):
+    return cls(of(), batch=BatchSpec(size, unit, row_tokens), **options)
 
 
 def steps(data, epoch=0):
@@ -66,6 +87,16 @@ MODES = {
         "row_tokens": 90,
         "mixture": Mixture(order="spread"),
     },
+    "pure sizes": {"mixture": Mixture(weights="sqrt_size"), "pure": "step", "sizes": {"b": 3}},
+    "pure sizes of tasks": {"pure": "step", "tasks": {"a": "vqa", "c": "vqa"}, "sizes": {"vqa": 5, "b": 2}},
+    "alternate": {
+        "cls": InstructionData,
+        "of": of_one_modality,
+        "mixture": Mixture(weights="sqrt_size"),
+        "alternate": 3,
+    },
+    "instructions": {"cls": InstructionData, "of": open_questions, "instructions": ["What is it?", "Tell me.", "Say"]},
+    "LLaVA's order": {"cls": InstructionData, "group_by_modality": True, "ranks": 4},
     "text share": {"cls": InstructionData, "text_share": 0.6},
     "grouped text share": {"cls": InstructionData, "text_share": 0.6, "group_by_modality": True},
     "grouped mixture": {"cls": InstructionData, "mixture": Mixture(weights="sqrt_size"), "group_by_modality": True},
@@ -276,6 +307,112 @@ def test_rows_hold_one_task_and_their_tokens(mode):
     assert counts(steps(data)) == SIZES
 
 
+# groups -------------------------------------------------------------------------------------------------------------
+
+
+def test_groups_have_steps_of_their_own_size_and_keep_their_shares():
+    """XComposer2-4KHD: pages at full resolution in batches of their own size; 1,000 steps and more."""
+    mixture = Mixture(weights={"a": 4, "b": 2, "c": 2}, epoch_size=6000)
+    options = {"mixture": mixture, "pure": "step", "tasks": {"a": "plain", "c": "plain"}, "sizes": {"b": 3}}
+    found = steps(make(**options), 1)
+    kinds = [step[0].id[0] == "b" for step in found]
+    assert all(names(step) == {"b"} or names(step) <= {"a", "c"} for step in found)
+    assert [len(step) for step in found[:-1]] == [3 if is_b else 8 for is_b in kinds[:-1]]
+    assert sum(map(len, found)) == 6000
+    assert len(found) > 1000
+    total = counts(found)
+    # a step of `b` is picked with 0.25 / 3 parts to 0.75 / 8: 8 of 17 steps
+    assert abs(sum(kinds) - len(found) * 8 / 17) < 5 * (len(found) * 8 * 9 / 17**2) ** 0.5
+    assert all(abs(total[name] / 6000 - share) < 0.03 for name, share in (("a", 0.5), ("b", 0.25), ("c", 0.25)))
+    dropped = steps(make(**options, drop_last=True), 1)
+    assert len(dropped) == len(found) - (len(found[-1]) < (3 if kinds[-1] else 8))
+
+
+def test_exact_numbers_in_steps_of_their_own_size():
+    found = steps(make(**MODES["pure sizes of tasks"]))
+    assert counts(found) == SIZES
+    assert Counter(len(step) for step in found if "b" in names(step)) == {2: 5}
+    assert Counter(len(step) for step in found if "b" not in names(step)) == {5: 10, 3: 1}  # 53 samples
+
+
+def test_pictures_and_text_alternate():
+    """InternLM-XComposer2: b samples with pictures, b + 1 of text alone; exact over 1,000 steps."""
+    mixture = Mixture(epoch_size=7000)
+    found = steps(make(**(MODES["alternate"] | {"size": 7, "mixture": mixture})), 2)
+    assert len(found) == 1000
+    assert all([bool(item.images) for item in step] == [True] * 3 + [False] * 4 for step in found)
+    total = counts(found)
+    assert total["c"] == 4000
+    assert abs(total["a"] - 2400) < 5 * (3000 * 0.8 * 0.2) ** 0.5  # in proportion to their sizes, 40 and 10
+
+
+def test_a_step_has_one_instruction():
+    """MiniGPT-4, stage 2: over 1,000 steps, on every split the same; in evaluation the first."""
+    options = MODES["instructions"] | {"size": 3, "mixture": Mixture(epoch_size=3000)}
+    data = make(**options)
+    encoder = Encoder(data.samples, CODEC, data.seed, data.preparation())
+    drawn = []
+    for number, step in enumerate(plan(data, 1)):
+        found = {answer(encoder(draw, epoch=1, step=number).sample.messages[0]) for draw in step}
+        assert len(found) == 1
+        drawn += found
+    assert len(drawn) == 1000
+    assert all(abs(count - 333) < 75 for count in Counter(drawn).values())  # five times the standard deviation
+    assert set(drawn) == set(options["instructions"])
+    encoder = Encoder(data.samples, CODEC, data.seed, data.preparation(), training=False)
+    assert {answer(encoder(i, epoch=0, step=i).sample.messages[0]) for i in range(9)} == {"What is it?"}
+    asked = make(**(MODES["instructions"] | {"of": sources}))
+    with pytest.raises(
+        UserError, match=r"sample 'a0': its question says something itself; remove that, or data\.instr"
+    ):
+        Encoder(asked.samples, CODEC, 0, asked.preparation())(0, epoch=0)
+
+
+# LLaVA-1.5's order --------------------------------------------------------------------------------------------------
+
+LLAVA_ROWS = [row for row in golden_json("llava_sampler__a", "rows.json") if row["generator_seed"] is None]
+
+
+def of_words(lengths):
+    """Samples of so many words, a picture's mark among them; with a picture where the number is above 0."""
+    return ListSource(
+        [
+            sample(
+                str(i),
+                1,
+                image=words > 0,
+                messages=[
+                    {"role": "user", "content": [{"type": "image"}] if words > 0 else "why"},
+                    {"role": "assistant", "content": " ".join(["b"] * (abs(words) - 1))},
+                ],
+            )
+            for i, words in enumerate(lengths)
+        ]
+    )
+
+
+@pytest.mark.parametrize("row", LLAVA_ROWS, ids=range(len(LLAVA_ROWS)))
+def test_llava_1_5s_order(row):
+    batch = BatchSpec(row["batch_size"] * row["world_size"])
+    options = {"batch": batch, "group_by_modality": True, "ranks": row["world_size"], "seed": row["global_seed"]}
+    data = InstructionData([of_words(row["lengths"])], **options)
+    found = plan(data)
+    assert [draw for step in found for draw in step] == row["indices"]
+    assert [len(step) for step in found[:-1]] == [batch.size] * (len(found) - 1)
+    assert sorted(draw for step in plan(data, 1) for draw in step) == sorted(row["indices"])
+    assert plan(data, 1) != found
+
+
+def test_text_alone_has_the_shortest_first_in_llava_1_5s_order():
+    """The official sampler hands its signed lengths on where no sample has a picture."""
+    lengths = [-(2 + 7 * i % 29) for i in range(24)]
+    data = InstructionData([of_words(lengths)], batch=BatchSpec(8), group_by_modality=True, ranks=2)
+    for step in plan(data):
+        for chunk in (step[:4], step[4:]):
+            words = [-lengths[draw] for draw in chunk]
+            assert words == sorted(words)
+
+
 # text share ---------------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +490,20 @@ def test_mixtures_that_cannot_work_are_refused(options, line):
         ({"resolution": {"z": "hd_55"}}, "data.resolution names ['z'], the sources are ['a', 'b', 'c']"),
         ({"cls": InstructionData, "text_share": 1.0}, "data.text_share must be at least 0 and below 1, found 1.0"),
         ({"cls": InstructionData, "text_share": 0.1, "mixture": Mixture()}, "remove one of them"),
+        ({"sizes": {"a": 4}}, "data.sizes needs data.pure: step and a batch counted in samples"),
+        ({"sizes": {"z": 4}, "pure": "step"}, "data.sizes names 'z', the tasks are a, b, c"),
+        ({"sizes": {"a": 0}, "pure": "step"}, "data.sizes: a must be at least 1, found 0"),
+        ({"cls": InstructionData, "alternate": 0}, "data.alternate must be at least 1, found 0"),
+        ({"cls": InstructionData, "alternate": 2, "text_share": 0.5}, "remove group_by_modality and text_share"),
+        ({"cls": InstructionData, "alternate": 2, "mixture": Mixture(order="spread")}, "picks sources by chance"),
+        ({"cls": InstructionData, "ranks": 4}, "data.ranks goes with data.group_by_modality: true"),
+        ({"cls": InstructionData, "ranks": 3, "group_by_modality": True}, "data.ranks=3 must share data.batch.size=8"),
+        (
+            {"cls": InstructionData, "ranks": 4, "group_by_modality": True, "mixture": Mixture()},
+            "data.ranks takes the sources as they are",
+        ),
+        ({"cls": InstructionData, "instructions": ["Say", " "]}, "data.instructions: one is empty"),
+        ({"cls": InstructionData, "instructions": ["Say"], "unit": "tokens"}, "need a batch counted in samples"),
         (
             {"cls": InstructionData, "group_by_modality": True, "mixture": Mixture(order="spread")},
             "remove it or data.mixture.order: spread",
@@ -374,6 +525,13 @@ def test_sources_that_cannot_be_told_apart_or_are_empty_are_refused():
         Mixture(weights={"a": 1, "b": 1}).shares({"a": 3, "b": 0})
     with pytest.raises(UserError, match=r"data\.mixture leaves no sample"):
         Mixture(repeats={"a": 0.1, "b": 0.1}).shares({"a": 3, "b": 2})
+
+
+def test_sources_that_cannot_alternate_are_refused():
+    with pytest.raises(UserError, match=r"source 'a' has samples with and without pictures; split it in two"):
+        make(cls=InstructionData, alternate=2).draws(0)
+    with pytest.raises(UserError, match=r"needs sources with pictures and sources of text alone, each with a share"):
+        make(cls=InstructionData, alternate=2, of=open_questions).draws(0)
 
 
 def test_what_one_kind_of_data_does_the_others_refuse():

@@ -74,6 +74,12 @@ def test_packed_attention_refuses_what_it_would_get_wrong() -> None:
     q = torch.zeros(2, 1, 4, 8)
     with pytest.raises(ValueError, match="cu_seqlens"):
         packed_attention(nn.Identity(), q, q, q, None)
+    q, bounds = q[:1], torch.tensor([0, 4])
+    with pytest.raises(ValueError, match="together"):
+        packed_attention(nn.Identity(), q, q, q, None, cu_seqlens=bounds, max_len=4, cu_seqlens_k=bounds)
+    for wrong in ({"cu_seqlens_k": bounds, "max_len_k": 4}, {"sliding_window": 2, "is_causal": False}):
+        with pytest.raises(ValueError, match="causal"):
+            packed_attention(nn.Identity(), q, q, q, None, cu_seqlens=bounds, max_len=4, **wrong)
 
 
 def test_language_errors_name_the_key(tmp_path) -> None:

@@ -345,6 +345,8 @@ def test_what_cannot_be_told_is_refused() -> None:
     language = Holder(LLAMA, PartialLoRA(rank=2)).language
     with pytest.raises(ValueError, match="takes `layer_inputs`"):
         language(input_ids=torch.tensor([[1, 2]]), use_cache=False)
+    with pytest.raises(ValueError, match="was told nothing"):
+        language.model.layers[0].mlp.up_proj(torch.zeros(1, 32))
     changed, ids = Holder(LLAMA, CrossAttention(context=8, width=8, heads=2)).language, torch.tensor([1, 2])
     row, embeds = Row.pack([TokenSequence(ids, ids)]), changed.get_input_embeddings()(ids)
     with pytest.raises(ValueError, match="takes a context"):

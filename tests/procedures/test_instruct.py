@@ -395,7 +395,7 @@ def test_waiting_ends_when_the_work_ends() -> None:
     start = time.monotonic()
     with pytest.raises(Exception):  # noqa: B017
         clock.sleep(60)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
 
 
 # -- MiniGPT-4's curation

@@ -81,6 +81,27 @@ def test_the_end_of_a_prompt_is_kept_and_that_of_a_training_text_is_not() -> Non
     assert "USER: <image>\nRead. ASSISTANT:" in written("vicuna_v1", [message("user", "Read.\n<image>")])
 
 
+@pytest.mark.parametrize(
+    ("text", "trained", "asked_as"),
+    [
+        ("Look at <image> and count", "Look at  and count", "Look at  and count"),
+        ("Look at<image>and count", "Look atand count", "Look atand count"),
+        ("<image>  Look \n", "Look", "Look \n"),
+        ("Look \n<image>", "Look", "Look"),
+        (" Look \n <image> \n", "Look", "Look \n  \n"),
+    ],
+)
+def test_only_the_mark_goes_where_an_image_stood(text: str, trained: str, asked_as: str) -> None:
+    """`preprocess_multimodal` takes the mark out of the text, strips the whole and writes the image before it."""
+    assert trained == text.replace("<image>", "").strip()
+    messages = [message("user", text), message("assistant", "a")]
+    spans = template("vicuna_v1").render(messages)
+    assert spans[-2] == TextSpan(f"\n{trained} ASSISTANT:")
+    assert f"USER: <image>\n{asked_as} ASSISTANT:" in written("vicuna_v1", messages)
+    several = written("vicuna_v1", [message("user", "Left <image> and right <image> differ?")])
+    assert "USER: Image 1:<image>\nImage 2:<image>\nLeft  and right  differ? ASSISTANT:" in several
+
+
 def test_the_last_marked_prompt_is_drawn() -> None:
     assert find_prompt("Here: <h>a cat</h>, or <h>a dog</h>.") == "a dog"
     assert find_prompt("no picture") is None

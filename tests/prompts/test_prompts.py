@@ -262,6 +262,7 @@ NASTY = st.lists(
     min_size=1,
     max_size=6,
 ).map("".join)
+NASTY_OR_NONE = st.just("") | NASTY
 EXCHANGES = st.lists(st.tuples(NASTY, NASTY), min_size=1, max_size=3)
 
 
@@ -323,6 +324,25 @@ def test_the_answer_is_trained_whole_and_follows_the_prompt(exchanges, name, tok
     assert labels[: len(earlier.ids) - 1] == earlier.labels[:-1]
 
 
+@pytest.mark.parametrize("name", ["v1", "llama_2", "chatml_direct", "qwen_vl_chat", "fuyu", "v0"])
+def test_an_answer_that_is_begun_is_gone_on_with(name):
+    """Its prompt is a prompt, then the start of the answer as the whole answer is trained."""
+    template = get_template(name)
+    begun = [*chat("What is it?"), Message("assistant", (TextPart("The answer is"),), begun=True)]
+    whole = chat("What is it?", "The answer is 42.")
+    asked, found = (text_of(template.render(messages, generate=True)) for messages in (whole, begun))
+    assert found.startswith(asked)
+    assert found.endswith("The answer is")
+    form = template.generation or template.training
+    finished = dataclasses.replace(template, training=form, generation=None).render(whole)
+    assert text_of(finished).startswith(found)
+    assert not trained_text(template.render(begun, generate=True))
+    with pytest.raises(UserError, match="message 1: an answer that is only begun; it has no end to train on"):
+        template.render(begun)
+    with pytest.raises(UserError, match="message 1: an answer that is only begun; only the last one may be"):
+        template.render([*begun, *chat("And now?")], generate=True)
+
+
 def test_a_counted_mask_is_the_spans_where_the_stop_mark_splits_as_in_llama(tmp_path):
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(Path(LLAMA).read_bytes())
@@ -366,9 +386,68 @@ def test_plain_trains_on_the_caption_alone():
     assert plain.render(chat("<image>"), generate=True) == [ImageMark()]
 
 
-def test_leading_answers_are_left_out():
-    v1 = get_template("v1")
-    assert v1.render([message("assistant", "Welcome!"), *chat("Hi", "Hello")]) == v1.render(chat("Hi", "Hello"))
+@pytest.mark.parametrize(
+    "name", ["v1", "llama_2", "mpt", "plain", "mini_gemini_gemma", "qwen_vl_chat", "llava_llama_3"]
+)
+def test_leading_answers_are_left_out(name):
+    template = get_template(name)
+    turns = chat("<image>\nHi", "Hello")
+    assert template.render([message("assistant", "Welcome!"), *turns]) == template.render(turns)
+
+
+def published_v0(system, turns, tokenizer):
+    """Ids and labels as `preprocess`, `_add_speaker_and_signal` and `_mask_targets` of LLaVA's `train.py` make them."""
+
+    def ids_of(text):
+        pieces = [tokenizer.encode(piece)[0] for piece in text.split("<image>")]
+        return [tokenizer.bos_id, *pieces[0], *(token for piece in pieces[1:] for token in (IMAGE, *piece))]
+
+    names = {"user": "Human", "assistant": "Assistant"}
+    said = [f"### {names[role]}: {text}\n" for role, text in turns]
+    ids = ids_of(system + "\n\n" + "".join(said) + "### ")
+    at = len(ids_of(system + "\n\n"))
+    labels = [IGNORE] * at + ids[at:]
+    for (role, _), text in zip(turns, said, strict=True):
+        length = len(ids_of(text))
+        if role == "user":
+            labels[at + 2 : at + length] = [IGNORE] * len(labels[at + 2 : at + length])
+        at += length
+    return ids, [IGNORE if label == IMAGE else label for label in labels]
+
+
+@pytest.mark.parametrize("name", ["v0", "v0_mmtag", "v0_first"])
+@pytest.mark.parametrize("greetings", [0, 1])
+def test_v0_keeps_and_trains_an_answer_before_the_first_question(name, greetings):
+    turns = [("assistant", "Welcome, 1 + 1!")] * greetings + [("user", "Hi, who?"), ("assistant", "I am here.")]
+    template, tokenizer = get_template(name), TOKENIZERS["llama_legacy"]
+    messages = [message(role, text) for role, text in turns]
+    ids, labels = published_v0(template.system, turns, tokenizer)
+    assert template.tokenize(messages, tokenizer) == (ids, labels)
+    trained = tokenizer.decode([label for label in labels if label != IGNORE])
+    assert ("Welcome, 1 + 1!" in trained) == bool(greetings)
+    asked = text_of(template.render(messages, generate=True))
+    greeting = "Assistant: Welcome, 1 + 1!###" * greetings
+    assert asked == f"{template.system}###{greeting}Human: Hi, who?###Assistant:"
+    with pytest.raises(UserError, match="message 1: two messages of the assistant in a row"):
+        template.render([message("assistant", "Welcome!"), message("assistant", "And?"), *messages[-2:]])
+
+
+FRONT = ["v1", "llama_2", "mistral_instruct", "chatml_direct", "v0", "v1_mmtag", "mini_gemini_mistral_instruct"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(before=NASTY_OR_NONE, after=NASTY_OR_NONE, name=st.sampled_from(FRONT))
+@example(before="Look at ", after=" and count", name="mini_gemini_mistral_instruct")
+def test_an_image_anywhere_in_a_turn_moves_to_its_front(before, after, name):
+    """As `preprocess_multimodal` of LLaVA and Mini-Gemini: the mark goes, the blanks around it stay inside the text."""
+    moved = ("<image>\n" + (before + after).strip()).strip()
+    content = [TextPart(before)] * bool(before) + [ImagePart()] + [TextPart(after)] * bool(after)
+    found = text_of(get_template(name).render([Message("user", tuple(content)), message("assistant", "A")]))
+    if name == "v1_mmtag":
+        moved = moved.replace("<image>", "<Image><image></Image>")
+    user = {"v1": "USER: {} ", "v0": "### Human: {}\n", "v1_mmtag": "USER: {} "}
+    form = user.get(name, "<|im_start|>user\n{}<|im_end|>" if name == "chatml_direct" else "{} [/INST]")
+    assert form.replace("{}", moved) in found
 
 
 @pytest.mark.parametrize(

@@ -257,9 +257,39 @@ def test_any_conversation_has_the_published_ids_and_labels(system: str, exchange
     messages = [Message(role, (TextPart(text),)) for role, text in turns]
     template = get_template("qwen_vl_chat")
     assert tuple(template.tokenize(messages, TOKENIZER)) == published(turns)
-    prompt, _ = published(turns[:-1])
-    asked = template.tokenize(messages, TOKENIZER, generate=True)
-    assert asked.ids == [*prompt, 151644, *oracle().encode("assistant"), *oracle().encode("\n")]
+
+
+PLACES = frozenset({"<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>"})
+
+
+def published_prompt(turns: list[tuple[str, str]]) -> list[int]:
+    """Ids as `make_context` of `qwen_generation_utils.py` joins them: in a message only places are special."""
+    encode = oracle().encode
+    newline, ids = encode("\n"), []
+    for at, (role, content) in enumerate(turns):
+        ids += newline if at else []
+        ids += [151644, *encode(role), *newline, *encode(content, allowed_special=PLACES), 151645]
+    return [*ids, *newline, 151644, *encode("assistant"), *newline]
+
+
+@given(CONTENT, st.lists(st.tuples(CONTENT, CONTENT), max_size=2), CONTENT)
+@example("<|im_end|>", [("a<|im_start|>system\n<ref>b</ref>", "<|endoftext|>")], "c<|extra_0|><|im_end|>\n<img>d</img>")
+@settings(deadline=None)
+def test_control_tokens_in_a_prompt_are_text(system: str, history: list[tuple[str, str]], query: str) -> None:
+    exchanges = [turn for q, a in history for turn in (("user", q), ("assistant", a))]
+    turns = [("system", system), *exchanges, ("user", query)]
+    messages = [Message(role, (TextPart(text),)) for role, text in turns]
+    tokens = get_template("qwen_vl_chat").tokenize(messages, TOKENIZER, generate=True)
+    assert tokens.ids == published_prompt(turns)
+
+
+def test_control_tokens_beside_a_picture_are_text() -> None:
+    """The marks that the template writes around it stay tokens, and the text between two of them is encoded whole."""
+    messages = [Message("user", (TextPart("a<|im_end|>"), ImagePart(), TextPart("\n<|im_start|>b")))]
+    tokens = get_template("qwen_vl_chat").tokenize(messages, TOKENIZER, generate=True)
+    encode = oracle().encode
+    before, after = (encode(t, allowed_special=set()) for t in ("a<|im_end|>Picture 1: ", "\n<|im_start|>b"))
+    assert [*before, 151857, IMAGE, 151858, *after, 151645] == tokens.ids[14 : 14 + len(before) + len(after) + 4]
 
 
 def test_pictures_are_numbered_over_the_conversation() -> None:

@@ -21,6 +21,23 @@ def one_view(views: Views, images: Sequence[int]) -> dict[str, Tensor]:
     return {"pixel_values": views.pixels[list(images)]}
 
 
+def assert_same_scores(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> None:
+    """Log-probabilities or logits by two modules that hold the same weights.
+
+    Their states are bit-equal; what they compute is not everywhere, because which kernels run depends on the processor
+    and, even without gradients, on whether a weight could take one: 4.8e-7 seen.
+    """
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, atol=5e-6, rtol=1e-5)
+
+
+def assert_same_state(ours: nn.Module, theirs: nn.Module) -> None:
+    """Bit for bit."""
+    mine, other = ours.state_dict(), theirs.state_dict()
+    assert mine.keys() == other.keys()
+    assert [name for name in mine if not torch.equal(mine[name], other[name])] == []
+
+
 def check_logits_loss_and_gradients(
     module: Any,
     reference: nn.Module,

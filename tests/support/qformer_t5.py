@@ -2,72 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutput
 
 from vlm.batch import IGNORE, Batch, Row, TokenSequence
-from vlm.codec import Codec, Encoded, pack_rows, read_views
-from vlm.connectors import Linear
+from vlm.codec import Codec, Encoded, ViewStream, pack_rows, read_views
+from vlm.connectors import Linear, QFormer
 from vlm.functional import splice
 from vlm.language import Decoding
+from vlm.language.generation import DecoderPrompt, generate
 from vlm.functional import token_loss, zero_from
 from vlm.module import VisionLanguageModule
 from vlm.prompts.tokenizer import Tokenizer
 from vlm.sample import Sample, TextPart
 from vlm.seeding import seed_from
-from vlm.vision import TimmTower
+from vlm.vision import TimmTower, TowerFacts
 from vlm.vision.preprocess import ImageTransform
-
-
-class Attention(nn.Module):
-    def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.query, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.key, self.value = nn.Linear(context_dim, dim), nn.Linear(context_dim, dim)
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        parts = (self.query(x), self.key(context), self.value(context))
-        query, key, value = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
-        return self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
-
-
-class Block(nn.Module):
-    """Among the queries, from queries to picture, each query on its own; normalised after each, as in BERT."""
-
-    def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.attention, self.cross = Attention(dim, dim, num_heads), Attention(dim, context_dim, num_heads)
-        self.up, self.down = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
-
-    def forward(self, x: Tensor, features: Tensor) -> Tensor:
-        x = self.norms[0](x + self.attention(x, x))
-        x = self.norms[1](x + self.cross(x, features))
-        return self.norms[2](x + self.down(F.gelu(self.up(x))))
-
-
-class QFormer(nn.Module):
-    """features float[V, P, D] -> float[V, Q, dim]."""
-
-    def __init__(self, num_queries: int, dim: int, context_dim: int, *, depth: int = 2, num_heads: int = 4) -> None:
-        super().__init__()
-        self.queries = nn.Parameter(torch.empty(num_queries, dim))
-        self.layers = nn.ModuleList(Block(dim, context_dim, num_heads) for _ in range(depth))
-
-    def initialise_new(self) -> None:
-        nn.init.normal_(self.queries, std=0.02)
-
-    def forward(self, features: Tensor) -> Tensor:
-        x = self.queries.expand(len(features), -1, -1)
-        for layer in self.layers:
-            x = layer(x, features)
-        return x
 
 
 @dataclass(frozen=True)
@@ -125,9 +79,9 @@ class QFormerT5Codec(Codec):
 
     def collate(self, items: Sequence[Encoded], *, counts: Mapping[str, float], packs: int = 1) -> Batch:
         text, rows = pack_rows(items, streams=["image"])
-        views = read_views(items, transform=self.transform)
+        views = read_views(items, lambda sample, seed: {"image": ViewStream(self.transform)})
         infos = tuple(item.info() for item in items)
-        return Batch(text, rows, {"image": views} if views else {}, infos, dict(counts), packs=packs)
+        return Batch(text, rows, views, infos, dict(counts), packs=packs)
 
     def normalization(self, stream: str) -> tuple[Sequence[float], Sequence[float]]:
         return self.transform.mean, self.transform.std
@@ -137,7 +91,7 @@ class QFormerT5Codec(Codec):
 
 
 class QFormerT5(VisionLanguageModule):
-    """pixels -> tower -> norm -> Q-Former -> linear -> spliced into the encoder's row -> T5 -> label positions."""
+    """pixels -> tower -> Q-Former -> linear -> spliced into the encoder's row -> T5 -> label positions."""
 
     system = "qformer_t5"
 
@@ -145,31 +99,36 @@ class QFormerT5(VisionLanguageModule):
         self,
         *,
         vision: TimmTower,
+        qformer: QFormer,
         connector: Linear,
         language: T5,
         tokenizer: Tokenizer,
-        num_queries: int = 4,
         split_prefix: bool = False,
         seed: int = 0,
     ) -> None:
-        kept = {"tokenizer": tokenizer, "num_queries": num_queries, "split_prefix": split_prefix, "seed": seed}
-        super().__init__(vision=vision, connector=connector, language=language, **kept)
-        self.tower = vision.facts()
-        self.codec = QFormerT5Codec(tokenizer, num_queries, self.tower.image_size, split_prefix=split_prefix)
+        kept = {"tokenizer": tokenizer, "split_prefix": split_prefix, "seed": seed}
+        super().__init__(vision=vision, qformer=qformer, connector=connector, language=language, **kept)
+
+    @cached_property
+    def tower(self) -> TowerFacts:
+        return self.arguments["vision"].facts()
+
+    def make_codec(self) -> QFormerT5Codec:
+        tokenizer, qformer, split = (self.arguments[n] for n in ("tokenizer", "qformer", "split_prefix"))
+        return QFormerT5Codec(tokenizer, qformer.num_queries, self.tower.image_size, split_prefix=split)
 
     def build_parts(self) -> dict[str, nn.Module]:
         language = self.arguments["language"].build()
         return {
             "vision": self.arguments["vision"].build(),
-            "norm": nn.LayerNorm(self.tower.dim),
-            "qformer": QFormer(self.arguments["num_queries"], 16, self.tower.dim),
-            "connector": self.arguments["connector"].build(16, language.config.d_model),
+            "qformer": self.arguments["qformer"].build(self.tower.dim),
+            "connector": self.arguments["connector"].build(self.arguments["qformer"].dim, language.config.d_model),
             "language": language,
         }
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         features = self.vision(pixels.to(self.qformer.queries.dtype))
-        return self.connector(self.qformer(self.norm(features))).flatten(0, 1)
+        return self.connector(self.qformer(features)).flatten(0, 1)
 
     def image_features(self, batch: Batch) -> Tensor:
         if "image" in batch.views:
@@ -177,7 +136,7 @@ class QFormerT5(VisionLanguageModule):
         if batch.counts["images"]:  # another rank has one
             size = self.tower.image_size
             return self.encode_images(torch.zeros(1, 3, size, size, device=batch.text.ids.device))[:0]
-        idle = (self.vision, self.norm, self.qformer, self.connector)
+        idle = (self.vision, self.qformer, self.connector)
         unused = zero_from(parameter for part in idle for parameter in part.parameters())
         return torch.zeros(0, self.language.config.d_model, device=batch.text.ids.device) + unused
 
@@ -205,13 +164,14 @@ class QFormerT5(VisionLanguageModule):
     def answers(self, batch: Batch, decoding: Decoding) -> list[str]:
         encoded, mask = self.encode(batch)
         tokenizer = self.codec.tokenizer
-        config = decoding.transformers_config(eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-        config.decoder_start_token_id = tokenizer.pad_id
-        ids = self.language.generate(
-            encoder_outputs=BaseModelOutput(encoded),
-            attention_mask=mask,
-            generation_config=config,
-            logits_processor=decoding.processors([seed_from(decoding.seed, s.id) for s in batch.samples]),
-            synced_gpus=self.is_sharded,
+        start = torch.tensor([tokenizer.pad_id], device=encoded.device)
+        answers = generate(
+            self.language,
+            [DecoderPrompt(features[real], start) for features, real in zip(encoded, mask, strict=True)],
+            decoding=decoding,
+            seeds=[seed_from(decoding.seed, sample.id) for sample in batch.samples],
+            end_ids=[tokenizer.eos_id],
+            pad_id=tokenizer.pad_id,
+            synced=self.is_sharded,
         )
-        return [self.codec.decode(row[1:]) for row in ids.tolist()]
+        return [self.codec.decode(ids) for ids in answers]

@@ -15,7 +15,7 @@ from tests.conftest import GOLDEN
 from tests.support.cog import TinyCog
 from tests.support.qformer_t5 import T5, QFormerT5
 from vlm.codec import step_counts
-from vlm.connectors import MLP, Downsample, Linear, Resampler
+from vlm.connectors import MLP, Downsample, Linear, QFormer, Resampler
 from vlm.language import CausalLM, CrossAttention, PartialLoRA, Surgery, VisualExpert
 from vlm.language.causal_lm import batched_attention
 from vlm.language.layer_inputs import LayerInputs
@@ -153,6 +153,7 @@ def qformer_t5(**changes: Any) -> QFormerT5:
     """4 tokens per picture in the encoder's row."""
     arguments = {
         "vision": TimmTower("vit_large_patch14_clip_quickgelu_336", layer=-2, options=TOWER),
+        "qformer": QFormer(dim=16, num_layers=2, num_heads=4, mlp_dim=32, num_queries=4, dropout=0.0),
         "connector": Linear(),
         "language": T5(T5_CONFIG),
         "tokenizer": TOKENIZER,
@@ -279,10 +280,12 @@ CROSS_ATTENTION = names(
     "language.model.layers.{0,1}.post_cross_attention_layernorm.weight",
 )
 QFORMER = names(
-    "{norm,connector}.{weight,bias}",
+    "connector.{weight,bias}",
     "qformer.queries",
-    "qformer.layers.{0,1}.{attention,cross}.{query,key,value,out}.{weight,bias}",
-    "qformer.layers.{0,1}.{up,down,norms.0,norms.1,norms.2}.{weight,bias}",
+    "qformer.{feature_norm,embeddings.norm}.{weight,bias}",
+    "qformer.layers.{0,1}.attention.{query,key,value,dense,norm}.{weight,bias}",
+    "qformer.layers.0.cross_attention.{query,key,value,dense,norm}.{weight,bias}",
+    "qformer.layers.{0,1}.query_mlp.{fc1,fc2,norm}.{weight,bias}",
 )
 T5_DECODER = names(
     "language.decoder.block.{0,1}.layer.{0.SelfAttention,1.EncDecAttention}.{q,k,v,o}.weight",
@@ -293,7 +296,7 @@ T5_DECODER = names(
 )
 T5_ALIASES = ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
 RATE = Trained(lr=1e-2)
-BRIDGE = {"norm": RATE, "qformer": RATE, "connector": RATE}
+BRIDGE = {"qformer": RATE, "connector": RATE}
 LINEAR = names("connector.{weight,bias}")
 LLAVA_STAGES = {  # without new tokens (tests/systems/test_llava.py has those); 2_science_qa trains what 2_chat does
     "1_align": TinyStage({"connector": RATE}, LINEAR),

@@ -21,6 +21,7 @@ from torch.nn.utils import parameters_to_vector
 import vlm
 from callbacks import StageTransition
 from callbacks.stage_transition import write_stage
+from tests.support.parity import assert_same_scores
 from tests.support.ranks import run_ranks
 from tests.support.systems import RATE, SYSTEMS, build, make, picture, samples
 from tests.support.training import ListSource, Recorder, trainer, weights
@@ -33,7 +34,8 @@ from vlm.language import Decoding
 from vlm.building.instantiate import describe
 from vlm.module import VisionLanguageModule
 from vlm.sample import ImagePart, Message, Sample, TextPart
-from vlm.stages import AdamW, InitFrom, Schedule, Stage, Trained
+from vlm.schedules import Schedule
+from vlm.stages import AdamW, InitFrom, Stage, Trained
 
 pytestmark = [
     pytest.mark.parametrize("name", SYSTEMS),
@@ -271,7 +273,7 @@ def test_a_stage_starts_where_the_one_before_it_ended(name: str, tmp_path: Path)
             inherited = [n for n in earlier.trained if not parts or any(n.startswith(f"{part}.") for part in parts)]
             assert inherited
             assert_equal({n: now[n] for n in inherited}, {n: before["values"][n] for n in inherited})
-            assert loss == before["loss"]
+            assert loss == pytest.approx(before["loss"], rel=1e-6)
         disturb(module, module.trained_names())
         previous = str(tmp_path / str(number))
         write_stage(Path(previous), module, global_step=1)
@@ -295,7 +297,7 @@ def test_artefact_round_trip_of_every_trained_set(name: str, tmp_path: Path) -> 
         assert not any(child.training for child in loaded.modules())
         batch = collate(module, pool)
         with torch.no_grad():
-            assert torch.equal(loaded.label_logits(batch), module.label_logits(batch))
+            assert_same_scores([loaded.label_logits(batch)], [module.label_logits(batch)])
         stored = json.loads((folder / "stage.json").read_text())
         assert {tensor.split(".")[0] for tensor in stored["tensors"]} == set(chosen)
         assert stored["surgery"] == describe(list(SYSTEMS[name].surgery))
@@ -383,6 +385,8 @@ def test_answers_do_not_depend_on_the_batch(name: str, decoding: Decoding, tmp_p
     disturb(module, module.trained_names())
     lengths = [module.codec.encode(sample, generate=True).num_tokens for sample in asked]
     assert max(lengths) > 5 * min(lengths)
+    # texts can be compared: the best two tokens lie 4e-4 apart and more, noise of 1e-5 on every score changes no answer
+    # of any search, and that of processors and batches is 5e-6
     alone = [module.generate([sample], decoding=decoding)[0] for sample in asked]
     assert len(set(alone)) > 2
     assert module.generate(asked, decoding=decoding) == alone

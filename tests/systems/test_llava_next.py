@@ -23,8 +23,8 @@ from vlm.building.network import empty_weights
 from vlm.commands.convert import convert
 from vlm.checkpoints.tables.llava import LAYOUTS, llava_table
 from vlm.checkpoints.published.llava_config import read_config
-from vlm.checkpoints.published.open import chat_settings
-from vlm.checkpoints.published.llava_reading import Model
+from vlm.checkpoints.published.llava_family import LLaVANextFamily
+from vlm.checkpoints.published.llava_reading import OpenedLlava
 from vlm.commands.check_data.parts import parts_of
 from vlm.data import BatchSpec, ChatJson, InstructionData
 from vlm.errors import UserError
@@ -119,7 +119,7 @@ def test_converted_checkpoints_are_bit_equal_and_compute_the_same(tmp_path: Path
             image_sizes=torch.tensor([(height, width)]),
         ).logits[0, batch.text.label_positions, :32000]
         torch.testing.assert_close(module.label_logits(batch), theirs, atol=2e-5, rtol=1e-4)
-    with pytest.raises(UserError, match="image_newline, but llava_1_5 has none"):
+    with pytest.raises(UserError, match="has the image_newline, but llava_1_5 has none"):
         convert(tmp_path / "hf", tmp_path / "x", system="llava_1_5", target_layout="ours")
 
 
@@ -200,8 +200,10 @@ def test_a_released_folder_is_talked_to_as_it_was_trained(
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(content[layout]))
     config = read_config(tmp_path, LAYOUTS[layout], connector="mlp2x_gelu")
-    class_path, arguments = chat_settings(Model("llava_next", config, {}, lambda: (), tmp_path, {}))
-    assert (class_path, arguments["template"]) == ("vlm.systems.LLaVANext", template)
+    opened = OpenedLlava({}, lambda: (), "llava_next", config, tmp_path, {})
+    shutil.copyfile(GOLDEN / "_shared" / "llama_sp_tokenizer.model", tmp_path / "tokenizer.model")
+    found = LLaVANextFamily().describe(opened)
+    assert (found["class_path"], found["init_args"]["template"]) == ("vlm.systems.LLaVANext", template)
 
 
 def test_one_view_is_llava_1_5(tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ import torch
 
 import vlm
 from callbacks import StageTransition
+from tests.support.parity import assert_same_scores, assert_same_state
 from tests.support.systems import SYSTEMS, TOKENIZER, build, make, qformer_t5, samples
 from tests.support.training import ListSource, trainer
 from vlm.batch import IGNORE
 from vlm.data import BatchSpec, InstructionData
-from vlm.stages import InitFrom, Schedule
+from vlm.schedules import Schedule
+from vlm.stages import InitFrom
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 
@@ -29,7 +31,8 @@ def test_two_stages_learn(tmp_path: Path) -> None:
         previous = str(folder / "artefact")
         loaded = vlm.load(folder)
         losses.append(sum(-scores.sum().item() for scores in loaded.score(pool)))
-        assert [torch.equal(*pair) for pair in zip(loaded.score(pool), module.score(pool), strict=True)] == [True] * 8
+        assert_same_state(loaded, module)
+        assert_same_scores(loaded.score(pool), module.score(pool))
     assert losses[0] > losses[1] > losses[2]
 
 

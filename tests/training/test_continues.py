@@ -67,6 +67,29 @@ def test_two_phases_are_one_stage(phases: Phases) -> None:
     assert all(value == 8 for name, value in theirs.items() if name.endswith("/step"))
 
 
+def test_two_phases_carry_averages_and_weights(phases: Phases, capfd: pytest.CaptureFixture[str]) -> None:
+    keep = "--stage.keep_optimizer=true"
+    phases.overlay["trainer"]["callbacks"] = [{"class_path": "callbacks.EMA", "init_args": {"decay": 0.9}}]
+    assert phases.train("whole", 8, keep) == 0
+    assert phases.train("a", 3, keep) == 0
+    continues = f"--stage.continues={phases.artefact('a')}"
+    assert phases.train("b", 5, keep, continues) == 0
+    stages = [read_artefact(phases.artefact(run)) for run in ("whole", "b")]
+    averages, others = (dict(stage.items()) for stage in stages)
+    states = [dict(stage.moments.items()) for stage in stages]
+    for expected, found in ((averages, others), states):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                found[name], value, atol=2e-4, rtol=2e-3, msg=lambda text, name=name: f"{name}: {text}"
+            )
+    name = "connector.0.weight"
+    assert (states[0][f"{name}/weight"] - averages[name]).abs().max() > 1e-2, "two states, not one"
+    phases.overlay["trainer"]["callbacks"] = None
+    assert phases.train("c", 5, continues) == 2
+    assert "keeps moving averages; add callbacks.EMA" in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_phases_on_any_devices(phases: Phases) -> None:
     """Sharded moments are gathered when a stage ends and cut again when the next one begins."""

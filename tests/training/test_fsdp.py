@@ -21,7 +21,8 @@ import vlm.checkpoints.files.weights
 from callbacks import MixedPrecisionFSDP
 from callbacks.stage_transition import write_stage
 from tests.support.ranks import run_ranks
-from tests.support.systems import LLAMA, SYSTEMS, TOKENIZER, llava_1_5, make, samples
+from tests.support.cog import TinyCog
+from tests.support.systems import LLAMA, SYSTEMS, TOKENIZER, cog, make, samples
 from tests.support.training import ListSource, Recorder, full, packs, trainer, weights
 from vlm.batch import Batch
 from vlm.checkpoints.resume.pointer import read_last
@@ -33,7 +34,6 @@ from vlm.errors import UserError
 from vlm.language import CausalLM, Decoding, NewTokens
 from vlm.module import VisionLanguageModule
 from vlm.stages import Stage, Trained
-from vlm.systems import LLaVA15
 
 MIXED = (
     ((0, 3), (2,), (5, 1), (2, 4)),
@@ -42,8 +42,8 @@ MIXED = (
 )
 
 
-class Asking(LLaVA15):
-    """Answers questions in the middle of a validation step."""
+class Asking(TinyCog):
+    """Answers questions in the middle of a validation step; its layers are told all there is."""
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.asked = ask(self, Path(self.trainer.default_root_dir))
@@ -67,8 +67,9 @@ def build(case: str) -> VisionLanguageModule:
         module.surgery = [NewTokens()]
         return module
     assert case == "asking"
-    module = Asking(**llava_1_5().arguments)
-    module.stage = Stage("test", SYSTEMS["llava_1_5"].last.train)
+    module = Asking(**cog().arguments)
+    module.surgery = list(SYSTEMS["cog"].surgery)
+    module.stage = Stage("test", SYSTEMS["cog"].last.train)
     return module
 
 
@@ -328,7 +329,7 @@ def _write(folder: Path, out: Path, case: str, fsdp: str | None) -> dict[str, Te
     return module.frozen_hashes
 
 
-@pytest.mark.parametrize("case", ["tied", "partial_lora", "new tokens"])
+@pytest.mark.parametrize("case", ["tied", "partial_lora", "cog", "new tokens"])
 def test_the_first_artefact_is_that_of_one_process(case: str, tmp_path: Path) -> None:
     """What a network starts from does not depend on the ranks, nor on the dtype it computes in."""
     samples(tmp_path)

@@ -27,4 +27,4 @@ def test_every_rank_answers_and_the_first_error_ends_them_all() -> None:
     start = time.monotonic()
     with pytest.raises(UserError, match="rank 1 has no data"):
         run_ranks(_one_fails, 2)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 45

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
 from vlm.errors import UserError
-from vlm.stages import Schedule, Stage, Trained
+from vlm.schedules import Schedule
+from vlm.stages import Stage, Trained
 
 
 class Network(nn.Module):
@@ -85,6 +86,61 @@ def test_cosine_equals_the_published_trainer() -> None:
     schedule = Schedule("cosine", warmup=0.03)
     for step in range(total):
         assert schedule.factor(step, total) == pytest.approx(reference.lr_lambdas[0](step), abs=1e-12)
+
+
+def official(kind: str, epoch: int, index: int, *, steps: int, epochs: int) -> float:
+    """Learning rate at step `index` of an epoch, as the published loops set it: numbers of BLIP, LAVIS, MiniGPT-4."""
+    step = epoch * steps + index
+    if kind == "blip pretraining":  # 1e-6 -> 3e-4 over 30 steps in epoch 0, then 0.9 per epoch, not below 1e-6
+        warm = min(3e-4, 1e-6 + (3e-4 - 1e-6) * index / 30)
+        return warm if epoch == 0 and index < 30 else max(1e-6, 3e-4 * 0.9**epoch)
+    if kind == "blip fine-tuning":  # cosine per epoch to 0
+        return (1e-5 - 0.0) * 0.5 * (1 + math.cos(math.pi * epoch / epochs)) + 0.0
+    if kind == "lavis":  # warm-up by step in epoch 0 alone, then cosine per epoch
+        if epoch == 0:
+            return min(1e-4, 1e-6 + (1e-4 - 1e-6) * index / 20)
+        return (1e-4 - 1e-5) * 0.5 * (1 + math.cos(math.pi * epoch / epochs)) + 1e-5
+    assert kind == "minigpt-4"  # both by step, the cosine over all steps
+    if step < 50:
+        return min(1e-4, 1e-6 + (1e-4 - 1e-6) * step / 50)
+    return (1e-4 - 8e-5) * 0.5 * (1 + math.cos(math.pi * step / (epochs * steps))) + 8e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak", "schedule"),
+    [
+        ("blip pretraining", 3e-4, Schedule("staircase", warmup=30, start=1 / 300, final=1 / 300, decay=0.9)),
+        ("blip fine-tuning", 1e-5, Schedule("cosine_per_epoch")),
+        ("lavis", 1e-4, Schedule("cosine_per_epoch", warmup=20, start=0.01, final=0.1)),
+        ("minigpt-4", 1e-4, Schedule("cosine", warmup=50, start=0.01, final=0.8, from_start=True)),
+    ],
+)
+def test_rates_of_the_published_loops(kind: str, peak: float, schedule: Schedule) -> None:
+    steps, epochs = 40, 60  # so many that the staircase reaches its floor
+    for epoch in range(epochs):
+        for index in range(steps):
+            expected = official(kind, epoch, index, steps=steps, epochs=epochs)
+            found = schedule.factor(epoch * steps + index, steps * epochs, epoch=epoch, epochs=epochs)
+            assert peak * found == pytest.approx(expected, rel=1e-12), (epoch, index)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"kind": "staircase"}, "stage.schedule.decay belongs to kind: staircase, which needs it"),
+        ({"decay": 0.9}, "found kind: cosine"),
+        ({"kind": "cosine_per_epoch", "from_start": True}, "from_start is for kind: cosine or linear"),
+    ],
+)
+def test_schedules_that_say_nothing(mistake: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Schedule(**mistake)
+
+
+def test_epochs_do_not_continue() -> None:
+    schedule = Schedule("staircase", decay=0.9, total_steps=8)
+    with pytest.raises(UserError, match=r"stage\.continues: epochs begin at 0 again"):
+        Stage("s", {"connector": Trained(1.0)}, continues="a", schedule=schedule)
 
 
 def test_linear_and_constant() -> None:

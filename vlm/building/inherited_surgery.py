@@ -5,13 +5,13 @@ from typing import Any
 
 from vlm.building.instantiate import instantiate
 from vlm.checkpoints.artefact import Artefact, read_artefact
-from vlm.checkpoints.published.open import is_artefact
+from vlm.checkpoints.published.open import describe_published, is_artefact
 from vlm.language import Surgery
 from vlm.stages import matches
 
 
 def inherited_surgery(module: Any) -> list[tuple[str, Surgery]]:
-    """(artefact, what was done there) of everything a module's weights come from.
+    """(artefact or published folder, what was done there) of everything a module's weights come from.
 
     Of an artefact of which a stage takes some parts, what changes those.
 
@@ -19,7 +19,9 @@ def inherited_surgery(module: Any) -> list[tuple[str, Surgery]]:
         module: its parts built, before any surgery.
     """
     if module.weights is not None:
-        return _surgery_of(module, read_artefact(module.weights), {}) if is_artefact(module.weights) else []
+        if is_artefact(module.weights):
+            return _surgery_of(module, read_artefact(module.weights), {})
+        return [(module.weights, operation) for operation in instantiate(describe_published(module.weights).surgery)]
     follows = module.stage.sources if module.stage is not None else ()
     return [found for follow in follows for found in _surgery_of(module, read_artefact(follow.artefact), follow.parts)]
 

@@ -5,8 +5,9 @@ devices nor the way it is sharded: weights are streamed from files one at a time
 a generator seeded by (seed, name) before each rank keeps its part.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -90,7 +91,13 @@ def initialisers(parts: Mapping[str, nn.Module], descriptions: Mapping[str, Any]
 
 @torch.no_grad()
 def load_or_init(
-    module: nn.Module, sources: Sequence[WeightSource], *, seed: int, initialisers: Mapping[str, Initialiser]
+    module: nn.Module,
+    sources: Sequence[WeightSource],
+    *,
+    seed: int,
+    initialisers: Mapping[str, Initialiser],
+    copies: Mapping[str, str] = MappingProxyType({}),
+    moving: Collection[str] = (),
 ) -> tuple[LoadReport, dict[str, str]]:
     """Fills every parameter and persistent buffer of `module` exactly once.
 
@@ -99,6 +106,8 @@ def load_or_init(
         sources: where several provide a tensor, the last one wins.
         seed: of the new tensors, together with their names.
         initialisers: per part (first component of a name), how its new tensors are drawn.
+        copies: {tensor: the tensor whose value it takes when no source has its own}.
+        moving: tensors without gradients that are not frozen; buffers among them are drawn like parameters.
 
     Returns:
         What was loaded, and the content hash of every frozen tensor.
@@ -109,6 +118,7 @@ def load_or_init(
     tensors = dict(module.state_dict(keep_vars=True))
     aliases = find_ties(module)
     provider = {name: source for source in sources for name in source.names}
+    copied = {name: origin for name, origin in copies.items() if name not in provider}
     report, hashes = LoadReport(), {}
     for source in sources:
         report.dropped += source.dropped
@@ -138,7 +148,7 @@ def load_or_init(
             else:
                 report.resized[name] = Resized(old, tuple(value.shape), method)
             report.sources[source.label] = report.sources.get(source.label, 0) + 1
-            if not target.requires_grad:
+            if not target.requires_grad and name not in moving:
                 hashes[name] = hash_tensor(value.to(target.dtype))
             wanted.discard(name)
         if wanted:
@@ -148,16 +158,23 @@ def load_or_init(
                 raise UserError(f"{source.label}: {alias} and {owner} differ, but the network holds them as one tensor")
     for path, child in module.named_modules():
         prefix = f"{path}." if path else ""
-        own = {n: p for n, p in child.named_parameters(recurse=False) if prefix + n not in aliases}
-        new = [n for n in own if prefix + n not in provider]
+        own: dict[str, Tensor] = {
+            **{n: p for n, p in child.named_parameters(recurse=False) if prefix + n not in aliases},
+            **{n: buffer for n, buffer in child.named_buffers(recurse=False) if prefix + n in moving},
+        }
+        new = [n for n in own if prefix + n not in provider and prefix + n not in copied]
         if not new:
             continue
         values = _draw(child, own, initialisers[path.split(".")[0]], seed_from(seed, path))
         for name in new:
             assign(own[name], values[name])
             report.new.append(prefix + name)
-            if not own[name].requires_grad:
+            if not own[name].requires_grad and prefix + name not in moving:
                 hashes[prefix + name] = hash_tensor(values[name])
+    for name, origin in copied.items():
+        assert name in moving or tensors[name].requires_grad, f"{name} is a copy that nothing changes"
+        tensors[name].copy_(tensors[origin])  # of sharded ones each rank copies its part
+    report.copied = sorted(copied)
     return report, hashes
 
 
@@ -177,18 +194,23 @@ def _adopted(module: nn.Module, name: str, value: Tensor) -> tuple[Tensor, str |
     return value, None
 
 
-def _draw(module: nn.Module, own: Mapping[str, nn.Parameter], initialise: Initialiser, seed: int) -> dict[str, Tensor]:
+def _draw(module: nn.Module, own: Mapping[str, Tensor], initialise: Initialiser, seed: int) -> dict[str, Tensor]:
     """New full tensors for `module`, drawn on the CPU whatever the module's device and sharding."""
-    kept = dict(module._parameters)
-    blank = {name: torch.full(p.shape, torch.nan, dtype=torch.float32, device="cpu") for name, p in own.items()}
-    module._parameters.update({name: nn.Parameter(value, requires_grad=False) for name, value in blank.items()})
+    parameters, buffers = dict(module._parameters), dict(module._buffers)
+    for name, tensor in own.items():
+        blank = torch.full(tensor.shape, torch.nan, dtype=torch.float32, device="cpu")
+        if name in parameters:
+            module._parameters[name] = nn.Parameter(blank, requires_grad=False)
+        else:
+            module._buffers[name] = blank
     try:
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             initialise(module)
         # some architectures draw a layer's tensors from the layer above it, which is never asked to here
-        forgotten = [name for name in own if module.get_parameter(name).isnan().any()]
+        forgotten = [name for name in own if getattr(module, name).isnan().any()]
         assert not forgotten, f"nothing draws {forgotten} of {type(module).__name__}"
-        return {name: module.get_parameter(name).detach().to(p.dtype) for name, p in own.items()}
+        return {name: getattr(module, name).detach().to(tensor.dtype) for name, tensor in own.items()}
     finally:
-        module._parameters.update(kept)
+        module._parameters.update(parameters)
+        module._buffers.update(buffers)

@@ -7,9 +7,12 @@ from typing import Any
 from vlm.checkpoints.artefact import Artefact, read_artefact
 from vlm.checkpoints.files.locate import preview
 from vlm.checkpoints.files.weights import WeightFiles, WeightSource, fingerprint_of
+from vlm.checkpoints.published.base_entries import check_base
 from vlm.checkpoints.published.open import is_artefact, published_source
+from vlm.checkpoints.resume.moments import WEIGHT
 from vlm.checkpoints.tables.base import read_same_names
 from vlm.errors import UserError
+from vlm.moving import changing_names
 from vlm.stages import InitFrom, matches
 
 DRAWN = "drawn from seed"
@@ -30,13 +33,25 @@ def weight_sources(module: Any) -> list[WeightSource]:
     if module.stage is None:
         return sources
     resuming = is_resuming(module)
-    trained = module.trained_names() if resuming else set()
+    changing = changing_names(module) if resuming else set()
     for follow in module.stage.sources:
         ours = {name for name in module.state_dict() if any(matches(part, name) for part in follow.parts)}
-        if resuming and follow.parts and ours <= trained:
+        if resuming and follow.parts and ours <= changing:
             continue  # the checkpoint holds all of it, newer
         sources += followed_sources(follow, covers=not resuming)
+    if module.stage.continues is not None and not resuming:
+        sources += _weights_behind_averages(read_artefact(module.stage.continues), module.trained_names())
     return sources
+
+
+def _weights_behind_averages(artefact: Artefact, trained: Collection[str]) -> list[WeightSource]:
+    """What training goes on with where an artefact holds moving averages; what it now leaves frozen stays averaged."""
+    if not artefact.meta.get("averaged"):
+        return []
+    files = artefact.moments
+    entries = {name: f"{name}/{WEIGHT}" for name in artefact.meta["trained"] if name in trained}
+    label = f"weights that {artefact.meta['stage']} averaged ({artefact.folder})"
+    return [WeightSource(label, frozenset(entries), lambda: ((n, files.get(entry)) for n, entry in entries.items()))]
 
 
 def is_resuming(module: Any) -> bool:
@@ -47,8 +62,10 @@ def is_resuming(module: Any) -> bool:
 
 def base_source(part: str, description: Any, network: Any) -> WeightSource:
     """The published weights of one part, under our names, as its description reads them."""
+    files = WeightFiles(description.weights)
+    check_base(part, files.folder, network)
     read_base = getattr(description, "read_base", read_same_names)
-    base = read_base(network, WeightFiles(description.weights))
+    base = read_base(network, files)
     return WeightSource(
         f"base weights of {part} ({description.weights})",
         frozenset(f"{part}.{name}" for name in base.names),

@@ -42,6 +42,7 @@ META_KEYS = {
     "model": "{class_path, init_args} that builds the network",
     "surgery": "list of what was done to it, in order",
     "trained": "names of the parameters the stage trained",
+    "averaged": "whether these are moving averages; the moments then come with what training goes on with",
     "frozen": "part -> {source, fingerprint}: tensors that are not in this folder",
     "ties": "alias -> owner: one tensor under two names, stored once",
     "follows": "list of {path, fingerprint, parts, leave_out} of the artefacts it started from",

@@ -23,6 +23,7 @@ class LoadReport:
         loaded: taken as they were.
         resized: taken in another shape.
         new: in the network and in no source: freshly initialised.
+        copied: in no source either, and begun as a copy of another tensor of the network.
         dropped: in the source and left out on purpose.
         carried: in the source, never computed with, kept for writing back.
         sources: per source, how many tensors came from it.
@@ -32,6 +33,7 @@ class LoadReport:
     loaded: list[str] = field(default_factory=list)
     resized: dict[str, Resized] = field(default_factory=dict)
     new: list[str] = field(default_factory=list)
+    copied: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     carried: list[str] = field(default_factory=list)
     sources: dict[str, int] = field(default_factory=dict)
@@ -43,6 +45,7 @@ class LoadReport:
             "loaded": self.loaded,
             "resized": self.resized,
             "new": self.new,
+            "copied": self.copied,
             "dropped": self.dropped,
             "carried": self.carried,
         }

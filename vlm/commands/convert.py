@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm.errors import UserError
+from vlm.registry import published_systems
 
 if TYPE_CHECKING:
+    from vlm.checkpoints.published.family import Family
     from vlm.checkpoints.report import LoadReport
 
 TARGETS = ("official", "hf", "ours")
-SYSTEMS = ("llava", "llava_1_5", "llava_next", "mini_gemini", "vila", "fuyu", "qwen_vl")
 
 
 def main(argv: list[str]) -> int:
@@ -24,7 +25,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="vlm convert", description="Convert a checkpoint between layouts.")
     parser.add_argument("src", help="folder or hub id of a published checkpoint, or the artefact folder of a stage")
     parser.add_argument("dst", type=Path, help="folder to write; must not exist")
-    parser.add_argument("--system", required=True, choices=SYSTEMS, help="which system it is")
+    parser.add_argument("--system", required=True, choices=published_systems(), help="which system it is")
     parser.add_argument("--to", required=True, choices=TARGETS, help="layout to write")
     parser.add_argument("--from", dest="source", default="auto", choices=("auto", *TARGETS), help="layout of SRC")
     parser.add_argument("--template", help="how the model is talked to (vlm.prompts); default: that of the system")
@@ -64,7 +65,7 @@ def convert(
     Args:
         src: folder, file or hub id.
         dst: folder that does not exist yet; it is complete or not there.
-        system: one of `SYSTEMS`.
+        system: one with published folders (`vlm.registry`).
         target_layout: `official`, `hf` or `ours` (the artefact of a stage).
         source_layout: the same names, or `auto`.
         vision: where the CLIP tower lies when the source has none and the target needs it; by default where the
@@ -79,26 +80,36 @@ def convert(
     dst = Path(dst)
     if dst.exists():
         raise UserError(f"{dst}: exists already; remove it or give another folder")
-    from vlm.building.instantiate import instantiate
-    from vlm.checkpoints.artefact import STAGE_FILE, read_artefact
-    from vlm.checkpoints.published.family import FAMILIES
-    from vlm.checkpoints.published.llava_reading import open_checkpoint
-    from vlm.checkpoints.published.llava_writing import write_checkpoint
-    from vlm.commands.convert_family import convert_family
-    from vlm.language.surgery import refuse_changed
+    from vlm.checkpoints.artefact import STAGE_FILE
+    from vlm.checkpoints.files.atomic import atomic_directory
+    from vlm.checkpoints.published.family import get_family
+    from vlm.loading import load
     from vlm.prompts import get_template
 
     if template is not None:
         get_template(template)
         if target_layout != "ours":
             raise UserError(f"--template {template}: only our artefacts say how a model is talked to; use --to ours")
-    if system in FAMILIES:
-        if vision is not None or base is not None:
-            raise UserError(f"{system}: is published whole; leave out --vision and --base")
-        return convert_family(
-            src, dst, system=system, target_layout=target_layout, source_layout=source_layout, template=template
-        )
-    if (Path(src) / STAGE_FILE).is_file():
-        refuse_changed(instantiate(read_artefact(src).meta["surgery"]), src)
-    model = open_checkpoint(src, system=system, layout=source_layout, vision=vision, target=target_layout, base=base)
-    return write_checkpoint(dst, model, target=target_layout, template=template)
+    family = get_family(system)
+    if target_layout != "ours" and target_layout not in family.layouts:
+        known = " or ".join(f"--to {name}" for name in (*family.layouts, "ours"))
+        raise UserError(f"{system}: no class or layout {target_layout!r} is published for it; use {known}")
+    if source_layout == "ours" or (source_layout == "auto" and (Path(src) / STAGE_FILE).exists()):
+        if base is not None:
+            raise UserError(f"{src}: is an artefact of ours, and only published weights are deltas; leave out --base")
+        refuse_surgery(family, src)
+        opened = family.open_artefact(src, target=target_layout, vision=vision, load=load)
+    else:
+        opened = family.open(src, layout=source_layout, target=target_layout, vision=vision, base=base)
+    with atomic_directory(dst) as folder:
+        return family.fill(folder, opened, target=target_layout, template=template)
+
+
+def refuse_surgery(family: "Family", artefact: str | Path) -> None:
+    """Refuses an artefact that was changed in a way that its system's published folders have no place for."""
+    from vlm.building.instantiate import instantiate
+    from vlm.checkpoints.artefact import read_artefact
+    from vlm.language.surgery import refuse_changed
+
+    if not family.holds_surgery:
+        refuse_changed(instantiate(read_artefact(artefact).meta["surgery"]), artefact)

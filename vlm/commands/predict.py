@@ -42,6 +42,8 @@ def main(arguments: list[str]) -> int:
     if len(answered) == len(questions):
         print(f"{options.out}: all {len(questions)} questions are answered already")
         return 0
+    from vlm.loading import open_system
+
     module = open_system(options.weights, device=options.device, dtype=options.dtype)
     return _run(module, questions, answered, decoding, options)
 
@@ -118,33 +120,6 @@ def _line(question: Question, answer: str) -> dict[str, Any]:
 
 def _key(line: dict[str, Any]) -> str:
     return json.dumps([line["id"], line["image"], line["prompt"]])
-
-
-def open_system(weights: str, *, device: str | None = None, dtype: str | None = None) -> Any:
-    """A finished system, ready to answer.
-
-    Args:
-        weights: what `--weights` takes.
-        device: cuda where there is one, by default.
-        dtype: one of `DTYPES`, for the weights; None leaves them as they are.
-
-    Raises:
-        UserError: what `vlm.load` raises, or no such device.
-    """
-    import torch
-
-    from vlm.loading import load
-
-    module = load(weights)
-    if module.weights != weights:
-        print(f"weights: {module.weights}", file=sys.stderr)
-    if dtype is not None:
-        for parameter in module.parameters():  # not the buffers: rotary tables lose positions when they are rounded
-            parameter.data = parameter.data.to(getattr(torch, dtype))
-    try:
-        return module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}; leave it out") from error
 
 
 def _run(

@@ -73,7 +73,7 @@ def look_at(part: Part, index: int, *, epoch: int) -> RenderedSample:
     batch = codec.collate([item], counts=step_counts([item]))
     sample = part.samples[index]
     if encoder.prepare is not None and item.seed is not None:
-        sample = encoder.prepare(sample, item.seed)
+        sample = encoder.prepare(sample, encoder.seeds(index, epoch=epoch))
     tokenizer: Any = getattr(codec, "tokenizer", None)  # not every codec has one kind of token
     sequences = [("", s) for s in item.text] + [(name, s) for name, row in item.rows.items() for s in row]
     rows = (

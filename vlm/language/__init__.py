@@ -2,6 +2,7 @@ from vlm.language.adapters import PeftAdapter
 from vlm.language.causal_lm import CausalLM, LanguagePart
 from vlm.language.cross_attention import CrossAttention
 from vlm.language.generation import Decoding
+from vlm.language.med import Med
 from vlm.language.partial_lora import PartialLoRA
 from vlm.language.surgery import Surgery
 from vlm.language.tokens import NewTokens
@@ -12,6 +13,7 @@ __all__ = [
     "CrossAttention",
     "Decoding",
     "LanguagePart",
+    "Med",
     "NewTokens",
     "PartialLoRA",
     "PeftAdapter",

@@ -145,8 +145,8 @@ def _attend_one_sequence(
     length = query.shape[2]
     if key.shape[2] == 0:
         return query * (key.sum() + value.sum())  # zeros, and a gradient of zero for all three
-    windowed = sliding_window is not None and length > sliding_window
-    if softcap is None and not windowed:
+    window = sliding_window if sliding_window is not None and length > sliding_window else None
+    if softcap is None and window is None:
         return F.scaled_dot_product_attention(
             query,
             key,
@@ -164,7 +164,7 @@ def _attend_one_sequence(
     if causal:
         position = torch.arange(length, device=query.device)
         distance = position[:, None] - position[None, :]
-        hidden = (distance < 0) | (distance >= sliding_window) if windowed else distance < 0
+        hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
         scores = scores.masked_fill(hidden, float("-inf"))
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return F.dropout(weights, dropout) @ value

@@ -146,9 +146,11 @@ def label_logits(language: PreTrainedModel, embeds: Tensor, row: Row, inputs: La
 
 @contextmanager
 def batched_attention(language: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model attends over padded batches with a cache (for generation) instead of over packed rows."""
-    language.config._attn_implementation = "sdpa" if language._supports_sdpa else "eager"
+    """Inside, a model of packed rows attends over padded batches with a cache instead (for generation)."""
+    before = language.config._attn_implementation
+    if before == PACKED:
+        language.config._attn_implementation = "sdpa" if language._supports_sdpa else "eager"
     try:
         yield
     finally:
-        language.config._attn_implementation = PACKED
+        language.config._attn_implementation = before

@@ -96,7 +96,9 @@ class ContextAttention(nn.Module):
             cu_seqlens = steps * max_len
         found, _ = packed_attention(
             self,
-            *(self._split_heads(tensor) for tensor in (query, key, value)),
+            self._split_heads(query),
+            self._split_heads(key),
+            self._split_heads(value),
             None,
             cu_seqlens=cu_seqlens,
             max_len=max_len,

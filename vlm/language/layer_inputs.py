@@ -176,6 +176,19 @@ class InformedLinear(nn.Linear):
     def inform(self, inputs: LayerInputs | None) -> None:
         self.inputs = inputs
 
+    @property
+    def told(self) -> LayerInputs:
+        """Its inputs.
+
+        Raises:
+            ValueError: no layer has told it; what surgery added would be left out in silence.
+        """
+        if self.inputs is None:
+            raise ValueError(
+                f"{type(self).__name__} was told nothing about its tokens; it runs inside of a layer that does"
+            )
+        return self.inputs
+
 
 @contextmanager
 def informing(layer: nn.Module, inputs: LayerInputs | None) -> Iterator[None]:
@@ -203,7 +216,7 @@ def extend(module: nn.Module, subclass: Callable[[type], type]) -> None:
     module.__class__.__name__ = base.__name__
 
 
-def take_inputs(decoder: nn.Module) -> None:
+def take_inputs(decoder: Any) -> None:
     """Makes a stack (`decoder.layers`) take `layer_inputs`, or find them in the cache, and each of its layers too."""
     for module, subclass in ((decoder, _informed_decoder), *((layer, _informed_layer) for layer in decoder.layers)):
         if not getattr(type(module), "takes_inputs", False):

@@ -46,7 +46,7 @@ class PartialLoRA(Surgery):
 
     def apply(self, module: nn.Module) -> None:
         decoders: set[str] = set()
-        downs: dict[str, Down] = {}
+        downs: dict[str, Down] = {}  # by what shares them
         for name, linear in targeted_linears(module, self.targets, operation=self).items():
             parent, _, leaf = name.rpartition(".")
             found = re.match(r"(.*?)\.layers\.\d+", name)
@@ -83,10 +83,10 @@ class PartialLoRALinear(InformedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """float[..., in] -> float[..., out]."""
         out = super().forward(x)
-        if self.inputs is None or self.inputs.visual is None:
+        if (visual := self.told.visual) is None:
             return out
         update = self.Plora_B(self.down(x)) * self.scale
-        return out.flatten(0, -2).index_add(0, self.inputs.visual, update.to(out.dtype)).view_as(out)
+        return out.flatten(0, -2).index_add(0, visual, update.to(out.dtype)).view_as(out)
 
 
 class Down(InformedLinear):
@@ -103,10 +103,9 @@ class Down(InformedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """float[..., in] -> float[K, rank]."""
-        assert self.inputs is not None
-        assert self.inputs.visual is not None
         if self._last is None or self._last[0] is not x:
-            visual = x.flatten(0, -2).index_select(0, self.inputs.visual)
+            assert self.told.visual is not None
+            visual = x.flatten(0, -2).index_select(0, self.told.visual)
             self._last = x, super().forward(F.dropout(visual, self.dropout, self.training))
         return self._last[1]
 

@@ -72,8 +72,8 @@ class ExpertLinear(InformedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """float[..., in] -> float[..., out]."""
-        inputs = self.inputs
-        if inputs is None or inputs.visual is None:
+        inputs = self.told
+        if inputs.visual is None:
             return super().forward(x)
         assert inputs.is_sorted
         tokens = x.flatten(0, -2)

@@ -1,6 +1,6 @@
 """Whether tensors that nothing trains are still what they were."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from random import Random
 
 import torch
@@ -17,14 +17,18 @@ class FrozenTensors:
 
     A checksum is the exact sum of a tensor's bits as integers: one pass on the device, the same in any order. Of a
     sharded tensor every rank sums its own part.
+
+    Args:
+        moving: names of tensors without gradients that are meant to change.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, moving: Collection[str] = ()) -> None:
         training = {path: child.training for path, child in module.named_modules()}
         self.tensors: dict[str, Tensor] = {
             name: tensor
             for name, tensor in module.state_dict(keep_vars=True).items()
             if not tensor.requires_grad
+            and name not in moving
             and (isinstance(tensor, nn.Parameter) or not training.get(name.rpartition(".")[0], True))
         }
         self._sums = {name: checksum(tensor) for name, tensor in self.tensors.items()}

@@ -73,7 +73,8 @@ def main(arguments: list[str]) -> int:
         description="Keeps captions so that frequent noun phrases do not outweigh others.",
     )
     parser.add_argument("src", help="JSON list or JSONL of records with a caption")
-    parser.add_argument("dst", help="file to write; must not exist. A name in .jsonl gives JSONL")
+    parser.add_argument("dst", help="file to write. A name in .jsonl gives JSONL")
+    parser.add_argument("--replace", action="store_true", help="write over an older file; without, it must not exist")
     parser.add_argument("--min_frequency", type=int, default=3, help="pass over rarer phrases (default %(default)s)")
     parser.add_argument("--cap", type=int, default=100, help="captions drawn per phrase (default %(default)s)")
     parser.add_argument("--caption_key", default="caption", help="where a record has its caption (default %(default)s)")
@@ -93,7 +94,7 @@ def main(arguments: list[str]) -> int:
     chosen = select(
         extractor.phrases(file.captions()), min_frequency=options.min_frequency, cap=options.cap, seed=options.seed
     )
-    write_records(options.dst, (file[index] for index in chosen.kept))
+    write_records(options.dst, (file[index] for index in chosen.kept), replace=options.replace)
     share = len(chosen.kept) / chosen.num_captions
     print(f"{options.dst}: {len(chosen.kept)} of {chosen.num_captions} captions ({share:.1%})")
     print(

@@ -206,8 +206,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _ask(options: argparse.Namespace) -> Answer:
-    from vlm.commands.predict import open_system
     from vlm.language import Decoding
+    from vlm.loading import open_system
     from vlm.prompts.mini_gemini import asked
     from vlm.sample import ImageFile, parse_sample
 

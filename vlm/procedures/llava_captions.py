@@ -53,12 +53,15 @@ def main(arguments: list[str]) -> int:
         prog="vlm run llava-captions", description="Captions as LLaVA's conversations of one turn."
     )
     parser.add_argument("src", help="JSON list or JSONL of records with 'image' and a caption")
-    parser.add_argument("dst", help="file to write; must not exist. A name in .jsonl gives JSONL")
+    parser.add_argument("dst", help="file to write. A name in .jsonl gives JSONL")
+    parser.add_argument("--replace", action="store_true", help="write over an older file; without, it must not exist")
     parser.add_argument("--caption_key", default="caption", help="where a record has its caption (default %(default)s)")
     parser.add_argument("--requests", choices=("brief", "detailed"), default="brief", help="(default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     file = CaptionFile(options.src, key=options.caption_key)
-    count = write_records(options.dst, conversations(file, kind=options.requests, seed=options.seed))
+    count = write_records(
+        options.dst, conversations(file, kind=options.requests, seed=options.seed), replace=options.replace
+    )
     print(f"{options.dst}: {count} conversations")
     return 0

@@ -49,7 +49,9 @@ class DocumentTemplate(Template):
 
 
 def _unmarked(span: Span) -> Span:
-    return TextSpan(span.text.replace("<image>", "<IMAGE>"), span.trained) if isinstance(span, TextSpan) else span
+    return (
+        dataclasses.replace(span, text=span.text.replace("<image>", "<IMAGE>")) if isinstance(span, TextSpan) else span
+    )
 
 
 DOCUMENTS = DocumentTemplate(

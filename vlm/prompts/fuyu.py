@@ -57,7 +57,7 @@ class FuyuTokenizer(HubTokenizer):
         if not self.added_tokens:
             shutil.copyfile(self._file, Path(folder) / "tokenizer.json")
 
-    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode(self, text: str, *, literal: Sequence[tuple[int, int]] = ()) -> tuple[list[int], list[tuple[int, int]]]:
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         end = 0

@@ -53,6 +53,10 @@ _CONVERSATION = """
     {%- if not loop.first -%}{{- raise_exception('a system message may only come first') -}}{%- endif -%}
     {%- set state.system = joined(message.content) -%}
   {%- elif message.role == 'assistant' and state.turn == 0 -%}
+    {%- if KEEPS_GREETING -%}
+      {{- (OPENING if state.system else BARE) + ANSWER_BEFORE + (joined(message.content) TRIM) + ANSWER_AFTER -}}
+      {%- set state.turn = 2 -%}
+    {%- endif -%}
   {%- elif message.role != ('assistant' if state.turn % 2 else 'user') -%}
     {{- raise_exception('user and assistant have to take turns') -}}
   {%- else -%}
@@ -105,6 +109,7 @@ def _conversation(template: Template, form: Form, *, generate: bool) -> str:
         "BETWEEN": _quoted(form.between),
         "USER_BEFORE": _quoted(user_before),
         "USER_AFTER": _quoted(user_after),
+        "KEEPS_GREETING": "true" if template.keeps_greeting else "false",
         "SPOKEN": _spoken(template, generate=generate),
         "ANSWER_BEFORE": _quoted(answer_before),
         "ANSWER_AFTER": _quoted(answer_after),

@@ -31,16 +31,19 @@ class TurnCountedTemplate(Template):
     `tokenize(template.render(messages), tokenizer)` lays the spans themselves, without that drift.
     """
 
+    keeps_greeting: bool = True  # these alone: the other published functions skip a first turn that is not the user's
+
     def tokenize(self, messages: Sequence[Message], tokenizer: Tokenizer, *, generate: bool = False) -> Tokenized:
         ids, labels = super().tokenize(messages, tokenizer, generate=generate)
         if generate:
             return Tokenized(ids, labels)
         opening, *turns, _ = self.turns(messages)
+        roles = [message.role for message in messages if message.role != "system"]
         start = len(tokenize(opening, tokenizer).ids)
         labels = [IGNORE if at < start or token == IMAGE else token for at, token in enumerate(ids)]
-        for turn, spans in enumerate(turns):
+        for role, spans in zip(roles, turns, strict=True):
             end = start + len(tokenize(spans, tokenizer).ids)
-            if turn % 2 == 0:  # the user's
+            if role == "user":
                 for at in range(start + 2, min(end, len(ids))):
                     labels[at] = IGNORE
             start = end

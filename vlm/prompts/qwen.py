@@ -60,7 +60,14 @@ _CHAT = Form(
     image="Picture {n}: <img>{}</img>\n",
     place="listed",
 )
-_CHAT_PROMPT = replace(_CHAT, assistant=_CUE)
+
+
+def _literal(form: tuple[TextSpan, ...]) -> tuple[TextSpan, ...]:
+    return tuple(replace(span, literal="{}" in span.text) for span in form)
+
+
+# `make_context` lets no message end its own turn; training does
+_CHAT_PROMPT = replace(_CHAT, opening=_literal(_OPENING), user=_literal(_TURN), assistant=_literal(_CUE))
 _CHAT_TEMPLATE = Template(
     "qwen_vl_chat",
     system="You are a helpful assistant.",

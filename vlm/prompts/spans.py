@@ -11,11 +11,13 @@ class TextSpan:
 
     Attributes:
         apart: tokenized apart from the text before it, where the published code joins ids instead of texts.
+        literal: control tokens that it spells are text, as far as the tokenizer tells them apart.
     """
 
     text: str
     trained: bool = False
     apart: bool = False
+    literal: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def merge(spans: Iterable[Span]) -> list[Span]:
             continue
         apart = apart or span.apart
         if span.text:
-            if isinstance(last, TextSpan) and last.trained == span.trained and not apart:
+            if isinstance(last, TextSpan) and _alike(last, span) and not apart:
                 merged[-1] = replace(last, text=last.text + span.text)
             else:
                 merged.append(replace(span, apart=apart and isinstance(last, TextSpan)))
@@ -46,14 +48,21 @@ def merge(spans: Iterable[Span]) -> list[Span]:
     return merged
 
 
+def _alike(left: TextSpan, right: TextSpan) -> bool:
+    return (left.trained, left.literal) == (right.trained, right.literal)
+
+
 def format_spans(form: Iterable[TextSpan], content: Iterable[Span]) -> list[Span]:
-    """Spans of one turn with the content in the place of `{}`, trained where the place is."""
+    """Spans of one turn with the content in the place of `{}`, trained and literal where the place is."""
     spans: list[Span] = []
     for span in form:
         before, place, after = span.text.partition("{}")
-        spans.append(replace(span, text=before))
+        spans.append(replace(span, text=before, literal=False))
         if place:
-            spans += [replace(c, trained=span.trained) if isinstance(c, TextSpan) else c for c in content]
+            spans += [
+                replace(c, trained=span.trained, literal=span.literal) if isinstance(c, TextSpan) else c
+                for c in content
+            ]
             spans.append(TextSpan(after, span.trained))
     return spans
 

@@ -5,9 +5,9 @@ by turn instead gives other ids than the published ones (SentencePiece writes a 
 and counting tokens of parts gives masks that drift.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Literal, NamedTuple
 
 from vlm.batch import IGNORE
@@ -41,22 +41,26 @@ def tokenize(spans: Iterable[Span], tokenizer: Tokenizer) -> Tokenized:
         labels.append(IGNORE)
     text = ""
     trained = bytearray()  # one flag per character of `text`
+    literal: list[tuple[int, int]] = []  # ranges of `text`
 
     def write() -> None:
         nonlocal text
         if text:
-            new_ids, offsets = tokenizer.encode(text)
+            new_ids, offsets = tokenizer.encode(text, literal=literal)
             # a token without width takes the state of the character it stands before
             last = [end - 1 if end > start else min(start, len(text) - 1) for start, end in offsets]
             ids.extend(new_ids)
             labels.extend(token if trained[at] else IGNORE for token, at in zip(new_ids, last, strict=True))
         text = ""
         trained.clear()
+        literal.clear()
 
     for span in spans:
         if isinstance(span, TextSpan):
             if span.apart:
                 write()
+            if span.literal:
+                literal.append((len(text), len(text) + len(span.text)))
             text += span.text
             trained.extend(bytes([span.trained]) * len(span.text))
         else:
@@ -112,8 +116,9 @@ class Template:
     - Several images stay where they are, each on its own line unless the text beside it brings a blank or newline.
     - Text parts are joined as they are. Text that spells an image mark is text.
     - A system message replaces the template's system text; it may only come first.
-    - Answers to nothing at the start are left out. After that, user and assistant take turns and the assistant has the
-      last word; with `generate` its last message is left out and the text ends where the answer has to begin.
+    - Answers to nothing at the start are left out, or kept where there is one (`keeps_greeting`). After that, user and
+      assistant take turns and the assistant has the last word; with `generate` its last message is left out and the
+      text ends where the answer has to begin. One that is only `begun` stays, and the text ends where it ends.
 
     Attributes:
         system: default system text.
@@ -121,6 +126,7 @@ class Template:
         generation: the form of a prompt, where it differs.
         stop: strings that end a generated answer, besides the tokenizer's end token.
         instructed: False: training leaves the user's text out, and images without text stand bare, outside `user`.
+        keeps_greeting: an answer before the first question is written, and trained, like any other.
         regions: how places in a picture are written; they are text when messages get here (`write_regions`).
     """
 
@@ -130,6 +136,7 @@ class Template:
     generation: Form | None = None
     stop: tuple[str, ...] = ()
     instructed: bool = True
+    keeps_greeting: bool = False
     regions: RegionForm = LLAVA
 
     def render(self, messages: Sequence[Message], *, generate: bool = False) -> list[Span]:
@@ -138,15 +145,15 @@ class Template:
         Raises:
             UserError: the messages do not fit the rules above; the line names the message.
         """
-        return merge(chain.from_iterable(self.turns(messages, generate=generate)))
+        return merge(itertools.chain.from_iterable(self.turns(messages, generate=generate)))
 
     def tokenize(self, messages: Sequence[Message], tokenizer: Tokenizer, *, generate: bool = False) -> Tokenized:
         """Labelled tokens of a conversation."""
         return tokenize(self.render(messages, generate=generate), tokenizer)
 
     def turns(self, messages: Sequence[Message], *, generate: bool = False) -> list[list[Span]]:
-        """Spans of the opening, of each turn (user first, then in alternation), and of the closing."""
-        system, turns = _split(messages, generate=generate)
+        """Spans of the opening, of each turn that is written, and of the closing."""
+        system, turns = _split(messages, generate=generate, keep_greeting=self.keeps_greeting)
         form = (self.generation or self.training) if generate else self.training
         system = self.system if system is None else system
         if form.trim:
@@ -166,11 +173,13 @@ class Template:
                 spans = surround(tight(spans) if form.tight else spans, form.image, first=num_images + 1)
                 num_images += sum(isinstance(span, ImageMark) for span in spans)
                 written.append([TextSpan(form.between), *spans] if index else spans)
-            else:
-                written.append(format_spans(form.assistant, [TextSpan(_text_of(message, where=where))]))
+                continue
+            answer = TextSpan(_text_of(message, where=where))
+            written.append(format_spans(_up_to_content(form.assistant) if message.begun else form.assistant, [answer]))
         if generate:
-            cue = next((i for i, span in enumerate(form.assistant) if span.trained), len(form.assistant))
-            written.append(list(form.assistant[:cue]))
+            if not turns[-1][1].begun:
+                cue = next((i for i, span in enumerate(form.assistant) if span.trained), len(form.assistant))
+                written.append(list(form.assistant[:cue]))
             return [[replace(s, trained=False) if isinstance(s, TextSpan) else s for s in spans] for spans in written]
         return [*written, list(form.closing)]
 
@@ -205,6 +214,12 @@ class Template:
         return content
 
 
+def _up_to_content(form: Sequence[TextSpan]) -> list[TextSpan]:
+    """The spans of a turn without what stands behind its content."""
+    place = next(index for index, span in enumerate(form) if "{}" in span.text)
+    return [*form[:place], replace(form[place], text=form[place].text.partition("{}")[0] + "{}")]
+
+
 def _trimmed(message: Message) -> Message:
     """The message without the white space at its ends."""
     parts: list[Part] = list(_written(message))
@@ -234,12 +249,12 @@ def _listed(message: Message) -> list[Span]:
 
 def _numbered(message: Message, *, strip: bool) -> list[Span]:
     """The images, numbered where they are several, before the text; without `strip` its end stays as it is."""
-    spans = tight(TextSpan(part.text) if isinstance(part, TextPart) else ImageMark() for part in _written(message))
-    text = "".join(span.text for span in spans if isinstance(span, TextSpan))
-    num_images = sum(isinstance(span, ImageMark) for span in spans)
+    parts = _written(message)
+    text = _joined_text(message)
+    text = text.strip() if strip or isinstance(parts[-1], ImagePart) else text.lstrip()
+    num_images = sum(isinstance(part, ImagePart) for part in parts)
     heads = [f"Image {number}:" if num_images > 1 else "" for number in range(1, num_images + 1)]
     content: list[Span] = [span for head in heads for span in (TextSpan(head), ImageMark(), TextSpan("\n"))]
-    text = text.strip() if strip else text
     return [*content, TextSpan(text)] if text else content[:-1]
 
 
@@ -268,18 +283,22 @@ def _text_of(message: Message, *, where: int) -> str:
     return _joined_text(message)
 
 
-def _split(messages: Sequence[Message], *, generate: bool) -> tuple[str | None, list[tuple[int, Message]]]:
+def _split(
+    messages: Sequence[Message], *, generate: bool, keep_greeting: bool
+) -> tuple[str | None, list[tuple[int, Message]]]:
     """System text and the turns to write, each with its place in `messages`; checks their order."""
     numbered = list(enumerate(messages))
     system = None
     if numbered and numbered[0][1].role == "system":
         system = _text_of(numbered.pop(0)[1], where=0)
-    while numbered and numbered[0][1].role == "assistant":
-        _text_of(numbered[0][1], where=numbered[0][0])  # an image may not get lost with it
-        numbered.pop(0)
-    if not numbered:
+    greetings = list(itertools.takewhile(lambda turn: turn[1].role == "assistant", numbered))
+    for where, message in greetings:
+        _text_of(message, where=where)  # an image may not get lost with it
+    if len(greetings) == len(numbered):
         raise UserError("no message of the user; a conversation starts with one")
-    for turn, (where, message) in enumerate(numbered):
+    if not keep_greeting:
+        numbered = numbered[len(greetings) :]
+    for turn, (where, message) in enumerate(numbered, 1 if greetings and keep_greeting else 0):
         if message.role == DOCUMENT:
             raise UserError(f"message {where}: a document has no turns; set model.template: document")
         expected = ("user", "assistant")[turn % 2]
@@ -287,8 +306,13 @@ def _split(messages: Sequence[Message], *, generate: bool) -> tuple[str | None, 
             raise UserError(f"message {where}: a system message may only come first; move it there")
         if message.role != expected:
             raise UserError(f"message {where}: two messages of the {message.role} in a row; join them into one")
+    begun = [where for where, message in numbered if message.begun]
+    if begun and not (generate and begun == [numbered[-1][0]]):
+        why = "only the last one may be" if generate else "it has no end to train on; leave out 'begun', or the sample"
+        raise UserError(f"message {begun[0]}: an answer that is only begun; {why}")
     if generate:
-        return system, numbered[:-1] if numbered[-1][1].role == "assistant" else numbered
+        leave_out = numbered[-1][1].role == "assistant" and not begun
+        return system, numbered[:-1] if leave_out else numbered
     if numbered[-1][1].role == "user":
         place = numbered[-1][0]
         raise UserError(f"message {place}: the user's last message has no answer; add one or drop it", kind="no label")

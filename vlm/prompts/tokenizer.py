@@ -61,17 +61,17 @@ class Tokenizer(ABC):
     def _opened(self) -> LoadedTokenizer:
         return self._open()
 
-    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode(self, text: str, *, literal: Sequence[tuple[int, int]] = ()) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of `text` and the (start, end) characters each one stands for; no BOS.
 
         The pieces of a character that takes several tokens all carry the span of that character, and so does a
         prefix blank that has no character of its own.
+
+        Args:
+            literal: ranges of characters in which control tokens are text. Only the tokenizers of systems that were
+                published so tell them apart; the others take a control token as one wherever it stands.
         """
-        try:
-            encoding = self._opened.backend.encode(text, add_special_tokens=False)
-        except (TypeError, UnicodeEncodeError):
-            raise UserError(f"text holds half a surrogate pair, which is no character: {text[:80]!a}") from None
-        return encoding.ids, encoding.offsets
+        return encode_with(self._opened.backend, text)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         return self._opened.backend.decode(list(ids), skip_special_tokens=skip_special)
@@ -86,6 +86,11 @@ class Tokenizer(ABC):
         if index is None:
             raise UserError(f"tokenizer {self.path}: no token {token!r}; list it in added_tokens")
         return index
+
+    def added_id(self, token: str) -> int | None:
+        """Id of a token that other tokens never spell; None where this is not one."""
+        added = self._opened.backend.get_added_tokens_decoder()
+        return next((index for index, known in added.items() if known.content == token), None)
 
     @property
     def bos_id(self) -> int | None:
@@ -254,6 +259,19 @@ class HubTokenizer(Tokenizer):
         eos = self.eos_token or marks.get("eos_token")
         add_special(backend, [token for token in (pad, eos, *self.added_tokens) if token is not None])
         return LoadedTokenizer(backend, marks.get("bos_token"), eos, pad)
+
+
+def encode_with(backend: tokenizers.Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and the (start, end) characters each one stands for.
+
+    Raises:
+        UserError: the text is none.
+    """
+    try:
+        encoding = backend.encode(text, add_special_tokens=False)
+    except (TypeError, UnicodeEncodeError):
+        raise UserError(f"text holds half a surrogate pair, which is no character: {text[:80]!a}") from None
+    return encoding.ids, encoding.offsets
 
 
 def add_special(backend: tokenizers.Tokenizer, tokens: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
 """Every stage of a published recipe with one command: what the graph says, and a process for each node of it."""
 
 from vlm.recipes.catalogue import find_recipe, print_systems, systems
-from vlm.recipes.graph import Procedure, Recipe, StageRef, TrainingStage, load_recipe
+from vlm.recipes.graph import Procedure, Recipe, StageRef, TrainingStage
+from vlm.recipes.reading import load_recipe
 from vlm.recipes.run import run_recipe
 
 __all__ = [

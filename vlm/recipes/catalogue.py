@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlm import registry
 from vlm.errors import UserError
-from vlm.recipes.graph import load_recipe
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-"""The recipes of a checkout. An installed package has none: there a recipe is named by its file."""
+from vlm.recipes.reading import load_recipe
 
 
 def find_recipe(name: str) -> Path:
@@ -23,9 +21,9 @@ def find_recipe(name: str) -> Path:
         return path
     if (path / "recipe.yaml").is_file():
         return path / "recipe.yaml"
-    if (CONFIGS / name / "recipe.yaml").is_file():
-        return CONFIGS / name / "recipe.yaml"
-    if not CONFIGS.is_dir():
+    if (own := registry.recipe_folder(name) / "recipe.yaml").is_file():
+        return own
+    if not registry.CONFIGS.is_dir():
         raise UserError(
             f"--recipe {name}: the recipes live in the folder configs/ of the repository, which an installed package "
             "does not have; give the path of a recipe.yaml"
@@ -35,7 +33,7 @@ def find_recipe(name: str) -> Path:
 
 def systems() -> list[str]:
     """Names of the systems that have a recipe, sorted."""
-    return sorted(path.parent.name for path in CONFIGS.glob("*/recipe.yaml"))
+    return sorted(name for name in registry.SYSTEMS if (registry.recipe_folder(name) / "recipe.yaml").is_file())
 
 
 def print_systems(arguments: Sequence[str] = ()) -> int:
@@ -49,7 +47,7 @@ def print_systems(arguments: Sequence[str] = ()) -> int:
     names = systems()
     if not names:
         raise UserError("no recipes here: they live in the folder configs/ of the repository, beside vlm/")
-    recipes = [load_recipe(CONFIGS / name / "recipe.yaml") for name in names]
+    recipes = [load_recipe(registry.recipe_folder(name) / "recipe.yaml") for name in names]
     width = max(len("system"), *(len(recipe.system) for recipe in recipes))
     print(f"{'system':<{width}}  stages")
     for recipe in recipes:

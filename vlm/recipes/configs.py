@@ -7,7 +7,10 @@ from pathlib import Path
 
 from vlm.errors import UserError
 from vlm.recipes.catalogue import find_recipe
-from vlm.recipes.graph import Recipe, TrainingStage, load_recipe
+from vlm.recipes.graph import Node, Procedure, Recipe, TrainingStage
+from vlm.recipes.inputs import fill_configs
+from vlm.recipes.node import ProcedureFolder
+from vlm.recipes.reading import load_recipe
 
 
 def config_files(recipe: Recipe, stage: TrainingStage, *, demo: bool) -> list[Path]:
@@ -25,6 +28,12 @@ def config_files(recipe: Recipe, stage: TrainingStage, *, demo: bool) -> list[Pa
             raise UserError(f"--demo: {recipe.system} has no demo of stage {stage.name}: {overlay} is missing")
         files.append(overlay)
     return files
+
+
+def default_run(system: str, demo: bool, skipped: Sequence[str] = ()) -> Path:
+    """The run folder where none is given."""
+    name = f"{system}_demo" if demo else system
+    return Path("runs") / "_without_".join((name, *skipped))
 
 
 def add_stage_options(parser: argparse.ArgumentParser) -> None:
@@ -52,8 +61,18 @@ def stage_options(parsed: argparse.Namespace) -> list[str]:
     if parsed.stage is not None and parsed.stage not in names:
         raise UserError(f"--stage {parsed.stage}: {recipe.path} has the stages {', '.join(names)}")
     stage = stages[0] if parsed.stage is None else stages[names.index(parsed.stage)]
-    files = config_files(recipe, stage, demo=parsed.demo)
+    run = default_run(recipe.system, parsed.demo)
+    needs = {name: _data(run, recipe.node(name)) for name in stage.needs}
+    files = fill_configs(config_files(recipe, stage, demo=parsed.demo), needs, run / stage.name / "configs")
     return [word for file in files for word in ("-c", from_here(file))] + ["--stage.name", stage.name]
+
+
+def _data(run: Path, node: Node) -> Path:
+    assert isinstance(node, Procedure)
+    folder = ProcedureFolder(run / node.name)
+    if not folder.finished:
+        raise UserError(f"{folder.path}: the data of {node.name} is not made yet; `vlm fit --recipe` makes it there")
+    return folder.path / node.writes
 
 
 def from_here(path: Path) -> str:

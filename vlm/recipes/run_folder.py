@@ -13,7 +13,7 @@ import fcntl
 import os
 import socket
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +35,8 @@ HOW_IT_RUNS = (
     "trainer.accumulate_grad_batches",
     "model.*.checkpointing",
     "data.*num_workers",
+    "data.*micro_batch_size",
+    "data.*.max_tokens",
     "trainer.callbacks.callbacks.MixedPrecisionFSDP.reshard_after_forward",
     # what is shown and kept, and when
     "trainer.callbacks.callbacks.Health*",
@@ -184,10 +186,13 @@ class RunFolder:
         with atomic_file(self.config_file) as file:
             file.write(text.encode())
 
-    def check_config(self, resolved: Mapping[str, Any]) -> None:
+    def check_config(self, resolved: Mapping[str, Any], *, how_it_runs: Sequence[str] = HOW_IT_RUNS) -> None:
         """Refuses to go on with settings that compute something else than the run so far. Writes nothing.
 
-        Keys of `HOW_IT_RUNS` may differ, and two spellings of one existing path are the same.
+        Two spellings of one existing path are the same.
+
+        Args:
+            how_it_runs: keys that may differ.
 
         Raises:
             UserError: the differences, at most ten, as `key: old -> new`; or `config.yaml` cannot be read.
@@ -210,7 +215,7 @@ class RunFolder:
         differences = [
             f"  {key}: {_show(old.get(key))} -> {_show(new.get(key))}"
             for key in [*old, *(key for key in new if key not in old)]
-            if not any(fnmatchcase(key, pattern) for pattern in HOW_IT_RUNS) and not _same(old.get(key), new.get(key))
+            if not any(fnmatchcase(key, pattern) for pattern in how_it_runs) and not _same(old.get(key), new.get(key))
         ]
         if not differences:
             return

@@ -110,10 +110,13 @@ def _message(value: Any, key: str, error) -> Message:
     role, content = value["role"], value["content"]
     if role not in ROLES:
         raise error(f"{key}: unknown role {role!r}; use one of {', '.join(ROLES)}")
+    begun = value.get("begun", False)
+    if not isinstance(begun, bool) or (begun and role != "assistant"):
+        raise error(f"{key}: 'begun' is true or false, and true for an answer of the assistant alone")
     if isinstance(content, str):
-        return Message(role, (TextPart(content),))
+        return Message(role, (TextPart(content),), begun)
     parts = tuple(_part(part, f"{key}.content[{i}]", error) for i, part in enumerate(_sequence(content, key, error)))
-    return Message(role, parts)
+    return Message(role, parts, begun)
 
 
 def _part(value: Any, key: str, error) -> Part:

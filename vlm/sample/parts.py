@@ -72,8 +72,15 @@ Places = Literal["unnamed", "sides", "regions"]
 
 @dataclass(frozen=True)
 class Message:
+    """One turn.
+
+    Attributes:
+        begun: of the last one, the assistant's: an answer that is only begun, for `generate` to go on with.
+    """
+
     role: str
     content: tuple[Part, ...]
+    begun: bool = False
 
 
 @dataclass(frozen=True)

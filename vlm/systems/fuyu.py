@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm.batch import TokenSequence, Views
-from vlm.codec import Encoded, read_views
+from vlm.batch import Batch, TokenSequence, Views
+from vlm.codec import Encoded, ViewStream, read_views
 from vlm.connectors import Linear
 from vlm.errors import UserError
 from vlm.geometry import Placement, View
@@ -16,7 +16,7 @@ from vlm.prompts import get_template
 from vlm.prompts.fuyu import NEWLINE
 from vlm.prompts.tokenizer import Tokenizer
 from vlm.sample import Sample
-from vlm.systems.row import RowCodec, RowDecoder
+from vlm.systems.row import STREAM, RowCodec, RowDecoder
 from vlm.vision.patches import Patches, channels_last
 
 
@@ -36,7 +36,7 @@ class FuyuCodec(RowCodec):
         columns, rows = self.patches.grid(width, height)
         return (columns + 1) * rows
 
-    def image_tokens(self, sample: Sample) -> list[int]:
+    def image_tokens(self, sample: Sample, *, seed: int | None = None) -> list[int]:
         return [self.num_tokens(*self._size(sample, at)) for at in range(len(sample.images))]
 
     def view(self, width: int, height: int, *, image: int = 0, seed: int | None = None) -> View:
@@ -57,8 +57,8 @@ class FuyuCodec(RowCodec):
                 written[next(places)] = newline
         return super().sequence(sample, written, targets, patches)
 
-    def read(self, items: Sequence[Encoded]) -> Views | None:
-        return read_views(items, transform=self.patches, grid=self.patches.grid)
+    def read(self, items: Sequence[Encoded]) -> dict[str, Views]:
+        return read_views(items, lambda sample, seed: {STREAM: ViewStream(self.patches, self.patches.grid)})
 
     def normalization(self, stream: str) -> tuple[Sequence[float], Sequence[float]]:
         return self.patches.normalization
@@ -111,8 +111,14 @@ class Fuyu(RowDecoder):
             patches=patches, language=language, tokenizer=tokenizer, template=template, max_tokens=max_tokens, seed=seed
         )
         self.patches = patches
-        self.codec = FuyuCodec(
-            patches=patches, tokenizer=tokenizer, template=get_template(template), max_tokens=max_tokens
+
+    def make_codec(self) -> FuyuCodec:
+        given = self.arguments
+        return FuyuCodec(
+            patches=given["patches"],
+            tokenizer=given["tokenizer"],
+            template=get_template(given["template"]),
+            max_tokens=given["max_tokens"],
         )
 
     def build_parts(self) -> dict[str, nn.Module]:
@@ -123,11 +129,11 @@ class Fuyu(RowDecoder):
         }
 
     @property
-    def blank_size(self) -> tuple[int, int]:
-        return self.patches.side, self.patches.side
+    def view_sizes(self) -> dict[str, tuple[int, int]]:
+        return {STREAM: (self.patches.side, self.patches.side)}
 
     def image_modules(self) -> tuple[nn.Module, ...]:
         return (self.connector,)
 
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        return self.connector(channels_last(pixels).to(self.connector.weight.dtype))[:, None]
+    def encode_images(self, batch: Batch) -> Tensor:
+        return self.connector(channels_last(batch.views[STREAM].pixels).to(self.connector.weight.dtype))[:, None]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -10,12 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlm.batch import Views
-from vlm.codec import Encoded, read_views
+from vlm.codec import Encoded, ViewStream
 from vlm.connectors import Newline
 from vlm.errors import UserError
 from vlm.geometry import Placement, View
 from vlm.sample import Sample
-from vlm.systems.row import RowCodec
+from vlm.systems.row import STREAM, RowCodec
 from vlm.systems.spliced import SplicedCodec, SplicedDecoder
 from vlm.vision.preprocess import normalize
 from vlm.vision.tiling import NEWLINE, NEXT_GRIDS, AnyRes
@@ -36,23 +37,27 @@ class AnyResCodec(SplicedCodec):
     def num_tokens(self, width: int, height: int) -> int:
         return self.tiles.num_tokens(width, height)
 
-    def image_tokens(self, sample: Sample) -> list[int]:
-        return RowCodec.image_tokens(self, sample)
+    def image_tokens(self, sample: Sample, *, seed: int | None = None) -> list[int]:
+        return RowCodec.image_tokens(self, sample, seed=seed)
 
     def view(self, width: int, height: int, *, image: int = 0, seed: int | None = None) -> View:
         side = float(self.transform.size)
         return View(self.padded.placement(width, height), (side, side), shown=Placement())
 
-    def read(self, items: Sequence[Encoded]) -> Views | None:
-        views = read_views(items, transform=self._pixels, grid=self.tiles.grid)
-        if views is None:
-            return None
+    def streams(self, sample: Sample, *, seed: int | None = None) -> dict[str, ViewStream]:
+        return {STREAM: ViewStream(self._pixels, self.tiles.grid)}
+
+    def read(self, items: Sequence[Encoded]) -> dict[str, Views]:
+        streams = super().read(items)
+        if not streams:
+            return streams
+        views = streams[STREAM]
         layouts, start, newline = [], 0, len(views.pixels) * self.tower.num_tokens
         for size in views.size:
             layout = self.tiles.layout(*size)
             layouts.append(torch.where(layout == NEWLINE, newline, layout + start))
             start += self.tiles.num_views(*size) * self.tower.num_tokens
-        return replace(views, layout=torch.cat(layouts))
+        return {STREAM: replace(views, layout=torch.cat(layouts))}
 
     def _pixels(self, image: Image.Image) -> Tensor:
         mean, std = self.transform.mean, self.transform.std
@@ -89,24 +94,20 @@ class LLaVANext(SplicedDecoder):
         merge: Literal["spatial_unpad", "spatial", "flat"] = "spatial_unpad",
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.arguments |= {"grids": grids, "merge": merge}
-        self.tiles: AnyRes | None = None
-        if grids is None:
-            return
-        if kwargs.get("augment") is not None:
+        super().__init__(grids=grids, merge=merge, **kwargs)
+
+    @cached_property
+    def tiles(self) -> AnyRes | None:
+        """How an image is cut; None: not at all."""
+        grids, merge = self.arguments["grids"], self.arguments["merge"]
+        return None if grids is None else AnyRes(self.tower.image_size, self.tower.grid, grids=grids, merge=merge)
+
+    def make_codec(self) -> SplicedCodec:
+        if self.tiles is None:
+            return super().make_codec()
+        if self.arguments["augment"] is not None:
             raise UserError("model.augment: a cut picture takes other tokens than its file tells; leave it out")
-        self.tiles = AnyRes(self.tower.image_size, self.tower.grid, grids=grids, merge=merge)
-        plain = self.codec
-        self.codec = AnyResCodec(
-            tiles=self.tiles,
-            tokenizer=plain.tokenizer,
-            template=plain.template,
-            tower=plain.tower,
-            transform=plain.transform,
-            augment=None,
-            max_tokens=plain.max_tokens,
-        )
+        return AnyResCodec(tiles=self.tiles, **self.codec_arguments())
 
     def build_parts(self) -> dict[str, nn.Module]:
         parts = super().build_parts()

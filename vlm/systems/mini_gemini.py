@@ -1,17 +1,19 @@
 """Mini-Gemini: Mining the Potential of Multi-modality Vision Language Models (Li et al., 2024); MGM in its code."""
 
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vlm.batch import Batch
 from vlm.connectors import PatchMining
 from vlm.connectors.mining import mine_views
 from vlm.errors import UserError
+from vlm.systems.row import STREAM
 from vlm.systems.spliced import SplicedDecoder
-from vlm.vision import TowerDescription
-from vlm.vision.preprocess import ImageTransform
+from vlm.vision import TowerDescription, TowerFacts
 from vlm.vision.tiling import low_views
 
 
@@ -56,10 +58,23 @@ class MiniGemini(SplicedDecoder):
         scale_features: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.arguments |= {"vision_high": vision_high, "grid": grid, "whole": whole, "scale_features": scale_features}
+        super().__init__(vision_high=vision_high, grid=grid, whole=whole, scale_features=scale_features, **kwargs)
         self.grid, self.whole, self.scale_features = grid, whole, scale_features
-        low, self.high = self.tower, vision_high.facts()
+
+    @cached_property
+    def low(self) -> TowerFacts:
+        """Facts of the tower of the low views."""
+        return self.arguments["vision"].facts()
+
+    @cached_property
+    def high(self) -> TowerFacts:
+        """Facts of the tower of the fine map."""
+        return self.arguments["vision_high"].facts()
+
+    @cached_property
+    def tower(self) -> TowerFacts:
+        """As everyone outside of `encode_images` sees it: one view per image, at the size of the finer tower."""
+        low, grid, whole = self.low, self.arguments["grid"], self.arguments["whole"]
         if grid < 1 or (whole and grid == 1):
             raise UserError(f"model.grid {grid}: must be 1 or more, and model.whole needs parts beside it: grid 2")
         if self.high.grid % (low.grid * grid):
@@ -67,11 +82,7 @@ class MiniGemini(SplicedDecoder):
                 f"model.vision_high: its map of {self.high.grid} x {self.high.grid} places cannot be shared out among "
                 f"{low.grid * grid} x {low.grid * grid} features; choose another image_size"
             )
-        self.low_size = low.image_size
-        num_tokens = low.num_tokens * (grid * grid + whole)
-        # as everyone outside of `connect` sees it: one view per picture, at the size of the finer tower
-        self.tower = self.codec.tower = replace(low, num_tokens=num_tokens, image_size=self.high.image_size)
-        self.codec.transform = ImageTransform(size=self.high.image_size, mode=self.codec.transform.mode)
+        return replace(low, num_tokens=low.num_tokens * (grid * grid + whole), image_size=self.high.image_size)
 
     def build_parts(self) -> dict[str, nn.Module]:
         parts = super().build_parts()
@@ -85,8 +96,9 @@ class MiniGemini(SplicedDecoder):
     def image_modules(self) -> tuple[nn.Module, ...]:
         return self.vision, self.vision_high, self.mining, self.connector
 
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        views = low_views(pixels, size=self.low_size, grid=self.grid, whole=self.whole)
+    def encode_images(self, batch: Batch) -> Tensor:
+        pixels = batch.views[STREAM].pixels
+        views = low_views(pixels, size=self.low.image_size, grid=self.grid, whole=self.whole)
         low = _run(self.vision, views.flatten(0, 1)).unflatten(0, views.shape[:2])
         high = _run(self.vision_high, pixels)
         found = mine_views(self.mining, low, high, grid=self.grid)

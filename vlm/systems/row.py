@@ -1,6 +1,6 @@
 """Decoders whose row holds text and, in the place of marks, what pictures became.
 
-Reading order: `RowCodec.encode` (sample to tokens), `RowDecoder.image_features` (pixels to features),
+Reading order: `RowCodec.encode` (sample to tokens), `RowDecoder.encode_images` (pixels to features),
 `RowDecoder.embed` (splice), `RowDecoder.losses` (decode, loss).
 """
 
@@ -69,7 +69,8 @@ class RowCodec(Codec):
         except UserError as error:
             raise sample.error(str(error), kind=error.kind) from error
         limit = None if generate else self.max_tokens  # the end of a prompt is what is to be continued
-        sample, tokens, widths, events = fit_document(sample, tokens, self.image_tokens(sample), max_tokens=limit)
+        image_tokens = self.image_tokens(sample, seed=seed)
+        sample, tokens, widths, events = fit_document(sample, tokens, image_tokens, max_tokens=limit)
         ids, labels, slots = self.reserve(tokens.ids, tokens.labels, widths)
         if len(ids) > self.max_tokens:
             raise sample.error(
@@ -85,8 +86,8 @@ class RowCodec(Codec):
         text = self.sequence(sample, ids, targets, slots)
         return Encoded(sample, (text,), counts={"lm": float(num_labels), **events}, seed=seed, places=places)
 
-    def image_tokens(self, sample: Sample) -> list[int]:
-        """How many tokens each picture of a sample takes."""
+    def image_tokens(self, sample: Sample, *, seed: int | None = None) -> list[int]:
+        """How many tokens each image of a sample takes; `seed` is that of `encode`."""
         return [self.num_tokens(*file.size(sample)) for file in sample.images]
 
     def sequence(self, sample: Sample, ids: Sequence[int], targets: Tensor, slots: Sequence[int]) -> TokenSequence:
@@ -118,20 +119,19 @@ class RowCodec(Codec):
         return ids, wide, slots
 
     def collate(self, items: Sequence[Encoded], *, counts: Mapping[str, float], packs: int = 1) -> Batch:
-        text, _ = pack_rows(items, streams=[STREAM])
-        views = self.read(items)
+        text, rows = pack_rows(items, streams=[STREAM])
         return Batch(
             text=text,
-            rows={},
-            views={} if views is None else {STREAM: views},
+            rows=rows,
+            views=self.read(items),
             samples=tuple(item.info() for item in items),
             counts=dict(counts),
             packs=packs,
         )
 
     @abstractmethod
-    def read(self, items: Sequence[Encoded]) -> Views | None:
-        """The views of a pack's pictures."""
+    def read(self, items: Sequence[Encoded]) -> dict[str, Views]:
+        """The views of a pack's images by stream; {} when it has none."""
 
     def decode(self, ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(ids)
@@ -192,16 +192,16 @@ class RowDecoder(VisionLanguageModule):
 
     @property
     @abstractmethod
-    def blank_size(self) -> tuple[int, int]:
-        """Height and width of a view."""
+    def view_sizes(self) -> Mapping[str, tuple[int, int]]:
+        """{stream: height and width of a view}."""
 
     @abstractmethod
     def image_modules(self) -> tuple[nn.Module, ...]:
         """What pictures go through."""
 
     @abstractmethod
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """float[V, 3, H, W] -> float[V, P, D]."""
+    def encode_images(self, batch: Batch) -> Tensor:
+        """float[V, P, D] features of the views of a pack that has some."""
 
     def arrange_features(self, features: Tensor, layout: Tensor | None) -> Tensor:
         """float[V, P, D] features of all views as float[K, D] image tokens (see `Views.layout`)."""
@@ -212,11 +212,9 @@ class RowDecoder(VisionLanguageModule):
     def image_features(self, batch: Batch) -> Tensor:
         """float[K, D] features of all pictures, in the order of the row's slots."""
         views = batch.views.get(STREAM)
-        return (
-            self.empty_features(batch)
-            if views is None
-            else self.arrange_features(self.encode_images(views.pixels), views.layout)
-        )
+        if views is None:
+            return self.empty_features(batch)
+        return self.arrange_features(self.encode_images(batch), views.layout)
 
     def empty_features(self, batch: Batch) -> Tensor:
         """float[0, D] for a pack without pictures, connected to what it left out.
@@ -226,9 +224,8 @@ class RowDecoder(VisionLanguageModule):
         """
         device = batch.text.ids.device
         if batch.counts.get("images"):
-            return self.arrange_features(self.encode_images(torch.zeros(1, 3, *self.blank_size, device=device)), None)[
-                :0
-            ]
+            blank = {name: Views.blank(*size, device=device) for name, size in self.view_sizes.items()}
+            return self.arrange_features(self.encode_images(replace(batch, views=blank)), None)[:0]
         features = torch.zeros(0, self.language.config.hidden_size, device=device)
         if not torch.is_grad_enabled():
             return features
@@ -263,14 +260,15 @@ class RowDecoder(VisionLanguageModule):
             texts = [[decoding.options.replace("{}", letter) for letter in group] for group in letters]
             chosen = rank_options(self.language, prompts, [[tokenizer.encode(t)[0] for t in group] for group in texts])
             return [group[at] for group, at in zip(letters, chosen, strict=True)]
+        ends = {mark: tokenizer.added_id(mark) for mark in self.codec.template.stop}
         answers = generate(
             self.language,
             prompts,
             decoding=decoding,
             seeds=[seed_from(decoding.seed, sample.id) for sample in batch.samples],
-            eos_id=tokenizer.eos_id,
+            end_ids=[tokenizer.eos_id, *(end for end in ends.values() if end is not None)],
             pad_id=tokenizer.pad_id,
-            stop=self.codec.template.stop,
+            stop=[mark for mark, end in ends.items() if end is None],
             decode=lambda ids: tokenizer.decode(ids, skip_special=False),
             synced=self.is_sharded,
         )

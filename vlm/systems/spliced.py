@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlm.batch import Views
-from vlm.codec import Encoded, read_views
+from vlm.batch import Batch, Views
+from vlm.codec import Encoded, ViewStream, read_views
 from vlm.connectors import Connector
 from vlm.geometry import View
 from vlm.language import LanguagePart
@@ -16,7 +18,7 @@ from vlm.prompts.template import Template
 from vlm.prompts.tokenizer import Tokenizer
 from vlm.sample import Sample
 from vlm.seeding import seed_from
-from vlm.systems.row import RowCodec, RowDecoder
+from vlm.systems.row import STREAM, RowCodec, RowDecoder
 from vlm.vision import TowerDescription, TowerFacts
 from vlm.vision.preprocess import ImageMode, ImageTransform, RandomCropFlip
 
@@ -56,11 +58,15 @@ class SplicedCodec(RowCodec):
         cut = self.augment.placement(width, height, seed=seed_from(seed, image), places="regions")
         return View(cut.then(self.transform.placement(self.augment.size, self.augment.size)), (side, side))
 
-    def image_tokens(self, sample: Sample) -> list[int]:
+    def image_tokens(self, sample: Sample, *, seed: int | None = None) -> list[int]:
         return [self.tower.num_tokens] * len(sample.images)
 
-    def read(self, items: Sequence[Encoded]) -> Views | None:
-        return read_views(items, transform=self.transform, augment=self.augment)
+    def streams(self, sample: Sample, *, seed: int | None = None) -> dict[str, ViewStream]:
+        """How the images of a sample are seen, {stream: from an image to its views}."""
+        return {STREAM: ViewStream(self.transform)}
+
+    def read(self, items: Sequence[Encoded]) -> dict[str, Views]:
+        return read_views(items, self.streams, augment=self.augment)
 
     def normalization(self, stream: str) -> tuple[Sequence[float], Sequence[float]]:
         return self.transform.mean, self.transform.std
@@ -80,6 +86,7 @@ class SplicedDecoder(RowDecoder):
         augment: random crops and flips before it, in training, and perhaps RandAugment.
         max_tokens: longest sample.
         seed: of everything that is new or random.
+        **arguments: of a subclass.
     """
 
     codec: SplicedCodec
@@ -98,6 +105,7 @@ class SplicedDecoder(RowDecoder):
         augment: RandomCropFlip | None = None,
         max_tokens: int = 2048,
         seed: int = 0,
+        **arguments: Any,
     ) -> None:
         super().__init__(
             vision=vision,
@@ -109,16 +117,28 @@ class SplicedDecoder(RowDecoder):
             augment=augment,
             max_tokens=max_tokens,
             seed=seed,
+            **arguments,
         )
-        self.tower = vision.facts()
-        self.codec = SplicedCodec(
-            tokenizer=tokenizer,
-            template=get_template(template),
-            tower=replace(self.tower, num_tokens=connector.num_tokens(self.tower.num_tokens)),
-            transform=ImageTransform(size=self.tower.image_size, mode=image),
-            augment=augment,
-            max_tokens=max_tokens,
-        )
+
+    @cached_property
+    def tower(self) -> TowerFacts:
+        """Facts of the vision tower, about the views of a batch."""
+        return self.arguments["vision"].facts()
+
+    def make_codec(self) -> SplicedCodec:
+        return SplicedCodec(**self.codec_arguments())
+
+    def codec_arguments(self) -> dict[str, Any]:
+        """What `SplicedCodec` is made from."""
+        given = self.arguments
+        return {
+            "tokenizer": given["tokenizer"],
+            "template": get_template(given["template"]),
+            "tower": replace(self.tower, num_tokens=given["connector"].num_tokens(self.tower.num_tokens)),
+            "transform": ImageTransform(size=self.tower.image_size, mode=given["image"]),
+            "augment": given["augment"],
+            "max_tokens": given["max_tokens"],
+        }
 
     def build_parts(self) -> dict[str, nn.Module]:
         language = self.build_language()
@@ -129,13 +149,14 @@ class SplicedDecoder(RowDecoder):
         }
 
     @property
-    def blank_size(self) -> tuple[int, int]:
-        return self.tower.image_size, self.tower.image_size
+    def view_sizes(self) -> dict[str, tuple[int, int]]:
+        return {STREAM: (self.tower.image_size, self.tower.image_size)}
 
     def image_modules(self) -> tuple[nn.Module, ...]:
         return self.vision, self.connector
 
-    def encode_images(self, pixels: Tensor) -> Tensor:
+    def encode_images(self, batch: Batch) -> Tensor:
+        pixels = batch.views[STREAM].pixels
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())):
             features = self.vision(pixels.to(next(self.vision.parameters()).dtype))
         return self.connector(features)

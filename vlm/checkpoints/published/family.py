@@ -1,161 +1,179 @@
-"""Systems that are published as one folder with all of their parts: what to know of each, and how to open one.
-
-LLaVA and its kin, whose towers may lie elsewhere and whose layouts are many, have `llava_reading` beside this.
-"""
+"""What the folders of a system look like that its authors, or Hugging Face's tools, publish."""
 
 import importlib
-import json
-import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from vlm.checkpoints.files.locate import CARRIED
-from vlm.checkpoints.files.weights import WeightFiles, WeightSource
-from vlm.checkpoints.published.llava_reading import Stream, chained
-from vlm.checkpoints.tables.table import Table
+from vlm import registry
+from vlm.checkpoints.files.weights import WeightFiles
+from vlm.checkpoints.published.entries import read_json
+from vlm.checkpoints.report import LoadReport
 from vlm.errors import UserError
 
+Stream = Callable[[], Iterable[tuple[str, Tensor]]]
+"""Reads (name, tensor) pairs, one at a time."""
+Load = Callable[[str | Path], Any]
+"""`vlm.load`, for artefacts that hold only what their stage trained."""
 
-class Family(ABC):
-    """What a system's published folders look like.
+
+@dataclass(frozen=True)
+class PublishedFolder:
+    """What a family is told to know its own folders by.
 
     Attributes:
-        system: its name.
-        marks: {layout: a tensor that no other system and no other layout has}; the first layout is the published one.
-        files: what lies beside the weights, copied along.
-        is_known_to_transformers: its library opens the first layout without the release's own code.
+        path: folder or hub id.
+        keys: names of the tensors.
+        config: `config.json`; empty where there is none.
     """
 
-    system: ClassVar[str]
-    marks: ClassVar[Mapping[str, str]]
-    files: ClassVar[tuple[str, ...]]
-    is_known_to_transformers: ClassVar[bool] = False
-
-    @abstractmethod
-    def table(self, layout: str, config: Mapping[str, Any]) -> Table:
-        """Names and contents, there and back.
-
-        Args:
-            layout: a key of `marks`.
-            config: the published `config.json`.
-        """
-
-    @abstractmethod
-    def describe(self, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-        """`class_path` and `init_args` of the network that computes what the folder's files say.
-
-        Raises:
-            UserError: files that do not fit together.
-        """
-
-    @abstractmethod
-    def config(self, module: Any, layout: str) -> dict[str, Any]:
-        """`config.json` of a system of ours that was not published before."""
-
-    def write_files(self, folder: Path, module: Any) -> None:
-        """What lies beside the weights, of a system of ours that was not published before."""
-        module.codec.tokenizer.save(folder)
-
-    def translated(self, config: Mapping[str, Any], *, source: str, target: str) -> dict[str, Any]:
-        """`config.json` of one layout for another; the same where layouts differ in names alone."""
-        return dict(config)
-
-
-FAMILIES = {
-    "fuyu": "vlm.checkpoints.published.fuyu.FuyuFamily",
-    "qwen_vl": "vlm.checkpoints.published.qwen_vl.QwenVLFamily",
-}
-"""Where each family is."""
-
-
-def get_family(system: str) -> Family:
-    """The family of a system in `FAMILIES`."""
-    module, _, name = FAMILIES[system].rpartition(".")
-    return getattr(importlib.import_module(module), name)()
-
-
-def find_family(keys: Iterable[str]) -> Family | None:
-    """The family that a checkpoint's names belong to; None: LLaVA's, or another system."""
-    keys = set(keys)
-    families = (get_family(system) for system in FAMILIES)
-    return next((family for family in families if keys & set(family.marks.values())), None)
+    path: str
+    keys: frozenset[str]
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """A checkpoint of a family under our names, carried tensors among them.
+    """A checkpoint under our names, carried tensors among them. Families add what they need.
 
     Attributes:
-        layout: of the files it was read from; of an artefact, the one it was published in.
-        config: `config.json` of that layout.
-        stream: reads (name, tensor) pairs, one at a time.
-        model: `class_path` and `init_args`.
-        write_files: puts what lies beside the weights into a folder.
+        shapes: of every tensor.
+        stream: reads them.
     """
 
-    layout: str
-    config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
-    stream: Callable[[], Iterable[tuple[str, Tensor]]]
-    model: Mapping[str, Any]
-    write_files: Callable[[Path], None]
+    stream: Stream
 
 
-def open_family(family: Family, path: str | Path, *, layout: str = "auto") -> OpenedCheckpoint:
-    """Opens and checks a published folder or hub id; no tensor is read yet.
+class Family(ABC):
+    """The published folders of one system: how they are recognised, opened and written.
+
+    Attributes:
+        system: its name in `vlm.registry`.
+        layouts: what its folders may be, besides ours; the first is that of the release.
+        looks_for: what its folders are known by, for messages.
+        hub_class: the class of transformers that opens what `vlm export` writes; None: there is none.
+        holds_surgery: whether its folders may hold what surgery adds; `open_artefact` checks which.
+    """
+
+    system: ClassVar[str]
+    layouts: ClassVar[tuple[str, ...]]
+    looks_for: ClassVar[str]
+    hub_class: ClassVar[str | None] = None
+    holds_surgery: ClassVar[bool] = False
+
+    @property
+    def class_path(self) -> str:
+        return registry.SYSTEMS[self.system].class_path
+
+    @abstractmethod
+    def claims(self, folder: PublishedFolder) -> bool:
+        """Whether a folder is this system's and no other's, by its tensors and its `config.json`."""
+
+    @abstractmethod
+    def open(
+        self,
+        path: str | Path,
+        *,
+        layout: str = "auto",
+        target: str = "ours",
+        vision: str | Path | None = None,
+        base: str | Path | None = None,
+    ) -> Any:
+        """Opens and checks a folder or hub id as an `OpenedCheckpoint`; no tensor is read yet.
+
+        Args:
+            layout: one of `layouts`, or `auto`.
+            target: layout it will be written in.
+            vision: where the vision tower lies when the folder does not hold it.
+            base: what the folder is a delta over.
+
+        Raises:
+            UserError: another system or layout, files that do not fit together, or an entry that is not computed here.
+        """
+
+    @abstractmethod
+    def open_artefact(self, path: str | Path, *, target: str, load: Load, vision: str | Path | None = None) -> Any:
+        """The same of an artefact of ours."""
+
+    @abstractmethod
+    def open_complete(self, path: str) -> Any:
+        """A folder with every tensor that the network computes with, its tower from elsewhere where it lacks it."""
+
+    @abstractmethod
+    def describe(self, opened: Any) -> dict[str, Any]:
+        """`class_path` and `init_args` of the system that computes what an opened folder's files say."""
+
+    @abstractmethod
+    def carried(self, opened: Any) -> Callable[[str], bool]:
+        """Which tensors of an opened checkpoint, by our name, are kept aside instead of being part of the network."""
+
+    @abstractmethod
+    def fill(self, folder: Path, opened: Any, *, target: str, template: str | None = None) -> LoadReport:
+        """Writes an opened checkpoint into a folder that the caller makes appear, as an artefact or in a layout.
+
+        Args:
+            target: one of `layouts`, or `ours`.
+            template: of an artefact, instead of the one its system is talked to with.
+        """
+
+    @abstractmethod
+    def export(self, folder: Path, path: str, *, dtype: torch.dtype | None, load: Load) -> LoadReport:
+        """Writes a finished stage for `hub_class`."""
+
+    def surgery(self, opened: Any) -> list[dict[str, Any]]:
+        """`class_path` and `init_args` of the surgery that an opened folder's network was trained with."""
+        return []
+
+
+def get_family(system: str) -> Family:
+    """The family of a system.
 
     Raises:
-        UserError: another system or layout, or files that do not fit together.
+        UserError: nothing was published of it.
     """
-    files = WeightFiles(path)
-    keys = set(files.keys())
-    found = next((name for name, mark in family.marks.items() if mark in keys), None)
-    if found is None:
-        raise UserError(f"{path}: has no {next(iter(family.marks.values()))}; is it {family.system}? Check --system")
-    if layout not in ("auto", found):
-        raise UserError(f"{path}: is in the {found} layout, not in {layout!r}")
-    config = _read_config(files.folder / "config.json")
-    table = family.table(found, config)
-    shapes = table.check(files.shapes(), side="theirs")
-    stream: Stream = partial(_converted, table, files)
-    if (files.folder / CARRIED).exists():
-        carried = WeightFiles(files.folder / CARRIED)
-        shapes, stream = shapes | carried.shapes(), chained(stream, carried.items)
-    model = family.describe(config, files.folder)
-    return OpenedCheckpoint(found, config, shapes, stream, model, partial(_copy, files.folder, family.files))
+    entry = registry.SYSTEMS.get(system)
+    if entry is None or entry.family is None:
+        known = ", ".join(registry.published_systems())
+        raise UserError(f"{system}: no published folders are known of it, only of {known}")
+    module, _, name = entry.family.rpartition(".")
+    return getattr(importlib.import_module(module), name)()
 
 
-def family_source(family: Family, path: str) -> WeightSource:
-    """Every tensor of a published folder that the network computes with, under our names."""
-    opened = open_family(family, path)
-    table = family.table(opened.layout, opened.config)
-    names = frozenset(name for name in opened.shapes if not table.is_carried(name))
-    return WeightSource(f"published weights {path}", names, lambda: iter(opened.stream()))
+def look_into(path: str | Path, files: WeightFiles) -> PublishedFolder:
+    """A folder as families are told of it."""
+    return PublishedFolder(str(path), frozenset(files.keys()), read_json(files.folder / "config.json") or {})
 
 
-def _copy(source: Path, names: Iterable[str], target: Path) -> None:
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+def find_family(folder: PublishedFolder) -> Family:
+    """The family that a folder belongs to.
+
+    Raises:
+        UserError: none of them claims it, or several do.
+    """
+    families = [get_family(system) for system in registry.published_systems()]
+    found = [family for family in families if family.claims(folder)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        both = " and ".join(f"{family.system} ({family.looks_for})" for family in found)
+        raise UserError(f"{folder.path}: looks like a folder of {both}; convert it with --system, which says which")
+    looked = "; ".join(f"{family.system}: {family.looks_for}" for family in families)
+    raise UserError(
+        f"{folder.path}: is no published folder of a system here; looked for {looked}. Is it another system?"
+    )
 
 
-def _converted(table: Table, files: WeightFiles) -> Iterator[tuple[str, Tensor]]:
-    return table.stream_to_ours(files.items())
+def chained(*streams: Stream) -> Stream:
+    """One stream after another."""
+    return lambda: (item for stream in streams for item in stream())
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: missing; it says the number of heads, which the tensors do not") from error
-    except ValueError as error:
-        raise UserError(f"{file}: is not readable JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: holds no settings; is it the config.json of these weights?")
-    return content
+def as_dtype(stream: Stream, dtype: torch.dtype | None) -> Stream:
+    """Tensors of another type; None keeps each one's own."""
+    return stream if dtype is None else lambda: ((name, tensor.to(dtype)) for name, tensor in stream())

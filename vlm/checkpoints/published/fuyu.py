@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vlm.checkpoints.published.family import Family
+from vlm.checkpoints.published.entries import BOOKKEEPING, Entries, read_json, refusal
+from vlm.checkpoints.published.one_folder import OneFolderFamily
 from vlm.checkpoints.tables.rules import rename
 from vlm.checkpoints.tables.table import Table
 from vlm.errors import UserError
@@ -26,19 +27,40 @@ _TEXT: dict[str, Any] = {
 }
 """What a config.json leaves out when it is this."""
 _ROPE = {"rope_type": "default", "rope_theta": 25000.0, "partial_rotary_factor": 0.5}
+_READ = frozenset({"text_config", "patch_size", "image_token_id"})
+_HARMLESS = frozenset({"image_size", "tie_word_embeddings"})  # neither is looked at: an image has its own size
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "model_type": ("fuyu",),
+    "num_channels": (3,),
+    "rope_scaling": ({},),
+    "quantization_config": ({},),
+}
+_PIXELS: dict[str, tuple[Any, ...]] = {
+    "image_mean": (0.5, [0.5, 0.5, 0.5]),
+    "image_std": (0.5, [0.5, 0.5, 0.5]),
+    "padding_value": (1.0,),
+    "padding_mode": ("constant",),
+    "resample": (2,),
+    "rescale_factor": (1 / 255,),
+    **dict.fromkeys(("do_resize", "do_pad", "do_normalize", "do_rescale"), (True,)),
+}
+_PIXELS_READ = frozenset({"size", "patch_size"})
+_PIXELS_HARMLESS = frozenset(
+    {"image_processor_type", "feature_extractor_type", "processor_class", "do_convert_rgb", "data_format", "backend"}
+)
 _PREFIXES = {  # before the decoder's own names, the head's, and the projection's
     "official": ("language_model.model.", "language_model.", ""),
     "hf": ("model.language_model.", "", "model."),
 }
 
 
-class FuyuFamily(Family):
+class FuyuFamily(OneFolderFamily):
     system = "fuyu"
     marks: ClassVar = {
         "official": "language_model.model.final_layernorm.weight",
         "hf": "model.vision_embed_tokens.weight",
     }
-    is_known_to_transformers = True
+    hub_class = "FuyuForCausalLM"
     files = (
         "tokenizer.json",
         "tokenizer.model",
@@ -49,6 +71,9 @@ class FuyuFamily(Family):
         "preprocessor_config.json",
         "processor_config.json",
     )
+
+    def is_own(self, config: Mapping[str, Any]) -> bool:
+        return config.get("model_type", "fuyu") == "fuyu"
 
     def table(self, layout: str, config: Mapping[str, Any]) -> Table:
         decoder, head, own = _PREFIXES[layout]
@@ -64,14 +89,25 @@ class FuyuFamily(Family):
             ),
         )
 
-    def describe(self, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    def describe_folder(self, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        from transformers import FuyuConfig, PersimmonConfig
+
+        file = folder / "config.json"
+        persimmon = frozenset(PersimmonConfig.__dataclass_fields__) | {*_ROPE, "rope_scaling"}
+        known = frozenset(FuyuConfig.__dataclass_fields__) | persimmon | _ONLY.keys()
         stated = config.get("text_config") or config
-        text = _TEXT | {key: stated[key] for key in _TEXT if key in stated}
-        rope = stated.get("rope_parameters") or {}
+        Entries(_READ | persimmon, _ONLY, _HARMLESS, of=known).check(config, file)
+        Entries(persimmon, {**_ONLY, "model_type": ("persimmon", "fuyu")}, _HARMLESS | _READ, of=known).check(
+            stated, file
+        )
+        own = (persimmon - BOOKKEEPING).intersection(stated) - {*_ROPE, "rope_scaling", "rope_parameters"}
+        text = _TEXT | {key: stated[key] for key in own}
+        rope = dict(stated.get("rope_parameters") or {})
         rope |= {key: stated[key] for key in ("rope_theta", "partial_rotary_factor") if key in stated}
         if not (folder / "tokenizer.json").is_file():
             raise UserError(f"{folder}: has no tokenizer.json; put the tokenizer's files beside")
-        patches = {"side": config.get("patch_size", 30), **_limits(folder)}
+        side = config.get("patch_size", 30)
+        patches = {"side": side, **_limits(folder, side=side)}
         return {
             "class_path": "vlm.systems.Fuyu",
             "init_args": {
@@ -105,10 +141,19 @@ class FuyuFamily(Family):
         _write_processor(folder, module.patches)
 
 
-def _limits(folder: Path) -> dict[str, int]:
-    """Of a picture's size, as the image processor's file says."""
+def _limits(folder: Path, *, side: int) -> dict[str, int]:
+    """Of an image's size, as the image processor's file says.
+
+    Raises:
+        UserError: it makes other pixels than ours.
+    """
     file = folder / "preprocessor_config.json"
-    size = json.loads(file.read_text(encoding="utf-8")).get("size", {}) if file.is_file() else {}
+    content = read_json(file) or {}
+    Entries(_PIXELS_READ, _PIXELS, _PIXELS_HARMLESS).check(content, file)
+    square = {"height": side, "width": side}
+    if content.get("patch_size", square) != square:
+        raise refusal(file, "patch_size", content["patch_size"], expected=(square,))
+    size = content.get("size") or {}
     return {f"max_{name}": size[name] for name in ("width", "height") if name in size}
 
 

@@ -65,7 +65,15 @@ def write_tokenizer(folder: Path, codec: Any, *, num_rows: int, tiles: AnyRes | 
     return image_id, pad_id
 
 
-def write_processor(folder: Path, codec: Any, *, patch_size: int, pad_id: int, tiles: AnyRes | None = None) -> None:
+def write_processor(
+    folder: Path,
+    codec: Any,
+    *,
+    patch_size: int,
+    pad_id: int,
+    tiles: AnyRes | None = None,
+    class_token: bool = False,
+) -> None:
     """`processor_config.json`, `preprocessor_config.json` and `generation_config.json`.
 
     Raises:
@@ -75,18 +83,17 @@ def write_processor(folder: Path, codec: Any, *, patch_size: int, pad_id: int, t
         folder / "processor_config.json",
         {
             "image_token": IMAGE_TOKEN,
-            "num_additional_image_tokens": 1,  # the class token, which "default" takes away again
+            "num_additional_image_tokens": 1,  # the class token; "default" takes it away again
             "patch_size": patch_size,
             "processor_class": _processor_class(tiles),
-            "vision_feature_select_strategy": "default",
+            "vision_feature_select_strategy": "full" if class_token else "default",
         },
     )
     _write(folder / "preprocessor_config.json", _image_processor(codec.transform, tiles))
     tokenizer = codec.tokenizer
-    settings = Decoding().transformers_config(eos_id=tokenizer.eos_id, pad_id=pad_id)
     marks = [tokenizer.encode(mark)[0] for mark in codec.template.stop]
     ends = {tokenizer.eos_id, *(ids[0] for ids in marks if len(ids) == 1)}
-    settings.eos_token_id = sorted(ends)
+    settings = Decoding().transformers_config(end_ids=sorted(ends), pad_id=pad_id)
     settings.bos_token_id = tokenizer.bos_id
     settings.save_pretrained(folder)
 

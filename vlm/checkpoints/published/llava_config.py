@@ -1,32 +1,26 @@
-"""`config.json` of LLaVA: what the official and the Hugging Face files say, as one neutral description, and back."""
+"""`config.json` of LLaVA: what the official and the Hugging Face files say, as one neutral description."""
 
-import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vlm.checkpoints.tables.llava import Connector, Layout
-from vlm.checkpoints.tables.mini_gemini import LANGUAGE_DEFAULTS
+from vlm.checkpoints.published.entries import read_config_json, refusal
+from vlm.checkpoints.published.language_entries import HEAD_OF_HUB, language_entries, read_language
+from vlm.checkpoints.published.llava_entries import (
+    check_clip,
+    check_hub,
+    check_official,
+    has_class_token,
+    kind_of_official,
+    official_view,
+)
+from vlm.checkpoints.published.preprocessor import check_pixels, read_view
+from vlm.checkpoints.tables.llava import Connector, Layout, mlp_depth
 from vlm.errors import UserError
 
-_LLAMA = {  # values a config.json leaves out when they are these (hub files do)
-    "attention_bias": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "initializer_range": 0.02,
-    "intermediate_size": 11008,
-    "max_position_embeddings": 2048,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "rms_norm_eps": 1e-6,
-    "rope_scaling": None,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-}
-_CLIP = {
+CLIP: dict[str, Any] = {
     "hidden_act": "quick_gelu",
     "hidden_size": 1024,
     "image_size": 336,
@@ -41,8 +35,9 @@ _CLIP = {
 _CLIP_HEAD_DIM = 64
 """Width of a head in every CLIP of OpenAI; used only when no config states the number of heads."""
 _TOWERS = {(1024, 336): "openai/clip-vit-large-patch14-336", (1024, 224): "openai/clip-vit-large-patch14"}
-_TIMM = "vit_large_patch14_clip_quickgelu_336"
-"""The timm architecture; sizes other than its own go into its options."""
+_TIMM = {"quick_gelu": "vit_large_patch14_clip_quickgelu_336", "gelu": "vit_large_patch14_clip_336"}
+"""The timm architectures by activation; sizes other than their own go into their options."""
+NORM_EPS = 1e-5  # theirs
 
 
 @dataclass(frozen=True)
@@ -75,6 +70,10 @@ class LlavaConfig:
     grid: int = 1
     """Parts per side of its low-resolution view; with more than 1, `whole` says if the whole is seen too."""
     whole: bool = False
+    class_token: bool = False
+    """The tower's class token is the first feature."""
+    image: str | None = None
+    """How an image becomes a square view, where the files say it."""
 
     @property
     def vocab_rows(self) -> int:
@@ -101,11 +100,15 @@ class LlavaConfig:
             has_tower: the checkpoint holds the tower's tensors; else they are read from where its config says.
         """
         tower: dict[str, Any] = {
-            "name": _TIMM,
+            "name": _TIMM[(self.vision or CLIP)["hidden_act"]],
             "layer": self.vision_layer,
             "weights": None if has_tower else self.tower,
         }
+        if self.class_token:
+            tower["class_token"] = True
         if self.vision is not None:
+            if self.vision["layer_norm_eps"] != NORM_EPS:
+                tower["norm_eps"] = self.vision["layer_norm_eps"]
             tower["options"] = {
                 "img_size": self.vision["image_size"],
                 "patch_size": self.vision["patch_size"],
@@ -114,8 +117,11 @@ class LlavaConfig:
                 "num_heads": self.vision["num_attention_heads"],
                 "mlp_ratio": self.vision["intermediate_size"] / self.vision["hidden_size"],
             }
-        connector = {"linear": "Linear", "mlp2x_gelu": "MLP", "mlp_downsample": "Downsample"}[self.connector]
-        layers = {"depth": 2, "norm": True} if self.connector == "mlp_downsample" else {}
+        depth = mlp_depth(self.connector)
+        connector = {"linear": "Linear", "mlp_downsample": "Downsample"}.get(self.connector, "MLP")
+        layers: dict[str, Any] = {"depth": depth} if depth > 2 else {}
+        if connector == "Downsample":
+            layers = {"depth": 2, "norm": True}
         tiles: dict[str, Any] = {}
         if self.pinpoints is not None:
             side = self.vision["image_size"] if self.vision else 336
@@ -132,7 +138,10 @@ class LlavaConfig:
                 "init_args": {"config": {"model_type": "llama", **self.language}},
             },
             "tokenizer": {"class_path": "vlm.prompts.LlamaTokenizer", "init_args": {"path": "."}},
-            "max_tokens": self.language["max_position_embeddings"],
+            "max_tokens": min(
+                self.language["max_position_embeddings"],
+                self.originals.get("official", {}).get("tokenizer_model_max_length") or sys.maxsize,
+            ),
             **tiles,
         }
 
@@ -140,46 +149,60 @@ class LlavaConfig:
         return asdict(self)
 
 
-def read_config(folder: Path, layout: Layout, *, connector: Connector) -> LlavaConfig:
+def read_config(folder: Path, layout: Layout, *, connector: Connector, is_language_alone: bool = False) -> LlavaConfig:
     """The description in a folder's `config.json`.
 
+    Args:
+        is_language_alone: the file is that of the language model, and others say the rest (VILA-1.5).
+
     Raises:
-        UserError: the file is missing or of something else.
+        UserError: the file is missing, of something else, or says what no system here does.
     """
-    file = folder / "config.json"
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: missing; it says the number of heads, which the tensors do not") from error
-    except ValueError as error:
-        raise UserError(f"{file}: is not readable JSON ({error})") from error
-    text = content.get("text_config") or {} if layout.is_hf else content
-    defaults = _LLAMA | LANGUAGE_DEFAULTS.get(text.get("model_type", "").rpartition("_")[2], {})
-    known = (*defaults, "vocab_size", "num_key_value_heads")
-    language = {**defaults, **{key: text[key] for key in known if key in text and key != "model_type"}}
-    if text.get("hidden_activation"):  # of Gemma: it came later and counts
-        language["hidden_act"] = text["hidden_activation"]
-    language.setdefault("num_key_value_heads", language["num_attention_heads"])
-    language |= _rope(text.get("rope_parameters"))
-    if text.get("sliding_window") and "mistral" in text.get("model_type", ""):  # without a window it computes as Llama
-        language |= {"model_type": "mistral", "sliding_window": text["sliding_window"]}
-    if layout.is_hf:
-        language["tie_word_embeddings"] |= bool(content.get("tie_word_embeddings"))
-        language["vocab_size"] = content.get("image_token_index", content.get("image_token_id", 32000))
-        if not isinstance(content.get("vision_config"), dict):
-            raise UserError(f"{file}: has no vision_config; is it the config.json of these weights?")
-        vision = {**_CLIP, **{key: content["vision_config"][key] for key in _CLIP if key in content["vision_config"]}}
-        layer = content.get("vision_feature_layer", -2)
-        if not isinstance(layer, int):
-            raise UserError(f"{file}: vision_feature_layer {layer}: features of several layers are no LLaVA of ours")
-        tower = _TOWERS.get((vision["hidden_size"], vision["image_size"]))
-        # Hugging Face counts height first
-        pinpoints = [[width, height] for height, width in content.get("image_grid_pinpoints", [])] or None
-        return LlavaConfig(connector, language, vision, layer, tower, layout.name, {"hf": content}, pinpoints=pinpoints)
+    content, file = read_config_json(folder), folder / "config.json"
+    if is_language_alone:
+        language = read_language(content, file, kind=content.get("model_type", "llama"))
+        return LlavaConfig(connector, language, None, -2, None, layout.name, {"official": content})
+    return (_read_hub if layout.is_hf else _read_official)(content, file, layout, connector)
+
+
+def _read_hub(content: Mapping[str, Any], file: Path, layout: Layout, connector: Connector) -> LlavaConfig:
+    check_hub(content, file)
+    text = content.get("text_config") or {}
+    kind = text.get("model_type", "llama")
+    language = read_language(text, file, kind=kind)
+    language |= {key: value for key, value in HEAD_OF_HUB.items() if key in language_entries(kind)}
+    language["tie_word_embeddings"] = bool(language.get("tie_word_embeddings") or content.get("tie_word_embeddings"))
+    language["vocab_size"] = content.get("image_token_index", content.get("image_token_id", 32000))
+    if not isinstance(content.get("vision_config"), dict):
+        raise UserError(f"{file}: has no vision_config; is it the config.json of these weights?")
+    vision = CLIP | _stated_tower(content["vision_config"], file)
+    layer = content.get("vision_feature_layer", -2)
+    if not isinstance(layer, int):
+        raise UserError(f"{file}: vision_feature_layer {layer}: features of several layers are no LLaVA of ours")
+    # Hugging Face counts height first
+    pinpoints = [[width, height] for height, width in content.get("image_grid_pinpoints", [])] or None
+    return LlavaConfig(
+        connector,
+        language,
+        vision,
+        _from_the_end(layer, vision["num_hidden_layers"]),
+        _TOWERS.get((vision["hidden_size"], vision["image_size"])),
+        layout.name,
+        {"hf": dict(content)},
+        pinpoints=pinpoints,
+        class_token=has_class_token(content, file),
+        image=read_view(file.parent, side=vision["image_size"], pinpoints=content.get("image_grid_pinpoints")),
+    )
+
+
+def _read_official(content: Mapping[str, Any], file: Path, layout: Layout, connector: Connector) -> LlavaConfig:
+    kind = kind_of_official(content, file)
+    check_official(content, file, kind=kind)
+    language = read_language(content, file, kind=kind)
     if "vocab_size" not in language:
         raise UserError(f"{file}: has no vocab_size; is it the config.json of these weights?")
-    layer = content.get("mm_vision_select_layer", -2)
-    tower = content.get("mm_vision_tower")
+    if (stated := content.get("mm_projector_type", connector)) != connector:
+        raise refusal(file, "mm_projector_type", stated, expected=(connector,))
     pinpoints = None
     if content.get("image_aspect_ratio") == "anyres":
         pinpoints = content.get("image_grid_pinpoints")
@@ -188,32 +211,59 @@ def read_config(folder: Path, layout: Layout, *, connector: Connector) -> LlavaC
                 f"{file}: image_aspect_ratio is anyres, so mm_patch_merge_type must be spatial_unpad and "
                 "image_grid_pinpoints a list of [width, height]"
             )
-    found = LlavaConfig(
-        connector, language, None, layer, tower, layout.name, {"official": content}, pinpoints=pinpoints
+    grid = content.get("image_grid", 1) if "mm_vision_tower_aux" in content else 1
+    return LlavaConfig(
+        connector,
+        language,
+        None,
+        content.get("mm_vision_select_layer", -2),
+        content.get("mm_vision_tower"),
+        layout.name,
+        {"official": dict(content)},
+        pinpoints=pinpoints,
+        grid=grid,
+        whole=grid > 1 and bool(content.get("image_global")),
+        class_token=has_class_token(content, file),
+        image=official_view(content, file),
     )
-    if "mm_vision_tower_aux" not in content:
-        return found
-    grid = content.get("image_grid", 1)
-    return replace(found, grid=grid, whole=grid > 1 and bool(content.get("image_global")))
+
+
+def _stated_tower(stated: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """What a CLIP's own settings say about its vision tower."""
+    check_clip(stated, file)
+    found = {key: stated[key] for key in CLIP if key in stated}
+    if found.get("hidden_act", "gelu") not in _TIMM:
+        raise refusal(file, "hidden_act (of the vision tower)", found["hidden_act"], expected=list(_TIMM))
+    return found
+
+
+def _from_the_end(layer: int, num_blocks: int) -> int:
+    """A hidden state's place counted from the last one, -1; 0 is what goes into the first block."""
+    return layer if layer < 0 else layer - num_blocks - 1
 
 
 def with_tower(config: LlavaConfig, shapes: Mapping[str, tuple[int, ...]], tower_folder: Path | None) -> LlavaConfig:
     """Adds what the tower's tensors (published names after `embeddings`, `encoder`) and its own config.json say."""
-    stated = json.loads((tower_folder / "config.json").read_text()) if tower_folder else {}
-    stated = stated.get("vision_config", stated)
+    stated: Mapping[str, Any] = {}
+    if tower_folder is not None:
+        content = read_config_json(tower_folder)
+        stated = _stated_tower(content.get("vision_config") or content, tower_folder / "config.json")
+        check_pixels(tower_folder)
     width, _, patch, _ = shapes["embeddings.patch_embedding.weight"]
     num_patches = shapes["embeddings.position_embedding.weight"][0] - 1
     vision = {
-        **_CLIP,
+        **CLIP,
         "num_attention_heads": max(1, width // _CLIP_HEAD_DIM),
-        **{key: stated[key] for key in _CLIP if key in stated},
+        **stated,
         "hidden_size": width,
         "image_size": patch * round(num_patches**0.5),
         "patch_size": patch,
         "intermediate_size": shapes["encoder.layers.0.mlp.fc1.weight"][0],
         "num_hidden_layers": 1 + max(int(name.split(".")[2]) for name in shapes if name.startswith("encoder.layers.")),
     }
-    return replace(config, vision=vision, tower=config.tower or _TOWERS.get((width, vision["image_size"])))
+    layer = _from_the_end(config.vision_layer, vision["num_hidden_layers"])
+    tower = config.tower or _TOWERS.get((width, vision["image_size"]))
+    return replace(config, vision=vision, vision_layer=layer, tower=tower)
 
 
 def check_config(config: LlavaConfig, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -226,89 +276,17 @@ def check_config(config: LlavaConfig, shapes: Mapping[str, tuple[int, ...]], whe
     found = {
         "vocab_size": shapes["language.model.embed_tokens.weight"][0],
         "hidden_size": shapes["language.model.embed_tokens.weight"][1],
-        "intermediate_size": _mlp_width(shapes),
         "num_hidden_layers": len(layers),
+        **_mlp_width(shapes),
     }
     for key, value in found.items():
         if config.language[key] != value:
             raise UserError(f"{where}: config.json says {key} {config.language[key]}, the tensors say {value}")
 
 
-def _mlp_width(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    dense, sparse = (f"language.model.layers.0.mlp.{name}" for name in ("gate_proj.weight", "experts.down_proj"))
-    return shapes[dense][0] if dense in shapes else shapes[sparse][2]
-
-
-def write_config(folder: Path, config: LlavaConfig, layout: Layout, *, dtype: str) -> None:
-    """Writes `config.json` of an official or Hugging Face folder: the one that was read, where there was one."""
-    kind = "hf" if layout.is_hf else layout.name
-    content = config.originals.get(kind) or (_hf if layout.is_hf else _official)(config, dtype)
-    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _hf(config: LlavaConfig, dtype: str) -> dict[str, Any]:
-    assert config.vision is not None
-    side = config.vision["image_size"] // config.vision["patch_size"]
-    padded = -(-(config.vocab_rows + 2) // 64) * 64
-    image_id, pad_id = config.marks or (config.vocab_rows, config.vocab_rows + 1)
-    kind: dict[str, Any] = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
-    if config.pinpoints is not None:
-        kind = {
-            "architectures": ["LlavaNextForConditionalGeneration"],
-            "image_grid_pinpoints": [[height, width] for width, height in config.pinpoints],
-            "model_type": "llava_next",
-            "use_image_newline_parameter": True,
-        }
-    return {
-        **kind,
-        "image_seq_length": side * side,
-        "image_token_index": image_id,
-        "multimodal_projector_bias": True,
-        "pad_token_id": pad_id,
-        "projector_hidden_act": "gelu",
-        "text_config": {"model_type": "llama", **config.language, "vocab_size": padded, "torch_dtype": dtype},
-        "tie_word_embeddings": config.tied,
-        "torch_dtype": dtype,
-        "vision_config": config.vision,
-        "vision_feature_layer": config.vision_layer,
-        "vision_feature_select_strategy": "default",
-    }
-
-
-def _official(config: LlavaConfig, dtype: str) -> dict[str, Any]:
-    return {
-        **config.language,
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "image_aspect_ratio": "square" if config.connector == "linear" else "pad",
-        **_tiles(config),
-        "mm_hidden_size": config.vision["hidden_size"] if config.vision else _CLIP["hidden_size"],
-        "mm_projector_type": config.connector,
-        "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False,
-        "mm_vision_select_feature": "patch",
-        "mm_vision_select_layer": config.vision_layer,
-        "mm_vision_tower": config.tower,
-        "model_type": "llava_llama",
-        "torch_dtype": dtype,
-        "use_mm_proj": True,
-    }
-
-
-def _tiles(config: LlavaConfig) -> dict[str, Any]:
-    if config.pinpoints is None:
-        return {}
-    return {
-        "image_aspect_ratio": "anyres",
-        "image_grid_pinpoints": config.pinpoints,
-        "mm_patch_merge_type": "spatial_unpad",
-        "unfreeze_mm_vision_tower": True,
-    }
-
-
-def _rope(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The fields of transformers 4 for the `rope_parameters` of transformers 5, which official code does not know."""
-    if parameters is None:
-        return {}
-    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
-    plain = scaling.get("rope_type", "default") == "default"
-    return {"rope_theta": parameters["rope_theta"], "rope_scaling": None if plain else scaling}
+def _mlp_width(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    mlp = "language.model.layers.0.mlp."
+    for name, axis, parts in (("gate_proj.weight", 0, 1), ("experts.down_proj", 2, 1), ("gate_up_proj.weight", 0, 2)):
+        if mlp + name in shapes:
+            return {"intermediate_size": shapes[mlp + name][axis] // parts}
+    return {}

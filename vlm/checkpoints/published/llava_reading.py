@@ -1,6 +1,6 @@
 """A LLaVA checkpoint of any layout, opened as one stream of tensors under our names."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,9 @@ from vlm.checkpoints.artefact import STAGE_FILE, Artefact, read_artefact
 from vlm.checkpoints.files.locate import CARRIED
 from vlm.checkpoints.files.weights import WeightFiles, fingerprint_of, hash_tensor
 from vlm.checkpoints.published.delta import DeltaFiles
+from vlm.checkpoints.published.family import OpenedCheckpoint, Stream, chained
 from vlm.checkpoints.published.llava_config import LlavaConfig, check_config, read_config, with_tower
+from vlm.checkpoints.published.llava_entries import check_known_tower, refuse_class_token
 from vlm.checkpoints.published.vila import PartFolders, has_part_folders
 from vlm.checkpoints.tables.clip import clip_table
 from vlm.checkpoints.tables.llava import (
@@ -24,61 +26,69 @@ from vlm.checkpoints.tables.llava import (
     detect_connector,
     detect_layout,
     llava_table,
+    mlp_depth,
 )
 from vlm.checkpoints.tables.mini_gemini import MARK, convnext_names, high_tower
 from vlm.checkpoints.tables.table import Table
 from vlm.errors import UserError
 
-CONNECTORS: dict[str, Connector] = {
-    "llava": "linear",
-    "llava_1_5": "mlp2x_gelu",
-    "llava_next": "mlp2x_gelu",
-    "mini_gemini": "mlp2x_gelu",
-    "vila": "mlp2x_gelu",
-}
-"""Projector of each system."""
-VILA_CONNECTORS = ("linear", "mlp2x_gelu", "mlp_downsample")
-"""VILA has one of several."""
-Stream = Callable[[], Iterable[tuple[str, Tensor]]]
 Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Model:
-    """A checkpoint under our names, carried tensors among them.
+class OpenedLlava(OpenedCheckpoint):
+    """A checkpoint with its description.
 
     Attributes:
         system: name of the system.
         config: its description.
-        shapes: of every tensor.
-        stream: reads (name, tensor) pairs, one at a time.
         folder: where tokenizer files may lie.
         meta: `stage.json` of an artefact, empty for published weights.
     """
 
     system: str
     config: LlavaConfig
-    shapes: Shapes
-    stream: Stream
     folder: Path
     meta: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What the tensors of one system's checkpoints have.
+
+    Attributes:
+        system: its name.
+        connectors: kinds of its projector; `mlp` has any number of layers.
+        newline: a token at the end of a row of tiles.
+        mining: a second tower that features mine.
+        hub: a class of transformers holds it.
+    """
+
+    system: str
+    connectors: tuple[str, ...] = ("mlp",)
+    newline: bool = False
+    mining: bool = False
+    hub: bool = True
+
+    def has_connector(self, connector: Connector) -> bool:
+        return ("mlp" if mlp_depth(connector) else connector) in self.connectors
+
+
 def open_checkpoint(
     src: str | Path,
+    kind: Kind,
     *,
-    system: str,
     layout: str = "auto",
     vision: str | Path | None = None,
     base: str | Path | None = None,
     target: str = "ours",
-) -> Model:
-    """Opens and checks a checkpoint; no tensor is read yet.
+) -> OpenedLlava:
+    """Opens and checks a published checkpoint; no tensor is read yet.
 
     Args:
         src: folder, file or hub id.
-        system: a key of `CONNECTORS`.
-        layout: `official`, `hf`, `ours`, or `auto`.
+        kind: which system it should be.
+        layout: `official`, `hf`, or `auto`.
         vision: where the CLIP tower lies when `src` does not hold it.
         base: what `src` is a delta over, for LLaVA's first releases.
         target: layout it will be written in; `hf` has no place for a linear projector and always holds a tower, which
@@ -87,49 +97,52 @@ def open_checkpoint(
     Raises:
         UserError: tensors, config and system do not fit together.
     """
-    needs_vision = target == "hf"
-    if needs_vision and system == "mini_gemini":
-        raise UserError("the Hugging Face tools have no class for Mini-Gemini; use --to official or --to ours")
-    if needs_vision:
-        check_connector(HF, CONNECTORS[system])
-    if layout == "ours" or (layout == "auto" and (Path(src) / STAGE_FILE).exists()):
-        if base is not None:
-            raise UserError(f"{src}: is an artefact of ours, and only published weights are deltas; leave out --base")
-        model = _open_artefact(read_artefact(src, system=system))
+    if has_part_folders(src):
+        files: WeightFiles = PartFolders(src)
     else:
-        if has_part_folders(src):
-            files: WeightFiles = PartFolders(src)
-        else:
-            files = WeightFiles(src) if base is None else DeltaFiles(src, base)
-        model = _open_published(files, system, layout)
+        files = WeightFiles(src) if base is None else DeltaFiles(src, base)
+    return _with_tower(_open_published(files, kind, layout), src, vision=vision, target=target)
+
+
+def open_llava_artefact(
+    src: str | Path, kind: Kind, *, vision: str | Path | None = None, target: str = "official"
+) -> OpenedLlava:
+    """The same of an artefact of ours."""
+    return _with_tower(_open_artefact(read_artefact(src, system=kind.system)), src, vision=vision, target=target)
+
+
+def _with_tower(model: OpenedLlava, src: str | Path, *, vision: str | Path | None, target: str) -> OpenedLlava:
+    if target == "hf":
+        check_connector(HF, model.config.connector)
     lacks_tower = not any(name.startswith("vision.") for name in model.shapes)
-    tower = vision if vision is not None else model.config.tower if needs_vision else None
-    if lacks_tower and tower is None and needs_vision:
+    tower = vision if vision is not None else model.config.tower if target == "hf" else None
+    if lacks_tower and tower is None and target == "hf":
         raise UserError(f"{src}: holds no vision tower; name the folder of its CLIP with --vision")
     if lacks_tower and tower is not None:
         config, shapes, stream = _tower(model.config, tower)
-        model = replace(model, config=config, shapes=model.shapes | shapes, stream=chained(model.stream, stream))
+        model = replace(model, config=config, shapes={**model.shapes, **shapes}, stream=chained(model.stream, stream))
     check_config(model.config, model.shapes, str(src))
     return model
 
 
-def _open_published(files: WeightFiles, system: str, layout_name: str) -> Model:
-    layout = detect_layout(files.keys())
+def _open_published(files: WeightFiles, kind: Kind, layout_name: str) -> OpenedLlava:
+    system, keys = kind.system, set(files.keys())
+    layout = detect_layout(keys)
     if layout_name not in ("auto", "hf" if layout.is_hf else layout.name):
         raise UserError(f"{files.source}: is in the {layout.name} layout, not in {layout_name!r}")
-    connector = detect_connector(files.keys())
-    if connector not in (VILA_CONNECTORS if system == "vila" else (CONNECTORS[system],)):
-        raise UserError(f"{files.source}: has the projector {connector}, but {system} has {CONNECTORS[system]}")
-    if (layout.newline in set(files.keys())) != (system == "llava_next"):
-        found, lacks = ("no", "one") if system == "llava_next" else ("an", "none")
-        raise UserError(f"{files.source}: has {found} image_newline, but {system} has {lacks}; give another --system")
-    if (MARK in set(files.keys())) != (system == "mini_gemini"):
-        found, lacks = ("no", "it") if system == "mini_gemini" else ("a", "none")
-        raise UserError(
-            f"{files.source}: has {found} patch info mining, but {system} has {lacks}; give another --system"
-        )
-    config = read_config(files.folder, layout, connector=connector)
-    if system == "mini_gemini":
+    connector = detect_connector(keys)
+    if not kind.has_connector(connector):
+        raise UserError(f"{files.source}: has the projector {connector}, but {system} has {kind.connectors[0]}")
+    for thing, found, wanted in (
+        ("image_newline", layout.newline in keys, kind.newline),
+        ("patch info mining", MARK in keys, kind.mining),
+    ):
+        if found != wanted:
+            has, but = ("no", "it") if wanted else ("the", "none")
+            raise UserError(f"{files.source}: has {has} {thing}, but {system} has {but}; give another --system")
+    is_split = isinstance(files, PartFolders)
+    config = read_config(files.folder, layout, connector=connector, is_language_alone=is_split)
+    if kind.mining:
         config = replace(config, high=high_tower(config.originals["official"], files.shapes()))
     if isinstance(files, PartFolders):
         config = files.describe(config)
@@ -138,10 +151,15 @@ def _open_published(files: WeightFiles, system: str, layout_name: str) -> Model:
         for name, shape in files.shapes().items()
         if name.startswith(layout.vision)
     }
+    file = files.folder / "config.json"
+    if config.class_token and (config.pinpoints is not None or kind.mining or connector == "mlp_downsample"):
+        refuse_class_token(system, file)
     if tower and config.vision is None:
         local = Path(config.tower) if config.tower and (Path(config.tower) / "config.json").exists() else None
+        if local is None:
+            check_known_tower(config.tower, file)
         config = with_tower(config, tower, local)
-    model = Model(system, config, {}, files.items, files.folder, {})
+    model = OpenedLlava({}, files.items, system, config, files.folder, {})
     table = table_of(model, layout.name)
     shapes = table.check(files.shapes(), side="theirs")
     stream: Stream = partial(_converted, table, files)
@@ -151,7 +169,7 @@ def _open_published(files: WeightFiles, system: str, layout_name: str) -> Model:
     return replace(model, shapes=shapes, stream=stream)
 
 
-def _open_artefact(artefact: Artefact) -> Model:
+def _open_artefact(artefact: Artefact) -> OpenedLlava:
     published = _description(artefact)
     config = LlavaConfig(**published)
     shapes = artefact.weights.shapes() | {name: tuple(tensor.shape) for name, tensor in artefact.carried.items()}
@@ -161,7 +179,7 @@ def _open_artefact(artefact: Artefact) -> Model:
             continue  # a published checkpoint without its tower only says where the tower comes from
         part_shapes, part_stream = _frozen(part, entry, config)
         shapes, stream = shapes | part_shapes, chained(stream, part_stream)
-    return Model(artefact.meta["system"], config, shapes, stream, artefact.folder, artefact.meta)
+    return OpenedLlava(shapes, stream, artefact.meta["system"], config, artefact.folder, artefact.meta)
 
 
 def _description(artefact: Artefact) -> dict[str, Any]:
@@ -230,7 +248,7 @@ def _tower(config: LlavaConfig, source: str | Path) -> tuple[LlavaConfig, Shapes
     return config, table.check(files.shapes(), side="theirs"), partial(_converted, table, files)
 
 
-def table_of(model: Model, layout: str) -> Table:
+def table_of(model: OpenedLlava, layout: str) -> Table:
     """The conversion table between a model and one of `LAYOUTS`."""
     config = model.config
     return llava_table(
@@ -247,8 +265,3 @@ def table_of(model: Model, layout: str) -> Table:
 
 def _converted(table: Table, files: WeightFiles) -> Iterator[tuple[str, Tensor]]:
     return table.stream_to_ours(files.items())
-
-
-def chained(*streams: Stream) -> Stream:
-    """One stream after another."""
-    return lambda: (item for stream in streams for item in stream())

@@ -2,20 +2,20 @@
 
 import itertools
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlm.checkpoints.artefact import fill_artefact
-from vlm.checkpoints.files.atomic import atomic_directory
 from vlm.checkpoints.files.locate import CARRIED
 from vlm.checkpoints.files.weights import SHARD_BYTES, divert, write_safetensors
-from vlm.checkpoints.published.llava_config import write_config
-from vlm.checkpoints.published.llava_reading import Model, chained, table_of
-from vlm.checkpoints.published.open import chat_settings
+from vlm.checkpoints.published.family import chained
+from vlm.checkpoints.published.llava_config_writing import write_config
+from vlm.checkpoints.published.llava_reading import OpenedLlava, table_of
 from vlm.checkpoints.published.vila import FOLDERS, PREFIXES, place_of, write_configs
 from vlm.checkpoints.report import LoadReport
 from vlm.checkpoints.tables.llava import LAYOUTS, OFFICIAL
@@ -34,24 +34,17 @@ _COPIED = (
 )
 
 
-def write_checkpoint(dst: Path, model: Model, *, target: str, template: str | None = None) -> LoadReport:
-    """Writes a model as a new folder in the layout `official`, `hf` or `ours`, as a whole.
-
-    Args:
-        template: of an artefact, instead of the one its system is talked to with.
-    """
-    if target == "ours":
-        return _write_artefact(dst, model, template=template)
-    with atomic_directory(dst) as folder:
-        if target == "official" and FOLDERS in model.config.originals:
-            report, small = _fill_folders(folder, model), folder / "llm"
-        else:
-            report, small = fill_published(folder, model, target=target), folder
-        _copy_small_files(model.folder, small)
+def fill_layout(folder: Path, model: OpenedLlava, *, target: str) -> LoadReport:
+    """Writes a model in the layout `official` or `hf` into a folder that the caller makes appear."""
+    if target == "official" and FOLDERS in model.config.originals:
+        report, small = _fill_folders(folder, model), folder / "llm"
+    else:
+        report, small = fill_published(folder, model, target=target), folder
+    copy_small_files(model.folder, small)
     return report
 
 
-def _fill_folders(folder: Path, model: Model) -> LoadReport:
+def _fill_folders(folder: Path, model: OpenedLlava) -> LoadReport:
     """The folders of VILA-1.5, each part in its own."""
     table = table_of(model, FOLDERS)
     table.check(model.shapes, side="ours")
@@ -74,7 +67,7 @@ def _any(items: Iterator[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]] | 
     return None if first is None else itertools.chain([first], items)
 
 
-def fill_published(folder: Path, model: Model, *, target: str) -> LoadReport:
+def fill_published(folder: Path, model: OpenedLlava, *, target: str) -> LoadReport:
     """Weights and `config.json` of the layout `official` or `hf` into a folder that the caller makes appear."""
     layout = LAYOUTS[model.config.layout if target == "hf" and model.config.layout.startswith("hf") else target]
     new: list[str] = []
@@ -97,7 +90,12 @@ def fill_published(folder: Path, model: Model, *, target: str) -> LoadReport:
     return LoadReport(loaded=loaded, new=new, carried=[name for name in model.shapes if table.is_carried(name)])
 
 
-def _write_artefact(dst: Path, model: Model, *, template: str | None) -> LoadReport:
+def fill_llava_artefact(folder: Path, model: OpenedLlava, description: Mapping[str, Any]) -> LoadReport:
+    """Writes a model as an artefact into a folder that the caller makes appear.
+
+    Args:
+        description: `class_path` and `init_args` of its system.
+    """
     table = table_of(model, OFFICIAL.name)
     carried: dict[str, Tensor] = {}
     frozen = {}
@@ -105,31 +103,23 @@ def _write_artefact(dst: Path, model: Model, *, template: str | None) -> LoadRep
         frozen["vision"] = {"source": model.config.tower, "fingerprint": None}
     if model.config.high is not None and not any(name.startswith("vision_high.") for name in model.shapes):
         frozen["vision_high"] = {"source": model.config.high["weights"], "fingerprint": None}
-    class_path, arguments = chat_settings(model)
-    arguments |= {} if template is None else {"template": template}
-    parts = model.config.model_parts(has_tower="vision" not in frozen)
-    parts["tokenizer"]["init_args"] |= arguments.pop("tokenizer", {})
     meta = {
         "system": model.system,
         "stage": "published",
         "global_step": 0,
-        "model": {
-            "class_path": class_path,
-            "init_args": {**parts, **arguments},
-        },
+        "model": description,
         **model.meta,
         "frozen": frozen,
         "ties": {"language.lm_head.weight": "language.model.embed_tokens.weight"} if model.config.tied else {},
         "published": model.config.to_json(),
     }
-    with atomic_directory(dst) as folder:
-        stream = divert(model.stream(), table.is_carried, carried)
-        fill_artefact(folder, tensors=stream, meta=meta, carried=carried, max_shard_bytes=SHARD_BYTES)
-        _copy_small_files(model.folder, folder)
+    stream = divert(model.stream(), table.is_carried, carried)
+    fill_artefact(folder, tensors=stream, meta=meta, carried=carried, max_shard_bytes=SHARD_BYTES)
+    copy_small_files(model.folder, folder)
     return LoadReport(loaded=[name for name in model.shapes if name not in carried], carried=list(carried))
 
 
-def _with_unused_norm(model: Model) -> tuple[Model, list[str]]:
+def _with_unused_norm(model: OpenedLlava) -> tuple[OpenedLlava, list[str]]:
     """A tower that never had the blocks and norm above its features: the class needs a norm, whatever is in it."""
     vision = model.config.vision
     assert vision is not None
@@ -137,7 +127,7 @@ def _with_unused_norm(model: Model) -> tuple[Model, list[str]]:
     norm = {"vision.trunk.norm.weight": torch.ones(width), "vision.trunk.norm.bias": torch.zeros(width)}
     vision = vision | {"num_hidden_layers": model.config.num_blocks}
     config = replace(model.config, vision=vision, vision_layer=-1, originals={})
-    shapes = model.shapes | {name: tuple(tensor.shape) for name, tensor in norm.items()}
+    shapes = {**model.shapes} | {name: tuple(tensor.shape) for name, tensor in norm.items()}
     return replace(model, config=config, shapes=shapes, stream=chained(model.stream, norm.items)), list(norm)
 
 
@@ -148,7 +138,7 @@ def _noting_dtype(items: Iterable[tuple[str, Tensor]], dtypes: list[str]) -> Ite
         yield name, tensor
 
 
-def _copy_small_files(source: Path, target: Path) -> None:
+def copy_small_files(source: Path, target: Path) -> None:
     for name in _COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

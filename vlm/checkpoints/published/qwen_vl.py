@@ -9,20 +9,50 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vlm.checkpoints.published.family import Family
+from vlm.checkpoints.published.entries import Entries, read_json
+from vlm.checkpoints.published.one_folder import OneFolderFamily
 from vlm.checkpoints.tables.qwen import language_rules
 from vlm.checkpoints.tables.rules import Axes, PerHead, Rule, rename
 from vlm.checkpoints.tables.table import Table
 from vlm.errors import UserError
 from vlm.language.qwen import as_qwen2
 
+_READ = frozenset(
+    {
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "seq_length"),
+        *("layer_norm_epsilon", "rotary_emb_base"),
+    }
+)
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "no_bias": (True,),
+    "rotary_pct": (1.0,),
+    "scale_attn_weights": (True,),
+    "tie_word_embeddings": (False,),
+    "attn_dropout_prob": (0.0,),
+    "emb_dropout_prob": (0.0,),
+    "resid_pdrop": (0.0,),
+    "use_cache_quantization": (False,),
+    "quantization_config": ({},),
+}
+_HARMLESS = frozenset(
+    {
+        # how it is computed, and not what
+        *("bf16", "fp16", "fp32", "onnx_safe", "use_flash_attn", "softmax_in_fp32", "use_cache_kernel"),
+        *("use_dynamic_ntk", "use_logn_attn"),  # 1 up to `seq_length`, and no sample is longer
+        *("max_position_embeddings", "tokenizer_type"),
+        "visual",  # of the tower, which checks it
+    }
+)
+_VISUAL_READ = frozenset(
+    {"heads", "image_size", "layers", "mlp_ratio", "n_queries", "patch_size", "resampler_heads", "width"}
+)
 _VISUAL = "transformer.visual."
 _BLOCK = "transformer.visual.transformer.resblocks.{i}."
 _POOL = "transformer.visual.attn_pool."
 _TRUNK = "vision.trunk.blocks.{i}."
 
 
-class QwenVLFamily(Family):
+class QwenVLFamily(OneFolderFamily):
     system = "qwen_vl"
     marks: ClassVar = {"official": _POOL + "query"}
     files = (
@@ -33,11 +63,19 @@ class QwenVLFamily(Family):
         "SimSun.ttf",
     )
 
+    def is_own(self, config: Mapping[str, Any]) -> bool:
+        return config.get("model_type", "qwen") == "qwen"
+
     def table(self, layout: str, config: Mapping[str, Any]) -> Table:
         return Table(layout="Qwen-VL", rules=(*_vision_rules(_visual(config)["heads"]), *language_rules("language.")))
 
-    def describe(self, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    def describe_folder(self, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         visual = _visual(config)
+        file = folder / "config.json"
+        check_qwen(config, file)
+        # the first token of an image, which the tokenizer has too
+        known = Entries(_VISUAL_READ, {"output_dim": (config["hidden_size"],)}, frozenset({"image_start_id"}))
+        known.check(config["visual"], f"{file}: visual")
         kinds = {"qwen.tiktoken": "QwenTokenizer", "tokenizer.json": "HubTokenizer"}
         found = next((kind for name, kind in kinds.items() if (folder / name).is_file()), None)
         if found is None:
@@ -153,9 +191,12 @@ def _visual(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"n_queries": 256, "patch_size": 14, "mlp_ratio": 4.9231, **visual}
 
 
+def check_qwen(config: Mapping[str, Any], file: Path) -> None:
+    """Refuses a `config.json` of Qwen-7B's code that says what `as_qwen2` does not do."""
+    per_head = config["hidden_size"] // config["num_attention_heads"]
+    Entries(_READ, _ONLY | {"kv_channels": (per_head,)}, _HARMLESS).check(config, file)
+
+
 def _is_chat(folder: Path) -> bool:
     """Whether a folder's model is spoken to in ChatML, as its `generation_config.json` says."""
-    file = folder / "generation_config.json"
-    if not file.is_file():
-        return False
-    return json.loads(file.read_text(encoding="utf-8")).get("chat_format") == "chatml"
+    return (read_json(folder / "generation_config.json") or {}).get("chat_format") == "chatml"

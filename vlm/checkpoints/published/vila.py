@@ -14,12 +14,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from vlm.checkpoints.files.weights import WeightFiles
+from vlm.checkpoints.published.entries import read_json, refusal
 from vlm.checkpoints.published.llava_config import LlavaConfig
+from vlm.checkpoints.published.llava_entries import check_official, has_class_token, official_view
 from vlm.checkpoints.tables.llava import OFFICIAL
 from vlm.errors import UserError
 
@@ -86,8 +87,13 @@ class PartFolders(WeightFiles):
 
     def describe(self, config: LlavaConfig) -> LlavaConfig:
         """The description in `llm/config.json` with what the other files say."""
-        configs = {name: _read(self.root / name / "config.json") for name in ("", *PREFIXES)}
-        root = configs[""] or {}
+        configs = {name: read_json(self.root / name / "config.json") for name in ("", *PREFIXES)}
+        root, file = configs[""] or {}, self.root / "config.json"
+        check_official(root, file, kind="llama")
+        projector = self.root / "mm_projector" / "config.json"
+        stated = (configs["mm_projector"] or {}).get("mm_projector_type", config.connector)
+        if stated != config.connector:
+            raise refusal(projector, "mm_projector_type", stated, expected=(config.connector,))
         tower = self.root / "vision_tower"
         return replace(
             config,
@@ -95,6 +101,8 @@ class PartFolders(WeightFiles):
             tower=str(tower) if tower.is_dir() else root.get("mm_vision_tower"),
             layout=FOLDERS,
             originals={FOLDERS: {name: content for name, content in configs.items() if content is not None}},
+            class_token=has_class_token(root, file),
+            image=official_view(root, file),
         )
 
 
@@ -120,23 +128,3 @@ def write_configs(folder: Path, config: LlavaConfig) -> None:
     for name, content in config.originals[FOLDERS].items():
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "config.json").write_text(json.dumps(content, indent=2) + "\n")
-
-
-def image_mode(config: LlavaConfig) -> str:
-    """How a picture becomes a square view: the word of `image_aspect_ratio` in ours."""
-    root = config.originals.get(FOLDERS, {}).get("", {})
-    word = root.get("image_aspect_ratio") or "pad"
-    known = {"pad": "pad", "resize": "squash", "square": "crop"}
-    if word not in known:
-        raise UserError(f"config.json: image_aspect_ratio {word!r}: use one of {', '.join(known)}")
-    return known[word]
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{file}: is not readable JSON ({error})") from error
-    return content if isinstance(content, dict) else None

@@ -13,11 +13,19 @@ from vlm.checkpoints.artefact import Artefact
 from vlm.checkpoints.files.weights import assign, hash_tensor
 from vlm.errors import UserError
 
+WEIGHT = "weight"
+"""State name of the value that training goes on with, where the artefact itself holds its moving average."""
 
-def moments(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """(`parameter name/state name`, full tensor on the CPU), one at a time; a collective when the state is sharded."""
-    for name, parameter in _named(optimizer):
-        for key, value in optimizer.state[parameter].items():
+
+def moments(optimizer: torch.optim.Optimizer, *, with_weights: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """(`parameter name/state name`, full tensor on the CPU), one at a time; a collective when the state is sharded.
+
+    Args:
+        with_weights: the parameters as well, as a state named `WEIGHT`.
+    """
+    for name, parameter in named_parameters(optimizer):
+        own: dict[str, Tensor] = {WEIGHT: parameter} if with_weights else {}
+        for key, value in (optimizer.state[parameter] | own).items():
             value = value.full_tensor() if isinstance(value, DTensor) else value
             yield f"{name}/{key}", value.detach().cpu()
 
@@ -33,9 +41,11 @@ def restore_moments(optimizer: torch.optim.Optimizer, artefact: Artefact) -> Non
     for entry in files.keys():  # noqa: SIM118
         name, _, key = entry.rpartition("/")
         known.setdefault(name, []).append(key)
-    for name, parameter in _named(optimizer):
+    for name, parameter in named_parameters(optimizer):
         state = {}
         for key in known.get(name, ()):
+            if key == WEIGHT:
+                continue
             value = files.get(f"{name}/{key}")
             if hash_tensor(value) != artefact.meta["moments"][f"{name}/{key}"]:
                 raise UserError(f"{artefact.folder}: {key} of {name} is not what was written; train the stage again")
@@ -53,6 +63,7 @@ def restore_moments(optimizer: torch.optim.Optimizer, artefact: Artefact) -> Non
             optimizer.state[parameter] = state
 
 
-def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def named_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(name, parameter) of all that it updates; of a sharded system always this rank's part."""
     for group in optimizer.param_groups:
         yield from zip(group["param_names"], group["params"], strict=True)

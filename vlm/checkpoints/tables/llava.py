@@ -4,16 +4,11 @@ Three Hugging Face layouts exist: files on the hub, files that transformers 5 sa
 `vision_model.` level), and the names of a model in memory. The official layout may or may not hold the tower.
 """
 
-from collections.abc import Iterable, Mapping
+import itertools
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal
 
-import torch
-from torch import Tensor
-
-from vlm.checkpoints.files.atomic import atomic_file
-from vlm.checkpoints.files.weights import WeightFiles
 from vlm.checkpoints.tables.clip import clip_rules, clip_unused
 from vlm.checkpoints.tables.mini_gemini import own_rules
 from vlm.checkpoints.tables.mixtral import expert_rules
@@ -21,11 +16,11 @@ from vlm.checkpoints.tables.rules import Rows, Rule, rename
 from vlm.checkpoints.tables.table import Table
 from vlm.errors import UserError
 
-Connector = Literal["linear", "mlp2x_gelu", "mlp_downsample"]
+Connector = str
+"""`linear`, `mlp_downsample`, or `mlp2x_gelu` with as many layers as its number says."""
 
 _PROJECTOR = {
     "linear": {"": "connector."},
-    "mlp2x_gelu": {"0.": "connector.0.", "2.": "connector.2."},
     "mlp_downsample": {"1.": "connector.1.", "2.": "connector.2.", "4.": "connector.4."},
 }
 _HF_PROJECTOR = {"linear_1.": "connector.0.", "linear_2.": "connector.2."}
@@ -105,7 +100,16 @@ def detect_connector(keys: Iterable[str]) -> Connector:
     keys = set(keys)
     if f"{OFFICIAL.connector}weight" in keys:
         return "linear"
-    return "mlp_downsample" if f"{OFFICIAL.connector}4.weight" in keys else "mlp2x_gelu"
+    if f"{OFFICIAL.connector}1.weight" in keys:  # a norm behind the joined features
+        return "mlp_downsample"
+    depth = next((depth for depth in itertools.count(1) if f"{OFFICIAL.connector}{2 * depth}.weight" not in keys), 0)
+    return f"mlp{depth if depth > 1 else 2}x_gelu"
+
+
+def mlp_depth(connector: Connector) -> int:
+    """Layers of an `mlp<n>x_gelu`; 0 of another projector."""
+    found = re.fullmatch(r"mlp(\d+)x_gelu", connector)
+    return int(found[1]) if found else 0
 
 
 def check_connector(layout: Layout, connector: Connector) -> None:
@@ -119,6 +123,11 @@ def check_connector(layout: Layout, connector: Connector) -> None:
         raise UserError(
             "the Hugging Face class LlavaForConditionalGeneration always has a two-layer projector: a model with the "
             "linear projector of LLaVA cannot be written for it; use --to official"
+        )
+    if layout.is_hf and mlp_depth(connector) > 2:
+        raise UserError(
+            "the Hugging Face class LlavaForConditionalGeneration always has a two-layer projector: a model with "
+            f"{connector} cannot be written for it; use --to official"
         )
 
 
@@ -137,7 +146,8 @@ def llava_table(
 
     Args:
         layout: one of `LAYOUTS`.
-        connector: `linear` (LLaVA), `mlp2x_gelu` (LLaVA-1.5) or `mlp_downsample` (VILA-1.5).
+        connector: `linear` (LLaVA), `mlp2x_gelu` (LLaVA-1.5; another number of layers too) or `mlp_downsample`
+            (VILA-1.5).
         num_blocks: tower blocks the system computes: 23 of 24 for layer -2.
         vocab_rows: our vocabulary. Hugging Face adds `<image>` and `<pad>` and rounds up to a multiple of 64.
         tied: the vocabulary projection is the embedding table and has no tensor of its own.
@@ -167,14 +177,10 @@ def llava_table(
     )
 
 
-def projector_table(connector: Connector) -> Table:
-    """The file stage 1 of the official code writes, `mm_projector.bin`: the projector alone, under official names."""
-    return Table(layout="LLaVA mm_projector.bin", rules=_projector_rules(OFFICIAL, connector))
-
-
 def _projector_rules(layout: Layout, connector: Connector) -> tuple[Rule, ...]:
     check_connector(layout, connector)
-    names = _HF_PROJECTOR if layout.is_hf else _PROJECTOR[connector]
+    layers = {f"{2 * layer}.": f"connector.{2 * layer}." for layer in range(mlp_depth(connector))}
+    names = _HF_PROJECTOR if layout.is_hf else _PROJECTOR.get(connector, layers)
     return tuple(
         rename(f"{layout.connector}{theirs}{kind}", f"{ours}{kind}")
         for theirs, ours in names.items()
@@ -208,24 +214,3 @@ def _language_rules(layout: Layout, *, vocab_rows: int, tied: bool) -> tuple[Rul
         rename(layout.language + "layers.{i}.{rest}", "language.model.layers.{i}.{rest}"),
         rename(layout.language + "norm.weight", "language.model.norm.weight"),
     )
-
-
-def read_projector(path: str | Path) -> dict[str, Tensor]:
-    """Our connector tensors of a stage-1 `mm_projector.bin`.
-
-    Raises:
-        UserError: another file.
-    """
-    files = WeightFiles(path)
-    return projector_table(detect_connector(files.keys())).to_ours(files.items())[0]
-
-
-def write_projector(path: str | Path, connector: Mapping[str, Tensor]) -> None:
-    """Writes `mm_projector.bin` as the official stage 2 reads it (`--pretrain_mm_mlp_adapter`).
-
-    Args:
-        connector: our names and tensors, `connector.*` alone.
-    """
-    kind: Connector = "linear" if "connector.weight" in connector else "mlp2x_gelu"
-    with atomic_file(path) as file:
-        torch.save(projector_table(kind).from_ours(connector, {}), file)

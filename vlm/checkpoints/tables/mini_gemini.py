@@ -12,33 +12,6 @@ from vlm.checkpoints.tables.rules import Rule, rename
 MARK = "model.vlm_uni_query_projector.1.weight"
 """In every checkpoint of Mini-Gemini, and in none of the others."""
 AUX = "model.vision_tower_aux."
-_GEMMA = {
-    "model_type": "gemma",
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-    "head_dim": 256,
-    "hidden_act": "gelu_pytorch_tanh",
-    "hidden_size": 3072,
-    "intermediate_size": 24576,
-    "max_position_embeddings": 8192,
-    "num_attention_heads": 16,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 16,
-    "pad_token_id": 0,
-    "tie_word_embeddings": True,
-}
-_MIXTRAL = {
-    "model_type": "mixtral",
-    "intermediate_size": 14336,
-    "max_position_embeddings": 131072,
-    "num_experts_per_tok": 2,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e6,
-}
-LANGUAGE_DEFAULTS: dict[str, dict[str, Any]] = {"gemma": _GEMMA, "mixtral": _MIXTRAL}
-"""What the config.json of a family leaves out when it is this, where it differs from Llama's."""
 _MINING = {"query": "query", "aux": "key", "val": "value"}
 
 

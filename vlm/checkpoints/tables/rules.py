@@ -44,6 +44,29 @@ def rename(theirs: str, ours: str | None, *, optional: bool = False) -> Rule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Same(Rule):
+    """One tensor that one side or both have under several names; published files may leave out all but the first."""
+
+    def to_ours(self, parts: list[Part]) -> list[Part]:
+        return self._copies(parts, self.theirs, len(self.ours))
+
+    def from_ours(self, parts: list[Part]) -> list[Part]:
+        return self._copies(parts, self.ours, len(self.theirs))
+
+    def spare(self, side: Side) -> frozenset[int]:
+        return frozenset(range(1, len(self.theirs))) if side == "theirs" else frozenset()
+
+    @staticmethod
+    def _copies(parts: list[Part], names: tuple[str, ...], count: int) -> list[Part]:
+        given = [(name, part) for name, part in zip(names, parts, strict=True) if part is not None]
+        (first, tensor), *others = given
+        for name, other in others:
+            if not tensor.is_meta and not torch.equal(tensor, other):
+                raise UserError(f"tensors {first!r} and {name!r} differ, but they are one in this layout")
+        return [tensor] * count
+
+
+@dataclass(frozen=True, kw_only=True)
 class Fused(Rule):
     """Equal parts (q, k and v) that lie one after another along dimension 0 of one tensor of ours."""
 

@@ -32,12 +32,14 @@ class Table:
         rules: the first rule that knows a name takes it.
         unused: patterns in our names of tensors the computation never uses; they are carried.
         may_lack: parts (first component of our names) that published checkpoints may leave out as a whole.
+        sparse: patterns in our names of tensors that not every layer of a stack has.
     """
 
     layout: str
     rules: tuple[Rule, ...]
     unused: tuple[str, ...] = ()
     may_lack: tuple[str, ...] = ()
+    sparse: tuple[str, ...] = ()
 
     def to_ours(self, items: Iterable[tuple[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(ours, carried) of a published checkpoint; `stream_to_ours` does the same one tensor at a time.
@@ -102,7 +104,8 @@ class Table:
                 continue
             number, position, binding = found
             seen.add(number)
-            layers.add(name)
+            if not any(_match(pattern, name) for pattern in self.sparse):
+                layers.add(name)
             rule = self.rules[number]
             parts = waiting.setdefault((number, binding), [None] * len(getattr(rule, side)))
             parts[position] = tensor

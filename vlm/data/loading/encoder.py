@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vlm.codec import Codec, Encoded
 from vlm.data.sources.base import Source
@@ -9,12 +10,28 @@ from vlm.sample import Sample
 from vlm.seeding import seed_from
 
 
+class Seeds(NamedTuple):
+    """Where the random choices of a draw come from.
+
+    Attributes:
+        sample: its own.
+        step: the same for all samples of its step; 0 in evaluation, where choices of a step take their fixed form.
+    """
+
+    sample: int
+    step: int
+
+
+Prepare = Callable[[Sample, Seeds], Sample]
+"""What becomes of a sample before it is encoded."""
+
+
 @dataclass(frozen=True)
 class Encoder:
     """A draw as token sequences: the one place where a sample's seed is made.
 
     Args:
-        prepare: what the kind of training does to a sample before it is encoded, given the sample's seed.
+        prepare: what the kind of training does to a sample before it is encoded.
         training: False in evaluation, where the codec makes no random choices.
         judged_by: samples are to be answered, and these metrics judge the answers (see `Batch.judged_by`).
     """
@@ -22,23 +39,34 @@ class Encoder:
     samples: Source
     codec: Codec
     seed: int = 0
-    prepare: Callable[[Sample, int], Sample] | None = None
+    prepare: Prepare | None = None
     training: bool = True
     judged_by: str | None = None
 
-    def __call__(self, draw: int, *, epoch: int) -> Encoded:
+    def seeds(self, draw: int, *, epoch: int, step: int = 0) -> Seeds:
+        return Seeds(seed_from(self.seed, epoch, draw), self.step_seed(epoch, step))
+
+    def step_seed(self, epoch: int, step: int) -> int:
+        return seed_from(self.seed, epoch, step, "step") if self.training else 0
+
+    def __call__(self, draw: int, *, epoch: int, step: int = 0) -> Encoded:
+        """Raises `SampleError` for a sample that cannot be trained on.
+
+        Args:
+            step: number of its step in the epoch.
+        """
         sample = self.samples[draw % len(self.samples)]
-        seed = seed_from(self.seed, epoch, draw)
+        seeds = self.seeds(draw, epoch=epoch, step=step)
         try:
             if self.prepare is not None:
-                sample = self.prepare(sample, seed)
+                sample = self.prepare(sample, seeds)
             if sample.resolution is not None and sample.resolution not in self.codec.resolutions:
                 known = ", ".join(self.codec.resolutions) or "no such words"
                 raise sample.error(
                     f"data.resolution {sample.resolution!r}: this system knows {known}; correct or remove it"
                 )
             generate = self.judged_by is not None
-            return self.codec.encode(sample, seed=seed if self.training else None, generate=generate)
+            return self.codec.encode(sample, seed=seeds.sample if self.training else None, generate=generate)
         except Exception as error:
             error.add_note(f"while encoding sample {sample.id!r} of {sample.source}")
             raise

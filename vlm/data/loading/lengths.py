@@ -1,6 +1,7 @@
-"""Token counts of a whole epoch, for batches that are counted in rows or tokens."""
+"""Token counts of whole epochs: for batches that are counted in rows or tokens, and for limits of tokens."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -64,3 +65,31 @@ def draw_lengths(
             raise lengths
         found.append(np.asarray(lengths))
     return np.concatenate(found).tolist()
+
+
+def step_lengths(
+    plan: Callable[[int], Sequence[Sequence[int]]],
+    measure: Callable[[list[int]], Sequence[int]],
+    *,
+    num_samples: int,
+    max_epochs: int | None,
+    max_steps: int,
+) -> list[list[int]]:
+    """Tokens of the samples of every step of a run. A sample is measured once, whatever it draws in later epochs.
+
+    Args:
+        plan: the draws of each step of an epoch.
+        measure: from samples to their tokens.
+        max_epochs: of the run, None or -1 for no limit; `max_steps` likewise. Without any limit, one epoch.
+    """
+    steps: list[np.ndarray] = []
+    for epoch in itertools.count(1):
+        steps += [np.asarray(step) % num_samples for step in plan(epoch - 1)]
+        endless = max_epochs in (None, -1) and max_steps == -1
+        if not steps or endless or epoch == max_epochs or 0 <= max_steps <= len(steps):
+            break
+    if not steps:
+        return []
+    samples, places = np.unique(np.concatenate(steps), return_inverse=True)
+    tokens = np.asarray(measure(samples.tolist()))[places]
+    return [step.tolist() for step in np.split(tokens, np.cumsum([len(step) for step in steps])[:-1])]

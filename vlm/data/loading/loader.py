@@ -1,7 +1,7 @@
 """The loader assembles one optimizer step at a time and hands it out pack by pack.
 
     draws of the step (seed, epoch, step)  ->  every rank encodes all of them (text only)
-      ->  counts of the whole step, packs balanced by true token count
+      ->  counts of the whole step, its packs (balanced by true token count where samples never meet)
       ->  this rank decodes the pictures of its own packs: pack p is micro-batch p // world of rank p % world
 
 So the samples of a step, their random choices and the denominators of its loss are the same however many devices and
@@ -27,6 +27,7 @@ from vlm.data.loading.rank_gather import Gather
 from vlm.data.loading.shared_memory import SharedTensors, from_shared
 from vlm.data.loading.step_dataset import Step, StepDataset, StepPacks
 from vlm.data.loading.workers import worker_context
+from vlm.data.sampling.packs import Packing
 from vlm.data.wrappers.quarantine import LeftOut
 from vlm.errors import SampleError, UserError
 
@@ -99,7 +100,7 @@ class StepLoader(DataLoader):
         plan: the steps of each epoch.
         world: data-parallel ranks; `rank` is this one.
         accumulate: micro-batches to a step.
-        max_tokens: limit per pack.
+        packing: what a pack may hold.
         fixed: every pass is the same, from the start (validation).
         identity: what must not change between a checkpoint and its resume, by the name of the setting.
         progress: the loop to keep in step with; without one, packs count as trained when handed out.
@@ -125,7 +126,7 @@ class StepLoader(DataLoader):
         world: int = 1,
         rank: int = 0,
         accumulate: int = 1,
-        max_tokens: int | None = None,
+        packing: Packing = Packing(),  # noqa: B008  (frozen)
         num_workers: int = 0,
         fixed: bool = False,
         identity: Mapping[str, Any] | None = None,
@@ -149,7 +150,7 @@ class StepLoader(DataLoader):
                 world=world,
                 rank=rank,
                 accumulate=accumulate,
-                max_tokens=max_tokens,
+                packing=packing,
                 tolerant=max_bad_samples > 0,
             ),
             batch_size=None,

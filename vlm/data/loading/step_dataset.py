@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, get_worker_info
 from vlm.batch import Batch
 from vlm.codec import Encoded, step_counts
 from vlm.data.loading.shared_memory import SharedTensors, to_shared
-from vlm.data.sampling.packs import add_fillers, balance_packs, check_pack
+from vlm.data.sampling.packs import Packing, add_fillers, check_packs, seat
 from vlm.errors import SampleError, UserError
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class StepDataset(Dataset):
     """From a step to this rank's packs of it.
 
     Args:
+        packing: what a pack may hold.
         tolerant: leave out bad samples.
     """
 
@@ -54,12 +55,12 @@ class StepDataset(Dataset):
         world: int,
         rank: int,
         accumulate: int,
-        max_tokens: int | None,
+        packing: Packing,
         tolerant: bool = False,
     ) -> None:
         self.encoder = encoder
         self.world, self.rank, self.accumulate = world, rank, accumulate
-        self.max_tokens = max_tokens
+        self.packing = packing
         self.tolerant = tolerant
 
     def __getitem__(self, step: Step) -> StepPacks | UserError | SharedTensors:
@@ -89,7 +90,7 @@ class StepDataset(Dataset):
             if draw in bad:
                 continue
             try:
-                items[draw] = self.encoder(draw, epoch=step.epoch)
+                items[draw] = self.encoder(draw, epoch=step.epoch, step=step.index)
             except SampleError as error:
                 bad[draw] = error
                 if not self.tolerant:
@@ -104,27 +105,38 @@ class StepDataset(Dataset):
                 "`vlm check-data` and leave them out with data.quarantine"
             )
         counts = step_counts(list(good.values()))
-        packs = self.world * self.accumulate
-        items = add_fillers(list(good.values()), packs)
-        lengths = [item.num_tokens for item in items]
-        dealt = balance_packs(lengths, packs)
-        for pack in dealt:  # all of them on every rank: either every rank raises or none
-            check_pack([lengths[i] for i in pack], self.max_tokens)
+        dealt = self._deal(step, good)
         batches: list[Batch] = []
         failed: dict[int, SampleError] = {}
-        for pack in dealt[self.rank :: self.world]:
-            mine = [items[i] for i in pack]
+        for pack in range(self.rank, len(dealt), self.world):
             try:
-                batch = self.encoder.codec.collate(mine, counts=counts, packs=packs)
+                batch = self.encoder.codec.collate(dealt[pack], counts=counts, packs=len(dealt))
             except SampleError:
-                found = self._unreadable(mine, good)
+                found = self._unreadable(dealt[pack], good)
                 assert found, "a pack cannot be read of which every sample can"
                 failed |= found
                 if not self.tolerant:
                     break
             else:
-                batches.append(replace(batch, judged_by=self.encoder.judged_by))
+                batches.append(self._placed(batch, step, pack))
         return batches, failed
+
+    def _deal(self, step: Step, good: Mapping[int, Encoded]) -> list[list[Encoded]]:
+        """The items of each pack, the same on every rank: either every rank raises or none."""
+        packing, training, packs = self.packing, self.encoder.training, self.world * self.accumulate
+        if packing.in_order and training:
+            assert packing.max_samples is not None
+            items = seat(step.draws, good, packs * packing.max_samples)
+        else:
+            items = list(good.values())
+        lengths = [item.num_tokens for item in items]
+        check_packs(lengths, packing, world=self.world, accumulate=self.accumulate, training=training)
+        return add_fillers([[items[i] for i in pack] for pack in packing.deal(lengths, packs)])
+
+    def _placed(self, batch: Batch, step: Step, pack: int) -> Batch:
+        seed = self.encoder.step_seed(step.epoch, step.index) if self.encoder.training else None
+        judged_by, negatives = self.encoder.judged_by, self.packing.negatives
+        return replace(batch, judged_by=judged_by, negatives=negatives, pack=pack, seed=seed)
 
     def _unreadable(self, pack: Sequence[Encoded], good: Mapping[int, Encoded]) -> dict[int, SampleError]:
         failed: dict[int, SampleError] = {}

@@ -1,7 +1,7 @@
 """What the three kinds of training data have in common."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,24 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 
 from vlm.codec import Codec
-from vlm.data.loading.encoder import Encoder
-from vlm.data.loading.lengths import draw_lengths
+from vlm.data.loading.encoder import Encoder, Prepare
+from vlm.data.loading.lengths import draw_lengths, step_lengths
 from vlm.data.loading.loader import LoopPosition, StepLoader
 from vlm.data.loading.predict_dataset import PredictDataset
 from vlm.data.loading.rank_gather import Gather, gather_over_ranks
 from vlm.data.loading.trainer_progress import TrainerProgress
 from vlm.data.loading.workers import worker_context
 from vlm.data.modules.passes import split
+from vlm.data.modules.trainer_checks import check_packs_of_epoch, check_trainer
 from vlm.data.sampling.batches import BatchSpec, batch_draws
 from vlm.data.sampling.mixture import DrawGroups, Mixture, rank_orders, ranks_together
 from vlm.data.sampling.order import shuffled
+from vlm.data.sampling.packs import Packing
+from vlm.data.sampling.sharing import check_negatives, check_owner, micro_batches, packing_of
 from vlm.data.sources.base import Concat, Source
 from vlm.data.wrappers.quarantine import Kept, Quarantine, fingerprint
 from vlm.data.wrappers.shuffled_images import ShuffledImages
 from vlm.errors import UserError
-from vlm.sample import Sample
 
 
 class VisionLanguageData(L.LightningDataModule):
@@ -37,11 +39,14 @@ class VisionLanguageData(L.LightningDataModule):
         val_sources: judged in order, every sample once over all ranks; likewise `test_sources`, `predict_sources`.
         batch: the batch of one optimizer step.
         mixture: how much of each source an epoch has; by default every sample once, in random order.
-        max_tokens: limit per pack; None for no limit.
+        micro_batch_size: samples of a pack at most; micro-batches follow from it.
+        max_tokens: tokens of a pack at most; micro-batches follow from it, unless the trainer is given a number of them
+            (`vlm.data.sampling.sharing`). At most one of `batch.packs`, `micro_batch_size` and `max_tokens` is given;
+            without any, packs are devices times `trainer.accumulate_grad_batches`.
         val_batch_size: samples per pack of validation, test and predict.
         num_workers: loader processes per rank.
         seed: of the order of samples and of every choice that belongs to a sample.
-        drop_last: leave out the last step of an epoch when it is not full.
+        drop_last: leave out the last step of an epoch when it is not full; always so with `batch.negatives`.
         shuffle_images: in validation and test show every sample the pictures of another one, to see what a system
             answers without looking.
         quarantine: list of samples to leave out of training and validation (`vlm check-data` writes one).
@@ -58,6 +63,7 @@ class VisionLanguageData(L.LightningDataModule):
         val_sources: Sequence[Source] = (),
         test_sources: Sequence[Source] = (),
         predict_sources: Sequence[Source] = (),
+        micro_batch_size: int | None = None,
         max_tokens: int | None = None,
         val_batch_size: int = 8,
         num_workers: int = 0,
@@ -70,6 +76,7 @@ class VisionLanguageData(L.LightningDataModule):
         super().__init__()
         if val_batch_size < 1:
             raise UserError(f"data.val_batch_size must be at least 1, found {val_batch_size}")
+        check_owner(batch, micro_batch_size=micro_batch_size, max_tokens=max_tokens)
         if max_bad_samples < 0:
             raise UserError(f"data.max_bad_samples must not be negative, found {max_bad_samples}")
         self.sources = list(sources)
@@ -89,11 +96,12 @@ class VisionLanguageData(L.LightningDataModule):
                     f"data.mixture.order: ranks needs a batch of samples that {mixture.ranks} devices share alike, "
                     f"found {batch.size} {batch.unit}"
                 )
+        self.micro_batch_size = micro_batch_size
         self.max_tokens = max_tokens
         self.val_batch_size = val_batch_size
         self.num_workers = num_workers
         self.seed = seed
-        self.drop_last = drop_last
+        self.drop_last = drop_last or batch.negatives is not None
         self.shuffle_images = shuffle_images
         self.quarantine = quarantine
         self.max_bad_samples = max_bad_samples
@@ -107,6 +115,17 @@ class VisionLanguageData(L.LightningDataModule):
         return self._samples
 
     def setup(self, stage: str) -> None:
+        if stage == "fit" and self.trainer is not None:
+            trainer = self._checked_trainer()
+            module = trainer.lightning_module
+            check_negatives(self.batch, module.in_batch_terms, system=type(module).__name__)  # type: ignore[arg-type]
+            trainer.accumulate_grad_batches = self.micro_batches(
+                self._codec(),
+                world=self._ranks()["world"],
+                given=trainer.accumulate_grad_batches,
+                max_epochs=trainer.max_epochs,
+                max_steps=trainer.max_steps,
+            )
         if self._kept and stage in ("fit", "validate"):
             counts = [len(source.left_out) for source in self._kept]
             rank_zero_only(print)(
@@ -115,8 +134,36 @@ class VisionLanguageData(L.LightningDataModule):
                 flush=True,
             )
 
-    def preparation(self) -> Callable[[Sample, int], Sample] | None:
-        """What this kind of training does to a sample (given its seed) before it is encoded.
+    def micro_batches(
+        self, codec: Codec, *, world: int = 1, given: int = 1, max_epochs: int | None = 1, max_steps: int = -1
+    ) -> int:
+        """Of a step on each of `world` devices, the same in the whole run (see `vlm.data.sampling.sharing`).
+
+        Args:
+            given: what the trainer was given.
+            max_epochs: of the run, which may end after `max_steps` too; the longest step decides. None or -1: no limit.
+        """
+
+        encoder = self._encoder(codec)
+        known = self.batch.unit == "samples"  # else the steps of an epoch cost the encoding of all of its samples
+
+        def lengths() -> list[list[int]]:
+            return step_lengths(
+                lambda epoch: self.steps(epoch, encoder=encoder),
+                lambda samples: self.lengths(samples, epoch=0, encoder=encoder),
+                num_samples=len(self.samples),
+                max_epochs=max_epochs if known else 1,
+                max_steps=max_steps,
+            )
+
+        limits = {"micro_batch_size": self.micro_batch_size, "max_tokens": self.max_tokens}
+        return micro_batches(self._largest_batch(), world=world, given=given, lengths=lengths, **limits)
+
+    def _largest_batch(self) -> BatchSpec:
+        return self.batch
+
+    def preparation(self) -> Prepare | None:
+        """What this kind of training does to a sample before it is encoded.
 
         A plain function: it travels to workers, the data module does not.
         """
@@ -174,14 +221,15 @@ class VisionLanguageData(L.LightningDataModule):
         gather: Gather | None = None,
     ) -> StepLoader:
         """The loader of one rank, for use without a trainer too (arguments as in `StepLoader`)."""
-        encoder = Encoder(self.samples, codec, self.seed, self.preparation())
+        encoder = self._encoder(codec)
+        limits = {"micro_batch_size": self.micro_batch_size, "max_tokens": self.max_tokens}
         loader = StepLoader(
             encoder,
             plan=lambda epoch: self.steps(epoch, encoder=encoder),
             world=world,
             rank=rank,
             accumulate=accumulate,
-            max_tokens=self.max_tokens,
+            packing=packing_of(self._largest_batch(), packs=world * accumulate, **limits),
             num_workers=self.num_workers,
             identity=self.identity(),
             progress=progress,
@@ -191,10 +239,14 @@ class VisionLanguageData(L.LightningDataModule):
         )
         if not len(loader):
             raise UserError(
-                f"data.drop_last leaves no step of the {len(self.samples)} training samples, "
-                f"which are less than {self.batch.size} {self.batch.unit}; lower data.batch.size"
+                f"{'data.batch.negatives' if self.batch.negatives else 'data.drop_last'} leaves no step of the "
+                f"{len(self.samples)} training samples, which are less than {self.batch.size} {self.batch.unit}; lower "
+                "data.batch.size"
             )
         return loader
+
+    def _encoder(self, codec: Codec) -> Encoder:
+        return Encoder(self.samples, codec, self.seed, self.preparation())
 
     def eval_loader(
         self,
@@ -207,7 +259,10 @@ class VisionLanguageData(L.LightningDataModule):
         rank: int = 0,
         sealed: bool = False,
     ) -> StepLoader:
-        """In order, every sample once over all ranks; the same number of packs on each, filled up with fillers.
+        """In order, every sample once over all ranks, the same number of packs on each.
+
+        Packs are the same on any number of devices; the last ones may be fillers. In-batch objectives compare the
+        samples of a pack.
 
         Args:
             indices: of `samples`, those to load; all by default.
@@ -220,7 +275,7 @@ class VisionLanguageData(L.LightningDataModule):
             plan=lambda epoch: steps,
             world=world,
             rank=rank,
-            max_tokens=self.max_tokens,
+            packing=Packing(self.max_tokens, self.val_batch_size, in_order=True, negatives="pack"),
             num_workers=self.num_workers,
             fixed=True,
             sealed=sealed,
@@ -237,19 +292,7 @@ class VisionLanguageData(L.LightningDataModule):
             gather=gather_over_ranks() if self.max_bad_samples else None,
             **self._ranks(),
         )
-        limit, packs = trainer.limit_train_batches, len(loader)
-        used = min(packs, limit) if isinstance(limit, int) else int(packs * limit)
-        if used % accumulate or (isinstance(limit, float) and limit < 1 and self.batch.unit != "samples"):
-            raise UserError(
-                f"trainer.limit_train_batches={limit} (or fast_dev_run) ends in the middle of an optimizer step; "
-                f"give a whole number that is a multiple of trainer.accumulate_grad_batches={accumulate}"
-            )
-        every = trainer.val_check_interval
-        if isinstance(every, int) and every > used and trainer.check_val_every_n_epoch is not None and self.val_sources:
-            raise UserError(
-                f"trainer.val_check_interval={every} is more than the {used} packs of an epoch; lower it, or set "
-                "trainer.check_val_every_n_epoch: null to count on over the epochs"
-            )
+        check_packs_of_epoch(trainer, len(loader), self.batch, validates=bool(self.val_sources))
         return loader
 
     def val_dataloader(self) -> list[StepLoader]:
@@ -302,8 +345,5 @@ class VisionLanguageData(L.LightningDataModule):
 
     def _checked_trainer(self) -> L.Trainer:
         assert self.trainer is not None
-        if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
-            raise UserError("the data deals its own samples to the ranks; set trainer.use_distributed_sampler: false")
-        if self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            raise UserError("trainer.overfit_batches would replace the sampler; use trainer.limit_train_batches")
+        check_trainer(self.trainer)
         return self.trainer

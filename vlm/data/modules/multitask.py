@@ -1,6 +1,7 @@
 """Many data sets at once, each with its share of the epoch."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,9 @@ class MultitaskData(VisionLanguageData):
             row do, and a step is rows of all of them (Qwen-VL's second stage, with a batch counted in rows).
         tasks: by name of source, the task that it belongs to: sources of one task count as one for `pure`. A source
             that is not named is a task of its own.
+        sizes: by task (or source that is one of its own), samples of its steps where these are not `batch.size`, with
+            `pure: step` (XComposer2-4KHD: pages at full resolution have batches of their own size). Where chance picks
+            the tasks, the shares of their samples stay what the mixture says.
         resolution: by name of source, what the codec is told about the resolution of its pictures (see
             `vlm.data.wrappers.resolution`); training alone, for validation wrap the source itself.
         **kwargs: as in `VisionLanguageData`.
@@ -35,6 +39,7 @@ class MultitaskData(VisionLanguageData):
         batch: BatchSpec,
         pure: Pure | None = None,
         tasks: Mapping[str, str] | None = None,
+        sizes: Mapping[str, int] | None = None,
         resolution: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -53,10 +58,32 @@ class MultitaskData(VisionLanguageData):
         self.pure = pure
         self.resolution = dict(resolution or {})
         self.tasks = [(tasks or {}).get(name, f"source {name}") for name in names]
+        self.sizes = self._checked_sizes(sizes or {})
         self.sources = [
             WithResolution(source, self.resolution[source.name]) if source.name in self.resolution else source
             for source in self.sources
         ]
+
+    def _checked_sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        if sizes and (self.pure != "step" or self.batch.unit != "samples" or self.batch.negatives is not None):
+            raise UserError(
+                "data.sizes needs data.pure: step and a batch counted in samples, without data.batch.negatives; remove "
+                "one of them"
+            )
+        known = {task.removeprefix("source "): task for task in self.tasks}
+        for name, size in sizes.items():
+            if name not in known:
+                raise UserError(f"data.sizes names {name!r}, the tasks are {', '.join(known)}; take a name from there")
+            if size < 1:
+                raise UserError(f"data.sizes: {name} must be at least 1, found {size}")
+        return {known[name]: size for name, size in sizes.items()}
+
+    def group_sizes(self) -> list[int]:
+        """Of each task, how many samples its steps have."""
+        return [self.sizes.get(task, self.batch.size) for task in dict.fromkeys(self.tasks)]
+
+    def _largest_batch(self) -> BatchSpec:
+        return replace(self.batch, size=max(self.group_sizes(), default=self.batch.size))
 
     def groups(self) -> list[int]:
         """Of each source, the number of its task."""
@@ -70,9 +97,11 @@ class MultitaskData(VisionLanguageData):
         draws of each task fill steps (or rows) in their order, and these take turns in random order, or evenly with
         `mixture.order: spread`; the last step (or row) of a task is shorter, and `drop_last` leaves such a step out.
         """
-        if self.pure is None or self.turns() is not None:
+        if self.pure is None:
             return super().steps(epoch, encoder=encoder)
         draws = self.draws(epoch)
+        if (turns := self.turns()) is not None:
+            return self._steps_of_turns(draws, turns, epoch)
         lengths = None
         if self.batch.unit != "samples":
             lengths = self.lengths(draws, epoch=epoch, encoder=encoder)
@@ -83,6 +112,7 @@ class MultitaskData(VisionLanguageData):
             self.batch,
             kinds=kinds.tolist(),
             pure=self.pure,
+            sizes=self.group_sizes() if self.sizes else None,
             arrange=lambda counts: order_kinds(counts, spread_out=evenly, seed=seed_from(self.seed, epoch, 3)).tolist(),
             lengths=lengths,
             drop_last=self.drop_last,
@@ -96,6 +126,14 @@ class MultitaskData(VisionLanguageData):
             )
         return steps
 
+    def _steps_of_turns(self, draws: Sequence[int], turns: DrawGroups, epoch: int) -> list[list[int]]:
+        assert self.mixture is not None
+        sizes = {source.name: len(source) for source in self.sources}
+        counts = self.mixture.turn_sizes(sizes, turns, seed=self.seed, epoch=epoch)
+        steps = [step.tolist() for step in np.split(np.asarray(draws), np.cumsum(counts)[:-1])]
+        full = len(steps[-1]) == self.group_sizes()[self._groups_of(steps[-1][:1])[0]]
+        return steps if full or not self.drop_last else steps[:-1]
+
     def _groups_of(self, draws: Sequence[int]) -> np.ndarray:
         samples = np.asarray(draws, dtype=np.int64) % len(self.samples)
         return np.asarray(self.groups())[np.searchsorted(self.samples.ends, samples, side="right")]
@@ -104,11 +142,12 @@ class MultitaskData(VisionLanguageData):
         chance = self.mixture is not None and self.mixture.by_chance
         if not chance or self.pure != "step" or self.batch.unit != "samples":
             return None
-        return DrawGroups(self.groups(), length=self.batch.size)
+        return DrawGroups(self.groups(), self.group_sizes())
 
     def identity(self) -> dict[str, Any]:
         return super().identity() | {
             "data.pure": self.pure,
             "data.tasks": self.tasks,
+            "data.sizes": self.sizes,
             "data.resolution": self.resolution,
         }

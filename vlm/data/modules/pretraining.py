@@ -5,14 +5,14 @@ import dataclasses
 import itertools
 import math
 import random
-from collections.abc import Callable
 
+from vlm.data.loading.encoder import Prepare, Seeds
 from vlm.data.modules.base import VisionLanguageData
 from vlm.sample import Message, Sample, TextPart
 from vlm.seeding import seed_from
 
 
-def draw_caption(sample: Sample, seed: int) -> Sample:
+def draw_caption(sample: Sample, seeds: Seeds) -> Sample:
     """A sample with `answers` with its last assistant message replaced by one of them, or with one added.
 
     Each answer is drawn with a probability proportional to its weight. A sample without answers stays as it is.
@@ -23,7 +23,9 @@ def draw_caption(sample: Sample, seed: int) -> Sample:
     if min(weights) < 0 or not 0 < sum(weights) < math.inf:
         raise sample.error("the weights of 'answers' must not be negative and one must be above 0")
     ends = list(itertools.accumulate(weights))
-    text = texts[bisect.bisect_right(ends, random.Random(seed_from(seed, 1)).random() * ends[-1], hi=len(ends) - 1)]
+    text = texts[
+        bisect.bisect_right(ends, random.Random(seed_from(seeds.sample, 1)).random() * ends[-1], hi=len(ends) - 1)
+    ]
     if not text.strip():
         raise sample.error("an empty text in 'answers' was drawn as a caption; fill it in or remove it")
     answers = [i for i, message in enumerate(sample.messages) if message.role == "assistant"]
@@ -39,5 +41,5 @@ class PretrainingData(VisionLanguageData):
     synthetic captions), drawn from (seed, epoch, sample).
     """
 
-    def preparation(self) -> Callable[[Sample, int], Sample]:
+    def preparation(self) -> Prepare:
         return draw_caption

@@ -1,11 +1,12 @@
 """How an epoch's samples are cut into optimizer steps."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
+from vlm.batch import Negatives
 from vlm.errors import UserError
 
 Pure = Literal["step", "pack"]
@@ -26,6 +27,15 @@ class BatchSpec:
     row_tokens: int | None = None
     """Length of a row, for `unit: rows` alone."""
 
+    negatives: Negatives | None = None
+    """For objectives that compare samples with each other (`vlm.in_batch`): with those of their `pack` (BLIP), or with
+    all of the `step` (BLIP-2). All packs then have as many samples, in the order of the epoch, and a last step that is
+    not full is left out."""
+
+    packs: int | None = None
+    """Of a step, with `negatives`: the devices of the published run, each of which had one. Devices here times micro-
+    batches make up as many. Not needed where samples are compared over the step."""
+
     def __post_init__(self) -> None:
         if self.size < 1:
             raise UserError(f"data.batch.size must be at least 1, found {self.size}")
@@ -33,6 +43,16 @@ class BatchSpec:
             raise UserError(f"data.batch.unit must be samples, rows or tokens, found {self.unit!r}")
         if (self.unit == "rows") != (self.row_tokens is not None):
             raise UserError(f"data.batch.row_tokens goes with unit rows and no other, found unit {self.unit!r}")
+        if self.negatives not in (None, "pack", "step"):
+            raise UserError(f"data.batch.negatives must be pack or step, found {self.negatives!r}")
+        if self.negatives is not None and self.unit != "samples":
+            raise UserError(f"data.batch.negatives needs a batch counted in samples, found unit {self.unit!r}")
+        if self.negatives == "pack" and self.packs is None:
+            raise UserError("data.batch.negatives: pack needs data.batch.packs, the devices of the published run")
+        if self.packs is not None and self.negatives is None:
+            raise UserError("data.batch.packs goes with data.batch.negatives: pack or step; remove it or say which")
+        if self.packs is not None and (self.packs < 1 or self.size % self.packs):
+            raise UserError(f"data.batch.packs={self.packs} must divide data.batch.size={self.size}")
 
 
 def batch_draws(
@@ -66,6 +86,7 @@ def batch_draws_pure(
     *,
     kinds: Sequence[int],
     pure: Pure,
+    sizes: Sequence[int] | None = None,
     arrange: Callable[[Sequence[int]], Sequence[int]],
     lengths: Sequence[int] | None = None,
     drop_last: bool = False,
@@ -76,6 +97,7 @@ def batch_draws_pure(
 
     Args:
         kinds: of each draw.
+        sizes: samples of a step of each kind; `spec.size` by default.
         arrange: from the number of steps (rows) of kinds 0, 1, ... to the kind of each one of the epoch.
         drop_last: leave out what is not full: with pure steps the last one of each kind, with pure rows the last step.
     """
@@ -88,7 +110,8 @@ def batch_draws_pure(
         if not own:
             bins.append([])
         elif pure == "step":
-            bins.append(batch_draws(own, spec, lengths=own_lengths, drop_last=drop_last))
+            own_spec = spec if sizes is None else replace(spec, size=sizes[kind])
+            bins.append(batch_draws(own, own_spec, lengths=own_lengths, drop_last=drop_last))
         else:
             assert own_lengths is not None
             assert spec.row_tokens is not None

@@ -156,9 +156,15 @@ class Mixture:
         return sample_sources(
             self.shares(sizes),
             self.num_draws(sizes),
-            turns=turns or DrawGroups(range(len(sizes))),
+            turns=turns or DrawGroups(range(len(sizes)), [1] * len(sizes)),
             seed=seed_from(seed, epoch, 1),
         )
+
+    def turn_sizes(self, sizes: Mapping[str, int], turns: "DrawGroups", *, seed: int, epoch: int) -> list[int]:
+        """How many draws of the epoch each turn has, where chance picks the sources."""
+        num_draws = self.num_draws(sizes)
+        found = turns.turns(self.shares(sizes), num_draws, seed=seed_from(seed, epoch, 1))
+        return turns.sizes(found, num_draws).tolist()
 
     def draws(
         self, sizes: Mapping[str, int], *, seed: int, epoch: int, turns: "DrawGroups | None" = None
@@ -194,26 +200,50 @@ class Mixture:
 
 @dataclass(frozen=True)
 class DrawGroups:
-    """Draws that chance takes together: `length` in a row come from one group."""
+    """Draws that are taken together: so many in a row come from one group of sources."""
 
     groups: Sequence[int]
     """Of each source, counted from 0."""
 
-    length: int = 1
+    lengths: Sequence[int]
+    """Of each group, how many draws it has in a row."""
+
+    in_turn: bool = False
+    """Groups follow each other in their order; else chance picks each, so that the shares of their *samples* hold: a
+    group with long turns has fewer of them."""
+
+    def turns(self, shares: Sequence[float], num_draws: int, *, seed: int) -> np.ndarray:
+        """int64[turns], the group of each turn of the epoch; the last one may be cut short."""
+        most = -(-num_draws // min(self.lengths))
+        lengths = np.asarray(self.lengths)
+        if self.in_turn:
+            found = np.arange(most) % len(lengths)
+        else:
+            parts = np.bincount(self.groups, weights=shares, minlength=len(lengths)) / lengths
+            found = _choose(parts, _random(seed).random_sample(most))
+        return found[: np.searchsorted(lengths[found].cumsum(), num_draws) + 1]
+
+    def sizes(self, turns: np.ndarray, num_draws: int) -> np.ndarray:
+        """int64[turns], draws of each turn; they sum to `num_draws`."""
+        ends = np.asarray(self.lengths)[turns].cumsum().clip(max=num_draws)
+        return np.diff(ends, prepend=0)
 
 
 def sample_sources(shares: Sequence[float], num_draws: int, *, turns: DrawGroups, seed: int) -> np.ndarray:
     """int64[num_draws], sources by chance: of each turn the group, then of each draw a source of that group."""
-    random = np.random.RandomState([seed >> 32, seed & 0xFFFFFFFF])
     groups, parts = np.asarray(turns.groups), np.asarray(shares)
-    choices = _choose(np.bincount(groups, weights=parts), random.random_sample(-(-num_draws // turns.length)))
-    chosen = np.repeat(choices, turns.length)[:num_draws]
-    uniform = random.random_sample(num_draws)
+    chosen = turns.turns(shares, num_draws, seed=seed)
+    chosen = np.repeat(chosen, turns.sizes(chosen, num_draws))
+    uniform = _random(seed_from(seed, "source")).random_sample(num_draws)
     picks = np.empty(num_draws, dtype=np.int64)
     for group in np.unique(chosen):
         members, places = np.flatnonzero(groups == group), np.flatnonzero(chosen == group)
         picks[places] = members[_choose(parts[members], uniform[places])]
     return picks
+
+
+def _random(seed: int) -> np.random.RandomState:
+    return np.random.RandomState([seed >> 32, seed & 0xFFFFFFFF])
 
 
 def _choose(parts: np.ndarray, uniform: np.ndarray) -> np.ndarray:

@@ -21,12 +21,13 @@ def length_grouped(
     """Indices in which every global batch is a random draw, dealt to ranks by length.
 
     Args:
-        lengths: of each sample, > 0.
+        lengths: of each sample. Negative ones sort the shortest sample first, as in the published sampler for data that
+            is text alone.
         batch_size: per rank.
         world_size: ranks; consecutive runs of `batch_size` indices belong to rank 0, 1, ...
 
     Returns:
-        Global batches one after another, longest sample first within a rank.
+        Global batches one after another, the largest length first within a rank.
     """
     order = torch.randperm(len(lengths), generator=generator).tolist()
     indices: list[int] = []
@@ -45,7 +46,7 @@ def modality_length_grouped(
     generator: torch.Generator,
     outer: torch.Generator | None = None,
 ) -> list[int]:
-    """`length_grouped` within each modality, then global batches in random order.
+    """`length_grouped` within each modality, then global batches in random order (LLaVA-1.5's sampler).
 
     As published, the last batch of either modality, full or not, is merged with the other's, sorted by index, and put
     at the end.
@@ -63,8 +64,7 @@ def modality_length_grouped(
     size = batch_size * world_size
     groups = [[i for i, n in enumerate(lengths) if n > 0], [i for i, n in enumerate(lengths) if n < 0]]
     if not all(groups):
-        absolute = [abs(n) for n in lengths]
-        return length_grouped(absolute, batch_size=batch_size, world_size=world_size, generator=outer)
+        return length_grouped(lengths, batch_size=batch_size, world_size=world_size, generator=outer)
     batches: list[list[int]] = []
     rest: list[int] = []
     for group in groups:

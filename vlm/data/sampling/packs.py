@@ -2,48 +2,98 @@
 
 import dataclasses
 import heapq
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from vlm.batch import IGNORE, TokenSequence
+from vlm.batch import IGNORE, Negatives, TokenSequence
 from vlm.codec import Encoded
 from vlm.errors import UserError
 
 
-def balance_packs(lengths: Sequence[int], packs: int) -> list[list[int]]:
+@dataclass(frozen=True)
+class Packing:
+    """What a pack may hold, and which samples share one.
+
+    Attributes:
+        max_tokens: limit per pack; None for no limit.
+        max_samples: limit per pack; None for no limit.
+        in_order: samples stay in the order of the step, `max_samples` to a pack; else packs are balanced by tokens.
+        negatives: what an in-batch objective compares (`Batch.negatives`).
+    """
+
+    max_tokens: int | None = None
+    max_samples: int | None = None
+    in_order: bool = False
+    negatives: Negatives | None = None
+
+    def deal(self, lengths: Sequence[int], packs: int) -> list[list[int]]:
+        """Positions in `lengths` (tokens of each sample) per pack, ascending; alike on every rank."""
+        if not self.in_order:
+            return balance_packs(lengths, packs, most=self.max_samples)
+        assert self.max_samples is not None
+        starts = range(0, packs * self.max_samples, self.max_samples)
+        return [list(range(start, min(start + self.max_samples, len(lengths)))) for start in starts]
+
+    def fits(self, lengths: Sequence[int], packs: int) -> bool:
+        """Whether no pack of the step is over `max_tokens`."""
+        if self.max_tokens is None:
+            return True
+        return all(sum(lengths[i] for i in pack) <= self.max_tokens for pack in self.deal(lengths, packs))
+
+
+def balance_packs(lengths: Sequence[int], packs: int, *, most: int | None = None) -> list[list[int]]:
     """Balanced packs: the longest sample first, each to the pack that is the lightest so far.
 
-    The heaviest and the lightest pack differ by at most the longest sample, and no pack is empty when there are at
-    least as many samples as packs. Ties go to the pack with fewer samples, then to the first: the result depends on
-    `lengths` alone, so all ranks deal alike without talking.
+    The heaviest and the lightest pack differ by at most the longest sample (with `most`, as far as it allows), and no
+    pack is empty when there are at least as many samples as packs. Ties go to the pack with fewer samples, then to the
+    first: the result depends on `lengths` alone, so all ranks deal alike without talking.
 
     Args:
         lengths: true token count per sample.
+        most: samples of a pack.
 
     Returns:
         Positions in `lengths` per pack, ascending.
     """
+    assert most is None or len(lengths) <= packs * most
     heap = [(0, 0, pack) for pack in range(packs)]
     dealt: list[list[int]] = [[] for _ in range(packs)]
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         load, size, pack = heap[0]
         dealt[pack].append(index)
-        heapq.heapreplace(heap, (load + lengths[index], size + 1, pack))
+        if size + 1 == most:
+            heapq.heappop(heap)
+        else:
+            heapq.heapreplace(heap, (load + lengths[index], size + 1, pack))
     return [sorted(pack) for pack in dealt]
 
 
-def add_fillers(items: Sequence[Encoded], packs: int) -> list[Encoded]:
-    """`items`, with fillers added until every pack can have one.
+def add_fillers(dealt: Sequence[list[Encoded]]) -> list[list[Encoded]]:
+    """The packs of a step, with a filler in each that is empty.
 
     A step can have fewer samples than there are packs (the last one of an epoch). A device without a pack would leave
     the others waiting in their collectives, so it computes a copy of the step's shortest sample that trains nothing.
     """
-    missing = packs - len(items)
-    if missing <= 0:
-        return list(items)
-    shortest = min(range(len(items)), key=lambda i: (items[i].num_tokens, i))
-    return [*items, *[as_filler(items[shortest])] * missing]
+    if all(dealt):
+        return list(dealt)
+    filler = as_filler(_shortest([item for pack in dealt for item in pack]))
+    return [pack or [filler] for pack in dealt]
+
+
+def seat(draws: Sequence[int], good: Mapping[int, Encoded], seats: int) -> list[Encoded]:
+    """The items of a step where its draws have them, and fillers on all other seats.
+
+    An in-batch objective needs equally many samples in each pack, and one that could not be read must not move others.
+    """
+    empty = as_filler(_shortest(list(good.values())))
+    return [good.get(draw, empty) for draw in draws] + [empty] * (seats - len(draws))
+
+
+def _shortest(items: Sequence[Encoded]) -> Encoded:
+    return min(items, key=lambda item: item.num_tokens)
 
 
 def as_filler(item: Encoded) -> Encoded:
@@ -61,17 +111,27 @@ def as_filler(item: Encoded) -> Encoded:
     )
 
 
-def check_pack(lengths: Sequence[int], max_tokens: int | None) -> None:
-    """Raises `UserError` when the samples of a pack do not fit into `max_tokens` together."""
-    tokens = sum(lengths)
-    if max_tokens is None or tokens <= max_tokens:
+def check_packs(lengths: Sequence[int], packing: Packing, *, world: int, accumulate: int, training: bool) -> None:
+    """Raises `UserError` when a pack of the step is over `max_tokens`; the message names what would do.
+
+    Args:
+        lengths: tokens of each sample of the step.
+    """
+    limit = packing.max_tokens
+    if limit is None or packing.fits(lengths, world * accumulate):
         return
-    longest = max(lengths)
-    if longest > max_tokens:
+    heaviest = max(packing.deal(lengths, world * accumulate), key=lambda pack: sum(lengths[i] for i in pack))
+    found = f"a pack of {len(heaviest)} samples has {sum(lengths[i] for i in heaviest):,} tokens"
+    if max(lengths) > limit:
         raise UserError(
-            f"a single sample has {longest} tokens, over max_tokens={max_tokens}; raise data.max_tokens or shorten it"
+            f"a single sample has {max(lengths):,} tokens, over data.max_tokens={limit:,} of a pack; raise it"
         )
-    raise UserError(
-        f"a pack of {len(lengths)} samples has {tokens} tokens, over max_tokens={max_tokens}; "
-        "raise trainer.accumulate_grad_batches so that the step is dealt into more packs"
-    )
+    if not training:
+        remedy = "lower data.val_batch_size"
+    elif packing.in_order:
+        remedy = "use more devices, so that each has fewer samples of the step"
+    else:
+        more = itertools.count(accumulate + 1)
+        enough = next(number for number in more if packing.fits(lengths, world * number))
+        remedy = f"set trainer.accumulate_grad_batches to {enough}"
+    raise UserError(f"{found}, over data.max_tokens={limit:,}; {remedy}")

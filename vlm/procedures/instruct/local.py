@@ -115,7 +115,7 @@ class OwnSystem:
     """
 
     def __init__(self, weights: str, *, parallel: int = 1, device: str | None = None, dtype: str | None = None) -> None:
-        from vlm.commands.predict import open_system
+        from vlm.loading import open_system
 
         self.name = weights
         self.module = open_system(weights, device=device, dtype=dtype)

@@ -1,0 +1,93 @@
+"""Every system's demo recipe through all its nodes, shortened to two steps a stage: wiring, hand-over and files.
+
+What the demos learn, and how long they take, is measured by `make demo-scores`, which shares the machine with nothing.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.demo_scores import DATA, asked_stages, demo_data, first_stage, judge_config, other_systems
+from vlm.recipes import Recipe, StageRef, TrainingStage, find_recipe, load_recipe, systems
+
+ROOT = Path(__file__).parents[2]
+STEPS = 2
+SHORTENED = [f"--trainer.max_steps={STEPS}", "--trainer.limit_val_batches=1", "--data.init_args.num_workers=0"]
+SMALL = {"runs/demo_mmc4": ["--num", "60"], "runs/demo_coyo": ["--num", "200"]}
+
+
+def run(folder: Path, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cli", *arguments],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, f"{arguments}:\n{done.stdout[-3000:]}"
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the demos' paths, which start at the repository, lead to small data."""
+    folder = tmp_path_factory.mktemp("demos")
+    for name in ("vlm", "callbacks", "configs", "cli.py"):
+        (folder / name).symlink_to(ROOT / name)
+    few = ["--num_train", "80", "--num_val", "4", "--num_test", "4"]
+    for target, options in DATA.items():
+        run(folder, "demo-data", target, *options, *SMALL.get(target, few))
+    return folder
+
+
+def train(place: Path, system: str) -> None:
+    """And before it the systems that it starts from."""
+    for other in other_systems(load_recipe(find_recipe(system))):
+        train(place, other)
+    run(place, "fit", "--recipe", system, "--demo", "--", *SHORTENED)
+
+
+def check_stage(recipe: Recipe, stage: TrainingStage, runs: Path) -> None:
+    """Its files, and that it starts from just what it follows."""
+    own = runs / f"{recipe.system}_demo" / stage.name
+    meta = json.loads((own / "artefact/stage.json").read_text())
+    assert (meta["system"], meta["stage"], meta["global_step"]) == (recipe.system, stage.name, STEPS)
+    assert meta["tensors"], "what it trained"
+    before = [*stage.follows, *([StageRef(recipe.system, stage.continues)] if stage.continues else [])]
+    found = [(own / "artefact" / entry["path"]).resolve() for entry in meta["follows"]]
+    trained = [path for path in found if path.is_relative_to(runs)]  # the others are pretrained parts that ship
+    assert trained == [runs / f"{item.system}_demo" / item.stage / "artefact" for item in before]
+    assert (own / "config.yaml").is_file()
+    assert (own / "checkpoints/last").read_text().strip() == f"step={STEPS}.ckpt"
+    assert list((own / "tensorboard").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", systems())
+def test_a_shortened_recipe(system: str, place: Path) -> None:
+    recipe, runs = load_recipe(find_recipe(system)), place.resolve() / "runs"
+    assert set(demo_data(recipe)) <= DATA.keys(), "`make demo-scores` knows how to make each"
+    train(place, system)
+    for node in recipe.nodes:
+        if isinstance(node, TrainingStage):
+            check_stage(recipe, node, runs)
+    few = [
+        "--trainer.limit_test_batches=1",
+        "--data.init_args.val_batch_size=4",
+        "--evaluation.decoding.max_new_tokens=4",
+    ]
+    for stage in asked_stages(recipe):
+        test = ["test", "-c", judge_config(system, stage.name), "--weights", str(runs / f"{system}_demo" / stage.name)]
+        run(place, *test, "--evaluation.name=trained", *few)
+        scores = json.loads((runs / f"{system}_demo" / stage.name / "evaluation/trained/scores.json").read_text())[
+            "scores"
+        ]
+        assert len(scores) > 1
+    first = first_stage(recipe)
+    if first is not None:
+        skip = ["--skip", first, "--stage", recipe.without(first).nodes[0].name]
+        run(place, "fit", "--recipe", system, "--demo", *skip, "--dry-run")

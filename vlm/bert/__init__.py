@@ -1,0 +1,15 @@
+from vlm.bert.layer import Attention, BertLayer, BertSize, FeedForward, KeysValues, causal_mask, key_mask
+from vlm.bert.text import Embeddings, LMHead, draw_bert
+
+__all__ = [
+    "Attention",
+    "BertLayer",
+    "BertSize",
+    "Embeddings",
+    "FeedForward",
+    "KeysValues",
+    "LMHead",
+    "causal_mask",
+    "draw_bert",
+    "key_mask",
+]

@@ -1,0 +1,98 @@
+"""`vlm run`: a procedure by hand, or as the node of a recipe, which has a run folder.
+
+::
+
+    <run>/<node>/config.yaml     the procedure and its options, the record of the run
+                 <writes>        the file or folder that it makes
+                 finished.json   there when it has ended well
+                 .lock           pid and host of the process that works here
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from vlm import procedures
+from vlm.checkpoints.files.atomic import atomic_file
+from vlm.errors import UserError
+from vlm.recipes.run_folder import RunFolder
+
+HOW_IT_RUNS = (
+    "device.*",
+    "endpoint.*",
+    "key_env.*",
+    "parallel.*",
+    "requests_per_minute.*",
+    "timeout.*",
+    "tries.*",
+)
+"""Options of procedures that may differ between the starts of one node."""
+
+
+class ProcedureFolder(RunFolder):
+    """The folder of a procedure's run (see the module's drawing)."""
+
+    @property
+    def mark(self) -> Path:
+        return self.path / "finished.json"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the procedure ended well."""
+        return self.mark.is_file()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"vlm run --node: {message}")
+
+
+def main(arguments: list[str]) -> int:
+    """`vlm run [--node FOLDER --writes NAME] PROCEDURE ...`; returns the procedure's exit status.
+
+    Raises:
+        UserError: there is no such procedure; of a node: it is finished, another process works on it, or it was
+            started with other options.
+    """
+    if not arguments or not arguments[0].startswith("--node"):
+        return procedures.main(arguments)
+    parser = _Parser(prog="vlm run", allow_abbrev=False)
+    parser.add_argument("--node", type=Path, required=True, metavar="FOLDER", help="its run folder in a recipe")
+    parser.add_argument("--writes", required=True, metavar="NAME", help="what it makes in this folder")
+    parser.add_argument("procedure", nargs=argparse.REMAINDER)
+    options = parser.parse_args(arguments)
+    return _run_node(ProcedureFolder(options.node), options.writes, options.procedure)
+
+
+def _run_node(folder: ProcedureFolder, writes: str, procedure: list[str]) -> int:
+    if folder.finished:
+        raise UserError(f"{folder.path}: this node is finished; choose another run folder to run it again")
+    with folder.lock():
+        settings = _settings(procedure)
+        folder.check_config(settings, how_it_runs=HOW_IT_RUNS)
+        folder.save_config(settings)
+        status = procedures.main(procedure)
+        if status != 0:
+            return status
+        if not (folder.path / writes).exists():
+            raise UserError(f"{folder.path / writes}: the procedure ended without it; is it what the procedure writes?")
+        with atomic_file(folder.mark) as file:
+            file.write((json.dumps({"run": procedure[0], "writes": writes}) + "\n").encode())
+    return 0
+
+
+def _settings(procedure: Sequence[str]) -> dict[str, str | list[str]]:
+    """The words of a command line by option, so that a change is named."""
+    name, *words = procedure
+    settings: dict[str, list[str]] = {"arguments": []}
+    option = "arguments"
+    for word in words:
+        if word.startswith("--"):
+            option, equals, value = word.removeprefix("--").partition("=")
+            option = option.replace("-", "_")
+            settings.setdefault(option, []).extend([value] if equals else [])
+        else:
+            settings[option].append(word)
+    return {"run": name, **settings}

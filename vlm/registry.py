@@ -1,0 +1,45 @@
+"""The systems there are, in one place: names and paths alone, so that reading it imports nothing.
+
+A new system is its class, which `vlm.systems` exports and which has a line here, and its folder of configurations.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+"""The recipes of a checkout. An installed package has none: there a recipe is named by its file."""
+
+
+@dataclass(frozen=True)
+class System:
+    """What is known of a system before anything of it is imported.
+
+    Attributes:
+        class_path: of its LightningModule.
+        family: path of the class that knows its published folders; None: nothing was published.
+    """
+
+    class_path: str
+    family: str | None = None
+
+
+_PUBLISHED = "vlm.checkpoints.published"
+SYSTEMS: dict[str, System] = {
+    "fuyu": System("vlm.systems.Fuyu", f"{_PUBLISHED}.fuyu.FuyuFamily"),
+    "llava": System("vlm.systems.LLaVA", f"{_PUBLISHED}.llava_family.LLaVAFamily"),
+    "llava_1_5": System("vlm.systems.LLaVA15", f"{_PUBLISHED}.llava_family.LLaVA15Family"),
+    "llava_next": System("vlm.systems.LLaVANext", f"{_PUBLISHED}.llava_family.LLaVANextFamily"),
+    "mini_gemini": System("vlm.systems.MiniGemini", f"{_PUBLISHED}.llava_family.MiniGeminiFamily"),
+    "qwen_vl": System("vlm.systems.QwenVL", f"{_PUBLISHED}.qwen_vl.QwenVLFamily"),
+    "vila": System("vlm.systems.VILA", f"{_PUBLISHED}.llava_family.VILAFamily"),
+}
+
+
+def recipe_folder(system: str) -> Path:
+    """The folder of a system's recipe and stages, and of the overlays in `demo/` that make them laptop size."""
+    return CONFIGS / system
+
+
+def published_systems() -> list[str]:
+    """Names of the systems with published folders, sorted."""
+    return sorted(name for name, system in SYSTEMS.items() if system.family is not None)
