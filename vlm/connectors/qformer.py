@@ -16,7 +16,10 @@ from vlm.bert import (
     causal_mask,
     draw_bert,
     key_mask,
+    read_bert,
 )
+from vlm.checkpoints.files.weights import WeightFiles
+from vlm.checkpoints.tables.base import BaseWeights
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,9 @@ class QFormer(BertSize):
     def build(self, in_dim: int) -> "QFormerModule":
         """The network over features of `in_dim` channels; call it under `empty_weights`."""
         return QFormerModule(self, in_dim)
+
+    def read_base(self, network: nn.Module, files: WeightFiles) -> BaseWeights:
+        return read_bert(network, files)
 
     def initialise(self, network: nn.Module, module: nn.Module) -> None:
         """Draws the new tensors that one submodule of a built network holds itself."""

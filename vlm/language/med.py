@@ -18,7 +18,10 @@ from vlm.bert import (
     causal_mask,
     draw_bert,
     key_mask,
+    read_bert,
 )
+from vlm.checkpoints.files.weights import WeightFiles
+from vlm.checkpoints.tables.base import BaseWeights
 from vlm.errors import UserError
 
 
@@ -44,6 +47,9 @@ class Med(BertSize):
         """The network over image features (or, for the answers of VQA, texts) of `context_dim` channels; call it
         under `empty_weights`."""
         return MedModule(self, context_dim)
+
+    def read_base(self, network: nn.Module, files: WeightFiles) -> BaseWeights:
+        return read_bert(network, files)
 
     def initialise(self, network: nn.Module, module: nn.Module) -> None:
         """Draws the new tensors that one submodule of a built network holds itself."""
