@@ -63,7 +63,8 @@ class PeftAdapter(Surgery):
         from peft.tuners import lora
 
         config = LoraConfig(lora_dropout=self.dropout, use_dora=self.dora, init_lora_weights=False)
-        layer: Any = lora.Linear(linear, ADAPTER, config=config, r=self.rank, lora_alpha=self.alpha)
+        alpha: Any = self.alpha  # annotated as an integer there
+        layer: Any = lora.Linear(linear, ADAPTER, config=config, r=self.rank, lora_alpha=alpha)
         layer.lora_A[ADAPTER] = Down(linear.in_features, self.rank, bias=False)
         layer.lora_B[ADAPTER] = Up(self.rank, linear.out_features, bias=False)
         if self.dora:
