@@ -125,7 +125,7 @@ class VisionLanguageModule(LightningModule):
 
     def label_logits(self, batch: Batch) -> Tensor:
         """float[L, vocabulary] at the label positions of `label_row`."""
-        raise NotImplementedError(f"{type(self).__name__} predicts no tokens")
+        raise UserError(f"{self.system} predicts no tokens: evaluate it by its losses, or by retrieval")
 
     def answers(self, batch: Batch, decoding: Decoding) -> list[str]:
         """What the system says to each sample of a pack that was encoded with `generate=True`."""

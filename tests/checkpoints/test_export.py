@@ -11,7 +11,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNext
 
 import cli
 from callbacks.stage_transition import write_stage
-from tests.support.systems import LLAMA, TOKENIZER, TOWER, llava_1_5, llava_next, picture
+from tests.support.samples import picture
+from tests.support.systems import LLAMA, TOKENIZER, TOWER, llava_1_5, llava_next
 from vlm.batch import Batch
 from vlm.commands.export import export
 from vlm.checkpoints.published.hf_processor import sizes_cut_otherwise

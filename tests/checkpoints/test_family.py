@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 import cli
 import vlm
 from callbacks.stage_transition import write_stage
-from tests.support.systems import TOKENIZER, llava_1_5, samples
+from tests.support.samples import samples
+from tests.support.systems import TOKENIZER, llava_1_5
 from vlm import registry
 from vlm.building.instantiate import describe_module
 from vlm.checkpoints.artefact import read_artefact

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, CLIPVisionModel, LlamaConfig, Lla
 
 import cli
 from tests.conftest import GOLDEN
-from tests.support.systems import picture
+from tests.support.samples import picture
 from tests.commands.test_cli import World
 from tests.checkpoints.test_convert import official_folder, tiny_config
 from tests.checkpoints.test_export import finished

@@ -23,7 +23,8 @@ from transformers import (
 )
 
 import vlm
-from tests.support.systems import GOLDEN, llava_1_5, picture
+from tests.support.samples import picture
+from tests.support.systems import GOLDEN, llava_1_5
 from vlm import prompts
 from vlm.building.instantiate import instantiate
 from vlm.checkpoints.published.entries import read_json

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from tests.conftest import GOLDEN, golden, golden_json
 from callbacks import StageTransition
-from tests.support.systems import RATE, build, make, picture
+from tests.support.samples import picture
+from tests.support.systems import RATE, build, make
 from tests.support.training import ListSource, trainer
 from vlm.batch import IGNORE, Row, TokenSequence, next_token_targets
 from vlm.codec import step_counts

@@ -13,7 +13,8 @@ from torch import distributed
 import cli
 from callbacks import Evaluation
 from tests.support.ranks import run_ranks
-from tests.support.systems import make, picture, samples
+from tests.support.samples import picture, samples
+from tests.support.systems import make
 from tests.commands.test_cli import World
 from tests.support.training import ListSource, trainer
 from vlm.data import BatchSpec, InstructionData

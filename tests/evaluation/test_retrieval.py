@@ -6,32 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 
-from tests.support.itc import ITC, itc, pairs
+from tests.support.itc import ITC
 from tests.support.ranks import run_ranks
-from vlm.batch import Batch
+from tests.support.samples import pairs
+from tests.support.systems import itc, llava_1_5
 from vlm.errors import UserError
 from vlm.evaluation.inference import as_pack
-from vlm.evaluation.retrieval import Embeddings, Retrieval, similarities
+from vlm.evaluation.retrieval import Retrieval, similarities
 
 RANKS = (1, 2, 4)
 
 
-class FindingITC(ITC):
-    """The ITC system with what retrieval asks for."""
-
-    def embeddings(self, batch: Batch) -> Embeddings:
-        image, text = self.encode(batch, self)
-        return Embeddings(image, text, torch.arange(len(text)), image, text)
-
-    def matches(self, image_states: Tensor, text_states: Tensor) -> Tensor:
-        return self.head.match(torch.cat([image_states, text_states], dim=1))[:, 1]
-
-
-def finding() -> FindingITC:
-    module = FindingITC(**itc(dropout=0.0).arguments)
-    module.codec.needs_image = True
+def finding() -> ITC:
+    module = itc(dropout=0.0)
     module.configure_model()
     return module
 
@@ -46,7 +35,7 @@ def found(module: ITC, samples: list[Any], *, rerank: int = 0, pack: int = 3) ->
     return judge.finish(module)
 
 
-def by_hand(module: FindingITC, samples: list[Any], *, rerank: int) -> dict[str, float]:
+def by_hand(module: ITC, samples: list[Any], *, rerank: int) -> dict[str, float]:
     """The same with a table of all pairs and plain loops."""
     embeddings = module.embed(samples)
     names = [sample.group or sample.id for sample in samples]
@@ -118,5 +107,5 @@ def test_what_cannot_be_asked() -> None:
         Retrieval([0])
     with pytest.raises(UserError, match="itc does not answer"):
         itc().answers(None, None)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="itc has no embeddings"):
-        itc().embeddings(None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="llava_1_5 has no embeddings"):
+        llava_1_5().embeddings(None)  # type: ignore[arg-type]

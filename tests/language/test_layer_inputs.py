@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import golden, golden_json
 from tests.support.cog import image_blocks
-from tests.support.systems import LLAMA, RATE, SYSTEMS, build, make, samples
+from tests.support.samples import samples
+from tests.support.systems import LLAMA, RATE, SYSTEMS, build, make
 from tests.systems.test_contract import collate, disturb, questions
 from vlm.batch import IGNORE, Row, TokenSequence
 from vlm.errors import UserError

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from callbacks.stage_transition import write_stage
-from tests.support.systems import build, picture
+from tests.support.samples import picture
+from tests.support.systems import build
 from vlm.errors import UserError
 from vlm.procedures import main
 from vlm.procedures.imagine import Answer, Diffusers, draw

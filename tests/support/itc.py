@@ -1,28 +1,28 @@
 """BLIP's objectives at the smallest size: contrast with momentum copies and a queue, matching with hard negatives."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.support.systems import GOLDEN, TOWER, picture
 from vlm.batch import IGNORE, Batch, Row, TokenSequence
 from vlm.codec import Codec, Encoded, ViewStream, pack_rows, read_views
+from vlm.evaluation.retrieval import Embeddings
 from vlm.in_batch import draw_uniform, gather_detached
 from vlm.module import VisionLanguageModule
 from vlm.moving import update_copies
-from vlm.prompts import LlamaTokenizer
 from vlm.prompts.tokenizer import Tokenizer
-from vlm.sample import ImagePart, Message, Sample, TextPart
+from vlm.sample import Sample, TextPart
 from vlm.vision import TimmTower
 from vlm.vision.preprocess import ImageTransform
 
 
 class PairCodec(Codec):
     """A row of captions; every sample has one picture and one caption."""
+
+    needs_image = True
 
     def __init__(self, tokenizer: Tokenizer, image_size: int) -> None:
         self.tokenizer = tokenizer
@@ -32,6 +32,8 @@ class PairCodec(Codec):
         return 0
 
     def encode(self, sample: Sample, *, seed: int | None = None, generate: bool = False) -> Encoded:
+        if len(sample.images) != 1:
+            raise sample.error(f"{len(sample.images)} images where one is compared; give it one")
         texts = [part.text for message in sample.messages for part in message.content if isinstance(part, TextPart)]
         ids = torch.tensor(self.tokenizer.encode("".join(texts))[0])
         sequence = TokenSequence(ids, torch.full_like(ids, IGNORE))
@@ -99,8 +101,8 @@ class FeatureQueue(nn.Module):
         size = self.image.shape[1]
         assert size % len(image) == 0, "the queue holds whole steps"
         places = (self.place + torch.arange(len(image), device=self.place.device)) % size
-        self.image.index_copy_(1, places, image.T.float())
-        self.text.index_copy_(1, places, text.T.float())
+        self.image.index_copy_(1, places, image.T.to(self.image))
+        self.text.index_copy_(1, places, text.T.to(self.text))
         self.place.copy_((self.place + len(image)) % size)
 
 
@@ -198,7 +200,8 @@ class ITC(VisionLanguageModule):
 
     def encode(self, batch: Batch, encoders: Any) -> tuple[Tensor, Tensor]:
         """float[B, D] of images and captions, normalised."""
-        image = encoders.projections.image(encoders.vision(batch.views["image"].pixels).mean(1))
+        pixels = batch.views["image"].pixels.to(encoders.projections.image.weight.dtype)
+        image = encoders.projections.image(encoders.vision(pixels).mean(1))
         text = encoders.projections.text(encoders.text(batch.text))
         return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
 
@@ -223,6 +226,13 @@ class ITC(VisionLanguageModule):
         itm = F.cross_entropy(self.head.match(pairs), labels.long(), reduction="sum")
         return {"itc": itc, "itm": itm}
 
+    def embeddings(self, batch: Batch) -> Embeddings:
+        image, text = self.encode(batch, self)
+        return Embeddings(image, text, torch.arange(len(text), device=text.device), image, text)
+
+    def matches(self, image_states: Tensor, text_states: Tensor) -> Tensor:
+        return self.head.match(torch.cat([image_states, text_states], dim=1))[:, 1]
+
 
 def _draw(weights: Tensor, chance: Tensor) -> Tensor:
     """int64[B]: one column of each row, as likely as its weight, by a number in [0, 1) for each row."""
@@ -232,27 +242,3 @@ def _draw(weights: Tensor, chance: Tensor) -> Tensor:
         .squeeze(1)
         .clamp_max(weights.shape[1] - 1)
     )
-
-
-def itc(**changes: Any) -> ITC:
-    arguments = {
-        "vision": TimmTower("vit_large_patch14_clip_quickgelu_336", layer=-2, options=TOWER),
-        "tokenizer": LlamaTokenizer(str(GOLDEN / "_shared" / "llama_sp_tokenizer.model"), legacy=True),
-    }
-    return ITC(**(arguments | changes))
-
-
-def pairs(folder: Path, count: int = 24) -> list[Sample]:
-    """Pictures with captions of different lengths."""
-    return [
-        Sample(
-            id=str(i),
-            messages=(
-                Message("user", (ImagePart(),)),
-                Message("assistant", (TextPart("a red ball and " * (1 + i % 3) + f"a card with {i}"),)),
-            ),
-            images=(picture(folder, f"pair{i}", (40 + i, 30), 9 * i),),
-            source="pairs",
-        )
-        for i in range(count)
-    ]

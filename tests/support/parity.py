@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.support.systems import samples
+from tests.support.samples import samples
 from vlm.batch import Views
 from vlm.codec import step_counts
 from vlm.stages import Stage, Trained

@@ -8,20 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.conftest import GOLDEN
 from tests.support.cog import TinyCog
+from tests.support.itc import ITC
 from tests.support.qformer_t5 import T5, QFormerT5
+from tests.support.samples import pairs, samples
 from vlm.codec import step_counts
 from vlm.connectors import MLP, Downsample, Linear, QFormer, Resampler
+from vlm.data import BatchSpec
 from vlm.language import CausalLM, CrossAttention, PartialLoRA, Surgery, VisualExpert
 from vlm.language.causal_lm import batched_attention
 from vlm.language.layer_inputs import LayerInputs
 from vlm.module import VisionLanguageModule
 from vlm.prompts import FuyuTokenizer, LlamaTokenizer
-from vlm.sample import ImageFile, ImagePart, Message, Sample, TextPart
+from vlm.sample import Sample
 from vlm.stages import AdamW, Stage, Trained
 from vlm.systems import VILA, Fuyu, LLaVA, LLaVA15, LLaVANext, MiniGemini, QwenVL
 from vlm.vision import ConvNeXtPyramid, TimmTower
@@ -161,6 +164,12 @@ def qformer_t5(**changes: Any) -> QFormerT5:
     return QFormerT5(**(arguments | changes))
 
 
+def itc(**changes: Any) -> ITC:
+    """A picture and a caption are compared by 16 numbers each."""
+    arguments = {"vision": TimmTower("vit_large_patch14_clip_quickgelu_336", layer=-2, options=TOWER)}
+    return ITC(**(arguments | {"tokenizer": TOKENIZER} | changes))
+
+
 def names(*patterns: str) -> frozenset[str]:
     """Names of tensors, spelled out with `{a,b}` for alternatives."""
     found: list[str] = []
@@ -191,6 +200,9 @@ class TinyStage:
     unreached: frozenset[str] = frozenset()
 
 
+EIGHT = BatchSpec(8)
+
+
 @dataclass(frozen=True)
 class System:
     """What the contract test has to know about a system.
@@ -198,21 +210,41 @@ class System:
     Attributes:
         make: the system at tiny size, not built yet; keywords replace arguments of its constructor.
         stages: its published stages, in order.
+        base_weights: writes the weights of one part to a folder; gives the name of that part and the argument that
+            reads them.
+        uses: the methods by which it can be asked something; it refuses all others.
         reference: float32[labels], log-probabilities of a sample's label tokens by a plain forward of the stock
-            language model, without packs.
-        base_weights: writes the language model's weights to a folder; gives the `language` argument that reads them.
+            language model, without packs; for those that `score`.
         surgery: what is done to the network before its stages.
         ties: {alias: owner}, as the architecture says.
         marks: tokens of the vocabulary among those that a picture of some width and height takes.
+        splices: the features of its pictures take places in the text.
+        text_parts: parts that samples without a picture reach.
+        pool: makes some samples that it can be trained on: (folder, how many).
+        needs_image: it takes no sample without a picture.
+        batch: how a step of 8 samples is published. With `negatives`, its losses compare samples with each other.
+        moving: every tensor that changes without a gradient, spelled out.
     """
 
     make: Callable[..., VisionLanguageModule]
     stages: Mapping[str, TinyStage]
-    reference: Callable[[Any, Sample], Tensor]
-    base_weights: Callable[[Any, Path], Any]
+    base_weights: Callable[[Any, Path], tuple[str, Any]]
+    uses: Sequence[str] = ("score", "generate")
+    reference: Callable[[Any, Sample], Tensor] | None = None
     surgery: Sequence[Surgery] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
     marks: Callable[[Any, int, int], int] = lambda module, width, height: 0
+    splices: bool = True
+    text_parts: Sequence[str] = ("language",)
+    pool: Callable[[Path, int], list[Sample]] = samples
+    needs_image: bool = False
+    batch: BatchSpec = EIGHT
+    moving: frozenset[str] = frozenset()
+
+    @property
+    def mixes(self) -> bool:
+        """Whether a step may have samples with and without pictures, in packs of any size."""
+        return not self.needs_image and self.batch.negatives is None
 
     @property
     def last(self) -> TinyStage:
@@ -235,9 +267,9 @@ def spliced_reference(module: Any, sample: Sample) -> Tensor:
     return values.gather(1, batch.text.targets[:, None]).squeeze(1)
 
 
-def causal_base_weights(module: Any, folder: Path) -> CausalLM:
+def causal_base_weights(module: Any, folder: Path) -> tuple[str, CausalLM]:
     module.language.save_pretrained(folder)
-    return CausalLM(path=str(folder))
+    return "language", CausalLM(path=str(folder))
 
 
 def t5_reference(module: Any, sample: Sample) -> Tensor:
@@ -253,9 +285,15 @@ def t5_reference(module: Any, sample: Sample) -> Tensor:
     return logits.log_softmax(-1).gather(1, batch.rows["decoder"].targets[:, None]).squeeze(1)
 
 
-def t5_base_weights(module: Any, folder: Path) -> T5:
+def t5_base_weights(module: Any, folder: Path) -> tuple[str, T5]:
     module.language.save_pretrained(folder)
-    return T5(T5_CONFIG, weights=str(folder))
+    return "language", T5(T5_CONFIG, weights=str(folder))
+
+
+def tower_base_weights(module: Any, folder: Path) -> tuple[str, TimmTower]:
+    folder.mkdir(exist_ok=True)
+    save_file(module.vision.trunk.state_dict(), folder / "model.safetensors")
+    return "vision", dataclasses.replace(module.arguments["vision"], weights=str(folder))
 
 
 CONNECTOR = names("connector.{0,2}.{weight,bias}")
@@ -294,6 +332,10 @@ T5_DECODER = names(
     "language.decoder.block.{0,1}.layer.{0,1,2}.layer_norm.weight",
     "language.decoder.final_layer_norm.weight",
 )
+TWO_ENCODERS = TWO_BLOCKS | names(
+    "text.table.weight", "text.up.{weight,bias}", "projections.{image,text}.{weight,bias}"
+)
+HEAD = names("head.temperature", "head.match.{weight,bias}")
 T5_ALIASES = ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
 RATE = Trained(lr=1e-2)
 BRIDGE = {"qformer": RATE, "connector": RATE}
@@ -354,11 +396,11 @@ SYSTEMS: dict[str, System] = {
     "fuyu": System(
         fuyu,
         {"finetune": TinyStage({"connector": RATE, "language": RATE}, LINEAR | PERSIMMON_DECODER)},
-        spliced_reference,
         causal_base_weights,
+        reference=spliced_reference,
         marks=lambda module, width, height: module.patches.grid(width, height)[1],  # a newline behind each row
     ),
-    "llava": System(llava, LLAVA_STAGES, spliced_reference, causal_base_weights),
+    "llava": System(llava, LLAVA_STAGES, causal_base_weights, reference=spliced_reference),
     "llava_1_5": System(
         llava_1_5,
         {
@@ -367,8 +409,8 @@ SYSTEMS: dict[str, System] = {
                 {"connector": RATE, "language": RATE}, CONNECTOR | DECODER, {"connector": "connector"}
             ),
         },
-        spliced_reference,
         causal_base_weights,
+        reference=spliced_reference,
     ),
     "llava_next": System(
         llava_next,
@@ -380,23 +422,23 @@ SYSTEMS: dict[str, System] = {
                 {"connector": "connector"},
             ),
         },
-        spliced_reference,
         causal_base_weights,
+        reference=spliced_reference,
     ),
-    "mini_gemini": System(mini_gemini, MINI_GEMINI_STAGES, spliced_reference, causal_base_weights),
+    "mini_gemini": System(mini_gemini, MINI_GEMINI_STAGES, causal_base_weights, reference=spliced_reference),
     "mini_gemini_hd": System(
         mini_gemini_hd,
         {"2_finetune_hd": dataclasses.replace(MINI_GEMINI_STAGES["2_finetune"], parts={})},
-        spliced_reference,
         causal_base_weights,
+        reference=spliced_reference,
     ),
-    "qwen_vl": System(qwen_vl, QWEN_VL_STAGES, spliced_reference, causal_base_weights),
-    "vila": System(vila, VILA_STAGES, spliced_reference, causal_base_weights),
+    "qwen_vl": System(qwen_vl, QWEN_VL_STAGES, causal_base_weights, reference=spliced_reference),
+    "vila": System(vila, VILA_STAGES, causal_base_weights, reference=spliced_reference),
     "vila_downsample": System(
         vila_downsample,
         {"1_pretrain": TinyStage({"connector": RATE, "language": RATE}, names("connector.1.{weight,bias}") | DECODER)},
-        spliced_reference,
         causal_base_weights,
+        reference=spliced_reference,
     ),
     "tied": System(
         lambda **changes: llava_1_5(**({"language": CausalLM(config=LLAMA | {"tie_word_embeddings": True})} | changes)),
@@ -405,8 +447,8 @@ SYSTEMS: dict[str, System] = {
                 {"connector": RATE, "language": RATE}, CONNECTOR | DECODER - names("language.lm_head.weight")
             )
         },
-        spliced_reference,
         causal_base_weights,
+        reference=spliced_reference,
         ties={"language.lm_head.weight": "language.model.embed_tokens.weight"},
     ),
     "partial_lora": System(
@@ -428,8 +470,8 @@ SYSTEMS: dict[str, System] = {
                 ),
             ),
         },
-        spliced_reference,
         causal_base_weights,
+        reference=spliced_reference,
         surgery=(PartialLoRA(rank=2),),
     ),
     "cog": System(
@@ -449,8 +491,8 @@ SYSTEMS: dict[str, System] = {
                 ),
             ),
         },
-        spliced_reference,
         causal_base_weights,
+        reference=spliced_reference,
         surgery=(VisualExpert(), CrossAttention(context=32, width=16, heads=2)),
     ),
     "qformer_t5": System(
@@ -461,9 +503,24 @@ SYSTEMS: dict[str, System] = {
                 BRIDGE | {"language.decoder": RATE}, QFORMER | T5_DECODER, {part: part for part in BRIDGE}
             ),
         },
-        t5_reference,
         t5_base_weights,
+        reference=t5_reference,
         ties={f"language.{alias}.weight": "language.shared.weight" for alias in T5_ALIASES},
+    ),
+    "itc": System(
+        lambda **changes: itc(**({"dropout": 0.0} | changes)),
+        {
+            "1_pretrain": TinyStage(
+                {"vision": RATE, "text": RATE, "projections": RATE, "head": RATE}, TWO_ENCODERS | HEAD
+            )
+        },
+        tower_base_weights,
+        uses=("embed", "match"),
+        splices=False,
+        pool=pairs,
+        needs_image=True,
+        batch=BatchSpec(8, negatives="pack", packs=4),
+        moving=frozenset(f"momentum.{name}" for name in TWO_ENCODERS) | names("queue.{image,text,place}"),
     ),
 }
 
@@ -482,30 +539,3 @@ def build(name: str, train: Mapping[str, Trained] | None = None, **changes: Any)
     module = make(name, train, **changes)
     module.configure_model()
     return module
-
-
-def picture(folder: Path, name: str, size: tuple[int, int], seed: int) -> ImageFile:
-    """A file with a random picture."""
-    path = folder / f"{name}.png"
-    if not path.exists():
-        noise = torch.randint(0, 256, (5, 7, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-        Image.fromarray(noise.numpy()).resize(size).save(path)
-    return ImageFile(name=path.name, path=path)
-
-
-def samples(folder: Path, count: int = 6) -> list[Sample]:
-    """Conversations of different lengths: one picture, no picture, two pictures, two turns, a long answer."""
-    made = []
-    for i in range(count):
-        images = [picture(folder, f"{i}_{k}", (40 + 9 * i, 30 + 5 * k), 10 * i + k) for k in range((1, 0, 2)[i % 3])]
-        messages = [
-            Message("user", (*(ImagePart() for _ in images), TextPart(f"\nWhat is {i}?"))),
-            Message("assistant", (TextPart("A small red ball. " * (1 + 5 * (i % 4 == 3)) + str(i)),)),
-        ]
-        if i % 2:
-            messages += [
-                Message("user", (TextPart("And where?"),)),
-                Message("assistant", (TextPart("On the left of the blue box."),)),
-            ]
-        made.append(Sample(id=str(i), messages=tuple(messages), images=tuple(images), source="test"))
-    return made

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from callbacks import MixedPrecisionFSDP
-from tests.support.systems import samples
+from tests.support.samples import samples
 from vlm.batch import Batch
 from vlm.codec import step_counts
 from vlm.data.sources.base import Source
@@ -19,7 +19,7 @@ from vlm.module import VisionLanguageModule
 from vlm.sample import Sample
 
 Steps = Sequence[Sequence[Sequence[int]]]
-"""Per optimizer step its packs, per pack the indices of its samples in `tests.support.systems.samples`."""
+"""Per optimizer step its packs, per pack the indices of its samples in `tests.support.samples.samples`."""
 
 
 class Recorder(L.Callback):

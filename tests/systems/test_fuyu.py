@@ -20,7 +20,8 @@ from transformers.models.persimmon.modeling_persimmon import PersimmonRotaryEmbe
 from callbacks.stage_transition import write_stage
 from tests.conftest import golden, golden_json
 from tests.support.parity import assert_same_scores, assert_same_state
-from tests.support.systems import PERSIMMON, ROOT, TOKENIZER, fuyu, picture, samples
+from tests.support.samples import picture, samples
+from tests.support.systems import PERSIMMON, ROOT, TOKENIZER, fuyu
 from vlm.batch import Row, TokenSequence
 from vlm.building.network import empty_weights
 from vlm.commands.convert import convert

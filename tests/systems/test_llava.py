@@ -23,7 +23,8 @@ from transformers import (
 from callbacks import StageTransition
 from tests.conftest import GOLDEN, golden_json
 from tests.support.parity import assert_same_scores, assert_same_state, check_logits_loss_and_gradients
-from tests.support.systems import LLAMA, RATE, TOKENIZER, build, llava, samples
+from tests.support.samples import samples
+from tests.support.systems import LLAMA, RATE, TOKENIZER, build, llava
 from tests.checkpoints.test_convert import clip_tensors, official_folder
 from tests.systems.test_llava_1_5 import PARTS, hf_llava
 from tests.support.training import ListSource, trainer

@@ -10,7 +10,8 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 
 from tests.conftest import GOLDEN, golden
 from tests.support.parity import assert_same_scores, assert_same_state, check_logits_loss_and_gradients
-from tests.support.systems import LLAMA, TOKENIZER, llava_1_5, samples
+from tests.support.samples import samples
+from tests.support.systems import LLAMA, TOKENIZER, llava_1_5
 from vlm.building.network import empty_weights
 from vlm.commands.convert import convert
 from vlm.checkpoints.tables.llava import LAYOUTS, llava_table

@@ -16,7 +16,8 @@ from transformers import CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditio
 
 from tests.conftest import GOLDEN
 from tests.support.parity import check_logits_loss_and_gradients
-from tests.support.systems import LLAMA, llava_next, samples
+from tests.support.samples import samples
+from tests.support.systems import LLAMA, llava_next
 from tests.commands.test_check_data import box, chat, write
 from vlm.batch import Views
 from vlm.building.network import empty_weights

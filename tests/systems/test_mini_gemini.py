@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLI
 
 from tests.conftest import golden, golden_json
 from tests.support.parity import assert_same_scores, assert_same_state
-from tests.support.systems import LLAMA, PYRAMID, TOKENIZER, mini_gemini, samples
+from tests.support.samples import samples
+from tests.support.systems import LLAMA, PYRAMID, TOKENIZER, mini_gemini
 from vlm.building.network import empty_weights
 from vlm.commands.convert import convert
 from vlm.commands.export import export

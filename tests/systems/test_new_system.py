@@ -8,7 +8,8 @@ import torch
 import vlm
 from callbacks import StageTransition
 from tests.support.parity import assert_same_scores, assert_same_state
-from tests.support.systems import SYSTEMS, TOKENIZER, build, make, qformer_t5, samples
+from tests.support.samples import samples
+from tests.support.systems import SYSTEMS, TOKENIZER, build, make, qformer_t5
 from tests.support.training import ListSource, trainer
 from vlm.batch import IGNORE
 from vlm.data import BatchSpec, InstructionData

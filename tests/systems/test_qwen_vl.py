@@ -18,7 +18,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from callbacks.stage_transition import write_stage
 from tests.conftest import golden, golden_json
 from tests.support.parity import assert_same_scores, assert_same_state
-from tests.support.systems import qwen_vl, samples, spliced_reference
+from tests.support.samples import samples
+from tests.support.systems import qwen_vl, spliced_reference
 from vlm.batch import IGNORE, Row, TokenSequence, next_token_targets
 from vlm.building.network import empty_weights
 from vlm.commands.convert import convert

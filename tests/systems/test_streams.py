@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.support.systems import RATE, llava_1_5, samples
+from tests.support.samples import samples
+from tests.support.systems import RATE, llava_1_5
 from vlm.batch import Batch, TokenSequence
 from vlm.codec import Encoded, ViewStream, step_counts
 from vlm.sample import ImageFile, Message, Sample, TextPart

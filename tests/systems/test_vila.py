@@ -18,7 +18,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from tests.conftest import GOLDEN, golden_json
 from tests.support.parity import assert_same_scores, assert_same_state
-from tests.support.systems import LLAMA, picture, samples, vila
+from tests.support.samples import picture, samples
+from tests.support.systems import LLAMA, vila
 from tests.support.training import ListSource
 from vlm.building.network import empty_weights
 from vlm.commands.convert import convert

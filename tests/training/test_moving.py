@@ -18,8 +18,10 @@ from torch import Tensor, distributed
 from callbacks import EMA, FSDP2Strategy, Health, MixedPrecisionFSDP
 from callbacks.stage_transition import write_stage
 from tests.conftest import golden, golden_json
-from tests.support.itc import ITC, FeatureQueue, contrast, itc, pairs
+from tests.support.itc import ITC, FeatureQueue, contrast
 from tests.support.ranks import run_ranks
+from tests.support.samples import pairs
+from tests.support.systems import itc
 from tests.support.training import ListSource, Recorder, full, trainer, weights
 from tests.training.test_resume import HOW, PROBE, SHARDED, World, assert_same, notes
 from vlm.building.instantiate import describe

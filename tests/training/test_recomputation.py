@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, distributed
 
 from tests.support.ranks import run_ranks
-from tests.support.systems import LLAMA, RATE, TOWER, make, samples
+from tests.support.samples import samples
+from tests.support.systems import LLAMA, RATE, TOWER, make
 from tests.support.training import Recorder, packs, trainer
 from vlm.codec import step_counts
 from vlm.language import CausalLM

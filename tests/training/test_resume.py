@@ -21,7 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import cli
 from tests.conftest import GOLDEN
-from tests.support.systems import LLAMA, TOWER, build, samples
+from tests.support.samples import samples
+from tests.support.systems import LLAMA, TOWER, build
 from vlm.recipes.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]

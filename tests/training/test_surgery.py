@@ -15,7 +15,8 @@ import vlm
 from callbacks import LoRAInjection, PartialLoRAInjection, StageTransition
 from callbacks.stage_transition import write_stage
 from tests.support.ranks import run_ranks
-from tests.support.systems import RATE, llava_1_5, samples
+from tests.support.samples import samples
+from tests.support.systems import RATE, llava_1_5
 from tests.support.training import packs, trainer
 from tests.systems.test_contract import collate, disturb, questions
 from vlm.commands.convert import convert
