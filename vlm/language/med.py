@@ -19,6 +19,10 @@ from vlm.bert import (
     draw_bert,
     key_mask,
 )
+from vlm.checkpoints.files.weights import WeightFiles
+from vlm.checkpoints.tables.base import BaseWeights, read_with_table
+from vlm.checkpoints.tables.bert import bert_rules
+from vlm.checkpoints.tables.table import Table
 from vlm.errors import UserError
 
 
@@ -29,7 +33,7 @@ class Med(BertSize):
     Attributes:
         encoder: it reads (retrieval, matching, the questions of VQA).
         decoder: it writes (captions, the answers of VQA). Reading and writing differ in their self-attention alone.
-        weights: folder, file or hub id with the base weights; None: new ones.
+        weights: folder, file or hub id of a BERT to start from; None: new weights.
     """
 
     encoder: bool = True
@@ -44,6 +48,13 @@ class Med(BertSize):
         """The network over image features (or, for the answers of VQA, texts) of `context_dim` channels; call it
         under `empty_weights`."""
         return MedModule(self, context_dim)
+
+    def read_base(self, network: nn.Module, files: WeightFiles) -> BaseWeights:
+        """A BERT's tensors for a text model: both self-attentions start as its one."""
+        roles = {"attention": self.encoder, "decoder_attention": self.decoder}
+        attentions = [name for name, is_there in roles.items() if is_there]
+        table = Table(layout="BERT", rules=bert_rules(attentions=attentions, head=self.decoder))
+        return read_with_table(table, files, fresh=("layers.*.cross_attention.*",))
 
     def initialise(self, network: nn.Module, module: nn.Module) -> None:
         """Draws the new tensors that one submodule of a built network holds itself."""
