@@ -1,7 +1,6 @@
-"""Metrics of answers in validation and test."""
+"""What a system is worth in validation and test."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +9,24 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from vlm.batch import Batch
 from vlm.checkpoints.files.atomic import atomic_file
 from vlm.errors import UserError
-from vlm.metrics.judges import Judges
+from vlm.evaluation.judges import AnswerJudge, Judge, Judges
 from vlm.language import Decoding
-from vlm.metrics import AnswerMetric, Answers
+from vlm.metrics import AnswerMetric
 from vlm.module import VisionLanguageModule
 from vlm.evaluation.scores import table, write_scores
 from vlm.evaluation.submissions import Submission
 
 
 class Evaluation(Callback):
-    """Lets the system answer the validation or test samples, and judges the answers.
+    """Judges what the system says to the validation or test samples: its answers, or how it finds images and texts.
 
     Values are logged as `val/<source or task>/<metric>` (`test/...` in `vlm test`). `vlm validate` and `vlm test` also
     print them and write, under `evaluation/<name>` in the run folder, `scores.json`, `answers.jsonl` and the
     `submission`.
 
     Args:
-        metrics: by source or task; a source's come before its task's. Samples of neither are not answered.
+        metrics: by source or task; a source's come before its task's. Samples of neither are not judged. Metrics of
+            answers, or `vlm.evaluation.Retrieval`.
         decoding: how answers are searched for.
         name: of the folder; `validate` or `test` by default.
         submission: a form in which a benchmark's server or judge takes the answers (`vlm.evaluation.submissions`).
@@ -34,36 +34,30 @@ class Evaluation(Callback):
 
     def __init__(
         self,
-        metrics: dict[str, AnswerMetric | list[AnswerMetric]] | None = None,
+        metrics: dict[str, AnswerMetric | Judge | list[AnswerMetric]] | None = None,
         decoding: Decoding = Decoding(),  # noqa: B008  (frozen)
         name: str | None = None,
         submission: Submission | None = None,
     ) -> None:
-        listed = {key: [*value] if isinstance(value, list) else [value] for key, value in (metrics or {}).items()}
-        for key, found in listed.items():
-            kinds = [type(metric).__name__ for metric in found]
-            if not kinds or len(set(kinds)) < len(kinds):
-                raise UserError(f"evaluation.metrics.{key}: name at least one metric, and each once; found {kinds}")
+        self.judges: dict[str, Judge] = {
+            key: value if isinstance(value, Judge) else _answer_judge(key, value, decoding)
+            for key, value in (metrics or {}).items()
+        }
         if name is not None and Path(name).name != name:
             raise UserError(f"evaluation.name is the name of a folder, found {name!r}")
-        self.metrics: Mapping[str, list[AnswerMetric]] = listed
-        self.decoding = decoding
         self.name = name
         self.submission = submission
-        self.answers = {key: Answers() for key in listed}
         self.scores: dict[str, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         assert isinstance(pl_module, VisionLanguageModule)
-        pl_module.judges = Judges(self.metrics, self.decoding)
+        pl_module.judges = Judges(self.judges)
         if self.submission is not None and stage != "fit":
             self.submission.check()
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for key, metrics in self.metrics.items():
-            for metric in (*metrics, self.answers[key]):
-                metric.reset()
-                metric.to(pl_module.device)
+        for judge in self.judges.values():
+            judge.start(pl_module.device)
 
     def on_validation_batch_end(
         self,
@@ -74,19 +68,16 @@ class Evaluation(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if batch.judged_by is None:
-            return
-        for metric in (*self.metrics[batch.judged_by], self.answers[batch.judged_by]):
-            metric.update(outputs["answers"], batch.samples)
+        if batch.judged_by is not None:
+            self.judges[batch.judged_by].hear(outputs["said"], batch.samples)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
         self.scores = {
             f"{key}/{name}": value
-            for key, metrics in self.metrics.items()
-            for metric in metrics
-            for name, value in metric.values().items()
+            for key, judge in self.judges.items()
+            for name, value in judge.finish(pl_module).items()
         }
         when = "test" if trainer.testing else "val"
         for name, value in self.scores.items():
@@ -95,7 +86,7 @@ class Evaluation(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn is None or trainer.state.fn == "fit":
             return
-        rows = {key: answers.over_ranks() for key, answers in self.answers.items()}  # every rank
+        rows = {key: judge.records() for key, judge in self.judges.items()}  # every rank
         if not trainer.is_global_zero:
             return
         when = "test" if trainer.testing else "val"
@@ -107,10 +98,10 @@ class Evaluation(Callback):
         print(table({when: scores}, counts))
         print(f"{write_scores(folder, scores=scores, counts=counts, weights=pl_module.weights or 'untrained').parent}")
         every = [row for found in rows.values() for row in found]
-        if rows:
+        if every:
             with atomic_file(folder / "answers.jsonl") as file:
                 file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n".encode() for row in every)
-        if rows and self.submission is not None:
+        if every and self.submission is not None:
             content = self.submission.content(every)
             with atomic_file(folder / self.submission.file) as file:
                 file.write(content)
@@ -120,3 +111,11 @@ class Evaluation(Callback):
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
     on_test_end = on_validation_end
+
+
+def _answer_judge(key: str, metrics: AnswerMetric | list[AnswerMetric], decoding: Decoding) -> AnswerJudge:
+    listed = metrics if isinstance(metrics, list) else [metrics]
+    kinds = [type(metric).__name__ for metric in listed]
+    if not kinds or len(set(kinds)) < len(kinds):
+        raise UserError(f"evaluation.metrics.{key}: name at least one metric, and each once; found {kinds}")
+    return AnswerJudge(listed, decoding)

@@ -212,7 +212,7 @@ class Batch:
             term (`lm`, `itc`, ...) plus `NOT_TERMS`. Plain numbers: no collective, no GPU sync.
         labels: per-sample tensors of in-batch objectives: `image_id` int64[B] (retrieval).
         packs: number of packs in the step, so that a mean over packs can be turned into the sum over the step.
-        judged_by: name of the metrics that judge the answers to this pack; None where its loss is wanted.
+        judged_by: who judges what is said to this pack (`vlm.evaluation.judges`); None where its loss is wanted.
         negatives: see `Negatives`; None where packs are balanced and samples never meet.
         pack: number of this pack in its step. With `negatives` all packs of a step have as many samples.
         seed: of the step, the same in all of its packs; None in evaluation.

@@ -62,10 +62,12 @@ class Codec(ABC):
     Attributes:
         resolutions: values of `Sample.resolution` that `encode` and `collate` obey.
         joins_views: the views of a picture are the patches of one map, row by row.
+        needs_image: a sample without an image cannot be encoded.
     """
 
     resolutions: Sequence[str] = ()
     joins_views: bool = False
+    needs_image: bool = False
 
     @abstractmethod
     def num_tokens(self, width: int, height: int) -> int:

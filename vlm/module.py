@@ -27,10 +27,11 @@ from vlm.checkpoints.resume.moments import restore_moments
 from vlm.codec import Codec
 from vlm.errors import UserError
 from vlm.evaluation.inference import as_pack, chunks_in_step, evaluating, label_scores
+from vlm.evaluation.judges import Judges
 from vlm.evaluation.means import EpochMeans
+from vlm.evaluation.retrieval import Embeddings, concat_embeddings
 from vlm.language import Decoding, Surgery
 from vlm.language.surgery import combine
-from vlm.metrics.judges import Judges
 from vlm.moving import changing_names, check_moving, copied_names
 from vlm.sample import Sample
 from vlm.seeding import seed_from
@@ -51,7 +52,7 @@ class VisionLanguageModule(LightningModule):
         surgery: changes to the network (`register_surgery`). `configure_model` puts those before them that the weights
             were trained with; artefacts store all, so that whoever loads one has them.
         weights: artefact or published folder to load instead of what the stage follows.
-        judges: metrics of answers in validation and test, and how answers are searched for.
+        judges: who judges which samples in validation and test.
         shard: applies FSDP2 to the still empty network; set by the `MixedPrecisionFSDP` callback.
         load_report: where each tensor came from, after `configure_model`.
         frozen_hashes: content of the frozen tensors, {name: hash}; what checkpoints refer to.
@@ -77,7 +78,7 @@ class VisionLanguageModule(LightningModule):
     """{prefix: prefix of the tensors that those below it start as copies of, where no source has them}."""
     forward_methods: ClassVar[tuple[str, ...]] = (
         *("training_step", "validation_step", "test_step"),
-        *("_generate", "_score"),
+        *("_generate", "_score", "_embed", "_match"),
     )
     """Methods that run the network: a sharded system gathers its parameters around each of them."""
 
@@ -128,7 +129,15 @@ class VisionLanguageModule(LightningModule):
 
     def answers(self, batch: Batch, decoding: Decoding) -> list[str]:
         """What the system says to each sample of a pack that was encoded with `generate=True`."""
-        raise NotImplementedError(f"{type(self).__name__} does not answer")
+        raise UserError(f"{self.system} does not answer: evaluate it by its losses, or by retrieval")
+
+    def embeddings(self, batch: Batch) -> Embeddings:
+        """What the images and texts of a pack are compared by."""
+        raise UserError(f"{self.system} has no embeddings of images and texts: evaluate its answers")
+
+    def matches(self, image_states: Tensor, text_states: Tensor) -> Tensor:
+        """float[N]: how well images and texts belong together, pair by pair, by the states of `Embeddings`."""
+        raise UserError(f"{self.system} does not look at pairs again; set rerank to 0")
 
     def on_step_start(self) -> None:
         """Before the first micro-batch of an optimizer step: where momentum copies move.
@@ -300,9 +309,9 @@ class VisionLanguageModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         self._means = EpochMeans()
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, list[str]] | None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any] | None:
         if batch.judged_by is not None:  # by the `Evaluation` callback
-            return {"answers": self.answers(batch, self.judges.decoding)}
+            return {"said": self.judges.by_name[batch.judged_by].ask(self, batch)}
         self._means.add(self.losses(batch), batch)
         return None
 
@@ -358,6 +367,27 @@ class VisionLanguageModule(LightningModule):
         with evaluating(self):
             batch = as_pack(self, samples, generate=False)
             return label_scores(self.label_logits(batch), self.label_row(batch), len(samples))
+
+    def embed(self, samples: Sequence[Sample], *, batch_size: int = 8) -> Embeddings:
+        """Embeddings of the images and texts of samples; `owner` counts the samples.
+
+        The ranks of a sharded system call it together, each with its own samples, as many as it has.
+        """
+        chunks = chunks_in_step(self, samples, batch_size)
+        return concat_embeddings([(self._embed(chunk), len(chunk)) for chunk in chunks])
+
+    def _embed(self, samples: Sequence[Sample]) -> Embeddings:
+        with evaluating(self):
+            return self.embeddings(as_pack(self, samples, generate=False))
+
+    def match(self, image_states: Tensor, text_states: Tensor) -> Tensor:
+        """`matches` outside of training, of states on any device; the ranks of a sharded system call it together."""
+        return self._match(image_states, text_states)
+
+    def _match(self, image_states: Tensor, text_states: Tensor) -> Tensor:
+        device = next(self.parameters()).device
+        with evaluating(self):
+            return self.matches(image_states.to(device), text_states.to(device))
 
     # -- saving
 

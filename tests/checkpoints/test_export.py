@@ -131,7 +131,7 @@ def test_transformers_computes_the_same_from_the_same_input(case: str, tmp_path:
         with torch.no_grad():
             logits = model(**theirs, use_cache=False).logits[0, :, : module.language.config.vocab_size]
             ours = module.language(
-                inputs_embeds=module.embed(batch)[None],
+                inputs_embeds=module.embed_row(batch)[None],
                 position_ids=batch.text.positions[None],
                 cu_seqlens=batch.text.cu_seqlens,
                 max_len=batch.text.max_len,

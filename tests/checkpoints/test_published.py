@@ -55,7 +55,7 @@ def test_a_folder_of_transformers_opens_with_its_own_logits(hub: Path, tmp_path:
         logits = model(input_ids=ids[None], pixel_values=batch.views["image"].pixels, use_cache=False).logits[0]
         row = batch.text
         ours = module.language(
-            inputs_embeds=module.embed(batch)[None],
+            inputs_embeds=module.embed_row(batch)[None],
             position_ids=row.positions[None],
             cu_seqlens=row.cu_seqlens,
             max_len=row.max_len,

@@ -263,9 +263,9 @@ def test_documents_of_a_pack_do_not_see_each_other(tmp_path: Path):
     assert {at + 1 for at in text.label_positions.tolist()} == predicted
     assert counts["lm"] == len(predicted)
     with torch.no_grad():
-        whole = label_logits(module.language, module.embed(packed), text)
+        whole = label_logits(module.language, module.embed_row(packed), text)
         alone = [module.codec.collate([item], counts=counts) for item in items]
-        parts = torch.cat([label_logits(module.language, module.embed(one), one.text) for one in alone])
+        parts = torch.cat([label_logits(module.language, module.embed_row(one), one.text) for one in alone])
     assert (whole - parts).abs().max() < 1e-12
 
 

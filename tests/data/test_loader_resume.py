@@ -10,7 +10,7 @@ import torch
 from tests.support.fake_codec import ByteCodec, samples
 from vlm.data import BatchSpec, InstructionData
 from vlm.errors import UserError
-from vlm.metrics.judges import Judges
+from vlm.evaluation.judges import Judges
 
 
 class Model(L.LightningModule):

@@ -21,7 +21,7 @@ from vlm.data.modules.passes import split
 from vlm.data.wrappers.shuffled_images import ShuffledImages
 from vlm.data.sources.base import Concat
 from vlm.errors import UserError
-from vlm.metrics.judges import Judges
+from vlm.evaluation.judges import AnswerJudge, Judges
 from vlm.language import Decoding
 from vlm.metrics import CIDErD, ExactMatch
 from vlm.sample import Sample
@@ -172,11 +172,11 @@ def test_metrics_of_a_source_come_before_those_of_its_task(tmp_path: Path) -> No
     source = Concat([ListSource(judged(tmp_path))])
     assert split(source, Judges()) == {None: range(8)}
     everything = list(range(8))
-    assert split(source, Judges({"list": [ExactMatch()]})) == {None: everything, "list": everything}
-    both = {"caption": [CIDErD()], "vqa": [ExactMatch()]}
+    assert split(source, Judges({"list": AnswerJudge([ExactMatch()])})) == {None: everything, "list": everything}
+    both = {"caption": AnswerJudge([CIDErD()]), "vqa": AnswerJudge([ExactMatch()])}
     assert split(source, Judges(both)) == {None: everything, "caption": [7], "vqa": everything[:7]}
     with pytest.raises(UserError, match="no sample is of the source or task 'vqa'"):
-        split(source, Judges({"list": [ExactMatch()], "vqa": [ExactMatch()]}))
+        split(source, Judges(dict.fromkeys(("list", "vqa"), AnswerJudge([ExactMatch()]))))
 
 
 def test_shuffled_pictures_are_those_of_another_picture(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.support.systems import GOLDEN, TOWER, picture
 from vlm.batch import IGNORE, Batch, Row, TokenSequence
-from vlm.codec import Codec, Encoded, pack_rows, read_views
+from vlm.codec import Codec, Encoded, ViewStream, pack_rows, read_views
 from vlm.in_batch import draw_uniform, gather_detached
 from vlm.module import VisionLanguageModule
 from vlm.moving import update_copies
@@ -39,10 +39,9 @@ class PairCodec(Codec):
 
     def collate(self, items: Sequence[Encoded], *, counts: Mapping[str, float], packs: int = 1) -> Batch:
         text, rows = pack_rows(items)
-        views = read_views(items, transform=self.transform)
-        assert views is not None
+        views = read_views(items, lambda sample, seed: {"image": ViewStream(self.transform)})
         infos = tuple(item.info() for item in items)
-        return Batch(text, rows, {"image": views}, infos, dict(counts), packs=packs)
+        return Batch(text, rows, views, infos, dict(counts), packs=packs)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids)
@@ -160,8 +159,10 @@ class ITC(VisionLanguageModule):
             seed=seed,
         )
         self.copies = {f"momentum.{part}": part for part in ("vision", "text", "projections")}
-        self.codec = PairCodec(tokenizer, vision.facts().image_size)
         self.features: list[tuple[Tensor, Tensor]] = []
+
+    def make_codec(self) -> PairCodec:
+        return PairCodec(self.arguments["tokenizer"], self.arguments["vision"].facts().image_size)
 
     def build_parts(self) -> dict[str, nn.Module]:
         vision, dim = self.arguments["vision"], self.arguments["dim"]

@@ -225,7 +225,7 @@ def spliced_reference(module: Any, sample: Sample) -> Tensor:
     inputs: LayerInputs = module.layer_inputs(batch)
     with torch.no_grad(), batched_attention(module.language):
         logits = module.language(
-            inputs_embeds=module.embed(batch)[None],
+            inputs_embeds=module.embed_row(batch)[None],
             attention_mask=torch.ones(1, len(batch.text.ids)),  # without one, shared positions are taken for packing
             position_ids=inputs.positions[None],
             use_cache=False,

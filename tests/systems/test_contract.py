@@ -139,7 +139,7 @@ def test_surgery_starts_as_the_identity(name: str, tmp_path: Path) -> None:
     assert bool(new) == bool(SYSTEMS[name].surgery)
     with torch.no_grad():
         before, text_before = plain.label_logits(batch), plain.label_logits(text_alone)
-        # an expert's products are of other shapes: 2e-6 seen
+        # an expert's products are of other shapes, which may sum in another order; 0 seen
         torch.testing.assert_close(module.label_logits(batch), before, atol=1e-5, rtol=0)
         if new:
             disturb(module, new)

@@ -266,7 +266,7 @@ def test_logits_ids_and_patches_equal_those_of_transformers(tmp_path: Path) -> N
         torch.testing.assert_close(patches, theirs.view_as(patches), atol=1e-6, rtol=0)
         logits = model(input_ids=ids[None], pixel_values=patches[None]).logits[0]
         packed = Row.pack([TokenSequence(batch.text.ids, torch.zeros_like(ids), slots=item.text[0].slots)], ["image"])
-        found = label_logits(module.language, module.embed(batch), packed)
+        found = label_logits(module.language, module.embed_row(batch), packed)
         torch.testing.assert_close(found, logits, atol=2e-5, rtol=0)
 
 
@@ -318,7 +318,9 @@ def test_an_exported_stage_opens_in_transformers(tmp_path: Path) -> None:
     patches = channels_last(batch.views["image"].pixels)
     logits = model.eval()(input_ids=ids[None], pixel_values=patches[None]).logits[0]
     packed = Row.pack([TokenSequence(batch.text.ids, torch.zeros_like(ids), slots=item.text[0].slots)], ["image"])
-    torch.testing.assert_close(label_logits(module.language, module.embed(batch), packed), logits, atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        label_logits(module.language, module.embed_row(batch), packed), logits, atol=2e-5, rtol=0
+    )
     again = vlm.load(tmp_path / "exported")
     assert_same_state(again, module)
     assert_same_scores(again.score([sample]), module.score([sample]))

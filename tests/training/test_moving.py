@@ -128,11 +128,11 @@ def test_packs_may_be_shared_by_ranks(how: str, one: tuple[Path, dict]) -> None:
     first, second = run_ranks(_ranks, 2, folder, how)
     assert equal(first["whole"]["tensors"], second["whole"]["tensors"]), "copies, queue and averages of both ranks"
     for found in first.values():
-        assert worst(found["tensors"], expected["tensors"]) < 2e-5  # measured: 1e-6
+        assert worst(found["tensors"], expected["tensors"]) < 5e-6  # measured: 2e-7
     assert first["whole"]["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     if how == "fsdp":
         back = fit(folder, folder / "back", "one", resume=folder / how / "step=2.ckpt")
-        assert worst(back["tensors"], expected["tensors"]) < 2e-5
+        assert worst(back["tensors"], expected["tensors"]) < 5e-6
 
 
 @pytest.mark.parametrize("how", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
@@ -140,7 +140,7 @@ def test_four_ranks(how: str, one: tuple[Path, dict]) -> None:
     folder, expected = one
     ranks = run_ranks(fit, 4, folder, folder / f"{how} 4", how)
     assert all(equal(rank["tensors"], ranks[0]["tensors"]) for rank in ranks)
-    assert worst(ranks[0]["tensors"], expected["tensors"]) < 2e-5
+    assert worst(ranks[0]["tensors"], expected["tensors"]) < 5e-6
 
 
 def test_a_resume_is_the_run_that_was_not_stopped(one: tuple[Path, dict]) -> None:
@@ -264,7 +264,7 @@ def test_averages_are_what_is_validated_and_handed_on(tmp_path: Path) -> None:
     # blocks that stay gathered after a validation are not trained on as they were validated
     for sharded in run_ranks(average, 2, tmp_path, tmp_path / "fsdp", True):
         for kind in ("averages", "end"):
-            assert worst(sharded[kind], one[kind]) < 2e-5
+            assert worst(sharded[kind], one[kind]) < 5e-6
         assert sharded["losses"] == pytest.approx(one["losses"], rel=1e-5)
     assert len(one["losses"]) == 2
 

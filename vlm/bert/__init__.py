@@ -1,4 +1,3 @@
-from vlm.bert.base_weights import read_bert
 from vlm.bert.layer import Attention, BertLayer, BertSize, FeedForward, KeysValues, causal_mask, key_mask
 from vlm.bert.text import Embeddings, LMHead, draw_bert
 
@@ -13,5 +12,4 @@ __all__ = [
     "causal_mask",
     "draw_bert",
     "key_mask",
-    "read_bert",
 ]

@@ -16,10 +16,11 @@ from vlm.bert import (
     causal_mask,
     draw_bert,
     key_mask,
-    read_bert,
 )
 from vlm.checkpoints.files.weights import WeightFiles
-from vlm.checkpoints.tables.base import BaseWeights
+from vlm.checkpoints.tables.base import BaseWeights, read_with_table
+from vlm.checkpoints.tables.bert import bert_rules
+from vlm.checkpoints.tables.table import Table
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class QFormer(BertSize):
         text: it has words and feed-forward networks for them beside those of the queries (BLIP-2's first stage,
             InstructBLIP).
         head: it predicts words (BLIP-2's first stage); needs `text`.
-        weights: folder, file or hub id with the base weights; None: new ones.
+        weights: folder, file or hub id of a BERT to start from; None: new weights.
     """
 
     num_queries: int = 32
@@ -46,7 +47,10 @@ class QFormer(BertSize):
         return QFormerModule(self, in_dim)
 
     def read_base(self, network: nn.Module, files: WeightFiles) -> BaseWeights:
-        return read_bert(network, files)
+        """A BERT's tensors for a Q-Former: both kinds of feed-forward networks start as its one."""
+        mlps = ("mlp", "query_mlp") if self.text else ("query_mlp",)
+        table = Table(layout="BERT", rules=bert_rules(mlps=mlps, text=self.text, head=self.head))
+        return read_with_table(table, files, fresh=("queries", "feature_norm", "layers.*.cross_attention.*"))
 
     def initialise(self, network: nn.Module, module: nn.Module) -> None:
         """Draws the new tensors that one submodule of a built network holds itself."""

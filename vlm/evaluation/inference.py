@@ -1,19 +1,28 @@
 """Running a system on samples outside of training."""
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from vlm.batch import Batch, Row
-from vlm.codec import step_counts
-from vlm.sample import Message, Sample, TextPart
+from vlm.codec import Codec, step_counts
+from vlm.sample import ImageFile, ImagePart, Message, Sample, TextPart
 
-_FILLER = Sample(
-    id="filler", source="", messages=(Message("user", (TextPart("."),)), Message("assistant", (TextPart("."),)))
-)
+
+def make_filler(codec: Codec) -> Sample:
+    """A sample that nobody asked about, for a rank that has none: a text, with an image where the system needs one."""
+    images: tuple[ImageFile, ...] = ()
+    if codec.needs_image:
+        file = io.BytesIO()
+        Image.new("RGB", (32, 32)).save(file, "PNG")
+        images = (ImageFile("filler", data=file.getvalue()),)
+    asked = Message("user", (*(ImagePart() for _ in images), TextPart(".")))
+    return Sample("filler", (asked, Message("assistant", (TextPart("."),))), images, source="")
 
 
 @contextmanager
@@ -36,8 +45,8 @@ def chunks_in_step(module: Any, samples: Sequence[Sample], size: int) -> list[Se
 
 
 def as_pack(module: Any, samples: Sequence[Sample], *, generate: bool) -> Batch:
-    """A pack of the samples, or of a text that nobody asked about where there are none, on the module's device."""
-    items = [module.codec.encode(sample, generate=generate) for sample in samples or [_FILLER]]
+    """A pack of the samples, or of a filler where there are none, on the module's device."""
+    items = [module.codec.encode(sample, generate=generate) for sample in samples or [make_filler(module.codec)]]
     counts = step_counts(items)
     counts["images"] = module.over_ranks(counts["images"], "sum")
     return module.codec.collate(items, counts=counts).to(next(module.parameters()).device)

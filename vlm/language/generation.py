@@ -47,6 +47,7 @@ class Decoding:
         options: nothing is written: the answer to a sample with `choices` is the letter of one of them, A, B, ..., that
             is the likeliest to go on with (`vlm.language.choosing`). `{}` marks the letter in the text that is weighed:
             `" {}"` is how Qwen-VL is asked.
+        candidates: nothing is written: the answer to every sample is the likeliest of these texts.
     """
 
     max_new_tokens: int = 128
@@ -59,8 +60,12 @@ class Decoding:
     repetition_penalty: float = 1.0
     seed: int = 0
     options: str | None = None
+    candidates: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "candidates", tuple(self.candidates))  # files deliver lists
+        if self.candidates and self.options is not None:
+            raise UserError("decoding: options and candidates both say what is chosen from; leave one of them out")
         if self.options is not None and self.options.count("{}") != 1:
             raise UserError(f"decoding: options must have one {{}} where the letter goes, found {self.options!r}")
         if self.temperature > 0 and self.num_beams > 1:
@@ -276,7 +281,7 @@ def _inputs(
 class _TextCache(EncoderDecoderCache):
     """Keys and values of which beams exchange their own: those of the features are the same for all of a prompt's."""
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:  # type: ignore[override]
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.self_attention_cache.reorder_cache(beam_idx)
 
 

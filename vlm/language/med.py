@@ -18,10 +18,11 @@ from vlm.bert import (
     causal_mask,
     draw_bert,
     key_mask,
-    read_bert,
 )
 from vlm.checkpoints.files.weights import WeightFiles
-from vlm.checkpoints.tables.base import BaseWeights
+from vlm.checkpoints.tables.base import BaseWeights, read_with_table
+from vlm.checkpoints.tables.bert import bert_rules
+from vlm.checkpoints.tables.table import Table
 from vlm.errors import UserError
 
 
@@ -32,7 +33,7 @@ class Med(BertSize):
     Attributes:
         encoder: it reads (retrieval, matching, the questions of VQA).
         decoder: it writes (captions, the answers of VQA). Reading and writing differ in their self-attention alone.
-        weights: folder, file or hub id with the base weights; None: new ones.
+        weights: folder, file or hub id of a BERT to start from; None: new weights.
     """
 
     encoder: bool = True
@@ -49,7 +50,11 @@ class Med(BertSize):
         return MedModule(self, context_dim)
 
     def read_base(self, network: nn.Module, files: WeightFiles) -> BaseWeights:
-        return read_bert(network, files)
+        """A BERT's tensors for a text model: both self-attentions start as its one."""
+        roles = {"attention": self.encoder, "decoder_attention": self.decoder}
+        attentions = [name for name, is_there in roles.items() if is_there]
+        table = Table(layout="BERT", rules=bert_rules(attentions=attentions, head=self.decoder))
+        return read_with_table(table, files, fresh=("layers.*.cross_attention.*",))
 
     def initialise(self, network: nn.Module, module: nn.Module) -> None:
         """Draws the new tensors that one submodule of a built network holds itself."""

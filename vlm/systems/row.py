@@ -1,7 +1,7 @@
 """Decoders whose row holds text and, in the place of marks, what pictures became.
 
 Reading order: `RowCodec.encode` (sample to tokens), `RowDecoder.encode_images` (pixels to features),
-`RowDecoder.embed` (splice), `RowDecoder.losses` (decode, loss).
+`RowDecoder.embed_row` (splice), `RowDecoder.losses` (decode, loss).
 """
 
 from abc import abstractmethod
@@ -168,6 +168,7 @@ class RowDecoder(VisionLanguageModule):
 
     def __init__(self, *, language: LanguagePart, tokenizer: Tokenizer, **arguments: Any) -> None:
         super().__init__(language=language, tokenizer=tokenizer, **arguments)
+        self._tokenized: dict[str, list[int]] = {}
         if tokenizer.added_tokens:
             self.register_surgery(NewTokens())
 
@@ -231,7 +232,7 @@ class RowDecoder(VisionLanguageModule):
             return features
         return features + zero_from(p for part in self.image_modules() for p in part.parameters())
 
-    def embed(self, batch: Batch) -> Tensor:
+    def embed_row(self, batch: Batch) -> Tensor:
         """float[N, D]: token embeddings with the image features in place."""
         embeds = self.language.get_input_embeddings()(batch.text.ids)
         return splice(embeds, self.image_features(batch), batch.text.slots[STREAM])
@@ -246,20 +247,24 @@ class RowDecoder(VisionLanguageModule):
 
     def label_logits(self, batch: Batch) -> Tensor:
         """float[L, vocabulary] at the label positions."""
-        return label_logits(self.language, self.embed(batch), batch.text, self.layer_inputs(batch))
+        return label_logits(self.language, self.embed_row(batch), batch.text, self.layer_inputs(batch))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         row = batch.text
         return {"lm": token_loss(self.label_logits(batch), row.targets, row.weights)}
 
     def answers(self, batch: Batch, decoding: Decoding) -> list[str]:
-        prompts = Prompt.split(self.embed(batch), batch.text, self.layer_inputs(batch))
+        prompts = Prompt.split(self.embed_row(batch), batch.text, self.layer_inputs(batch))
         tokenizer = self.codec.tokenizer
         if decoding.options is not None:
             letters = [ascii_uppercase[: max(1, len(sample.choices))] for sample in batch.samples]
             texts = [[decoding.options.replace("{}", letter) for letter in group] for group in letters]
-            chosen = rank_options(self.language, prompts, [[tokenizer.encode(t)[0] for t in group] for group in texts])
+            chosen = rank_options(self.language, prompts, [self._option_ids(group) for group in texts])
             return [group[at] for group, at in zip(letters, chosen, strict=True)]
+        if decoding.candidates:
+            options = self._option_ids(decoding.candidates)
+            chosen = [rank_options(self.language, [prompt], [options])[0] for prompt in prompts]
+            return [decoding.candidates[at] for at in chosen]
         ends = {mark: tokenizer.added_id(mark) for mark in self.codec.template.stop}
         answers = generate(
             self.language,
@@ -273,3 +278,10 @@ class RowDecoder(VisionLanguageModule):
             synced=self.is_sharded,
         )
         return [self.codec.decode(ids) for ids in answers]
+
+    def _option_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of texts that are chosen from; they are the same for sample after sample, so each is encoded once."""
+        for text in texts:
+            if text not in self._tokenized:
+                self._tokenized[text] = self.codec.tokenizer.encode(text)[0]
+        return [self._tokenized[text] for text in texts]

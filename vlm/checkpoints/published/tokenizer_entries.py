@@ -56,9 +56,8 @@ def describe_tokenizer(
     has_model, has_json = ((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
     if not (has_model or has_json):
         raise UserError(f"{folder}: has neither tokenizer.model nor tokenizer.json; put the tokenizer's files beside")
-    strange = (
-        None if rewritten or not has_model else _strange_token(folder, frozenset((added or {}).get("added_tokens", ())))
-    )
+    known = frozenset({*(added or {}).get("added_tokens", ()), (added or {}).get("pad_token", "<pad>")})
+    strange = None if rewritten or not has_model else _strange_token(folder, known)
     if has_json and (rewritten or strange or not has_model):
         arguments = {"path": str(folder), "add_bos": _starts_with_bos(folder)}
         return {"class_path": "vlm.prompts.HubTokenizer", "init_args": arguments}

@@ -33,7 +33,8 @@ class Encoder:
     Args:
         prepare: what the kind of training does to a sample before it is encoded.
         training: False in evaluation, where the codec makes no random choices.
-        judged_by: samples are to be answered, and these metrics judge the answers (see `Batch.judged_by`).
+        judged_by: who judges what is said of the samples (see `Batch.judged_by`).
+        generate: they are encoded up to where an answer has to begin.
     """
 
     samples: Source
@@ -42,6 +43,7 @@ class Encoder:
     prepare: Prepare | None = None
     training: bool = True
     judged_by: str | None = None
+    generate: bool = False
 
     def seeds(self, draw: int, *, epoch: int, step: int = 0) -> Seeds:
         return Seeds(seed_from(self.seed, epoch, draw), self.step_seed(epoch, step))
@@ -65,8 +67,7 @@ class Encoder:
                 raise sample.error(
                     f"data.resolution {sample.resolution!r}: this system knows {known}; correct or remove it"
                 )
-            generate = self.judged_by is not None
-            return self.codec.encode(sample, seed=seeds.sample if self.training else None, generate=generate)
+            return self.codec.encode(sample, seed=seeds.sample if self.training else None, generate=self.generate)
         except Exception as error:
             error.add_note(f"while encoding sample {sample.id!r} of {sample.source}")
             raise

@@ -29,6 +29,7 @@ from vlm.data.sources.base import Concat, Source
 from vlm.data.wrappers.quarantine import Kept, Quarantine, fingerprint
 from vlm.data.wrappers.shuffled_images import ShuffledImages
 from vlm.errors import UserError
+from vlm.evaluation.judges import Judges
 
 
 class VisionLanguageData(L.LightningDataModule):
@@ -255,6 +256,7 @@ class VisionLanguageData(L.LightningDataModule):
         *,
         indices: Sequence[int] | None = None,
         judged_by: str | None = None,
+        generate: bool = False,
         world: int = 1,
         rank: int = 0,
         sealed: bool = False,
@@ -266,12 +268,16 @@ class VisionLanguageData(L.LightningDataModule):
 
         Args:
             indices: of `samples`, those to load; all by default.
-            judged_by: the samples are to be answered (see `Batch.judged_by`).
+            judged_by: who judges what is said of the samples (see `Batch.judged_by`).
+            generate: they are to be answered.
         """
         size = self.val_batch_size * world
         steps = batch_draws(range(len(samples)) if indices is None else indices, BatchSpec(size))
+        encoder = Encoder(
+            samples, codec, self.seed, self.preparation(), training=False, judged_by=judged_by, generate=generate
+        )
         return StepLoader(
-            Encoder(samples, codec, self.seed, self.preparation(), training=False, judged_by=judged_by),
+            encoder,
             plan=lambda epoch: steps,
             world=world,
             rank=rank,
@@ -324,12 +330,20 @@ class VisionLanguageData(L.LightningDataModule):
             if trainer.state.fn != "fit":
                 raise UserError(f"{key} is empty: there is nothing to {trainer.state.fn}; name the files there")
             return []
-        samples: Source = Concat(sources, key=key)
-        parts = split(samples, trainer.lightning_module.judges)  # type: ignore[arg-type]
-        if self.shuffle_images:
-            samples = ShuffledImages(samples, seed=self.seed)
+        whole = Concat(sources, key=key)
+        judges: Judges = trainer.lightning_module.judges  # type: ignore[assignment]
+        parts = split(whole, judges)
+        samples: Source = ShuffledImages(whole, seed=self.seed) if self.shuffle_images else whole
         return [
-            self.eval_loader(samples, self._codec(), indices=indices, judged_by=name, sealed=True, **self._ranks())
+            self.eval_loader(
+                samples,
+                self._codec(),
+                indices=indices,
+                judged_by=name,
+                generate=name is not None and judges.by_name[name].wants_answers,
+                sealed=True,
+                **self._ranks(),
+            )
             for name, indices in parts.items()
         ]
 

@@ -10,7 +10,7 @@ from vlm.data.sources.base import Concat
 from vlm.errors import UserError
 
 if TYPE_CHECKING:
-    from vlm.metrics.judges import Judges
+    from vlm.evaluation.judges import Judges
 
 
 def split(samples: Concat, judges: Judges) -> dict[str | None, Sequence[int]]:
@@ -22,7 +22,7 @@ def split(samples: Concat, judges: Judges) -> dict[str | None, Sequence[int]]:
     Raises:
         UserError: a sample in neither, or metrics that no sample belongs to.
     """
-    if not judges.metrics:
+    if not judges.by_name:
         return {None: range(len(samples))}
     parts: defaultdict[str | None, list[int]] = defaultdict(list)
     names: set[str] = set()
@@ -43,7 +43,7 @@ def split(samples: Concat, judges: Judges) -> dict[str | None, Sequence[int]]:
             if has_answer:
                 parts[None].append(index)
             index += 1
-    if unused := sorted(judges.metrics.keys() - parts.keys()):
+    if unused := sorted(judges.by_name.keys() - parts.keys()):
         there = ", ".join(sorted(names))
         raise UserError(f"evaluation.metrics: no sample is of the source or task {unused[0]!r}; there are {there}")
-    return {name: parts[name] for name in (None, *judges.metrics) if name in parts}
+    return {name: parts[name] for name in (None, *judges.by_name) if name in parts}

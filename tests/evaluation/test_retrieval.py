@@ -1,0 +1,122 @@
+"""Retrieval: the figures against a count by hand, alone and on ranks that have unequally many samples, or none."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed
+
+from tests.support.itc import ITC, itc, pairs
+from tests.support.ranks import run_ranks
+from vlm.batch import Batch
+from vlm.errors import UserError
+from vlm.evaluation.inference import as_pack
+from vlm.evaluation.retrieval import Embeddings, Retrieval, similarities
+
+RANKS = (1, 2, 4)
+
+
+class FindingITC(ITC):
+    """The ITC system with what retrieval asks for."""
+
+    def embeddings(self, batch: Batch) -> Embeddings:
+        image, text = self.encode(batch, self)
+        return Embeddings(image, text, torch.arange(len(text)), image, text)
+
+    def matches(self, image_states: Tensor, text_states: Tensor) -> Tensor:
+        return self.head.match(torch.cat([image_states, text_states], dim=1))[:, 1]
+
+
+def finding() -> FindingITC:
+    module = FindingITC(**{key: value for key, value in itc(dropout=0.0).arguments.items()})
+    module.codec.needs_image = True
+    module.configure_model()
+    return module
+
+
+def found(module: ITC, samples: list[Any], *, rerank: int = 0, pack: int = 3) -> dict[str, float]:
+    judge = Retrieval(RANKS, rerank=rerank, batch_size=5)
+    judge.start(torch.device("cpu"))
+    for start in range(0, len(samples), pack):
+        batch = as_pack(module, samples[start : start + pack], generate=False)
+        with torch.no_grad():
+            judge.hear(judge.ask(module, batch), batch.samples)
+    return judge.finish(module)
+
+
+def by_hand(module: FindingITC, samples: list[Any], *, rerank: int) -> dict[str, float]:
+    """The same with a table of all pairs and plain loops."""
+    embeddings = module.embed(samples)
+    names = [sample.group or sample.id for sample in samples]
+    scores = (embeddings.image @ embeddings.text.T).tolist()
+    table: dict[str, list[list[float]]] = {"TR": scores, "IR": [list(column) for column in zip(*scores, strict=True)]}
+    figures = {}
+    for direction, rows in table.items():
+        firsts = []
+        for at, row in enumerate(rows):
+            if rerank:
+                row = list(row)
+                for other in range(len(row)):
+                    image, text = (at, other) if direction == "TR" else (other, at)
+                    near = (
+                        {
+                            *sorted(range(len(samples)), key=lambda t: -scores[image][t])[:rerank],
+                        },
+                        {*sorted(range(len(samples)), key=lambda i: -scores[i][text])[:rerank]},
+                    )
+                    if text in near[0] or image in near[1]:
+                        match = module.match(embeddings.image[image : image + 1], embeddings.text[text : text + 1])
+                        row[other] = scores[image][text] + float(match)
+                    else:
+                        row[other] = -100.0
+            order = sorted(range(len(row)), key=lambda other: -row[other])
+            firsts.append(next(place for place, other in enumerate(order) if names[other] == names[at]))
+        figures |= {f"{direction}@{k}": sum(first < k for first in firsts) / len(firsts) for k in RANKS}
+    return figures
+
+
+@pytest.mark.parametrize("rerank", [0, 2])
+def test_figures_are_those_of_a_count_by_hand(rerank: int, tmp_path: Path) -> None:
+    module = finding()
+    samples = pairs(tmp_path, 7)
+    samples[5] = dataclasses.replace(samples[5], group="same")  # two records of one image
+    samples[6] = dataclasses.replace(samples[6], group="same")
+    expected = by_hand(module, samples, rerank=rerank)
+    assert len(set(expected.values())) > 2, "the case tells nothing apart"
+    assert found(module, samples, rerank=rerank) == pytest.approx(expected, abs=1e-6)
+
+
+def test_of_several_queries_the_best_one_counts() -> None:
+    images, texts = torch.randn(3, 4, 8), torch.randn(5, 8)
+    expected = torch.stack([(image @ texts.T).max(0).values for image in images])
+    torch.testing.assert_close(similarities(images, texts), expected)
+
+
+def _on_a_rank(folder: Path, shares: tuple[int, ...], rerank: int) -> dict[str, float]:
+    rank = distributed.get_rank()
+    start = sum(shares[:rank])
+    return found(finding(), pairs(folder, sum(shares))[start : start + shares[rank]], rerank=rerank)
+
+
+@pytest.mark.parametrize("shares", [(4, 3), (7, 0)])
+def test_ranks_find_what_one_finds(shares: tuple[int, ...], tmp_path: Path) -> None:
+    alone = found(finding(), pairs(tmp_path, sum(shares)), rerank=2)
+    assert run_ranks(_on_a_rank, 2, tmp_path, shares, 2) == [pytest.approx(alone, abs=1e-6)] * 2
+
+
+def test_a_rank_without_samples_embeds_a_filler(tmp_path: Path) -> None:
+    module = finding()
+    some = module.embed(pairs(tmp_path, 3), batch_size=2)
+    assert some.owner.tolist() == [0, 1, 2]
+    assert as_pack(module, [], generate=False).samples[0].id == "filler"
+
+
+def test_what_cannot_be_asked() -> None:
+    with pytest.raises(UserError, match="ranks and batch_size start at 1"):
+        Retrieval([0])
+    with pytest.raises(UserError, match="itc does not answer"):
+        itc().answers(None, None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="itc has no embeddings"):
+        itc().embeddings(None)  # type: ignore[arg-type]
