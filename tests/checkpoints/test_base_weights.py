@@ -1,5 +1,6 @@
 """Who reads weights: what a part takes of other files, what may start new, what is left out, what is made to fit."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,17 +16,20 @@ from callbacks.stage_transition import write_stage
 from tests.conftest import golden
 from tests.support.systems import LLAMA, RATE, TOWER, llava_1_5
 from tests.systems.test_contract import disturb
-from vlm.building.network import load_or_init
+from vlm.building.network import allocate, empty_weights, initialisers, load_or_init
+from vlm.building.weight_sources import base_source
 from vlm.checkpoints.files.weights import WeightFiles, WeightSource
 from vlm.checkpoints.tables.base import BaseWeights, read_with_table
 from vlm.checkpoints.tables.rules import rename
 from vlm.checkpoints.tables.table import Table
-from vlm.connectors import Connector
+from vlm.connectors import Connector, QFormer
 from vlm.errors import UserError
-from vlm.language import CausalLM
+from vlm.language import CausalLM, Med
 from vlm.module import VisionLanguageModule
-from vlm.stages import InitFrom, Stage
+from vlm.stages import InitFrom, Stage, matches
 from vlm.vision import TimmTower
+
+BERT: Any = {"dim": 32, "num_layers": 2, "num_heads": 4, "mlp_dim": 48, "vocab_size": 51}
 
 # -- another architecture's weights: BERT's in a stack of queries with cross-attention
 
@@ -73,6 +77,39 @@ def test_a_description_reads_its_layout(kind: type, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(BertQueries, "rest", "nothing")
     with pytest.raises(UserError, match=r"connector\.cross\.bias.*: in the network but not in the checkpoint"):
         llava_1_5(connector=BertQueries(folder)).configure_model()
+
+
+@pytest.mark.parametrize("kind", [BertModel, BertForMaskedLM], ids=["without a head", "with a head"])
+@pytest.mark.parametrize("description", [QFormer(text=True, head=True, **BERT), Med(**BERT)], ids=["q_former", "med"])
+def test_bert_becomes_a_q_former_or_a_med(description: Any, kind: type, tmp_path: Path) -> None:
+    """BERT's layers come into every role they have; cross-attention and queries start new, one mark is added."""
+    folder = _bert(tmp_path / "bert", kind)
+    stored = {name.removeprefix("bert."): t for name, t in load_file(tmp_path / "bert" / "model.safetensors").items()}
+    with empty_weights():
+        network = description.build(16)
+    module = nn.ModuleDict({"part": network})
+    allocate(module, torch.device("cpu"))
+    source = base_source("part", dataclasses.replace(description, weights=folder), network)
+    draws = initialisers({"part": network}, {"part": description})
+    report, _ = load_or_init(module, [source], seed=0, initialisers=draws)
+    theirs = stored["encoder.layer.1.intermediate.dense.weight"]
+    layer = network.layers[1]
+    for mlp in (layer.mlp, layer.query_mlp) if isinstance(description, QFormer) else (layer.mlp,):
+        assert torch.equal(mlp.fc1.weight, theirs)
+    query = stored["encoder.layer.0.attention.self.query.weight"]
+    attentions = [network.layers[0].attention]
+    attentions += [] if isinstance(description, QFormer) else [network.layers[0].decoder_attention]
+    assert all(torch.equal(attention.query.weight, query) for attention in attentions)
+    words = network.embeddings.words.weight
+    assert torch.equal(words[:50], stored["embeddings.word_embeddings.weight"])
+    assert report.resized["part.embeddings.words.weight"][:2] == ((50, 32), (51, 32))
+    fresh = {name.split(".", 1)[1] for name in report.new}
+    has_head = kind is BertForMaskedLM
+    begun = ("queries", "feature_norm.", "head.")
+    assert all("cross_attention" in name or name.startswith(begun) for name in fresh)
+    assert has_head != any(name.startswith("head.dense") for name in fresh)
+    assert any("pooler" in name for name in report.dropped) != has_head
+    assert not {name for name in report.new if not any(matches(p, name) for p in source.fresh)}
 
 
 # -- tables of positions

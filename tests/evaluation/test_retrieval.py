@@ -30,7 +30,7 @@ class FindingITC(ITC):
 
 
 def finding() -> FindingITC:
-    module = FindingITC(**{key: value for key, value in itc(dropout=0.0).arguments.items()})
+    module = FindingITC(**itc(dropout=0.0).arguments)
     module.codec.needs_image = True
     module.configure_model()
     return module

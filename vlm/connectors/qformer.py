@@ -18,9 +18,8 @@ from vlm.bert import (
     key_mask,
 )
 from vlm.checkpoints.files.weights import WeightFiles
-from vlm.checkpoints.tables.base import BaseWeights, read_with_table
-from vlm.checkpoints.tables.bert import bert_rules
-from vlm.checkpoints.tables.table import Table
+from vlm.checkpoints.tables.base import BaseWeights
+from vlm.checkpoints.tables.bert import read_bert
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ class QFormer(BertSize):
     def read_base(self, network: nn.Module, files: WeightFiles) -> BaseWeights:
         """A BERT's tensors for a Q-Former: both kinds of feed-forward networks start as its one."""
         mlps = ("mlp", "query_mlp") if self.text else ("query_mlp",)
-        table = Table(layout="BERT", rules=bert_rules(mlps=mlps, text=self.text, head=self.head))
-        return read_with_table(table, files, fresh=("queries", "feature_norm", "layers.*.cross_attention.*"))
+        fresh = ("queries", "feature_norm", "layers.*.cross_attention.*")
+        return read_bert(files, mlps=mlps, text=self.text, head=self.head, fresh=fresh)
 
     def initialise(self, network: nn.Module, module: nn.Module) -> None:
         """Draws the new tensors that one submodule of a built network holds itself."""

@@ -20,9 +20,8 @@ from vlm.bert import (
     key_mask,
 )
 from vlm.checkpoints.files.weights import WeightFiles
-from vlm.checkpoints.tables.base import BaseWeights, read_with_table
-from vlm.checkpoints.tables.bert import bert_rules
-from vlm.checkpoints.tables.table import Table
+from vlm.checkpoints.tables.base import BaseWeights
+from vlm.checkpoints.tables.bert import read_bert
 from vlm.errors import UserError
 
 
@@ -53,8 +52,7 @@ class Med(BertSize):
         """A BERT's tensors for a text model: both self-attentions start as its one."""
         roles = {"attention": self.encoder, "decoder_attention": self.decoder}
         attentions = [name for name, is_there in roles.items() if is_there]
-        table = Table(layout="BERT", rules=bert_rules(attentions=attentions, head=self.decoder))
-        return read_with_table(table, files, fresh=("layers.*.cross_attention.*",))
+        return read_bert(files, attentions=attentions, head=self.decoder, fresh=("layers.*.cross_attention.*",))
 
     def initialise(self, network: nn.Module, module: nn.Module) -> None:
         """Draws the new tensors that one submodule of a built network holds itself."""

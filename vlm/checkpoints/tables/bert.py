@@ -6,7 +6,10 @@ it once; it is written back under all of them. Buffers of position numbers are c
 
 from collections.abc import Sequence
 
+from vlm.checkpoints.files.weights import WeightFiles
+from vlm.checkpoints.tables.base import BaseWeights, read_with_table
 from vlm.checkpoints.tables.rules import Rule, Same, rename
+from vlm.checkpoints.tables.table import Table
 
 
 def qformer_rules(
@@ -56,8 +59,37 @@ def med_rules(*, encoder: str | None, decoder: str | None, ours: str = "language
     return tuple(rules)
 
 
+def read_bert(
+    files: WeightFiles,
+    *,
+    attentions: Sequence[str] = ("attention",),
+    mlps: Sequence[str] = ("mlp",),
+    text: bool = True,
+    head: bool = False,
+    fresh: Sequence[str] = (),
+) -> BaseWeights:
+    """A BERT in a network over it, with or without the head that predicts words; a head it lacks starts new.
+
+    Args:
+        attentions, mlps, text, head: see `bert_rules`.
+        fresh: patterns of what no BERT has.
+    """
+    keys = files.keys()
+    has_head = any(key.startswith("cls.predictions.") for key in keys)
+    theirs = "bert." if any(key.startswith("bert.") for key in keys) else ""
+    rules = bert_rules(theirs=theirs, attentions=attentions, mlps=mlps, text=text, head=head and has_head)
+    return read_with_table(
+        Table(layout="BERT", rules=rules), files, fresh=(*fresh, *(("head",) if head and not has_head else ()))
+    )
+
+
 def bert_rules(
-    *, attentions: Sequence[str] = ("attention",), mlps: Sequence[str] = ("mlp",), text: bool = True, head: bool = False
+    *,
+    theirs: str = "bert.",
+    attentions: Sequence[str] = ("attention",),
+    mlps: Sequence[str] = ("mlp",),
+    text: bool = True,
+    head: bool = False,
 ) -> tuple[Rule, ...]:
     """Of a BERT by itself, as base weights: what our layers have several of starts as copies of its one.
 
@@ -65,19 +97,25 @@ def bert_rules(
     of old files are called `gamma` and `beta`.
 
     Args:
+        theirs: what stands before its embeddings and layers.
         attentions: our self-attentions.
         mlps: our feed-forward networks.
         text: we have words.
         head: we have the head that predicts them.
     """
-    layer, block = "bert.encoder.layer.{i}.", "layers.{i}."
+    layer, block = theirs + "encoder.layer.{i}.", "layers.{i}."
     own = [block + name + "." for name in attentions], [block + name + "." for name in mlps]
     rules = [*_attention([layer + "attention."], own[0]), *_mlp([layer], own[1])]
-    rules.append(rename("bert.embeddings.LayerNorm.{p}", "embeddings.norm.{p}"))
+    rules.append(rename(theirs + "embeddings.LayerNorm.{p}", "embeddings.norm.{p}"))
     if text:
-        rules += _text(["bert."], ["cls.predictions."] if head else [], "")
+        rules += _text([theirs], ["cls.predictions."] if head else [], "")
     rules = [variant for rule in rules for variant in _old_names(rule)]
-    unused = ("bert.embeddings.{rest}", "bert.pooler.{rest}", "cls.predictions.{rest}", "cls.seq_relationship.{rest}")
+    unused = (
+        theirs + "embeddings.{rest}",
+        theirs + "pooler.{rest}",
+        "cls.predictions.{rest}",
+        "cls.seq_relationship.{rest}",
+    )
     return (*rules, *(rename(name, None) for name in unused))
 
 
