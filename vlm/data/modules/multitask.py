@@ -34,9 +34,9 @@ class MultitaskData(VisionLanguageData):
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[Source] = (),
         *,
-        batch: BatchSpec,
+        batch: BatchSpec | None = None,
         pure: Pure | None = None,
         tasks: Mapping[str, str] | None = None,
         sizes: Mapping[str, int] | None = None,
@@ -47,8 +47,8 @@ class MultitaskData(VisionLanguageData):
         names = [source.name for source in self.sources]
         if pure not in (None, "step", "pack"):
             raise UserError(f"data.pure must be step or pack, found {pure!r}")
-        if pure == "pack" and batch.unit != "rows":
-            raise UserError(f"data.pure: pack needs a batch counted in rows, found unit {batch.unit!r}")
+        if pure == "pack" and self.batch.unit != "rows":
+            raise UserError(f"data.pure: pack needs a batch counted in rows, found unit {self.batch.unit!r}")
         if tasks and pure is None:
             raise UserError("data.tasks say which sources share a step or a pack; set data.pure: step or pack")
         if pure is not None:
