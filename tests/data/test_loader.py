@@ -445,5 +445,5 @@ def test_instructions_are_grouped_by_modality():
 def test_training_needs_files_and_a_batch(given: dict) -> None:
     data = InstructionData(**given)  # enough to evaluate with
     data.trainer = object()  # type: ignore[assignment]
-    with pytest.raises(UserError, match="data.sources and data.batch: training needs both"):
+    with pytest.raises(UserError, match=r"data\.sources and data\.batch: training needs both"):
         data.setup("fit")
