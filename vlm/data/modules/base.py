@@ -48,10 +48,10 @@ class VisionLanguageData(L.LightningDataModule):
         num_workers: loader processes per rank.
         seed: of the order of samples and of every choice that belongs to a sample.
         drop_last: leave out the last step of an epoch when it is not full; always so with `batch.negatives`.
-        shuffle_images: in validation and test show every sample the pictures of another one, to see what a system
+        shuffle_images: in validation and test show every sample the images of another one, to see what a system
             answers without looking.
         quarantine: list of samples to leave out of training and validation (`vlm check-data` writes one).
-        max_bad_samples: how many different bad samples a training may meet. A bad one is noted and left out of its
+        max_bad_samples: how many different bad samples a run may meet. A bad one is noted and left out of its
             step; one more than this ends the run.
     """
 

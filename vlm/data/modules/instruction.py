@@ -1,4 +1,4 @@
-"""Conversations, with and without pictures."""
+"""Conversations, with and without images."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,14 +23,14 @@ class InstructionData(VisionLanguageData):
     """Visual conversations mixed with text-only ones.
 
     Args:
-        group_by_modality: steps are all with or all without pictures (LLaVA-1.5), but for the last one.
+        group_by_modality: steps are all with or all without images (LLaVA-1.5), but for the last one.
         ranks: with `group_by_modality`, the devices times micro-batches of LLaVA-1.5's run: the very order of its
             sampler, by the words of each sample, in the first epoch as after `torch.manual_seed(seed)`.
-        text_share: share of text-only samples in an epoch. Every sample with a picture comes once; of the text-only
+        text_share: share of text-only samples in an epoch. Every sample with an image comes once; of the text-only
             ones come as many as the share asks for, more or fewer than there are, each before any comes again.
-        alternate: so many samples with pictures, then one more of text alone, and so on (InternLM-XComposer2). Sources
+        alternate: so many samples with images, then one more of text alone, and so on (InternLM-XComposer2). Sources
             of either kind are picked by chance, as the mixture says; by size without one.
-        instructions: what the user says beside the pictures, where a sample leaves it open. One is drawn for all
+        instructions: what the user says beside the images, where a sample leaves it open. One is drawn for all
             samples of a step (MiniGPT-4); evaluation takes the first.
         **kwargs: as in `VisionLanguageData`.
     """
@@ -165,7 +165,7 @@ class InstructionData(VisionLanguageData):
 
 
 def instruct(sample: Sample, seeds: Seeds, *, instructions: Sequence[str]) -> Sample:
-    """The sample with one of the instructions behind the pictures of its first question, the same in all of a step.
+    """The sample with one of the instructions behind the images of its first question, the same in all of a step.
 
     Raises:
         SampleError: the question says something itself, or there is none.
