@@ -39,7 +39,7 @@ demo: $(stamp)
 	@echo
 	@echo "Held-out pictures: things on a colour at a place where no training picture has them"
 	@$(vlm) scores trained=$(trained)/2_finetune/evaluation/trained \
-		shuffled_pictures=$(trained)/2_finetune/evaluation/shuffled \
+		shuffled_images=$(trained)/2_finetune/evaluation/shuffled \
 		without_1_align=runs/llava_1_5_demo_without_1_align/2_finetune/evaluation/without_1_align \
 		untrained=$(trained)/2_finetune/evaluation/untrained
 	@echo

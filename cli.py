@@ -27,7 +27,7 @@ USAGE = """usage: vlm COMMAND ...
   validate | test -c FILE ... --weights ARTEFACT
   scores NAME=FOLDER ...           what several evaluations found, side by side
   predict --weights ARTEFACT --image FILE|FOLDER ... --prompt TEXT | --questions FILE [--out FILE] [--pictures FOLDER]
-  check-data -c FILE ...           look at every sample before a training does; a report, and a list of the bad ones
+  check-data -c FILE ...           look at every sample before a run does; a report, and a list of the bad ones
   show-data -c FILE ...            what is trained on: pictures as the system sees them, tokens and labels
   systems                          the systems and their stages
   demo-data FOLDER                 write the embedded data

@@ -2,7 +2,7 @@
 
     python -m benchmarks.data_speed [--pictures 600] [--size 480] [--view 336] [--batch 32] [--workers 0 1 2]
 
-    vlm      `LlavaJson` and `InstructionData`: records read by offset, packed rows, pictures of a step decoded once
+    vlm      `LlavaJson` and `InstructionData`: records read by offset, packed rows, images of a step decoded once
     plain    a Dataset over the parsed list: Image.open, pad to a square, resize, normalise with numpy; the tokenizer on
              the whole conversation; a collate function that pads to the longest
 
@@ -43,7 +43,7 @@ PASSES = 2
 
 
 def write_data(folder: Path, *, pictures: int, size: int) -> Path:
-    """JPEG pictures of scenes with four questions each, in LLaVA's form."""
+    """JPEG images of scenes with four questions each, in LLaVA's form."""
     records = []
     for index in range(pictures):
         random = Random(f"data speed {index}")

@@ -56,7 +56,7 @@ def fit(data: Path, run: Path, options: argparse.Namespace, workers: int) -> dic
 
 
 class WithImageTokens(Plain):
-    """Rows as transformers' LLaVA takes them: an id for every feature of the picture."""
+    """Rows as transformers' LLaVA takes them: an id for every feature of the image."""
 
     image_id: int
 

@@ -11,7 +11,7 @@ Three contestants take the same optimizer steps: the same weights, the same samp
 The peers get their samples encoded in advance and pay for no data loading. Stage 1 trains the connector on captions of
 much the same length, stage 2 connector and language model on an instruction mix with a long tail. Each contestant runs
 in a process of its own, one after the other, in several rounds; medians over all timed steps are compared. Tokens are
-counted without padding, pictures included. The losses of the first step must agree, or nothing is reported.
+counted without padding, images included. The losses of the first step must agree, or nothing is reported.
 """
 
 import argparse

@@ -7,9 +7,9 @@
 
 A finding is a recipe of configs/vila/findings/; `recipe` is the recipe itself. All stages of it are trained for each
 seed, which decides new weights and the order of samples; `vlm fit` skips what is finished, so the same command goes on.
-The embedded world's test pictures are then asked about without and with four solved examples. Columns are means over
-seeds, with the range in brackets: `seeing`, the mean accuracy over the tasks of short answers about a picture; the
-captions' CIDEr-D; talk without a picture; and `seeing` behind four examples.
+The embedded world's test images are then asked about without and with four solved examples. Columns are means over
+seeds, with the range in brackets: `seeing`, the mean accuracy over the tasks of short answers about an image; the
+captions' CIDEr-D; talk without an image; and `seeing` behind four examples.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What a training left out, in its run folder and in its log."""
+"""What a run left out, in its run folder and in its log."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ FILE = "bad_samples.jsonl"
 class BadSamples(Callback):
     """Writes `<run>/bad_samples.jsonl`, a line for each time that a bad sample was left out of a step.
 
-    The file is a list that `data.quarantine` takes. Where `data.max_bad_samples` lets a training go on, loggers get
+    The file is a list that `data.quarantine` takes. Where `data.max_bad_samples` lets a run go on, loggers get
     `data/bad_samples`, the number of different ones so far. A resumed run starts from what its checkpoint knows.
     """
 

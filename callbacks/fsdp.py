@@ -29,7 +29,7 @@ class MixedPrecisionFSDP(Callback):
     - What is tied to something outside of its unit (a head to the embeddings, BLIP's decoder to its encoder) stays in
       the root with it: between two units torch would silently untie them.
 
-    Every rank has to run the same blocks in the same order, or their gathers would not meet: a rank without a picture
+    Every rank has to run the same blocks in the same order, or their gathers would not meet: a rank without an image
     runs a blank one where another rank has one.
 
     Args:

@@ -36,7 +36,7 @@ class _Pending:
     has_pictures: bool
     has_labels: bool
     sizes: tuple[int, int, int]
-    """Tokens, label tokens and pictures of this rank since the start."""
+    """Tokens, label tokens and images of this rank since the start."""
 
     def read(self) -> dict[str, float]:
         if self.arrived is not None:
@@ -45,12 +45,12 @@ class _Pending:
 
 
 class Health(Callback):
-    """Looks at a training every few steps, and stops it with one line when it cannot come to anything.
+    """Looks at a run every few steps, and stops it with one line when it cannot come to anything.
 
     - A loss or a gradient norm is not finite: the line names step, term and samples, and
       `<run>/health/step=N.json` has ids, lengths and losses of all packs of that step.
     - A trained part has a gradient of exactly zero for `patience` steps that had labels and, for every part but
-      `language`, pictures.
+      `language`, images.
     - A frozen tensor has changed: checksums of some by lot; at the end of the stage of all of them,
       and their content hashes.
     - Packs without a label in `patience` steps in a row: only a warning.

@@ -23,7 +23,7 @@ from vlm.sample import Sample
 
 @dataclass(frozen=True)
 class _Shown:
-    """A sample, the pictures it is seen with, what boxes of the first one count from, and its tokens."""
+    """A sample, the images it is seen with, what boxes of the first one count from, and its tokens."""
 
     sample: Sample
     pictures: tuple[Any, ...]
@@ -34,7 +34,7 @@ class _Shown:
 class Predictions(Callback):
     """Shows the same few samples at every validation, the one before the first step included.
 
-    A panel `predictions/<i>` has the pictures as the network sees them, the prompt, the target, what the system says
+    A panel `predictions/<i>` has the images as the network sees them, the prompt, the target, what the system says
     to it (greedy), boxes that either of them names, and the tokens with the trained ones in colour. The samples lie
     evenly over `data.val_sources`; without any, over the training data, and then they are shown every `every_n_steps`
     and at the end.

@@ -124,7 +124,7 @@ def _work(trainer: Trainer, module: VisionLanguageModule) -> list[str]:
 
 
 def _tokens_of_pictures(samples: Concat, codec: Codec) -> list[int]:
-    """Of a few samples' pictures, in order: their sizes decide, which stand in the files' headers."""
+    """Of a few samples' images, in order: their sizes decide, which stand in the files' headers."""
     tokens = []
     for place in range(count := min(_LOOKED_AT, len(samples))):
         try:

@@ -67,7 +67,7 @@ class Throughput(Callback):
             rows = (batch.text, *batch.rows.values())
             self._tokens += sum(row.ids.shape[0] for row in rows)
             self._labels += sum(row.label_positions.shape[0] for row in rows)
-            # two streams show the same pictures
+            # two streams show the same images
             self._images += max((len(views.size) for views in batch.views.values()), default=0)
             self._steps += is_whole
         if is_whole and _is_logged(trainer, trainer.global_step):

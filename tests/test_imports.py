@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,20 @@ def test_arrows(name: str) -> None:
     if any(_is_in(name, package) for package in WITHOUT_LIGHTNING):
         assert not [i for i in imports if i.split(".")[0] in ("lightning", "pytorch_lightning", "torchmetrics")]
     assert name.split(".")[-1] != "utils"
+
+
+def test_rooms_form_no_circle() -> None:
+    """A room is a folder, or a file at the root of `vlm`; the packages' own files only list what they export."""
+    rooms: dict[str, set[str]] = {}
+    for name, imports in IMPORTS.items():
+        room = _room(name)
+        rooms.setdefault(room, set()).update(_room(i) for i in imports if i in FILES and _room(i) != room)
+    list(TopologicalSorter(rooms).static_order())  # a CycleError names the rooms
+
+
+def _room(name: str) -> str:
+    folder = FILES[name].parent.relative_to(ROOT)
+    return name if folder in (Path(), Path("vlm")) else ".".join(folder.parts)
 
 
 @pytest.mark.parametrize(

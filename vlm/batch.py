@@ -1,4 +1,4 @@
-"""What travels from the loader to a system: text as padding-free rows, pictures as views.
+"""What travels from the loader to a system: text as padding-free rows, images as views.
 
 Shape legend (used in every docstring of the project)::
 
@@ -206,7 +206,7 @@ class Batch:
     Attributes:
         text: the row of the language model (decoder-only systems), of the encoder (T5) or of the text tower (BLIP).
         rows: further rows: `decoder` (T5), `qformer` (InstructBLIP), `answers` (BLIP VQA), `candidates` (ranking).
-        views: pictures by stream: `image`, `high` (CogAgent).
+        views: images by stream: `image`, `high` (CogAgent).
         samples: one entry per sample.
         counts: denominators of the *whole optimizer step*, over all devices and micro-batches: one entry per loss
             term (`lm`, `itc`, ...) plus `NOT_TERMS`. Plain numbers: no collective, no GPU sync.

@@ -1,10 +1,10 @@
-"""From a sample to tensors: the one place that knows how a system sees text and pictures.
+"""From a sample to tensors: the one place that knows how a system sees text and images.
 
 Every system makes its `Codec` once (`make_codec`), from configuration alone: no weights, no GPU, picklable. Data
 modules, loader workers, the planner, `predict` and the model's own count check all ask the same object.
 
-`encode` is cheap: it renders and tokenizes but decodes no picture, so every rank can encode the whole step to know its
-true token counts. `collate` decodes the pictures of one pack.
+`encode` is cheap: it renders and tokenizes but decodes no image, so every rank can encode the whole step to know its
+true token counts. `collate` decodes the images of one pack.
 """
 
 from abc import ABC, abstractmethod
@@ -23,7 +23,7 @@ from vlm.seeding import seed_from
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sample as token sequences, its pictures not decoded yet.
+    """One sample as token sequences, its images not decoded yet.
 
     Attributes:
         sample: what it was made from (`collate` reads its images).
@@ -34,7 +34,7 @@ class Encoded:
             split, caption pick) is drawn from it, never from the rank or the position in the batch. None in evaluation:
             no augmentation, and choices take their fixed form.
         filler: see `SampleInfo.filler`.
-        places: what the sample names in its pictures, which limits how they may be augmented (`vlm.vision.augment`).
+        places: what the sample names in its images, which limits how they may be augmented (`vlm.vision.augment`).
     """
 
     sample: Sample
@@ -61,7 +61,7 @@ class Codec(ABC):
 
     Attributes:
         resolutions: values of `Sample.resolution` that `encode` and `collate` obey.
-        joins_views: the views of a picture are the patches of one map, row by row.
+        joins_views: the views of an image are the patches of one map, row by row.
         needs_image: a sample without an image cannot be encoded.
     """
 
@@ -71,7 +71,7 @@ class Codec(ABC):
 
     @abstractmethod
     def num_tokens(self, width: int, height: int) -> int:
-        """Tokens that one picture of this size takes in the language model's row."""
+        """Tokens that one image of this size takes in the language model's row."""
 
     def render_regions(self, sample: Sample, *, seed: int | None = None) -> Sample:
         """The sample with phrases and regions as the text that the system reads and writes.
@@ -82,7 +82,7 @@ class Codec(ABC):
         return sample
 
     def view(self, width: int, height: int, *, image: int = 0, seed: int | None = None) -> View:
-        """What the system sees of a picture of this size, and the frame that places in its texts count from.
+        """What the system sees of an image of this size, and the frame that places in its texts count from.
 
         Args:
             image: its number in the sample.
@@ -109,7 +109,7 @@ class Codec(ABC):
 
     @abstractmethod
     def collate(self, items: Sequence[Encoded], *, counts: Mapping[str, float], packs: int = 1) -> Batch:
-        """One pack; decodes the pictures. `counts` are the denominators of the whole step."""
+        """One pack; decodes the images. `counts` are the denominators of the whole step."""
 
     def normalization(self, stream: str) -> tuple[Sequence[float], Sequence[float]]:
         """Mean and standard deviation, by colour, that the pixels of a stream of views are normalised with."""

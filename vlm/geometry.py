@@ -1,4 +1,4 @@
-"""Places in a picture, and where they come to lie when the picture is cut, padded, squashed or mirrored.
+"""Places in an image, and where they come to lie when the image is cut, padded, squashed or mirrored.
 
 A place is a share of the picture's width and height: (0, 0) is the outer corner at the top left, (1, 1) the one at the
 bottom right, whatever the number of pixels.
@@ -15,7 +15,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a picture lies in a view of it, both in shares: `scale * place + shift` along each axis.
+    """Where an image lies in a view of it, both in shares: `scale * place + shift` along each axis.
 
     A negative scale mirrors.
     """
@@ -38,12 +38,12 @@ class Placement:
         )
 
     def inverse(self) -> "Placement":
-        """From the view back to the picture."""
+        """From the view back to the image."""
         return Placement(1 / self.scale_x, -self.shift_x / self.scale_x, 1 / self.scale_y, -self.shift_y / self.scale_y)
 
     @classmethod
     def of_crop(cls, crop: Box, *, size: tuple[float, float]) -> "Placement":
-        """A view that shows `crop` (pixels, may reach beyond the picture) of a picture of `size`."""
+        """A view that shows `crop` (pixels, may reach beyond the image) of an image of `size`."""
         (left, top, right, bottom), (width, height) = crop, size
         across, down = right - left, bottom - top
         return cls(width / across, -left / across, height / down, -top / down)
@@ -54,12 +54,12 @@ MIRRORED = Placement(scale_x=-1.0, shift_x=1.0)
 
 @dataclass(frozen=True)
 class View:
-    """What a system sees of a picture, and the frame that its places count from.
+    """What a system sees of an image, and the frame that its places count from.
 
     Attributes:
-        placement: of the picture in the frame.
-        size: of the frame in pixels, width and height; of the picture that it shows, not of what is added around it.
-        shown: placement of the picture in the first view, where that is not the frame.
+        placement: of the image in the frame.
+        size: of the frame in pixels, width and height; of the image that it shows, not of what is added around it.
+        shown: placement of the image in the first view, where that is not the frame.
     """
 
     placement: Placement
@@ -67,7 +67,7 @@ class View:
     shown: Placement | None = None
 
     def in_picture(self, box: Box) -> Box:
-        """A box of the frame, in shares of the picture."""
+        """A box of the frame, in shares of the image."""
         return bounds(self.placement.inverse()(corners(box)))
 
     def in_view(self, box: Box) -> Box:

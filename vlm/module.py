@@ -283,7 +283,7 @@ class VisionLanguageModule(LightningModule):
         return loss * batch.packs, shares
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """A trained part that the step did not reach has a zero gradient, as if a blank picture had passed it."""
+        """A trained part that the step did not reach has a zero gradient, as if a blank image had passed it."""
         for parameter in self.parameters():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

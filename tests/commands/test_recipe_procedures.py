@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import cli
-import vlm.recipes.catalogue
+import vlm.registry
 from tests.commands.test_recipes import FAKE_FIT, ROOT, _finish, _names
 from tests.support.chat_server import Asked, Server, serving
 from tests.support.instruct import about, records, talk, write
@@ -61,7 +61,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write(tmp_path / "in.json", records(6))
     write(tmp_path / "captions.json", [{"id": 1, "image": "1.png", "caption": "A dog."}])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(vlm.recipes.catalogue, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(vlm.registry, "CONFIGS", tmp_path / "configs")
     for name in ("WORLD_SIZE", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     return folder / "recipe.yaml"

@@ -245,6 +245,31 @@ def test_a_wrong_recipe_is_refused(recipe: Path, old: str, new: str, message: st
     assert str(caught.value).startswith(f"{recipe}: ")
 
 
+def test_a_variant_says_what_differs(recipe: Path) -> None:
+    folder = recipe.parent / "variants"
+    folder.mkdir()
+    (folder / "more.yaml").touch()
+    variant = folder / "short.yaml"
+    variant.write_text("base: ../recipe.yaml\nstages:\n  2_finetune: {add: [more.yaml], follows: []}\n  3_last: null\n")
+    whole, short = load_recipe(recipe), load_recipe(variant)
+    assert (short.system, [node.name for node in short.nodes]) == ("three", ["2_finetune", "1_align"])
+    (second, first), (wanted, *_) = short.nodes, [node for node in whole.nodes if node.name == "1_align"]
+    assert isinstance(first, TrainingStage)
+    assert isinstance(wanted, TrainingStage)
+    assert [file.resolve() for file in first.configs] == list(wanted.configs)
+    assert isinstance(second, TrainingStage)
+    assert (second.follows, second.configs[-1]) == ((), folder / "more.yaml")
+    for text, message in {
+        "base: nowhere.yaml\nstages: {}": "base: there is no file 'nowhere.yaml'",
+        "base: ../recipe.yaml\nstages: {4_no: null}": "no other stage '4_no'",
+        "base: ../recipe.yaml\nsystem: three\nstages: {}": "unknown key 'system'",
+        "base: ../recipe.yaml\nstages: {1_align: null}": "3_last|2_finetune",
+    }.items():
+        variant.write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_recipe(variant)
+
+
 def test_an_unknown_procedure_is_refused_before_anything_starts(recipe: Path) -> None:
     recipe.write_text(RECIPE + "  4_data: {run: capfilt, needs: [3_last], writes: filtered, arguments: [x]}\n")
     with pytest.raises(UserError, match=r"stages\.4_data\.run: there is no procedure 'capfilt'"):

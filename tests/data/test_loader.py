@@ -439,3 +439,11 @@ def test_instructions_are_grouped_by_modality():
     for other in (PretrainingData, MultitaskData):
         with pytest.raises(TypeError, match="group_by_modality"):
             other([samples(4)], batch=BatchSpec(8), group_by_modality=True)
+
+
+@pytest.mark.parametrize("given", [{}, {"batch": BatchSpec(2)}])
+def test_training_needs_files_and_a_batch(given: dict) -> None:
+    data = InstructionData(**given)  # enough to evaluate with
+    data.trainer = object()  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r"data\.sources and data\.batch: training needs both"):
+        data.setup("fit")

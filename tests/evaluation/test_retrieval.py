@@ -102,6 +102,18 @@ def test_a_rank_without_samples_embeds_a_filler(tmp_path: Path) -> None:
     assert as_pack(module, [], generate=False).samples[0].id == "filler"
 
 
+def test_an_image_without_a_text_is_named(tmp_path: Path) -> None:
+    module = finding()
+    judge = Retrieval()
+    judge.start(torch.device("cpu"))
+    batch = as_pack(module, pairs(tmp_path, 2), generate=False)
+    with torch.no_grad():
+        said = judge.ask(module, batch)
+    judge.hear(said._replace(text=said.text[:1], owner=said.owner[:1]), batch.samples)
+    with pytest.raises(UserError, match="sample '1' has no text to find"):
+        judge.finish(module)
+
+
 def test_what_cannot_be_asked() -> None:
     with pytest.raises(UserError, match="ranks and batch_size start at 1"):
         Retrieval([0])

@@ -311,6 +311,9 @@ def test_the_chosen_option_knows_the_image(name: str, tmp_path: Path) -> None:
     assert module.generate(asked, decoding=decoding) == wanted
     assert [module.generate([sample], decoding=decoding)[0] for sample in asked] == wanted
     assert len(set(wanted)) > 1
+    texts_of = {letter: f" {letter} is right" for letter in ascii_uppercase}
+    among = Decoding(candidates=list(texts_of.values()))  # type: ignore[arg-type]  (as files deliver them)
+    assert module.generate(asked, decoding=among) == [texts_of[letter] for letter in wanted]
 
 
 @pytest.mark.parametrize("name", TOLD)

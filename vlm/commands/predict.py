@@ -1,4 +1,4 @@
-"""`vlm predict`: answers about pictures from finished or published weights."""
+"""`vlm predict`: answers about images from finished or published weights."""
 
 import argparse
 import dataclasses
@@ -204,7 +204,7 @@ def _answers(
 
 
 def _readable(module: Any, question: Question | SampleError) -> Question | SampleError:
-    """The question, or what is wrong with it: one bad picture must not take its batch along."""
+    """The question, or what is wrong with it: one bad image must not take its batch along."""
     if isinstance(question, SampleError):
         return question
     try:
@@ -248,7 +248,7 @@ def _draw(target: Path, question: Question, answer: str, module: Any) -> None:
 
     images = [image.read(question.sample) for image in question.sample.images]
     boxes = []
-    if len(images) == 1:  # of which picture a box is, nobody says
+    if len(images) == 1:  # of which image a box is, nobody says
         width, height = images[0].size
         view = module.codec.view(width, height)
         for box in module.codec.find_boxes(answer, size=view.size):

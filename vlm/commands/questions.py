@@ -1,4 +1,4 @@
-"""What `vlm predict` is asked: one prompt about pictures, or a file of questions."""
+"""What `vlm predict` is asked: one prompt about images, or a file of questions."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -37,13 +37,13 @@ class Question:
 
 
 def about_pictures(paths: Sequence[str], prompt: str) -> tuple[list[Question | SampleError], list[str]]:
-    """One prompt about each picture of some files and folders, or about none.
+    """One prompt about each image of some files and folders, or about none.
 
     Returns:
         The questions, and a sentence for each folder that holds other files too.
 
     Raises:
-        UserError: a folder without pictures.
+        UserError: a folder without images.
     """
     if not paths:
         return [_question({"prompt": prompt}, "text", source="command line", root=None, name="text")], []
@@ -76,7 +76,7 @@ def from_file(path: Path, image_root: Path | None) -> list[Question | SampleErro
 
     ::
 
-        {"id": 7, "image": "a.png", "prompt": "What is this?"}    a picture
+        {"id": 7, "image": "a.png", "prompt": "What is this?"}    an image
         {"image": ["a.png", "b.png"], "prompt": "What differs?"}  several; or {"prompt": "<image> and <image>?"}
         {"prompt": "Hello"}                                       none
         {"image": "a.png", "prompt": "Read.", "ocr": ["Exit"]}    with texts found in it, as Mini-Gemini is told them
@@ -128,7 +128,7 @@ def _question(
     files = [] if image is None else image if isinstance(image, list) else [image]
     if IMAGE_MARK in text:
         content = content_parts(text)
-    else:  # as the systems were trained: every picture on a line of its own, in front
+    else:  # as the systems were trained: every image on a line of its own, in front
         content = [part for _ in files for part in ({"type": "image"}, {"type": "text", "text": "\n"})]
         content = [*content[:-1], {"type": "text", "text": f"\n{text}" if files else text}]
     pictures = [ImageFile(name=file, path=Path(file)) for file in files] if root is None else files

@@ -1,6 +1,6 @@
 """`vlm show-data`: what exactly is trained on, as one page.
 
-For each sample the views that the system gets of its pictures, with its regions drawn in, and the rendered text token
+For each sample the views that the system gets of its images, with its regions drawn in, and the rendered text token
 by token, those that are trained in colour.
 """
 
@@ -37,7 +37,7 @@ class Picture:
     Attributes:
         image: as the network gets it, normalisation undone.
         caption: what it is.
-        is_whole: the first view of its picture; the others are tiles, or a second resolution.
+        is_whole: the first view of its image; the others are tiles, or a second resolution.
         boxes: (label, box in shares of the view).
     """
 
@@ -100,7 +100,7 @@ def _pictures(sample: Sample, item: Encoded, batch: Batch, codec: Codec) -> list
 
 
 def _boxes(sample: Sample, item: Encoded, codec: Codec, *, image: int, size: tuple[int, int]) -> list[tuple[str, Box]]:
-    """Regions of a picture, where they lie in its first view; those in the text where the sample has none as parts."""
+    """Regions of an image, where they lie in its first view; those in the text where the sample has none as parts."""
     parts = [part for message in sample.messages for part in message.content]
     view = codec.view(*size, image=image, seed=item.seed)
     if not any(isinstance(part, RegionPart) for part in parts):

@@ -90,10 +90,10 @@ def shrunk(high: Tensor, factor: int) -> Tensor:
 
 
 def mine_views(mining: PatchMining, low: Tensor, high: Tensor, *, grid: int) -> Tensor:
-    """What the features of several views of a picture find in the one map of it.
+    """What the features of several views of an image find in the one map of it.
 
     Args:
-        low: float[V, views, P, D]: the whole picture where there is one view more than parts, then its `grid` x `grid`
+        low: float[V, views, P, D]: the whole image where there is one view more than parts, then its `grid` x `grid`
             parts row by row. A part looks into its own part of the map, the whole into the map made smaller.
         high: float[V, Q, A], a square map row by row.
 

@@ -8,10 +8,10 @@
                              unknown characters, no normalisation, blanks kept, a blank put before the text
     llama/model.safetensors  a decoder of LLaMA's class, pretrained on text (`vlm.demo.language`), at last in the chat
                              templates of several systems, as the published ones were tuned in their own
-    clip/model.safetensors   a tower of CLIP's class, pretrained on pictures (`vlm.demo.tower`)
+    clip/model.safetensors   a tower of CLIP's class, pretrained on images (`vlm.demo.tower`)
     convnext/model.safetensors  a ConvNeXt, the same
     fuyu/tokenizer.json      the same tokenizer with Fuyu's marks and a token for each small number
-    fuyu/artefact            a small Fuyu, pretrained on text in its template and on pictures (`vlm.demo.pictures`)
+    fuyu/artefact            a small Fuyu, pretrained on text in its template and on images (`vlm.demo.pictures`)
     qwen_vl/artefact         tower and resampler of a small Qwen-VL behind a long first stage (`vlm.demo.pictures`)
 
 Everything is learned from training compositions alone: none of validation or test (`scenes.split_of`) was ever drawn
@@ -106,7 +106,7 @@ QWEN_TOKENS = (
     *("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>"),
 )
 RESAMPLER_STEPS = 2500
-_LARGEST_NUMBER = 80  # more than half the side of the largest picture of the demo
+_LARGEST_NUMBER = 80  # more than half the side of the largest image of the demo
 _NUM_SCENES = 2000
 _TAUGHT = (
     *("plain", "v0", "llava_v0", "v0_mmtag", "v1", "vicuna_v1", "llava_v1", "v1_mmtag"),
@@ -175,7 +175,7 @@ def train_tokenizer() -> bytes:
 def fuyu_tokenizer(llama: LlamaTokenizer, folder: Path) -> None:
     """Writes `tokenizer.json`: every number up to `_LARGEST_NUMBER` is a token that text is never cut into.
 
-    The tokens of a picture are pieces of the vocabulary, as in the published file: `FuyuProcessor` counts on the blank
+    The tokens of an image are pieces of the vocabulary, as in the published file: `FuyuProcessor` counts on the blank
     that a text gets in front of them, and takes it away.
     """
     llama.save(folder)

@@ -16,14 +16,14 @@ from vlm.demo.write import scenes
 from vlm.errors import UserError
 
 NOISE = 0.3
-"""Share of the web pairs whose caption belongs to another picture; `noisy` in their .json says which."""
+"""Share of the web pairs whose caption belongs to another image; `noisy` in their .json says which."""
 FACTS = "demo_data.json"
 _VERSION = 2
 Scenes = dict[str, Scene]
 
 
 def write_format(folder: str | Path, name: str, *, num: int = 200, size: int = 96, seed: int = 0) -> bool:
-    """Writes training scenes in one layout, pictures in `images/`.
+    """Writes training scenes in one layout, images in `images/`.
 
     Args:
         folder: appears when everything in it is written.

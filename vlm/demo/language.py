@@ -1,6 +1,6 @@
 """Pretrains the demo's language model on text: scenes told or drawn in words, questions about them, and small talk.
 
-It has never met a picture, a patch or a connector. What it brings is what a language model brings to every published
+It has never met an image, a patch or a connector. What it brings is what a language model brings to every published
 system: the words, the form of the answers, and how to find in its context what is asked for.
 """
 

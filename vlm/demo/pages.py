@@ -1,4 +1,4 @@
-"""Pages, charts and screens of the embedded world: pictures whose words and parts are known."""
+"""Pages, charts and screens of the embedded world: images whose words and parts are known."""
 
 from dataclasses import dataclass
 from random import Random

@@ -1,7 +1,7 @@
-"""Pretrains the demo's systems on pictures, where a recipe begins with a system and not with its parts.
+"""Pretrains the demo's systems on images, where a recipe begins with a system and not with its parts.
 
 How Fuyu-8B was trained is not published; Qwen-VL's first stage takes 1.5 billion pairs, more than four minutes can
-hold. So both have seen pictures before a recipe trains them: what is where in them, as a caption or as a drawing in
+hold. So both have seen images before a recipe trains them: what is where in them, as a caption or as a drawing in
 words, and no question about them.
 """
 

@@ -29,7 +29,7 @@ Box = tuple[float, float, float, float]
 
 
 def split_of(content: str, color: str, place: int) -> Split:
-    """The split whose pictures alone show this thing or word on this colour at this place.
+    """The split whose images alone show this thing or word on this colour at this place.
 
     At every place each thing and each word is held back on one colour for validation and on one for the test: all
     names, colours and places are known from training, and any two of them together, but not all three.
@@ -47,7 +47,7 @@ _CONTENTS = [noun.name for noun in NOUNS] + list(WORDS)
 
 @dataclass(frozen=True)
 class Thing:
-    """A noun's picture on a card."""
+    """A noun's image on a card."""
 
     noun: Noun
     color: str
@@ -67,7 +67,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Sign:
-    """A board with a word, as wide as the picture."""
+    """A board with a word, as wide as the image."""
 
     word: str
     color: str
@@ -82,7 +82,7 @@ class Sign:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture before it is drawn.
+    """An image before it is drawn.
 
     Attributes:
         width: in pixels.
@@ -98,7 +98,7 @@ class Scene:
     sign: Sign | None = None
 
     def draw(self) -> Image.Image:
-        """The picture, RGB."""
+        """The image, RGB."""
         factor = _SUPERSAMPLING
         image = Image.new("RGB", (self.width * factor, self.height * factor), self.ground)
         pen = ImageDraw.Draw(image)

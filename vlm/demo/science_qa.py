@@ -28,10 +28,10 @@ _LECTURES = {
 def write_science_qa(
     folder: str | Path, *, num_train: int = 2000, num_val: int = 64, num_test: int = 192, size: int = 96, seed: int = 0
 ) -> bool:
-    """Writes questions with options, a lecture and an explanation; two in five have no picture.
+    """Writes questions with options, a lecture and an explanation; two in five have no image.
 
     The layout is that of `vlm.data.ScienceQA`. Questions of validation and test are about things on a colour at a
-    place where no training picture has them. The files are the same to the last byte for the same arguments and the
+    place where no training image has them. The files are the same to the last byte for the same arguments and the
     same Pillow.
 
     Args:

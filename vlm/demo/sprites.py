@@ -1,6 +1,6 @@
-"""What the embedded world is made of: pictures of 48 things and of 40 written words, with their names.
+"""What the embedded world is made of: images of 48 things and of 40 written words, with their names.
 
-The pictures ship as two files, so no font is needed to draw a scene. They were made by
+The images ship as two files, so no font is needed to draw a scene. They were made by
 
     python -m vlm.demo.sprites FOLDER --emoji NotoColorEmoji.ttf --latin DejaVuSans-Bold.ttf --chinese wqy-microhei.ttc
 
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 ASSETS = Path(__file__).parent / "assets"
 SPRITE = 64
-"""Pixels per side of one picture in `sprites.png`."""
+"""Pixels per side of one image in `sprites.png`."""
 WORD = (160, 40)
 """Width and height in pixels of one word in `words.png`."""
 _PER_ROW = 8

@@ -53,7 +53,7 @@ class Turn:
 
 
 def as_lines(scene: Scene, language: Language, random: Random) -> str:
-    """The scene as sentences that tell all the picture shows, in no order."""
+    """The scene as sentences that tell all the image shows, in no order."""
     lines = [f"{_at(thing, language)} {padded_box(scene, thing.box)}" for thing in scene.things]
     if scene.sign is not None:
         lines.append(_sign(scene, language))
@@ -62,7 +62,7 @@ def as_lines(scene: Scene, language: Language, random: Random) -> str:
 
 
 def as_grid(scene: Scene, language: Language, *, cells: int = 7) -> str:
-    """The scene as a drawing in words: row by row, what the middle of each cell of the padded picture lies on."""
+    """The scene as a drawing in words: row by row, what the middle of each cell of the padded image lies on."""
     side = max(scene.width, scene.height)
     shift_x, shift_y = (side - scene.width) / 2, (side - scene.height) / 2
     content = [(thing.box, f"{_word(thing.color, language)} {_name(thing.noun, language)}") for thing in scene.things]
@@ -80,7 +80,7 @@ def as_grid(scene: Scene, language: Language, *, cells: int = 7) -> str:
 
 
 def caption(scene: Scene, language: Language) -> str:
-    """Everything that is in the picture, from the top left to the bottom right."""
+    """Everything that is in the image, from the top left to the bottom right."""
     parts = {(thing.row, thing.column): _at(thing, language) for thing in scene.things}
     if scene.sign is not None:
         parts[scene.sign.row, 0] = _sign(scene, language)
@@ -128,7 +128,7 @@ def choose(turns: Iterable[Turn], random: Random, *, task: str) -> Turn | None:
     pool = [turn for turn in turns if turn.task == task]
     if task == "count":
         wanted = sorted({turn.answer for turn in pool})
-        # a count of none can be asked of every picture, a count of four of few
+        # a count of none can be asked of every image, a count of four of few
         weights = [{"0": 0.25, "1": 0.25}.get(answer, 1.0) for answer in wanted]
         answer = random.choices(wanted, weights)[0]
         pool = [turn for turn in pool if turn.answer == answer]
@@ -154,7 +154,7 @@ def padded_box(scene: Scene, box: Box) -> str:
 
 
 def dialogue(random: Random, language: Language) -> list[Turn]:
-    """One or two turns that need no picture."""
+    """One or two turns that need no image."""
     number, addend = random.randrange(10), random.randrange(10)
     word, noun, color = random.choice(list(_OPPOSITES)), random.choice(NOUNS), random.choice(list(COLORS))
     if language == "en":

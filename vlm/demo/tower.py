@@ -42,7 +42,7 @@ class _Patches(Dataset):
 
 
 def patch_labels(scene: Scene, *, grid: int) -> Tensor:
-    """What the middle of each patch of the padded picture lies on.
+    """What the middle of each patch of the padded image lies on.
 
     Returns:
         float32[grid * grid, 7]: number of the noun, of the color and of the word, each -1 for none; then the box of

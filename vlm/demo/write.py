@@ -28,28 +28,28 @@ Record = dict[str, Any]
 def write_demo_data(
     folder: str | Path, *, num_train: int = 8000, num_val: int = 32, num_test: int = 96, size: int = 96, seed: int = 0
 ) -> bool:
-    """Writes pictures of things on cards and of signs, with captions, questions and talk about them.
+    """Writes images of things on cards and of signs, with captions, questions and talk about them.
 
     ::
 
-        train_captions.json   a caption per training picture
-        train_instruct.json   up to four questions per training picture, each of another task, now and then its
-                              caption, the picture before the first question or behind it; one record in eleven has no
-                              picture
-        val_instruct.json     per validation picture one record of each task that it allows, `task` and `answers` named
-        test_instruct.json    the same of the test pictures
+        train_captions.json   a caption per training image
+        train_instruct.json   up to four questions per training image, each of another task, now and then its
+                              caption, the image before the first question or behind it; one record in eleven has no
+                              image
+        val_instruct.json     per validation image one record of each task that it allows, `task` and `answers` named
+        test_instruct.json    the same of the test images
         images/*.png          what the records name, so `image_root` is this folder
-        pictures/*            larger pictures of test scenes as a person has them: JPEG, WebP, PNG with a palette
+        pictures/*            larger images of test scenes as a person has them: JPEG, WebP, PNG with a palette
 
-    Three records in ten are in Chinese. Every picture of validation and test shows a thing on a colour at a place
-    where no training picture has it (`scenes.split_of`), and that is what is asked about. The files are the same to
+    Three records in ten are in Chinese. Every image of validation and test shows a thing on a colour at a place
+    where no training image has it (`scenes.split_of`), and that is what is asked about. The files are the same to
     the last byte for the same arguments and the same Pillow.
 
     Args:
         folder: appears when everything in it is written.
-        num_train: training pictures.
-        num_val: validation pictures.
-        num_test: test pictures.
+        num_train: training images.
+        num_val: validation images.
+        num_test: test images.
         size: mean length of a picture's shorter side in pixels.
         seed: of everything drawn by lot.
 
@@ -95,7 +95,7 @@ def scenes(split: Split, *, num: int, size: int, seed: int) -> Iterator[tuple[st
 
 
 def captions(scenes: dict[str, Scene], *, seed: int) -> Iterator[Record]:
-    """One caption per picture; the request stands before the picture or behind it, as in LLaVA's own files."""
+    """One caption per image; the request stands before the image or behind it, as in LLaVA's own files."""
     for name, scene in scenes.items():
         random = Random(f"caption {seed} {name}")
         language = draw_language(random)
@@ -105,7 +105,7 @@ def captions(scenes: dict[str, Scene], *, seed: int) -> Iterator[Record]:
 
 
 def instructions(scenes: dict[str, Scene], *, seed: int) -> Iterator[Record]:
-    """Several tasks about every picture, with dialogues without a picture among them."""
+    """Several tasks about every image, with dialogues without an image among them."""
     for number, (name, scene) in enumerate(scenes.items()):
         random = Random(f"instruction {seed} {name}")
         caption, *others = all_tasks(scene, draw_language(random), random)
@@ -120,9 +120,9 @@ def instructions(scenes: dict[str, Scene], *, seed: int) -> Iterator[Record]:
 
 
 def short_questions(scenes: dict[str, Scene], *, seed: int) -> Iterator[Record]:
-    """One question of every task that a picture allows, about what training does not show.
+    """One question of every task that an image allows, about what training does not show.
 
-    Every number is the answer to as many counts as any other, as far as the pictures have it.
+    Every number is the answer to as many counts as any other, as far as the images have it.
     """
     counts: Counter[str] = Counter()
     quota = max(1, len(scenes) // 6)

@@ -1,4 +1,4 @@
-"""A picture with a question and its answer under it, and the boxes that the answer speaks of."""
+"""An image with a question and its answer under it, and the boxes that the answer speaks of."""
 
 from collections.abc import Sequence
 
@@ -14,11 +14,11 @@ _PAPER, _INK, _FAINT = "#ffffff", "#1f2328", "#6e7781"
 
 
 def annotate(images: Sequence[Image.Image], *, prompt: str, answer: str, boxes: Sequence[Box] = ()) -> Image.Image:
-    """The pictures side by side, boxes drawn into the first, question and answer under them.
+    """The images side by side, boxes drawn into the first, question and answer under them.
 
     Args:
         images: at least one; each is brought to between 320 and 1,024 pixels on its longer side.
-        boxes: in pixels of the first picture.
+        boxes: in pixels of the first image.
     """
     shown = [_resized(image) for image in images]
     scale = max(shown[0].size) / max(images[0].size)

@@ -1,4 +1,4 @@
-"""HTML pages that are one file: no script, no font and no picture comes from elsewhere."""
+"""HTML pages that are one file: no script, no font and no image comes from elsewhere."""
 
 import base64
 import html
@@ -119,17 +119,17 @@ def bars(values: Sequence[tuple[str, int]]) -> str:
 
 
 def figure(image: Image.Image, caption: str, *, side: int, boxes: Sequence[tuple[str, Box]] = ()) -> str:
-    """A picture of at most `side` pixels, inside the page.
+    """An image of at most `side` pixels, inside the page.
 
     Args:
-        boxes: (label, box in shares of the picture) to draw.
+        boxes: (label, box in shares of the image) to draw.
     """
     scale = side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     shown = image.convert("RGB")
     if scale < 1:
         shown = shown.resize(size, Image.Resampling.LANCZOS)
-    elif scale >= 2 or boxes:  # small pictures as they are: pixel by pixel
+    elif scale >= 2 or boxes:  # small images as they are: pixel by pixel
         shown = shown.resize(size, Image.Resampling.NEAREST)
     draw_boxes(ImageDraw.Draw(shown), boxes, scale=(shown.width, shown.height))
     file = io.BytesIO()
@@ -143,5 +143,5 @@ def figure(image: Image.Image, caption: str, *, side: int, boxes: Sequence[tuple
 
 
 def broken(text: str) -> str:
-    """The place of a picture that cannot be shown."""
+    """The place of an image that cannot be shown."""
     return f'<figure><div class="broken">{escape(text)}</div></figure>'

@@ -17,7 +17,7 @@ from vlm.geometry import Box
 from vlm.sample import Message, TextPart
 from vlm.vision.patches import joined
 
-WIDTH = 760  # TensorBoard shows pictures at half of it until they are clicked
+WIDTH = 760  # TensorBoard shows images at half of it until they are clicked
 _MARGIN, _GAP, _PICTURE, _TEXT, _SMALL = 20, 18, 288, 20, 15
 _INK, _FAINT, _LINE, _PAPER = "#1f2328", "#6e7781", "#d0d7de", "#ffffff"
 _TRAINED, TRAINED_PAPER = "#0b5d2a", "#c9f2d3"
@@ -32,7 +32,7 @@ class Piece:
     """Text of one token, or of a few that only make a character together.
 
     Attributes:
-        is_mark: a note of ours, such as how many tokens a picture takes.
+        is_mark: a note of ours, such as how many tokens an image takes.
         ids: of the tokens.
     """
 
@@ -53,7 +53,7 @@ class Panel:
         target: what it should say.
         prediction: what it says; None: it does not speak.
         pieces: the tokens it is trained on.
-        find_boxes: in one of the texts; in shares of the first picture.
+        find_boxes: in one of the texts; in shares of the first image.
     """
 
     title: str
@@ -71,7 +71,7 @@ class Panel:
 
 
 def as_text(messages: Iterable[Message]) -> str:
-    """A conversation as the system reads it (`Codec.written`); every picture is `<image>`."""
+    """A conversation as the system reads it (`Codec.written`); every image is `<image>`."""
     texts = [
         (message.role, "".join(part.text if isinstance(part, TextPart) else "<image>" for part in message.content))
         for message in messages
@@ -86,7 +86,7 @@ def as_seen(pixels: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> I
 
 
 def views_as_seen(batch: Batch, codec: Codec) -> dict[str, list[tuple[int, Image.Image]]]:
-    """Every view of a pack as a picture with the number of the one it shows, by stream; patches put together again."""
+    """Every view of a pack as an image with the number of the one it shows, by stream; patches put together again."""
     found = {}
     for stream, views in batch.views.items():
         mean, std = codec.normalization(stream)
@@ -142,12 +142,12 @@ def pieces_of(
 
 
 def draw(panel: Panel) -> Image.Image:
-    """The panel as an RGB picture, `WIDTH` pixels wide and as high as it takes."""
+    """The panel as an RGB image, `WIDTH` pixels wide and as high as it takes."""
     left = _Column(_MARGIN, _PICTURE)
     texts = {_MARK: panel.prompt, _TARGET: panel.target, _PREDICTION: panel.prediction or ""}
     boxes = {color: panel.find_boxes(text) for color, text in texts.items()}
     for index, picture in enumerate(panel.pictures[:_MAX_PICTURES]):
-        left.add_picture(picture, boxes if index == 0 else {})  # boxes come without saying of which picture
+        left.add_picture(picture, boxes if index == 0 else {})  # boxes come without saying of which image
     if len(panel.pictures) > _MAX_PICTURES:
         left.add_text(f"and {len(panel.pictures) - _MAX_PICTURES} more pictures", size=_SMALL, color=_FAINT)
     start = _MARGIN + _PICTURE + _GAP + 8 if panel.pictures else _MARGIN
@@ -200,7 +200,7 @@ class _Column:
         self.height += _GAP
 
     def add_picture(self, picture: Image.Image, boxes: Mapping[str, Sequence[Box]]) -> None:
-        """A picture with boxes by their colour."""
+        """An image with boxes by their colour."""
         scale = min(self.width / picture.width, self.width / picture.height)
         size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
         method = Image.Resampling.NEAREST if scale > 2 else Image.Resampling.LANCZOS

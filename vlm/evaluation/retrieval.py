@@ -111,6 +111,8 @@ class Retrieval(Judge):
         ranks = [part for part in everyone if part is not None]
         if not ranks:
             return {}
+        if lost := {name for part in ranks for name in part.images} - {name for part in ranks for name in part.texts}:
+            raise UserError(f"evaluation: sample {min(lost)!r} has no text to find; add one, or leave the sample out")
         scores = similarities(torch.cat([part.image for part in ranks]), torch.cat([part.text for part in ranks]))
         if self.rerank:
             scores = self._look_again(module, scores, own, everyone)

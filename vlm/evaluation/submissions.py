@@ -82,7 +82,7 @@ class VQAServer(Submission):
 
 
 class VizWizServer(Submission):
-    """[{image, answer}] of the VizWiz server, normalised as for VQA v2. A question's id is the name of its picture."""
+    """[{image, answer}] of the VizWiz server, normalised as for VQA v2. A question's id is the name of its image."""
 
     file = "submission.json"
 
@@ -135,7 +135,7 @@ class MathVistaExtraction(Submission):
 
 
 class MMBenchSheet(Submission):
-    """An Excel sheet for MMBench's server: the columns of the benchmark's table without its pictures and categories,
+    """An Excel sheet for MMBench's server: the columns of the benchmark's table without its images and categories,
     and a column `prediction` behind the options (scripts/convert_mmbench_for_submission.py).
 
     Args:

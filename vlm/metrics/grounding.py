@@ -14,7 +14,7 @@ class GroundingAccuracy(MeanScore):
     """The share of first boxes with an IoU of at least 0.5 with a reference, as RefCOCO is reported, in [0, 1].
 
     Yu et al., "Modeling Context in Referring Expressions", 2016. Answers without a box are wrong. References are text
-    too, on the same padded or unpadded picture.
+    too, on the same padded or unpadded image.
 
     Args:
         form: how the boxes are written: a name in `vlm.prompts.regions.REGION_FORMS`, or a form.

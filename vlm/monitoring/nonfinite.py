@@ -1,4 +1,4 @@
-"""Which packs of a training a loss that is not finite came from."""
+"""Which packs of a run a loss that is not finite came from."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Files of captions: a JSON list or JSONL whose records name a picture and say something about it."""
+"""Files of captions: a JSON list or JSONL whose records name an image and say something about it."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping

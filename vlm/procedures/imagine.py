@@ -1,6 +1,6 @@
-"""`vlm run imagine`: pictures of the prompts that a system writes between <h> and </h> (Mini-Gemini, section 3.3).
+"""`vlm run imagine`: images of the prompts that a system writes between <h> and </h> (Mini-Gemini, section 3.3).
 
-The system sees a picture, or none, and a request with `<GEN>` behind it; what it wants drawn goes to an image generator
+The system sees an image, or none, and a request with `<GEN>` behind it; what it wants drawn goes to an image generator
 of the diffusers library. No image tokens are generated.
 """
 
@@ -26,7 +26,7 @@ NEGATIVE = (
     "low quality, low resolution, blurry, compression artifacts, badly drawn, distorted anatomy, wrong number of limbs "
     "or fingers, duplicated subject, cut off at the edge, lettering, watermark, signature"
 )
-"""What a picture should not look like; the published command has a list of its own, which is not repeated here."""
+"""What an image should not look like; the published command has a list of its own, which is not repeated here."""
 LINES = "pictures.jsonl"
 
 
@@ -41,7 +41,7 @@ class Diffusers:
 
     Args:
         name: hub id or folder.
-        negative: what the picture should not show; left out where the pipeline takes none.
+        negative: what the image should not show; left out where the pipeline takes none.
         steps: of denoising; None: as many as the pipeline takes by itself.
         size: (width, height) in pixels; None: the same.
         dtype: of the weights: `float16`, `bfloat16` or `float32`.
@@ -84,7 +84,7 @@ class Diffusers:
     def __call__(self, prompt: str, *, seed: int) -> "Image":
         import torch
 
-        # drawn on the CPU, so that the picture does not depend on the device's own generator
+        # drawn on the CPU, so that the image does not depend on the device's own generator
         return self._pipeline(prompt, generator=torch.Generator().manual_seed(seed), **self._options).images[0]
 
 
@@ -98,7 +98,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Drawn:
-    """How many answers asked for a picture, how many were drawn before, and how many asked for none."""
+    """How many answers asked for an image, how many were drawn before, and how many asked for none."""
 
     new: int
     old: int
@@ -108,7 +108,7 @@ class Drawn:
 def draw(answers: list[Answer], generator: Generator, folder: str | Path, *, seed: int = 0) -> Drawn:
     """Draws the last marked prompt of each answer as `folder/<id>.png`, and lists them in `pictures.jsonl`.
 
-    Pictures that are listed already are not drawn again. The seed of a picture depends on `seed` and its answer's id.
+    Images that are listed already are not drawn again. The seed of an image depends on `seed` and its answer's id.
 
     Raises:
         UserError: two answers have one name, or the folder lists another prompt under it.
@@ -158,7 +158,7 @@ def read_answers(path: str | Path) -> Iterator[Answer]:
 
 
 def main(arguments: list[str]) -> int:
-    """`vlm run imagine`; returns 1 when no answer asked for a picture."""
+    """`vlm run imagine`; returns 1 when no answer asked for an image."""
     options = _parser().parse_args(arguments)
     if (options.answers is None) == (options.prompt is None):
         raise UserError("give --answers FILE of `vlm predict`, or --prompt TEXT with --weights")

@@ -26,11 +26,11 @@ def requests(kind: Requests) -> tuple[str, ...]:
 def conversations(file: CaptionFile, *, kind: Requests = "brief", seed: int = 0) -> Iterator[dict[str, Any]]:
     """A conversation of one turn per caption.
 
-    Which request is made, and whether it stands before the picture or behind it (paper, equation 2), is drawn from the
+    Which request is made, and whether it stands before the image or behind it (paper, equation 2), is drawn from the
     seed and the record's id alone (its place in the file where it has none), so no other record has a say in it.
 
     Raises:
-        SampleError: a record without picture or caption.
+        SampleError: a record without image or caption.
     """
     for index, record in enumerate(file):
         name = record.get("id", index)

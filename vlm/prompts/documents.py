@@ -1,6 +1,6 @@
 """Interleaved documents: no turns, every text token is trained, image tokens never.
 
-A document is a sample with one message of the role `document`, in which text and pictures alternate as they stand on
+A document is a sample with one message of the role `document`, in which text and images alternate as they stand on
 the page. A role of its own, because nobody asks and nobody answers: a template of turns refuses it by name instead of
 training on half of it.
 """
@@ -22,7 +22,7 @@ CUT, DROPPED = "cut_documents", "dropped_images"
 class DocumentTemplate(Template):
     """Documents as they are, and the mark `end` behind them (VILA's pre-training, which has no template).
 
-    A conversation is written by the form: with the one named `document`, a picture and its caption are the shortest of
+    A conversation is written by the form: with the one named `document`, an image and its caption are the shortest of
     documents.
 
     Attributes:
@@ -68,7 +68,7 @@ DOCUMENTS = DocumentTemplate(
 
 
 def documents_of(sample: Sample) -> list[Sample]:
-    """Each document of a sample that is several, with its own pictures; a sample of another kind as it is."""
+    """Each document of a sample that is several, with its own images; a sample of another kind as it is."""
     if len(sample.messages) == 1 or sample.messages[0].role != DOCUMENT:
         return [sample]
     found, start = [], 0
@@ -95,11 +95,11 @@ class Fitted(NamedTuple):
 def fit_document(sample: Sample, tokens: Tokenized, image_tokens: Sequence[int], *, max_tokens: int | None) -> Fitted:
     """The longest beginning of a document that has at most `max_tokens` tokens and ends with text.
 
-    A picture goes as a whole, and also when all the text behind it had to go. Anything but a document stays whole.
+    An image goes as a whole, and also when all the text behind it had to go. Anything but a document stays whole.
 
     Args:
-        tokens: of the sample, one `IMAGE` for each picture.
-        image_tokens: how many tokens each picture takes.
+        tokens: of the sample, one `IMAGE` for each image.
+        image_tokens: how many tokens each image takes.
         max_tokens: None for no limit.
 
     Raises:
@@ -130,7 +130,7 @@ def fit_document(sample: Sample, tokens: Tokenized, image_tokens: Sequence[int],
 
 
 def _first_images(sample: Sample, count: int) -> Sample:
-    """The document before its picture number `count`, counted from 0."""
+    """The document before its image number `count`, counted from 0."""
     (message,) = sample.messages
     marks = [place for place, part in enumerate(message.content) if isinstance(part, ImagePart)]
     end = marks[count] if count < len(marks) else len(message.content)

@@ -1,4 +1,4 @@
-"""Fuyu-8B's text: a question behind its picture, and places as tokens of their own.
+"""Fuyu-8B's text: a question behind its image, and places as tokens of their own.
 
 What follows is `processing_fuyu.py` of transformers 4.35; later versions compute the text of places and drop it.
 """
@@ -107,7 +107,7 @@ class FuyuTokenizer(HubTokenizer):
 class FuyuTemplate(Template):
     """Pictures, the start of the text, the question, the mark of an answer, the answer.
 
-    One picture and one question is what is published; further pictures stand behind the first one, further turns behind
+    One image and one question is what is published; further images stand behind the first one, further turns behind
     the end of the answer before them.
     """
 

@@ -122,7 +122,7 @@ def _conversation(template: Template, form: Form, *, generate: bool) -> str:
 
 
 def _spoken(template: Template, *, generate: bool) -> str:
-    """Whether the user's turn is written in its form; a picture alone stands bare where training leaves text out."""
+    """Whether the user's turn is written in its form; an image alone stands bare where training leaves text out."""
     if template.instructed:
         return "true"
     return "joined(message.content).strip()" if generate else "false"

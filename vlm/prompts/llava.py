@@ -145,7 +145,7 @@ _MPT_TEMPLATE = Template(
 )
 
 TEMPLATES: dict[str, Template] = {
-    # Captions only. As a prompt the user's text does stand, followed by a newline, as published; a picture alone is
+    # Captions only. As a prompt the user's text does stand, followed by a newline, as published; an image alone is
     # what the caption stage was trained on.
     "plain": Template(
         "plain",

@@ -1,6 +1,6 @@
 """Conversation formats and requests of Mini-Gemini (dvlab-research/MGM `conversation.py`, `train.py`, `serve/cli.py`).
 
-Each is a form of LLaVA's but for several pictures, which are numbered, and for the end of a prompt, which is kept as it
+Each is a form of LLaVA's but for several images, which are numbered, and for the end of a prompt, which is kept as it
 is: `asked` writes what follows a question.
 """
 
@@ -11,7 +11,7 @@ from vlm.prompts import llava
 from vlm.prompts.template import Form, Template, TextSpan
 
 PICTURE = "<GEN>"
-"""Trigger behind a request for a picture."""
+"""Trigger behind a request for an image."""
 _SYSTEM = llava.TEMPLATES["llava_llama_2"].system
 
 _GEMMA = Form(
@@ -53,7 +53,7 @@ def asked(question: str, *, ocr: Sequence[str] = (), picture: bool = False) -> s
     """A question with the help and the trigger that may follow it.
 
     Args:
-        ocr: texts that a reader of letters found in the picture.
+        ocr: texts that a reader of letters found in the image.
         picture: the answer is to be a prompt for an image generator.
     """
     if ocr:

@@ -1,7 +1,7 @@
-"""How the systems write places in a picture as text, and how they are read back from what a system says.
+"""How the systems write places in an image as text, and how they are read back from what a system says.
 
 Boxes, quads and points are parts of a message (`vlm.sample.RegionPart`) until a sample is encoded: only then is it
-known how the picture is cut, padded or mirrored, and in which of these forms its places are written.
+known how the image is cut, padded or mirrored, and in which of these forms its places are written.
 """
 
 import dataclasses
@@ -87,14 +87,14 @@ class LlavaRegions(RegionForm):
 
 
 class QwenRegions(RegionForm):
-    """Qwen-VL's `<ref>a dog</ref><box>(120,300),(550,800)</box>`: whole numbers in [0, 1000) of the picture.
+    """Qwen-VL's `<ref>a dog</ref><box>(120,300),(550,800)</box>`: whole numbers in [0, 1000) of the image.
 
     The encoder was never published; cutting off, as here, and dividing by a thousand stays within a unit of the
     examples in the paper. Published readers disagree: what draws boxes divides by 1000 (`tokenization_qwen.py`), what
     judges them by 999 (`eval_mm/evaluate_grounding.py`).
 
     Args:
-        right: the number that is read as the right or lower edge of the picture.
+        right: the number that is read as the right or lower edge of the image.
     """
 
     _part = re.compile(rf"{_PAIR}(?:\s*,\s*{_PAIR}){{0,3}}")
@@ -147,7 +147,7 @@ class CogRegions(RegionForm):
 class FuyuRegions(RegionForm):
     """Fuyu's `<box>388, 428, 404, 488</box>` (top, left, bottom, right) and `<point>x, y</point>`.
 
-    Half the pixels of the picture after it was scaled down to fit; Fuyu's tokenizer has a token for every number.
+    Half the pixels of the image after it was scaled down to fit; Fuyu's tokenizer has a token for every number.
     """
 
     name = "fuyu"
@@ -197,10 +197,10 @@ def write_regions(sample: Sample, form: RegionForm, *, view: Callable[[int], Vie
     Where the last answer holds regions and the sample names no `answers`, the written answer becomes its reference.
 
     Args:
-        view: what the system sees of picture number k; asked only for pictures that have regions.
+        view: what the system sees of image number k; asked only for images that have regions.
 
     Raises:
-        SampleError: a region outside of the picture, or of which the view shows nothing; a kind without a form.
+        SampleError: a region outside of the image, or of which the view shows nothing; a kind without a form.
     """
     if not any(isinstance(part, RefPart | RegionPart) for message in sample.messages for part in message.content):
         return sample

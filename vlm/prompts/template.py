@@ -127,7 +127,7 @@ class Template:
         stop: strings that end a generated answer, besides the tokenizer's end token.
         instructed: False: training leaves the user's text out, and images without text stand bare, outside `user`.
         keeps_greeting: an answer before the first question is written, and trained, like any other.
-        regions: how places in a picture are written; they are text when messages get here (`write_regions`).
+        regions: how places in an image are written; they are text when messages get here (`write_regions`).
     """
 
     name: str

@@ -21,6 +21,13 @@
         configs: [model.yaml, 3_longer.yaml]
         continues: 2_finetune                    # same schedule and optimizer, another phase
 
+A variant says what differs: files that are laid over a stage's own, other keys of it, or that it is left out::
+
+    base: ../recipe.yaml
+    stages:
+      1_align: {add: [changes/no_text.yaml]}
+      3_longer: null
+
 `vlm.recipes.reading` reads them, `vlm.recipes.run` starts the nodes. None of these modules imports torch.
 """
 

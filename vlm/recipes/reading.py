@@ -1,5 +1,6 @@
 """Reads and checks `recipe.yaml`; what it may hold is drawn in `vlm.recipes.graph`."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,7 @@ def load_recipe(path: str | Path) -> Recipe:
             in the recipe, a procedure that does not exist, a cycle.
     """
     reader = _Reader(Path(path))
-    content = reader.read()
-    reader.keys(content, "the recipe", required={"system", "stages"})
+    content = reader.content()
     system = reader.name(content["system"], "system")
     stages = content["stages"]
     if not isinstance(stages, dict) or not stages:
@@ -56,6 +56,38 @@ class _Reader:
             raise UserError(f"{self.path}: cannot be read ({error})") from error
         except yaml.YAMLError as error:
             raise UserError(f"{self.path}: is no valid YAML ({' '.join(str(error).split())})") from error
+
+    def content(self) -> dict[str, Any]:
+        """The recipe as a whole: of one with a `base`, that one with what is changed."""
+        content = self.read()
+        if not (isinstance(content, dict) and "base" in content):
+            self.keys(content, "the recipe", required={"system", "stages"})
+            return content
+        self.keys(content, "the recipe", required={"base", "stages"})
+        if not isinstance(content["base"], str) or not (self.path.parent / content["base"]).is_file():
+            raise self.error("base", f"there is no file {content['base']!r} in {self.path.parent}")
+        reader = _Reader(self.path.parent / content["base"])
+        base = reader.content()
+        stages = {name: self.moved(stage, reader.path.parent) for name, stage in base["stages"].items()}
+        if not isinstance(content["stages"], dict):
+            raise self.error("stages", "must be a mapping {name of a stage of the base: what is changed, or null}")
+        for name, change in content["stages"].items():
+            key = f"stages.{self.one_of(name, 'stages', list(stages))}"
+            if change is None:  # left out
+                del stages[name]
+                continue
+            self.keys(change, key, required=set(), optional=_STAGE_KEYS | {"add"})
+            added = self.sequence(change.pop("add", []), f"{key}.add")
+            stages[name] = {**stages[name], **change}
+            stages[name]["configs"] = [*stages[name].get("configs", []), *added]
+        return {"system": base["system"], "stages": stages}
+
+    def moved(self, stage: Any, folder: Path) -> Any:
+        """A stage of a recipe in another folder, its files named from here."""
+        if not isinstance(stage, dict) or not isinstance(stage.get("configs"), list):
+            return stage
+        files = [os.path.relpath(folder / str(file), self.path.parent) for file in stage["configs"]]
+        return {**stage, "configs": files}
 
     def keys(self, value: Any, key: str, *, required: set[str], optional: frozenset[str] = frozenset()) -> None:
         if not isinstance(value, dict):

@@ -8,7 +8,7 @@
      "answers": [{"text": "boat", "weight": 1.0}], "choices": [], "group": null}
 
 It is the content-part form of the Hugging Face chat tools. `content` may be a plain string. Image parts take the
-entries of `images` in order. Places in a picture are parts too, and every system writes them in its own way
+entries of `images` in order. Places in an image are parts too, and every system writes them in its own way
 (`vlm.prompts.regions`)::
 
     {"type": "ref", "text": "the boat"}                                  a phrase; the regions behind it belong to it
@@ -16,7 +16,7 @@ entries of `images` in order. Places in a picture are parts too, and every syste
     {"type": "quad", "quad": [0.1, 0.2, 0.5, 0.2, 0.5, 0.9, 0.1, 0.9]}   corners, clockwise from the text's top left
     {"type": "point", "point": [0.1, 0.2], "image": 1, "unit": "share"}
 
-A document in which text and pictures alternate (MMC4, OBELICS) is one message, of the role `document`::
+A document in which text and images alternate (MMC4, OBELICS) is one message, of the role `document`::
 
     {"images": ["a.png"], "messages": [{"role": "document", "content": [
         {"type": "text", "text": "The harbour at dawn."}, {"type": "image"}, {"type": "text", "text": "A boat."}]}]}
@@ -24,7 +24,7 @@ A document in which text and pictures alternate (MMC4, OBELICS) is one message, 
 Several such messages are documents that share a step and see nothing of each other (`vlm.data.Grouped`).
 
 `image` counts the entries of `images` from 0, which is the default. `unit` is `share` of the stored picture's width and
-height (the default), `pixel`, or `square`: share of the side of the picture padded to square, as LLaVA-1.5 counts.
+height (the default), `pixel`, or `square`: share of the side of the image padded to square, as LLaVA-1.5 counts.
 """
 
 from vlm.sample.images import MAX_PIXELS, ImageFile, parse_image

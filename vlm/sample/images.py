@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from vlm.sample.parts import Sample
 
 MAX_PIXELS = 100_000_000
-"""Default limit on decode: a 100-megapixel picture is a mistake or an attack."""
+"""Default limit on decode: a 100-megapixel image is a mistake or an attack."""
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A picture that is not decoded yet: a file, or bytes out of a shard or a parquet row."""
+    """An image that is not decoded yet: a file, or bytes out of a shard or a parquet row."""
 
     name: str
     path: Path | None = None
@@ -33,13 +33,13 @@ class ImageFile:
             return image.size
 
     def read(self, sample: "Sample") -> Image.Image:
-        """The picture, decoded, in RGB, as the published pipelines have it: `Image.open(...).convert("RGB")`.
+        """The image, decoded, in RGB, as the published pipelines have it: `Image.open(...).convert("RGB")`.
 
         So transparency is dropped, of an animation the first frame is taken, and a rotation that a camera noted in
         EXIF is not applied. 16 bits of grey become the upper 8, where that conversion would cut them off to white.
 
         Raises:
-            SampleError: missing, truncated, not a picture, larger than `max_pixels`, or with pixels of 32 bits, whose
+            SampleError: missing, truncated, not an image, larger than `max_pixels`, or with pixels of 32 bits, whose
                 range nobody knows.
         """
         with self._open(sample) as image, warnings.catch_warnings():

@@ -15,7 +15,7 @@ ROLES = ("system", "user", "assistant", DOCUMENT)
 
 @dataclass(frozen=True)
 class ImagePart:
-    """Stands where a picture is; takes the next entry of `Sample.images`."""
+    """Stands where an image is; takes the next entry of `Sample.images`."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ RegionUnit = Literal["share", "pixel", "square"]
 
 @dataclass(frozen=True)
 class RegionPart:
-    """A place in a picture.
+    """A place in an image.
 
     Attributes:
         kind: box, quad or point.
@@ -53,7 +53,7 @@ class RegionPart:
     unit: RegionUnit = "share"
 
     def shares(self, width: int, height: int) -> Points:
-        """The points in shares of the stored picture, given its size in pixels; those beyond its edge too."""
+        """The points in shares of the stored image, given its size in pixels; those beyond its edge too."""
         if self.unit == "share":
             return self.points
         side = max(width, height)
@@ -87,7 +87,7 @@ class Message:
 class Sample:
     """One parsed sample. Build it with `parse_sample`, which checks everything that can be wrong with it.
 
-    `resolution` is not part of a record: the data module says at which resolution the pictures of a data set are shown
+    `resolution` is not part of a record: the data module says at which resolution the images of a data set are shown
     (`vlm.data.wrappers.resolution`), in words of the system's codec; None leaves it to the system.
     """
 

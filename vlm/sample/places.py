@@ -8,9 +8,9 @@ _SIDES = re.compile(r"\b(?:left|right)|[左右]", re.IGNORECASE)
 
 
 def places_named(sample: Sample) -> Places:
-    """What may not change: with `sides` a picture is not mirrored, with `regions` nothing is moved but by a crop.
+    """What may not change: with `sides` an image is not mirrored, with `regions` nothing is moved but by a crop.
 
-    A word that only begins like one (`rightly`) counts as well: to show a picture as it is harms nothing.
+    A word that only begins like one (`rightly`) counts as well: to show an image as it is harms nothing.
     """
     parts = [part for message in sample.messages for part in message.content]
     if any(isinstance(part, RegionPart) for part in parts):

@@ -21,9 +21,9 @@ from vlm.vision.patches import Patches, channels_last
 
 
 class FuyuCodec(RowCodec):
-    """Rows in which a picture takes a token for each of its patches and one for each row of them.
+    """Rows in which an image takes a token for each of its patches and one for each row of them.
 
-    Places count in pixels of the picture as it is cut, after it was scaled down.
+    Places count in pixels of the image as it is cut, after it was scaled down.
     """
 
     joins_views = True
@@ -73,11 +73,11 @@ class FuyuCodec(RowCodec):
 
 
 class Fuyu(RowDecoder):
-    """A picture is its patches, and a decoder is all there is.
+    """An image is its patches, and a decoder is all there is.
 
     ::
 
-        picture, at its own size, scaled down where it is larger than 1920 x 1080
+        image, at its own size, scaled down where it is larger than 1920 x 1080
           -> patches of 30 x 30, the colours of a pixel together        float[V, 2700]
           -> Linear                                                     float[V, D]
           -> row by row, the token |NEWLINE| behind each row; then <s>, the text, <0x04>, the answer
@@ -86,7 +86,7 @@ class Fuyu(RowDecoder):
     Nothing about its training is published: the recipe, which trains everything, is ours.
 
     Args:
-        patches: how a picture is cut.
+        patches: how an image is cut.
         language: the decoder.
         tokenizer: of the decoder; it has `|NEWLINE|`.
         template: name of the conversation template (`vlm.prompts`).

@@ -4,11 +4,11 @@ from vlm.systems.spliced import SplicedDecoder
 
 
 class LLaVA(SplicedDecoder):
-    """A picture is 256 tokens beside the question.
+    """An image is 256 tokens beside the question.
 
     ::
 
-        picture, shortest edge to 224 px, centre crop
+        image, shortest edge to 224 px, centre crop
           -> CLIP ViT-L/14, output of block 23 of 24, patches only      float[V, 256, 1024]
           -> Linear                                                     float[V, 256, D]
           -> in the place of <image> in the user's first turn

@@ -4,18 +4,18 @@ from vlm.systems.spliced import SplicedDecoder
 
 
 class LLaVA15(SplicedDecoder):
-    """A picture is 576 tokens in front of the question.
+    """An image is 576 tokens in front of the question.
 
     ::
 
-        picture, padded to square, 336 px
+        image, padded to square, 336 px
           -> CLIP ViT-L/14, output of block 23 of 24, patches only      float[V, 576, 1024]
           -> Linear, GELU, Linear                                       float[V, 576, D]
           -> in the place of <image> in "USER: <image>\\n{question} ASSISTANT: {answer}</s>"
           -> Vicuna v1.5; loss on the answers and their end tokens
 
-    Stage 1 trains the connector on captions (template `plain`: the picture, then its caption; pictures are cropped).
-    Stage 2 trains connector and language model on conversations (template `v1`; pictures are padded).
+    Stage 1 trains the connector on captions (template `plain`: the image, then its caption; images are cropped).
+    Stage 2 trains connector and language model on conversations (template `v1`; images are padded).
     """
 
     system = "llava_1_5"

@@ -23,7 +23,7 @@ from vlm.vision.tiling import NEWLINE, NEXT_GRIDS, AnyRes
 
 
 class AnyResCodec(SplicedCodec):
-    """Rows in which a picture takes as many tokens as its shape asks for.
+    """Rows in which an image takes as many tokens as its shape asks for.
 
     Boxes count from the padded square, as in the files of LLaVA-1.5, of which much of the published mixture is; no view
     shows that square.
@@ -65,17 +65,17 @@ class AnyResCodec(SplicedCodec):
 
 
 class LLaVANext(SplicedDecoder):
-    """A picture is 576 tokens of the whole and up to 2,352 of its parts.
+    """An image is 576 tokens of the whole and up to 2,352 of its parts.
 
     ::
 
-        picture -> the grid of 336 px tiles that suits its shape (AnyRes), and the whole of it squashed
+        image -> the grid of 336 px tiles that suits its shape (AnyRes), and the whole of it squashed
           -> CLIP ViT-L/14, output of block 23 of 24, patches only      float[V, 576, 1024]
           -> Linear, GELU, Linear                                       float[V, 576, D]
           -> the whole; then the map of the tiles without the padding, a learned newline behind each row
           -> in the place of <image> -> Vicuna, Mistral, Llama 3 or Yi; loss on the answers
 
-    Stage 1 trains the connector on one view per picture, as LLaVA-1.5 does (`grids: null`). Stage 2 trains everything,
+    Stage 1 trains the connector on one view per image, as LLaVA-1.5 does (`grids: null`). Stage 2 trains everything,
     the tower at a lower rate.
 
     Args:

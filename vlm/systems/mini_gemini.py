@@ -18,11 +18,11 @@ from vlm.vision.tiling import low_views
 
 
 class MiniGemini(SplicedDecoder):
-    """A picture is 576 tokens that have looked for detail in a finer map of it.
+    """An image is 576 tokens that have looked for detail in a finer map of it.
 
     ::
 
-        picture, padded to square, 768 px
+        image, padded to square, 768 px
           -> OpenCLIP ConvNeXt-L, four stages at stride 4                  high: float[V, 192 * 192, 2880]
           -> bilinear to 336 px -> CLIP ViT-L/14, block 23 of 24, patches  low:  float[V, 576, 1024]
           -> patch info mining: each of the 24 x 24 places attends to its own 8 x 8 window of the fine map
@@ -33,13 +33,13 @@ class MiniGemini(SplicedDecoder):
         tokens, the whole first
 
     Stage 1 trains the mining and the connector on captions, stage 2 the language model too; both towers stay frozen,
-    but the ConvNeXt drops paths at random meanwhile. A picture that is asked for with `<GEN>` is answered by a prompt
+    but the ConvNeXt drops paths at random meanwhile. An image that is asked for with `<GEN>` is answered by a prompt
     for an image generator between `<h>` and `</h>` (`vlm run imagine`).
 
     Args:
-        vision_high: the tower of the fine map; its `image_size` is that of the batch's one view of a picture.
+        vision_high: the tower of the fine map; its `image_size` is that of the batch's one view of an image.
         grid: parts per side of the low-resolution view (HD: 2).
-        whole: a view of the whole picture beside its parts.
+        whole: a view of the whole image beside its parts.
         scale_features: multiply the features by sqrt(D), as Gemma in transformers before 5 did with whatever it was
             given: the public 2B weights were trained so. Token embeddings carry the factor themselves.
         **kwargs: as in `SplicedDecoder`.

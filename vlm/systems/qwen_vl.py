@@ -5,11 +5,11 @@ from vlm.systems.spliced import SplicedDecoder
 
 
 class QwenVL(SplicedDecoder):
-    """A picture is 256 tokens at any resolution, and places in it are text.
+    """An image is 256 tokens at any resolution, and places in it are text.
 
     ::
 
-        picture, squashed to 224 px (stage 1) or 448 px
+        image, squashed to 224 px (stage 1) or 448 px
           -> ViT-bigG/14, all blocks, no class token; positions of 16 x 16     float[V, 256 or 1024, 1664]
           -> 256 learned queries look at them once (`vlm.connectors.Resampler`) float[V, 256, D]
           -> between <img> and </img> -> Qwen-7B, which is Qwen2's class       loss on captions, answers, boxes

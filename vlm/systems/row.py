@@ -1,4 +1,4 @@
-"""Decoders whose row holds text and, in the place of marks, what pictures became.
+"""Decoders whose row holds text and, in the place of marks, what images became.
 
 Reading order: `RowCodec.encode` (sample to tokens), `RowDecoder.encode_images` (pixels to features),
 `RowDecoder.embed_row` (splice), `RowDecoder.losses` (decode, loss).
@@ -37,7 +37,7 @@ STREAM = "image"
 
 
 class RowCodec(Codec):
-    """Rows in which a picture takes as many tokens as `num_tokens` says for its size.
+    """Rows in which an image takes as many tokens as `num_tokens` says for its size.
 
     Args:
         max_tokens: longest sample, image tokens included; a longer one is an error, never cut in silence. Documents
@@ -94,7 +94,7 @@ class RowCodec(Codec):
         """The sequence of a sample.
 
         Args:
-            slots: positions that pictures take.
+            slots: positions that images take.
         """
         return TokenSequence(torch.tensor(ids), targets, slots={STREAM: torch.tensor(slots, dtype=torch.int64)})
 
@@ -102,7 +102,7 @@ class RowCodec(Codec):
     def reserve(
         marked: Sequence[int], labels: Sequence[int], image_tokens: Sequence[int]
     ) -> tuple[list[int], list[int], list[int]]:
-        """Widens each image mark to the tokens that its picture takes: ids, labels, and the positions of features."""
+        """Widens each image mark to the tokens that its image takes: ids, labels, and the positions of features."""
         widths = iter(image_tokens)
         ids: list[int] = []
         wide: list[int] = []
@@ -155,7 +155,7 @@ def concat_documents(items: Sequence[Encoded]) -> Encoded:
 
 
 class RowDecoder(VisionLanguageModule):
-    """Text and pictures in one row -> language model -> label positions.
+    """Text and images in one row -> language model -> label positions.
 
     Args:
         language: the decoder.
@@ -189,7 +189,7 @@ class RowDecoder(VisionLanguageModule):
             )
         return language
 
-    # -- what pictures go through
+    # -- what images go through
 
     @property
     @abstractmethod
@@ -198,7 +198,7 @@ class RowDecoder(VisionLanguageModule):
 
     @abstractmethod
     def image_modules(self) -> tuple[nn.Module, ...]:
-        """What pictures go through."""
+        """What images go through."""
 
     @abstractmethod
     def encode_images(self, batch: Batch) -> Tensor:
@@ -211,16 +211,16 @@ class RowDecoder(VisionLanguageModule):
     # -- forward
 
     def image_features(self, batch: Batch) -> Tensor:
-        """float[K, D] features of all pictures, in the order of the row's slots."""
+        """float[K, D] features of all images, in the order of the row's slots."""
         views = batch.views.get(STREAM)
         if views is None:
             return self.empty_features(batch)
         return self.arrange_features(self.encode_images(batch), views.layout)
 
     def empty_features(self, batch: Batch) -> Tensor:
-        """float[0, D] for a pack without pictures, connected to what it left out.
+        """float[0, D] for a pack without images, connected to what it left out.
 
-        A step in which no rank has a picture skips the tower everywhere. In a mixed step, a rank without one runs a
+        A step in which no rank has an image skips the tower everywhere. In a mixed step, a rank without one runs a
         blank view, at the same place as the others run theirs, so that the ranks of a sharded model stay in step.
         """
         device = batch.text.ids.device
@@ -234,8 +234,9 @@ class RowDecoder(VisionLanguageModule):
 
     def embed_row(self, batch: Batch) -> Tensor:
         """float[N, D]: token embeddings with the image features in place."""
-        embeds = self.language.get_input_embeddings()(batch.text.ids)
-        return splice(embeds, self.image_features(batch), batch.text.slots[STREAM])
+        embeds = self.language.get_input_embeddings()(batch.text.ids)  # [N, D], of placeholders too
+        features = self.image_features(batch)  # [K, D]
+        return splice(embeds, features, batch.text.slots[STREAM])  # [N, D], K of them overwritten
 
     def layer_inputs(self, batch: Batch) -> LayerInputs:
         """What every layer is told about the row, in training, scores and answers alike.
@@ -247,11 +248,13 @@ class RowDecoder(VisionLanguageModule):
 
     def label_logits(self, batch: Batch) -> Tensor:
         """float[L, vocabulary] at the label positions."""
-        return label_logits(self.language, self.embed_row(batch), batch.text, self.layer_inputs(batch))
+        embeds = self.embed_row(batch)  # [N, D]
+        return label_logits(self.language, embeds, batch.text, self.layer_inputs(batch))  # [N, D] -> [L, D] -> [L, V]
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         row = batch.text
-        return {"lm": token_loss(self.label_logits(batch), row.targets, row.weights)}
+        logits = self.label_logits(batch)  # [L, V]: the other N - L positions never meet the vocabulary
+        return {"lm": token_loss(logits, row.targets, row.weights)}  # [], a sum: the step divides it
 
     def answers(self, batch: Batch, decoding: Decoding) -> list[str]:
         prompts = Prompt.split(self.embed_row(batch), batch.text, self.layer_inputs(batch))
@@ -263,7 +266,7 @@ class RowDecoder(VisionLanguageModule):
             return [group[at] for group, at in zip(letters, chosen, strict=True)]
         if decoding.candidates:
             options = self._option_ids(decoding.candidates)
-            chosen = [rank_options(self.language, [prompt], [options])[0] for prompt in prompts]
+            chosen = rank_options(self.language, prompts, [options] * len(prompts))
             return [decoding.candidates[at] for at in chosen]
         ends = {mark: tokenizer.added_id(mark) for mark in self.codec.template.stop}
         answers = generate(

@@ -24,10 +24,10 @@ from vlm.vision.preprocess import ImageMode, ImageTransform, RandomCropFlip
 
 
 class SplicedCodec(RowCodec):
-    """Rows in which every picture takes a fixed number of tokens; subclasses may give it a number of its own.
+    """Rows in which every image takes a fixed number of tokens; subclasses may give it a number of its own.
 
     Args:
-        tower: facts of the vision tower, `num_tokens` behind the connector; one view per picture.
+        tower: facts of the vision tower, `num_tokens` behind the connector; one view per image.
         max_tokens: longest sample, image tokens included; a longer one is an error, never cut in silence. Documents
             are cut to it, and that is counted (`vlm.prompts.documents`).
     """
@@ -81,7 +81,7 @@ class SplicedDecoder(RowDecoder):
         language: the decoder.
         tokenizer: of the decoder. Tokens it adds get rows of their own (`vlm.language.NewTokens`).
         template: name of the conversation template (`vlm.prompts`).
-        image: how a picture becomes a square view: `pad` to square with the mean colour, `crop` the centre after
+        image: how an image becomes a square view: `pad` to square with the mean colour, `crop` the centre after
             resizing the short edge, or `squash`.
         augment: random crops and flips before it, in training, and perhaps RandAugment.
         max_tokens: longest sample.

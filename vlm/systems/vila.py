@@ -8,7 +8,7 @@ class VILA(SplicedDecoder):
 
     ::
 
-        pictures, padded to square, 336 px
+        images, padded to square, 336 px
           -> CLIP ViT-L/14, output of block 23 of 24, patches only      float[V, 576, 1024]
           -> Linear (paper), or Linear, GELU, Linear (released)         float[V, 576, D]
              or 2 x 2 neighbours joined, Linear                         float[V, 144, D]
@@ -17,7 +17,7 @@ class VILA(SplicedDecoder):
 
     Stage 0 trains the connector on captions (template `plain`). Stage 1 trains connector and language model on
     interleaved documents and pairs (template `document`). Stage 2 trains both on visual conversations, with text-only
-    ones mixed back in, which pass no picture at all (template `v1`).
+    ones mixed back in, which pass no image at all (template `v1`).
     """
 
     system = "vila"

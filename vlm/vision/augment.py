@@ -1,7 +1,7 @@
-"""Changes of a picture that it is trained with, and what a sample forbids to change.
+"""Changes of an image that it is trained with, and what a sample forbids to change.
 
 The operations of BLIP's RandAugment work on bytes as the published ones do (its `transform/randaugment.py`, with OpenCV
-for what moves pixels), so that a picture comes out the same to the byte.
+for what moves pixels), so that an image comes out the same to the byte.
 """
 
 import math
@@ -22,14 +22,14 @@ _PROBABILITY = 0.5  # of each operation that was drawn
 
 @dataclass(frozen=True)
 class RandAugment:
-    """BLIP's: some operations out of ten, each done half of the time; a pure function of picture and seed.
+    """BLIP's: some operations out of ten, each done half of the time; a pure function of image and seed.
 
     At the published magnitude Brightness and Sharpness, like Identity, change nothing. AutoContrast stretches each
-    colour as it means to: the published one turns a picture that has no black in a colour nearly white (a number of
+    colour as it means to: the published one turns an image that has no black in a colour nearly white (a number of
     eight bits is negated).
 
     Args:
-        num_ops: how many operations are drawn for a picture, one more than once perhaps.
+        num_ops: how many operations are drawn for an image, one more than once perhaps.
         magnitude: how strong they are, 0..10.
     """
 
@@ -44,7 +44,7 @@ class RandAugment:
             raise UserError(f"RandAugment.magnitude must be in 0..{_MAX_MAGNITUDE}, found {self.magnitude}")
 
     def __call__(self, image: Image.Image, *, seed: int, places: Places = "unnamed") -> Image.Image:
-        """An RGB picture of the same size; with regions in the sample, operations that move pixels are left out."""
+        """An RGB image of the same size; with regions in the sample, operations that move pixels are left out."""
         chance = random.Random(seed)
         names = chance.choices(list(OPERATIONS), k=self.num_ops)
         pixels = np.asarray(image)
@@ -183,5 +183,5 @@ OPERATIONS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
     "TranslateY": _translate_y,
     "Rotate": _rotate,
 }
-"""By published name, from uint8[H, W, 3] and a signed strength in -1..1 to a picture of the same size."""
+"""By published name, from uint8[H, W, 3] and a signed strength in -1..1 to an image of the same size."""
 MOVING = frozenset({"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"})

@@ -19,9 +19,9 @@ _EDGE = 1
 
 @dataclass(frozen=True)
 class Patches:
-    """A picture as patches, row by row, in as many as its size asks for (Fuyu-8B, Adept, 2023).
+    """An image as patches, row by row, in as many as its size asks for (Fuyu-8B, Adept, 2023).
 
-    A picture that is larger than the limit is scaled down until it fits, a smaller one stays as it is. At the right and
+    An image that is larger than the limit is scaled down until it fits, a smaller one stays as it is. At the right and
     at the bottom it is filled up to whole patches.
 
     Args:
@@ -42,7 +42,7 @@ class Patches:
                 raise UserError(f"patches.{name}: must be a multiple of the patch's {self.side} pixels, found {value}")
 
     def scaled(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height of what is cut of a picture of this size.
+        """Width and height of what is cut of an image of this size.
 
         Raises:
             UserError: nothing would be left of one side.
@@ -59,7 +59,7 @@ class Patches:
         return found
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
-        """(columns, rows) of the patches of a picture of this size."""
+        """(columns, rows) of the patches of an image of this size."""
         across, down = self.scaled(width, height)
         return -(-across // self.side), -(-down // self.side)
 
@@ -84,9 +84,9 @@ class Patches:
 
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The picture at (width, height), byte for byte as the image processor of transformers has it.
+    """The image at (width, height), byte for byte as the image processor of transformers has it.
 
-    By torch and on bytes: Pillow's bilinear rounds otherwise, by up to two grey levels in wide pictures.
+    By torch and on bytes: Pillow's bilinear rounds otherwise, by up to two grey levels in wide images.
     """
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     made = F.interpolate(pixels, size=size[::-1], mode="bilinear", antialias=True)[0]
@@ -94,7 +94,7 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def joined(patches: Tensor, *, columns: int) -> Tensor:
-    """float[V, 3, side, side] patches of one picture as the picture float[3, H, W] that they are cut from."""
+    """float[V, 3, side, side] patches of one image as the image float[3, H, W] that they are cut from."""
     rows = patches.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)
     return rows.flatten(3, 4).flatten(1, 2)
 

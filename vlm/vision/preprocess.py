@@ -31,12 +31,12 @@ _INTERPOLATIONS = {
 }
 _MODES = ("pad", "crop", "squash")
 _LOG_RATIO = math.log(4 / 3)
-_MAX_ASPECT = 100  # of a picture that is resized whole before its middle is cut out
+_MAX_ASPECT = 100  # of an image that is resized whole before its middle is cut out
 _MAX_SQUARE = 64_000_000  # pixels of a padded square that is made whole
 
 
 def pad_to_square(image: Image.Image, *, color: tuple[int, int, int]) -> Image.Image:
-    """The picture centred on a square of its longer side; an odd rest goes to the right or bottom."""
+    """The image centred on a square of its longer side; an odd rest goes to the right or bottom."""
     width, height = image.size
     if width == height:
         return image
@@ -73,7 +73,7 @@ def resize_shortest(image: Image.Image, *, size: int, interpolation: str = "bicu
 
 
 def center_crop(image: Image.Image, *, size: int) -> Image.Image:
-    """The middle `size` x `size` of a picture at least that large."""
+    """The middle `size` x `size` of an image at least that large."""
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
@@ -99,7 +99,7 @@ ImageMode = Literal["pad", "crop", "squash"]
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """An RGB picture of any size as float32[3, size, size].
+    """An RGB image of any size as float32[3, size, size].
 
     Args:
         size: side of the square.
@@ -130,7 +130,7 @@ class ImageTransform:
         return normalize(self.square(image), mean=self.mean, std=self.std)
 
     def square(self, image: Image.Image) -> Image.Image:
-        """The picture as the model sees it, before normalisation."""
+        """The image as the model sees it, before normalisation."""
         method = _INTERPOLATIONS[self.interpolation]
         if self.mode == "pad":
             red, green, blue = self.pad_color or tuple(int(channel * 255) for channel in self.mean)
@@ -143,11 +143,11 @@ class ImageTransform:
         return image.resize((self.size, self.size), method)
 
     def placement(self, width: float, height: float) -> Placement:
-        """Where a picture of this size lies in its square."""
+        """Where an image of this size lies in its square."""
         if self.mode == "squash":
             return Placement()
         side = max(width, height) if self.mode == "pad" else min(width, height)
-        # in whole pixels, as the picture itself is pasted and cut
+        # in whole pixels, as the image itself is pasted and cut
         left, top = (width - side) // 2, (height - side) // 2
         if self.mode == "pad":
             left, top = -((side - width) // 2), -((side - height) // 2)
@@ -163,15 +163,15 @@ def _at_most_elongated(image: Image.Image, *, aspect: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class RandomCropFlip:
-    """Training augmentation before an `ImageTransform`: a random part of the picture as a square, perhaps mirrored.
+    """Training augmentation before an `ImageTransform`: a random part of the image as a square, perhaps mirrored.
 
-    A pure function of picture and seed, so that a resumed run sees the same pictures. Area and aspect ratio are drawn
+    A pure function of image and seed, so that a resumed run sees the same images. Area and aspect ratio are drawn
     as torchvision's `RandomResizedCrop` does (ten tries, then the middle).
 
     Args:
         size: side of the square.
         scale: smallest and largest share of the area that is kept.
-        flip: mirror half of the pictures, of samples that name no places (`vlm.sample.places.places_named`).
+        flip: mirror half of the images, of samples that name no places (`vlm.sample.places.places_named`).
         then: what else happens to the square (BLIP).
     """
 
@@ -189,7 +189,7 @@ class RandomCropFlip:
         return image if self.then is None else self.then(image, seed=seed_from(seed, "then"), places=places)
 
     def placement(self, width: int, height: int, *, seed: int, places: Places = "unnamed") -> Placement:
-        """Where a picture of this size lies in what `__call__` makes of it; with regions `then` does not move it."""
+        """Where an image of this size lies in what `__call__` makes of it; with regions `then` does not move it."""
         box, mirrored = self._draw(width, height, seed, places)
         placement = Placement.of_crop(box, size=(width, height))
         return placement.then(MIRRORED) if mirrored else placement

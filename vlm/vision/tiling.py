@@ -1,4 +1,4 @@
-"""Large pictures as several views of the tower's own size.
+"""Large images as several views of the tower's own size.
 
 AnyRes of LLaVA-NeXT (Liu et al., "LLaVA-NeXT: Improved reasoning, OCR, and world knowledge", 2024), as in
 haotian-liu/LLaVA `mm_utils.py` and `llava_arch.py`: the official rule with its ties and its cutting of decimals, which
@@ -28,7 +28,7 @@ class AnyRes:
 
     ::
 
-        picture -> the grid that shows most of it, then the one that wastes least, then the first
+        image -> the grid that shows most of it, then the one that wastes least, then the first
                 -> resized to fit, centred on black -> tiles row by row, behind the squashed whole
         features -> base view, then the map of all tiles without the padding, a newline token behind each of its rows
 
@@ -53,7 +53,7 @@ class AnyRes:
             raise UserError(f"merge {self.merge!r}: use one of spatial_unpad, spatial, flat")
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
-        """(columns, rows) for a picture of this size."""
+        """(columns, rows) for an image of this size."""
 
         def quality(grid: tuple[int, int]) -> tuple[int, int]:
             across, down = grid[0] * self.tile, grid[1] * self.tile
@@ -64,7 +64,7 @@ class AnyRes:
         return max(self.grids, key=quality)  # the first of equals
 
     def content(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """(left, top, right, bottom) of the resized picture on its canvas, in pixels."""
+        """(left, top, right, bottom) of the resized image on its canvas, in pixels."""
         columns, rows = self.grid(width, height)
         across, down = columns * self.tile, rows * self.tile
         scale_x, scale_y = across / width, down / height
@@ -90,14 +90,14 @@ class AnyRes:
         return 1 + columns * rows
 
     def num_tokens(self, width: int, height: int) -> int:
-        """Tokens of a picture of this size, newlines included; the length of `layout`."""
+        """Tokens of an image of this size, newlines included; the length of `layout`."""
         if self.merge == "flat":
             return self.num_views(width, height) * self.patches**2
         left, top, right, bottom = self._shown(width, height)
         return self.patches**2 + (bottom - top) * (right - left + (self.merge == "spatial_unpad"))
 
     def layout(self, width: int, height: int) -> Tensor:
-        """int64[T]: for each token of the picture the feature it shows, counted over the views, or `NEWLINE`."""
+        """int64[T]: for each token of the image the feature it shows, counted over the views, or `NEWLINE`."""
         base = torch.arange(self.patches**2)
         columns, rows = self.grid(width, height)
         tiles = torch.arange(columns * rows * self.patches**2) + len(base)
@@ -125,15 +125,15 @@ class AnyRes:
 
 
 def low_views(pixels: Tensor, *, size: int, grid: int = 1, whole: bool = False) -> Tensor:
-    """Views for a tower of low resolution, made of the pictures that one of high resolution sees (Mini-Gemini, 2024).
+    """Views for a tower of low resolution, made of the images that one of high resolution sees (Mini-Gemini, 2024).
 
-    Bilinear and not antialiased, as published, and the whole picture in two such steps: from the large view, not from
+    Bilinear and not antialiased, as published, and the whole image in two such steps: from the large view, not from
     `pixels`.
 
     Args:
         pixels: float[V, 3, H, H], normalised.
         size: side of a view.
-        grid: the picture at `grid * size` is cut into `grid` x `grid` views.
+        grid: the image at `grid * size` is cut into `grid` x `grid` views.
         whole: and one view of all of it, in front of them.
 
     Returns:

@@ -28,7 +28,7 @@ def write_tokenizer(folder: Path, codec: Any, *, num_rows: int, tiles: AnyRes | 
     Args:
         codec: of the system.
         num_rows: rows of its embedding table.
-        tiles: of a picture, where it has more than one view.
+        tiles: of an image, where it has more than one view.
 
     Returns:
         Ids of `<image>` and `<pad>`: the first two that the tokenizer does not use.
@@ -44,8 +44,8 @@ def write_tokenizer(folder: Path, codec: Any, *, num_rows: int, tiles: AnyRes | 
     marks = [AddedToken(token, normalized=False, special=True) for token in (IMAGE_TOKEN, PAD_TOKEN)]
     backend.add_special_tokens(marks)
     if isinstance(codec.tokenizer, LlamaTokenizer) and not codec.tokenizer.legacy:
-        # Text behind a picture is tokenized as a text of its own and starts with a blank, text behind `</s>` does not.
-        # A normalizer sees each piece alone; of these pieces only the one behind a picture starts with white space.
+        # Text behind an image is tokenized as a text of its own and starts with a blank, text behind `</s>` does not.
+        # A normalizer sees each piece alone; of these pieces only the one behind an image starts with white space.
         blank = normalizers.Replace(Regex(r"\A(?=\s)"), _BLANK)
         backend.normalizer = normalizers.Sequence([blank, backend.normalizer])
     backend.save(str(file))
@@ -99,7 +99,7 @@ def write_processor(
 
 
 def sizes_cut_otherwise(tiles: AnyRes, *, largest: int) -> list[tuple[int, int]]:
-    """(width, height) of the pictures of which Hugging Face's `unpad_image` keeps other features of the tiles.
+    """(width, height) of the images of which Hugging Face's `unpad_image` keeps other features of the tiles.
 
     Both scale the picture's free side to the map; the published code cuts decimals off where the port rounds to seven
     first, so that a whole number that came out a hair too small makes the difference. Grids are chosen alike: the
@@ -143,7 +143,7 @@ def _image_processor(transform: ImageTransform, tiles: AnyRes | None) -> dict[st
         return shared | {
             "image_processor_type": "LlavaNextImageProcessor",
             "do_center_crop": False,
-            "do_pad": True,  # the number of views, not a picture
+            "do_pad": True,  # the number of views, not an image
             "image_grid_pinpoints": [[tiles.tile * rows, tiles.tile * columns] for columns, rows in tiles.grids],
             "resample": int(Image.Resampling.BICUBIC),
             "size": side,

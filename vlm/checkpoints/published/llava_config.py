@@ -64,7 +64,7 @@ class LlavaConfig:
     marks: tuple[int, int] | None = None
     """Ids of `<image>` and `<pad>` in Hugging Face files; None: the first two rows above the vocabulary."""
     pinpoints: list[list[int]] | None = None
-    """(width, height) in pixels of the canvases of LLaVA-NeXT's tiles; None: one view per picture."""
+    """(width, height) in pixels of the canvases of LLaVA-NeXT's tiles; None: one view per image."""
     high: dict[str, Any] | None = None
     """`init_args` of the second tower of Mini-Gemini."""
     grid: int = 1

@@ -86,4 +86,5 @@ def published_source(path: str) -> WeightSource:
     opened = family.open_complete(path)
     is_carried = family.carried(opened)
     names = frozenset(name for name in opened.shapes if not is_carried(name))
-    return WeightSource(f"published weights {path}", names, lambda: iter(opened.stream()))
+    carried = tuple(sorted(opened.shapes.keys() - names))
+    return WeightSource(f"published weights {path}", names, lambda: iter(opened.stream()), carried=carried)

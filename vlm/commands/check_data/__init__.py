@@ -1,4 +1,4 @@
-"""`vlm check-data`: every sample as a training would meet it; what is wrong, what is unusual, what there is.
+"""`vlm check-data`: every sample as a run would meet it; what is wrong, what is unusual, what there is.
 
 samples -> scan (worker processes, arrays) -> statistics -> report -> terminal, JSON, page, quarantine
 """

@@ -33,7 +33,7 @@ def encode(encoder: Encoder, index: int, *, epoch: int) -> Encoded:
 
 
 def sizes_of(item: Encoded) -> tuple[int, int, int]:
-    """Tokens, trained tokens, and tokens of pictures."""
+    """Tokens, trained tokens, and tokens of images."""
     sequences = [*item.text, *(sequence for row in item.rows.values() for sequence in row)]
     labels = sum(int((sequence.targets != IGNORE).sum()) for sequence in sequences)
     visual = sum(len(positions) for sequence in sequences for positions in sequence.slots.values())
@@ -70,7 +70,7 @@ def _part(part: Any) -> Any:
 
 
 def file_key(file: ImageFile, *owner: int) -> int:
-    """A hash that pictures have in common that are one file; else one of the picture's `owner` and its place there."""
+    """A hash that images have in common that are one file; else one of the picture's `owner` and its place there."""
     if type(file) is ImageFile and file.path is not None:  # others lie inside of a larger file
         return hashed("path", str(file.path))
     if type(file) is ImageFile and file.data is not None:

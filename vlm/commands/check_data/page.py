@@ -1,4 +1,4 @@
-"""The report of a check as one page, with pictures of what is wrong and of what is unusual."""
+"""The report of a check as one page, with images of what is wrong and of what is unusual."""
 
 from collections.abc import Iterator
 from pathlib import Path

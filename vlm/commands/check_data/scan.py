@@ -1,7 +1,7 @@
 """Looking at every sample, in worker processes: what is wrong with it, and a few numbers about it.
 
 Good samples leave numbers in arrays and nothing else, about 70 bytes each, so that memory stays flat however large the
-data is. A picture that many samples show is decoded once.
+data is. An image that many samples show is decoded once.
 """
 
 import sys
@@ -36,12 +36,12 @@ class Finding(NamedTuple):
 
 @dataclass
 class Texts:
-    """Numbers of n samples with k pictures.
+    """Numbers of n samples with k images.
 
     Attributes:
         tokens: int32[n], 0 where it could not be encoded; so are labels and visual.
         labels: int32[n] trained tokens.
-        visual: int32[n] tokens of pictures.
+        visual: int32[n] tokens of images.
         scripts: int8[n], of the text; an index of `SCRIPTS`.
         pictures: int32[n], how many.
         cut: int8[n], 1 for a document whose end did not fit into the limit of tokens.
@@ -130,7 +130,7 @@ class _TextChunks(Dataset):
 
 
 class _PictureChunks(Dataset):
-    """Pictures, each given by a sample that shows it: its number, and which of its pictures."""
+    """Pictures, each given by a sample that shows it: its number, and which of its images."""
 
     def __init__(self, parts: Sequence[Part], owners: np.ndarray, places: np.ndarray, *, headers_only: bool) -> None:
         self.parts = parts
@@ -171,7 +171,7 @@ class Scan:
 
     Attributes:
         first: int64[n + 1], per sample its first entry in `shown`; the last one is the length of `shown`.
-        shown: int64[k], per picture of a sample its number in `pictures`.
+        shown: int64[k], per image of a sample its number in `pictures`.
         findings: in the order of the samples.
     """
 
@@ -213,7 +213,7 @@ class Scan:
             return error.sample_id
 
     def content(self) -> np.ndarray:
-        """uint64[n], a hash of messages and pictures; 0 where the sample could not be read."""
+        """uint64[n], a hash of messages and images; 0 where the sample could not be read."""
         found = self.texts.text.copy()
         counts = np.diff(self.first)
         for place in range(int(counts.max(initial=0))):
@@ -231,7 +231,7 @@ def scan(
     max_tokens: int | None = None,
     headers_only: bool = False,
 ) -> Scan:
-    """Looks at all samples and their pictures.
+    """Looks at all samples and their images.
 
     Args:
         workers: processes; 0: this one.

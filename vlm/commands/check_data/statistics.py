@@ -18,7 +18,7 @@ class Copies:
 
     Attributes:
         same_id: numbers of samples whose id another sample of the source has before them.
-        same_content: numbers of samples whose text and pictures an earlier sample of the same part has.
+        same_content: numbers of samples whose text and images an earlier sample of the same part has.
         in_both: numbers of validation samples that are in the training too.
         original: {number: the first sample with its content}, for the last two.
     """
@@ -80,7 +80,7 @@ def summaries(scan: Scan) -> list[Summary]:
 
 
 def describe(scan: Scan, chosen: np.ndarray, kinds: dict[int, list[str]]) -> dict[str, Any]:
-    """Statistics of the chosen samples (bool[n]); of tokens and pictures those of samples that can be encoded."""
+    """Statistics of the chosen samples (bool[n]); of tokens and images those of samples that can be encoded."""
     texts = scan.texts
     wrong = [kind for number, found in kinds.items() if chosen[number] for kind in dict.fromkeys(found)]
     read = chosen & (texts.text != 0)

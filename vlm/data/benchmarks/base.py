@@ -16,11 +16,11 @@ from vlm.sample import MAX_PIXELS, ImageFile, Sample, parse_sample
 
 
 class Benchmark(Source):
-    """Questions with a picture each, in the order of their file.
+    """Questions with an image each, in the order of their file.
 
     Args:
         path: file (or folder, where the benchmark is one) of the questions.
-        image_root: folder of the pictures.
+        image_root: folder of the images.
         name: of the source; metrics and logs use the task, which is the benchmark's own name.
         max_pixels: limit on decode.
     """

@@ -25,7 +25,7 @@ _EMPTY = frozenset({"", "#N/A N/A", *_PANDAS.split()})
 
 
 class MMBench(Benchmark):
-    """MMBench: a TSV with index, question, hint, A to D, answer, and the picture in base64.
+    """MMBench: a TSV with index, question, hint, A to D, answer, and the image in base64.
 
     The rotations of a question's options are rows of the file; their `group` is the question. The options end at the
     first empty one. The test split has no answers.
@@ -52,7 +52,7 @@ class MMBench(Benchmark):
             lines.append(fields.text("question"))
             lines += [f"{letter}. {choice}" for letter, choice in zip("ABCD", choices, strict=False)]
             image = fields.text("image")
-            if len(image) < 64 and image in pictures:  # a later rotation names the row that has the picture
+            if len(image) < 64 and image in pictures:  # a later rotation names the row that has the image
                 pictures[index] = pictures[image]
             else:
                 try:
@@ -68,7 +68,7 @@ class MMBench(Benchmark):
 
 def table_rows(path: Path) -> Iterator[dict[str, str | None]]:
     """The rows of a TSV by their columns, None for an empty cell."""
-    csv.field_size_limit(sys.maxsize)  # a picture is one field
+    csv.field_size_limit(sys.maxsize)  # an image is one field
     try:
         with open(path, encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file, delimiter="\t"):
@@ -88,7 +88,7 @@ def _cell(row: Mapping[str, str | None], name: str) -> str:
 class SeedBench(Benchmark):
     """SEED-Bench: `SEED-Bench.json`, {"questions": [{question_id, question, choice_a.., answer, data_id, data_type}]}.
 
-    The questions about pictures alone; those about videos are left out.
+    The questions about images alone; those about videos are left out.
 
     Args:
         form: the text of `{question}` and `{options}`, which are lines such as `A. a cat`.
@@ -126,7 +126,7 @@ class SeedBench(Benchmark):
 
 
 class ScienceQAPictures(Benchmark):
-    """ScienceQA in its own layout, the questions of a split that have a picture, asked in any form.
+    """ScienceQA in its own layout, the questions of a split that have an image, asked in any form.
 
     The folder holds `problems.json` and `images/<split>/<id>/image.png`; `vlm.data.ScienceQA` reads it to train on.
 

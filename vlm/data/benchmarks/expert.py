@@ -16,10 +16,10 @@ from vlm.sample import ImageFile
 
 
 class MMMU(Benchmark):
-    """MMMU as its hub folder has it: `<Subject>/<split>-*.parquet` with question, options, answer and up to 7 pictures.
+    """MMMU as its hub folder has it: `<Subject>/<split>-*.parquet` with question, options, answer and up to 7 images.
 
     Prompts are those of the benchmark's own script for LLaVA (MMMU-Benchmark/MMMU, `run_llava.py`): it shows the first
-    picture alone, and leaves `<image 1>` in the text.
+    image alone, and leaves `<image 1>` in the text.
 
     Args:
         split: `validation`, or `dev`.

@@ -17,9 +17,9 @@ class LlavaQuestions(Benchmark):
 
     Args:
         task: name of the benchmark.
-        image_pattern: file name of a picture from what the file calls it; LLaVA-Bench (COCO) needs
+        image_pattern: file name of an image from what the file calls it; LLaVA-Bench (COCO) needs
             `COCO_val2014_{}`.
-        id_key: what names a question; VizWiz' server wants the picture.
+        id_key: what names a question; VizWiz' server wants the image.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class LlavaScienceQA(Benchmark):
 
     Args:
         problems: has the options and the right one of each question.
-        only_images: leave out the questions without a picture (the figure of LLaVA-1.5's table, SQA-IMG).
+        only_images: leave out the questions without an image (the figure of LLaVA-1.5's table, SQA-IMG).
     """
 
     task = "science_qa"

@@ -16,7 +16,7 @@ class VQAv2(Benchmark):
 
     Args:
         annotations: `{"annotations": [{question_id, answers: [{answer}]}]}`, ten people each; test splits have none.
-        image_pattern: file name from the number of the picture; `COCO_test2015_{:012d}.jpg` for the test splits.
+        image_pattern: file name from the number of the image; `COCO_test2015_{:012d}.jpg` for the test splits.
         request: on a line behind the question, or text with `{}` in the place of the question.
     """
 
@@ -53,7 +53,7 @@ class VQAv2(Benchmark):
 
 
 class GQA(Benchmark):
-    """GQA: `testdev_balanced_questions.json`, {id: {question, imageId, answer}}; pictures are `<imageId>.jpg`.
+    """GQA: `testdev_balanced_questions.json`, {id: {question, imageId, answer}}; images are `<imageId>.jpg`.
 
     Args:
         request: as in `VQAv2`.
@@ -111,7 +111,7 @@ class VizWiz(Benchmark):
 
 
 class TextVQA(Benchmark):
-    """TextVQA: `TextVQA_0.5.1_val.json`, {"data": [{question_id, image_id, question, answers}]}; pictures are
+    """TextVQA: `TextVQA_0.5.1_val.json`, {"data": [{question_id, image_id, question, answers}]}; images are
     `<image_id>.jpg`.
 
     Args:

@@ -34,7 +34,7 @@ class Pope(Benchmark):
 
 
 class MmeFolder(Benchmark):
-    """MME: a folder per subtask; `<picture>.txt` beside the picture, or pictures in `images/` and texts in
+    """MME: a folder per subtask; `<picture>.txt` beside the image, or images in `images/` and texts in
     `questions_answers_YN/`; a line is a question, a tab, and Yes or No.
 
     Args:

@@ -2,12 +2,12 @@
 
     draws of the step (seed, epoch, step)  ->  every rank encodes all of them (text only)
       ->  counts of the whole step, its packs (balanced by true token count where samples never meet)
-      ->  this rank decodes the pictures of its own packs: pack p is micro-batch p // world of rank p % world
+      ->  this rank decodes the images of its own packs: pack p is micro-batch p // world of rank p % world
 
 So the samples of a step, their random choices and the denominators of its loss are the same however many devices and
 micro-batches share it, and no collective is needed to know them.
 
-Where bad samples may be left out (`max_bad_samples`), a picture that cannot be decoded is met by one rank alone. So the
+Where bad samples may be left out (`max_bad_samples`), an image that cannot be decoded is met by one rank alone. So the
 ranks tell each other, step by step, which samples they could not read; if they found different ones, all of them make
 the step again without any of these. The step is then the one that it would be if these samples were not in the plan.
 """

@@ -9,7 +9,7 @@ from torch import distributed
 Gather = Callable[[Any], list[Any]]
 """Takes this rank's value, gives those of all ranks; every rank calls it."""
 
-_WAIT = timedelta(hours=1)  # for a rank that reads its pictures slowly
+_WAIT = timedelta(hours=1)  # for a rank that reads its images slowly
 
 
 def gather_over_ranks() -> Gather | None:

@@ -98,7 +98,7 @@ class StepDataset(Dataset):
         return items
 
     def _collate(self, step: Step, good: Mapping[int, Encoded]) -> tuple[list[Batch], dict[int, SampleError]]:
-        """This rank's packs; or the draws among them whose pictures cannot be read."""
+        """This rank's packs; or the draws among them whose images cannot be read."""
         if not good:
             raise UserError(
                 f"epoch {step.epoch}, step {step.index}: all of its {len(step.draws)} samples are bad; find them with "

@@ -36,9 +36,9 @@ class VisionLanguageData(L.LightningDataModule):
     """Sources, the published batch, and loaders that keep it on any number of devices.
 
     Args:
-        sources: what is trained on.
+        sources: what is trained on; evaluation alone needs none.
         val_sources: judged in order, every sample once over all ranks; likewise `test_sources`, `predict_sources`.
-        batch: the batch of one optimizer step.
+        batch: the batch of one optimizer step; training does not begin without it.
         mixture: how much of each source an epoch has; by default every sample once, in random order.
         micro_batch_size: samples of a pack at most; micro-batches follow from it.
         max_tokens: tokens of a pack at most; micro-batches follow from it, unless the trainer is given a number of them
@@ -48,18 +48,18 @@ class VisionLanguageData(L.LightningDataModule):
         num_workers: loader processes per rank.
         seed: of the order of samples and of every choice that belongs to a sample.
         drop_last: leave out the last step of an epoch when it is not full; always so with `batch.negatives`.
-        shuffle_images: in validation and test show every sample the pictures of another one, to see what a system
+        shuffle_images: in validation and test show every sample the images of another one, to see what a system
             answers without looking.
         quarantine: list of samples to leave out of training and validation (`vlm check-data` writes one).
-        max_bad_samples: how many different bad samples a training may meet. A bad one is noted and left out of its
+        max_bad_samples: how many different bad samples a run may meet. A bad one is noted and left out of its
             step; one more than this ends the run.
     """
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[Source] = (),
         *,
-        batch: BatchSpec,
+        batch: BatchSpec | None = None,
         mixture: Mixture | None = None,
         val_sources: Sequence[Source] = (),
         test_sources: Sequence[Source] = (),
@@ -75,6 +75,8 @@ class VisionLanguageData(L.LightningDataModule):
         max_bad_samples: int = 0,
     ) -> None:
         super().__init__()
+        self._trains = bool(sources) and batch is not None
+        batch = batch if batch is not None else BatchSpec(1)
         if val_batch_size < 1:
             raise UserError(f"data.val_batch_size must be at least 1, found {val_batch_size}")
         check_owner(batch, micro_batch_size=micro_batch_size, max_tokens=max_tokens)
@@ -117,6 +119,8 @@ class VisionLanguageData(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.trainer is not None:
+            if not self._trains:
+                raise UserError("data.sources and data.batch: training needs both, the files and the published batch")
             trainer = self._checked_trainer()
             module = trainer.lightning_module
             check_negatives(self.batch, module.in_batch_terms, system=type(module).__name__)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Conversations, with and without pictures."""
+"""Conversations, with and without images."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,23 +23,23 @@ class InstructionData(VisionLanguageData):
     """Visual conversations mixed with text-only ones.
 
     Args:
-        group_by_modality: steps are all with or all without pictures (LLaVA-1.5), but for the last one.
+        group_by_modality: steps are all with or all without images (LLaVA-1.5), but for the last one.
         ranks: with `group_by_modality`, the devices times micro-batches of LLaVA-1.5's run: the very order of its
             sampler, by the words of each sample, in the first epoch as after `torch.manual_seed(seed)`.
-        text_share: share of text-only samples in an epoch. Every sample with a picture comes once; of the text-only
+        text_share: share of text-only samples in an epoch. Every sample with an image comes once; of the text-only
             ones come as many as the share asks for, more or fewer than there are, each before any comes again.
-        alternate: so many samples with pictures, then one more of text alone, and so on (InternLM-XComposer2). Sources
+        alternate: so many samples with images, then one more of text alone, and so on (InternLM-XComposer2). Sources
             of either kind are picked by chance, as the mixture says; by size without one.
-        instructions: what the user says beside the pictures, where a sample leaves it open. One is drawn for all
+        instructions: what the user says beside the images, where a sample leaves it open. One is drawn for all
             samples of a step (MiniGPT-4); evaluation takes the first.
         **kwargs: as in `VisionLanguageData`.
     """
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[Source] = (),
         *,
-        batch: BatchSpec,
+        batch: BatchSpec | None = None,
         group_by_modality: bool = False,
         ranks: int | None = None,
         text_share: float | None = None,
@@ -48,16 +48,16 @@ class InstructionData(VisionLanguageData):
         **kwargs: Any,
     ) -> None:
         super().__init__(sources, batch=batch, **kwargs)
-        if group_by_modality and batch.unit != "samples":
-            raise UserError(f"data.group_by_modality needs a batch counted in samples, found unit {batch.unit!r}")
+        if group_by_modality and self.batch.unit != "samples":
+            raise UserError(f"data.group_by_modality needs a batch counted in samples, found unit {self.batch.unit!r}")
         if group_by_modality and self.mixture is not None and self.mixture.order != "random":
             raise UserError(
                 f"data.group_by_modality shuffles its steps; remove it or data.mixture.order: {self.mixture.order}"
             )
         if ranks is not None and not group_by_modality:
             raise UserError("data.ranks goes with data.group_by_modality: true; set it or remove data.ranks")
-        if ranks is not None and (ranks < 1 or batch.size % ranks):
-            raise UserError(f"data.ranks={ranks} must share data.batch.size={batch.size} alike")
+        if ranks is not None and (ranks < 1 or self.batch.size % ranks):
+            raise UserError(f"data.ranks={ranks} must share data.batch.size={self.batch.size} alike")
         if ranks is not None and (self.mixture is not None or text_share is not None):
             raise UserError("data.ranks takes the sources as they are; remove data.mixture and data.text_share")
         if text_share is not None and not 0 <= text_share < 1:
@@ -66,10 +66,10 @@ class InstructionData(VisionLanguageData):
             raise UserError("data.text_share and data.mixture both say what an epoch has; remove one of them")
         if alternate is not None:
             self._check_alternation(alternate, group_by_modality or text_share is not None)
-        if instructions and batch.unit != "samples":
+        if instructions and self.batch.unit != "samples":
             raise UserError(
                 "data.instructions: the step of a sample decides, so they need a batch counted in samples, found unit "
-                f"{batch.unit!r}"
+                f"{self.batch.unit!r}"
             )
         if not all(text.strip() for text in instructions):
             raise UserError("data.instructions: one is empty; write or remove it")
@@ -165,7 +165,7 @@ class InstructionData(VisionLanguageData):
 
 
 def instruct(sample: Sample, seeds: Seeds, *, instructions: Sequence[str]) -> Sample:
-    """The sample with one of the instructions behind the pictures of its first question, the same in all of a step.
+    """The sample with one of the instructions behind the images of its first question, the same in all of a step.
 
     Raises:
         SampleError: the question says something itself, or there is none.

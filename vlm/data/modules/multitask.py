@@ -17,7 +17,7 @@ from vlm.seeding import seed_from
 
 
 class MultitaskData(VisionLanguageData):
-    """Tasks that keep to themselves within a step or a pack, and pictures at the resolution of their data set.
+    """Tasks that keep to themselves within a step or a pack, and images at the resolution of their data set.
 
     Args:
         pure: `step`: all samples of an optimizer step come from one source (InstructBLIP). `pack`: all samples of a
@@ -27,16 +27,16 @@ class MultitaskData(VisionLanguageData):
         sizes: by task (or source that is one of its own), samples of its steps where these are not `batch.size`, with
             `pure: step` (XComposer2-4KHD: pages at full resolution have batches of their own size). Where chance picks
             the tasks, the shares of their samples stay what the mixture says.
-        resolution: by name of source, what the codec is told about the resolution of its pictures (see
+        resolution: by name of source, what the codec is told about the resolution of its images (see
             `vlm.data.wrappers.resolution`); training alone, for validation wrap the source itself.
         **kwargs: as in `VisionLanguageData`.
     """
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[Source] = (),
         *,
-        batch: BatchSpec,
+        batch: BatchSpec | None = None,
         pure: Pure | None = None,
         tasks: Mapping[str, str] | None = None,
         sizes: Mapping[str, int] | None = None,
@@ -47,8 +47,8 @@ class MultitaskData(VisionLanguageData):
         names = [source.name for source in self.sources]
         if pure not in (None, "step", "pack"):
             raise UserError(f"data.pure must be step or pack, found {pure!r}")
-        if pure == "pack" and batch.unit != "rows":
-            raise UserError(f"data.pure: pack needs a batch counted in rows, found unit {batch.unit!r}")
+        if pure == "pack" and self.batch.unit != "rows":
+            raise UserError(f"data.pure: pack needs a batch counted in rows, found unit {self.batch.unit!r}")
         if tasks and pure is None:
             raise UserError("data.tasks say which sources share a step or a pack; set data.pure: step or pack")
         if pure is not None:

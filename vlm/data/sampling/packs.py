@@ -97,7 +97,7 @@ def _shortest(items: Sequence[Encoded]) -> Encoded:
 
 
 def as_filler(item: Encoded) -> Encoded:
-    """The same sequences and pictures, with no label and nothing added to the step's counts."""
+    """The same sequences and images, with no label and nothing added to the step's counts."""
 
     def unlabelled(sequences: Sequence[TokenSequence]) -> tuple[TokenSequence, ...]:
         return tuple(dataclasses.replace(s, targets=torch.full_like(s.targets, IGNORE)) for s in sequences)

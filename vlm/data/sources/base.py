@@ -39,7 +39,7 @@ class Source(ABC):
 
     @abstractmethod
     def has_image(self, index: int) -> bool:
-        """Whether the sample has a picture, without reading the sample again."""
+        """Whether the sample has an image, without reading the sample again."""
 
     def place(self, index: int) -> tuple[str, int]:
         """Name of the source that a sample comes from and its number there, as lists of bad samples have them."""
@@ -120,7 +120,7 @@ class LlavaJson(JsonSource):
 
     Args:
         path: as in `JsonSource`.
-        places: boxes in the text, such as `[0.12, 0.30, 0.55, 0.80]`, are places in the (last) picture, counted from
+        places: boxes in the text, such as `[0.12, 0.30, 0.55, 0.80]`, are places in the (last) image, counted from
             its padded square: each system then writes them in its own form, and every transform moves them along.
             `answers` that only say the answer again are written in that form too. Without, they are text.
         **keywords: as in `JsonSource`.
@@ -187,7 +187,7 @@ def _message(turn: Any, key: str, error) -> dict[str, Any]:
 
 
 def content_parts(text: str) -> list[dict[str, str]]:
-    """Content parts of a text in which `<image>` is the place of a picture."""
+    """Content parts of a text in which `<image>` is the place of an image."""
     parts: list[dict[str, str]] = []
     for number, piece in enumerate(text.split(IMAGE_MARK)):
         if number:

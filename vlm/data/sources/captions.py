@@ -20,18 +20,18 @@ from vlm.errors import UserError
 
 
 class CocoCaptions(ObjectSource):
-    """COCO captions (Chen et al., 2015): one sample per picture, all its captions in `answers`.
+    """COCO captions (Chen et al., 2015): one sample per image, all its captions in `answers`.
 
     ::
 
         {"images": [{"id": 9, "file_name": "a.jpg"}], "annotations": [{"image_id": 9, "caption": "A boat."}]}
 
-    `PretrainingData` trains on another caption in each epoch; elsewhere the first one is the answer. Pictures without a
+    `PretrainingData` trains on another caption in each epoch; elsewhere the first one is the answer. Images without a
     caption are left out, as in COCO's own tools.
 
     Args:
         path: `captions_train2017.json` or any file of its form.
-        prompt: the user's text beside the picture.
+        prompt: the user's text beside the image.
         **keywords: `image_root`, `name`, `max_pixels` as in `JsonSource`.
     """
 
@@ -71,12 +71,12 @@ class KarpathyCaptions(ObjectSource):
 
         {"images": [{"imgid": 0, "filename": "a.jpg", "split": "test", "sentences": [{"raw": "A boat."}]}]}
 
-    One sample per picture, all its captions in `answers`; see `CocoCaptions`.
+    One sample per image, all its captions in `answers`; see `CocoCaptions`.
 
     Args:
         path: `dataset_flickr30k.json` or any file of its form.
-        split: whose pictures to take.
-        prompt: the user's text beside the picture.
+        split: whose images to take.
+        prompt: the user's text beside the image.
         **keywords: `image_root`, `name`, `max_pixels` as in `JsonSource`.
     """
 
@@ -95,7 +95,7 @@ class KarpathyCaptions(ObjectSource):
         captions = [sentence.text("raw").strip() for sentence in fields.objects("sentences")]
         if not captions:
             raise fields.error("'sentences' is empty; remove the picture")
-        folder = fields.record.get("filepath")  # of COCO's pictures
+        folder = fields.record.get("filepath")  # of COCO's images
         name = fields.text("filename")
         return {
             "images": [f"{folder}/{name}" if folder else name],
@@ -120,7 +120,7 @@ class GroundedCaptions(RecordSource):
         path: JSON list or JSONL.
         phrases: which entries to take: `ref_exps` (referring expressions) or `noun_chunks`.
         min_score: entries the detector was less sure of are left out.
-        prompt: the user's text beside the picture.
+        prompt: the user's text beside the image.
         **keywords: `image_root`, `name`, `max_pixels` as in `JsonSource`.
     """
 

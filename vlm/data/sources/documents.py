@@ -21,20 +21,20 @@ def document(content: list[Part]) -> list[dict[str, Any]]:
 
 
 class Mmc4(RecordSource):
-    """Multimodal C4 (Zhu et al., 2023): sentences, and pictures each with the sentence that matches it.
+    """Multimodal C4 (Zhu et al., 2023): sentences, and images each with the sentence that matches it.
 
     ::
 
         {"text_list": ["The harbour.", "A boat."], "url": "...",
          "image_info": [{"image_name": "a.png", "matched_text_index": 1, "matched_sim": 0.3}]}
 
-    Each picture stands before its sentence, at most `max_images` of them in the order of the file, as VILA reads it.
+    Each image stands before its sentence, at most `max_images` of them in the order of the file, as VILA reads it.
 
     Args:
         path: JSON list or JSONL (a shard).
         max_images: of a document.
-        min_similarity: pictures that match their sentence less are left out.
-        images_first: all pictures, then all text; VILA's ablation, which hurts.
+        min_similarity: images that match their sentence less are left out.
+        images_first: all images, then all text; VILA's ablation, which hurts.
         **keywords: `image_root`, `name`, `max_pixels` as in `JsonSource`.
     """
 
@@ -53,7 +53,7 @@ class Mmc4(RecordSource):
         self.max_images, self.min_similarity, self.images_first = max_images, min_similarity, images_first
 
     def matched(self, fields: Fields) -> list[tuple[str, int]]:
-        """The pictures of a record that are similar enough, each with the number of its sentence."""
+        """The images of a record that are similar enough, each with the number of its sentence."""
         return [
             (info.text("image_name"), info.need("matched_text_index", int, "the number of a sentence"))
             for info in fields.objects("image_info")
@@ -74,12 +74,12 @@ class Mmc4(RecordSource):
 
 
 class Mmc4Pairs(Mmc4):
-    """Documents of MMC4 in pieces: every picture with its own sentence is a sample, the rest of the text is left out.
+    """Documents of MMC4 in pieces: every image with its own sentence is a sample, the rest of the text is left out.
 
-    VILA's ablation that shows what the text between pictures is good for.
+    VILA's ablation that shows what the text between images is good for.
 
     Args:
-        path: JSON list or JSONL (a shard); read once more than other files, for the number of pictures of each record.
+        path: JSON list or JSONL (a shard); read once more than other files, for the number of images of each record.
         **keywords: as in `Mmc4`.
     """
 
@@ -126,14 +126,14 @@ class Mmc4Pairs(Mmc4):
 
 
 class Obelics(RecordSource):
-    """OBELICS (Laurençon et al., 2023): two lists of one length, at each place either a picture or a text.
+    """OBELICS (Laurençon et al., 2023): two lists of one length, at each place either an image or a text.
 
     ::
 
         {"images": ["a.png", null], "texts": [null, "A boat."]}
 
     Args:
-        path: JSON list or JSONL. Pictures are paths; where the file has addresses, download them first.
+        path: JSON list or JSONL. Images are paths; where the file has addresses, download them first.
         **keywords: `image_root`, `name`, `max_pixels` as in `JsonSource`.
     """
 

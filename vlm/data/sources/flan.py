@@ -1,4 +1,4 @@
-"""Instructions with any number of pictures, or none, as VILA mixes them into its last stage (M3IT, FLAN)."""
+"""Instructions with any number of images, or none, as VILA mixes them into its last stage (M3IT, FLAN)."""
 
 import base64
 import binascii
@@ -22,7 +22,7 @@ _KEYS = {  # the file that VILA makes, M3IT, FLAN
 
 
 class VisualFlan(RecordSource):
-    """Question and answer with up to eight pictures in front, and no system text: VILA's `vflan_no_system_prompt`.
+    """Question and answer with up to eight images in front, and no system text: VILA's `vflan_no_system_prompt`.
 
     ::
 
@@ -31,8 +31,8 @@ class VisualFlan(RecordSource):
          "image_base64_str": ["/9j/4AAQ..."]}                                         as M3IT has it
         {"inputs": "Translate: Hund", "targets": "dog"}                               as FLAN has it
 
-    An entry of the pictures is a path or a file in base64. Marks of pictures in the question are left out; each picture
-    stands on a line of its own before it. A dialogue about a picture that M3IT writes as one question ("Image
+    An entry of the images is a path or a file in base64. Marks of images in the question are left out; each image
+    stands on a line of its own before it. A dialogue about an image that M3IT writes as one question ("Image
     Descriptions ... Question: ... Answer: ...") becomes the turns that it tells.
 
     Args:

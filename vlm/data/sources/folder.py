@@ -1,4 +1,4 @@
-"""Folders of pictures with captions."""
+"""Folders of images with captions."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -13,32 +13,32 @@ from vlm.sample import MAX_PIXELS, Sample, parse_sample
 
 METADATA = "metadata.jsonl"
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-"""Endings of files that count as pictures."""
+"""Endings of files that count as images."""
 
 
 class ImageFolder(Source):
-    """Pictures whose captions lie in `metadata.jsonl`, or each in a text file beside its picture.
+    """Pictures whose captions lie in `metadata.jsonl`, or each in a text file beside its image.
 
     ::
 
         metadata.jsonl      {"file_name": "a/boat.jpg", "text": "A boat."} a line, as in Hugging Face's imagefolder
         a/boat.jpg
 
-        a/boat.jpg          without `metadata.jsonl`: all pictures in the folder and below it
+        a/boat.jpg          without `metadata.jsonl`: all images in the folder and below it
         a/boat.txt          "A boat."
 
     Names of files and folders are never taken for captions. Where there is a `metadata.jsonl`, it alone says what
-    belongs to the data; other pictures are left alone.
+    belongs to the data; other images are left alone.
 
     Args:
         path: the folder.
         caption: key of the caption in `metadata.jsonl`.
-        prompt: the user's text beside the picture.
+        prompt: the user's text beside the image.
         name: by default the folder's name.
         max_pixels: limit on decode.
 
     Raises:
-        UserError: at first use; no such folder, no pictures, or pictures without captions.
+        UserError: at first use; no such folder, no images, or images without captions.
     """
 
     def __init__(

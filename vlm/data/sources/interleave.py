@@ -1,4 +1,4 @@
-"""Where the pictures of a document stand in its text, where a data set tells sentences and pictures apart."""
+"""Where the images of a document stand in its text, where a data set tells sentences and images apart."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from vlm.errors import UserError
 
 MAX_IMAGES = 6
-"""VILA's limit on the pictures of an MMC4 document."""
+"""VILA's limit on the images of an MMC4 document."""
 
 T = TypeVar("T")
 
@@ -14,19 +14,19 @@ T = TypeVar("T")
 def interleave(
     sentences: Sequence[str], images: Sequence[tuple[T, int]], *, max_images: int = MAX_IMAGES
 ) -> tuple[list[dict[str, Any]], list[T]]:
-    """A document of MMC4 as VILA reads it: each picture stands before the sentence that matches it.
+    """A document of MMC4 as VILA reads it: each image stands before the sentence that matches it.
 
-    Of the pictures the first `max_images` are kept, in the order of the file, and then take the order of their
-    sentences. Sentences are joined by a blank; of the blanks beside a picture one on each side goes.
+    Of the images the first `max_images` are kept, in the order of the file, and then take the order of their
+    sentences. Sentences are joined by a blank; of the blanks beside an image one on each side goes.
 
     Args:
         images: each with the index of its sentence.
 
     Returns:
-        Content of the one message of a document (see `vlm.sample`), and the pictures that it shows in their order.
+        Content of the one message of a document (see `vlm.sample`), and the images that it shows in their order.
 
     Raises:
-        UserError: a picture belongs to a sentence that is not there.
+        UserError: an image belongs to a sentence that is not there.
     """
     for number, (_, index) in enumerate(images):
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(sentences):
@@ -35,7 +35,7 @@ def interleave(
                 "counted from 0; correct matched_text_index or remove the image"
             )
     kept = sorted(images[:max_images], key=lambda image: image[1])
-    texts = [""]  # before the first picture, and behind each one
+    texts = [""]  # before the first image, and behind each one
     at = 0
     for index, sentence in enumerate(sentences):
         texts[-1] += " " if index else ""

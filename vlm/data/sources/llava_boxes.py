@@ -1,4 +1,4 @@
-"""Boxes that stand as text in files of LLaVA's kind, as places in a picture."""
+"""Boxes that stand as text in files of LLaVA's kind, as places in an image."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,9 +9,9 @@ _BOX = re.compile(r"\[" + ", ".join([_SHARE] * 4) + r"\]")
 
 
 def mark_places(messages: Sequence[dict[str, Any]]) -> bool:
-    """Puts a part in the place of each box in the texts of a conversation with pictures.
+    """Puts a part in the place of each box in the texts of a conversation with images.
 
-    A box is in the picture that was shown last, counted from its padded square; four numbers that are no box stay text.
+    A box is in the image that was shown last, counted from its padded square; four numbers that are no box stay text.
 
     Returns:
         Whether the last message got one.

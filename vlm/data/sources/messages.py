@@ -23,8 +23,8 @@ class MessagesJson(JsonSource):
         {"conversations": [{"from": "human", "value": "<image>What is this?"}, {"from": "gpt", "value": "A boat."}],
          "system": "Be brief.", "image": "a.png"}
 
-    Content is a list of parts, as in `ChatJson`, or a string; in a string `<image>` is the place of a picture. A
-    picture is a path. Roles are `system`, `user` or `human`, `assistant` or `gpt`.
+    Content is a list of parts, as in `ChatJson`, or a string; in a string `<image>` is the place of an image. An
+    image is a path. Roles are `system`, `user` or `human`, `assistant` or `gpt`.
     """
 
     @staticmethod
@@ -41,7 +41,7 @@ def chat_record(
 ) -> dict[str, Any]:
     """A record in the form of `vlm.sample`; see `MessagesJson`.
 
-    A picture may also be `{"bytes": ..., "path": ...}`, as in rows of the `datasets` library.
+    An image may also be `{"bytes": ..., "path": ...}`, as in rows of the `datasets` library.
 
     Raises:
         SampleError: made by `error`.

@@ -1,7 +1,7 @@
-"""Chats in parquet files, pictures among the columns: what the `datasets` library writes and the hub serves.
+"""Chats in parquet files, images among the columns: what the `datasets` library writes and the hub serves.
 
-Pictures are read when they are decoded, not with the text: every rank looks at the text of a whole step, but only at
-the pictures of its own packs.
+Images are read when they are decoded, not with the text: every rank looks at the text of a whole step, but only at
+the images of its own packs.
 """
 
 from collections import OrderedDict
@@ -21,17 +21,17 @@ from vlm.sample import MAX_PIXELS, ImageFile, Sample, parse_image, parse_sample
 from vlm.sample.paths import located
 
 MAX_GROUP_BYTES = 1 << 30
-"""Largest row group that is read: it is what one picture costs in memory and time."""
+"""Largest row group that is read: it is what one image costs in memory and time."""
 _CACHED_GROUPS = 2
 
 
 class Parquet(Source):
     """Rows with `messages` or `conversations`, and `images` or `image`; the forms of `MessagesJson`. Or,
-    with `caption`, rows of a picture and its caption (web pairs).
+    with `caption`, rows of an image and its caption (web pairs).
 
-    A picture is bytes, a path, or `{bytes, path}`. Memory holds two row groups of text and two of pictures, whatever
+    An image is bytes, a path, or `{bytes, path}`. Memory holds two row groups of text and two of images, whatever
     the size of the files. A row group is read as a whole to get at one row, so files with small row groups are faster:
-    100 rows, as `datasets` writes them where there are pictures, not the 1,000,000 of other writers.
+    100 rows, as `datasets` writes them where there are images, not the 1,000,000 of other writers.
 
     Args:
         path: a file, a folder with `*.parquet` files, or a pattern (`data/train-*.parquet`).
@@ -39,7 +39,7 @@ class Parquet(Source):
         name: by default the file's or folder's name without its ending.
         max_pixels: limit on decode.
         caption: column of the caption.
-        prompt: the user's text beside a captioned picture.
+        prompt: the user's text beside a captioned image.
 
     Raises:
         UserError: at first use; pyarrow is missing, no such file, not parquet, no such columns, or row groups beyond
@@ -177,7 +177,7 @@ class Parquet(Source):
 
 @dataclass(frozen=True)
 class RowImage(ImageFile):
-    """A picture that still lies in its row; `load` fetches it."""
+    """An image that still lies in its row; `load` fetches it."""
 
     _: KW_ONLY
     load: Callable[[], ImageFile]
@@ -191,9 +191,9 @@ class _Columns:
     """Leaves of a file's schema.
 
     Attributes:
-        text: all but the bytes of pictures.
-        pictures: bytes and paths of the pictures; empty where bytes have no column of their own to be left out.
-        marks: the smallest that tell whether a row has a picture.
+        text: all but the bytes of images.
+        pictures: bytes and paths of the images; empty where bytes have no column of their own to be left out.
+        marks: the smallest that tell whether a row has an image.
     """
 
     text: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Questions and answers to train on: VQA v2, documents, charts, pairs of pictures."""
+"""Questions and answers to train on: VQA v2, documents, charts, pairs of images."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ class VQAv2Training(ObjectSource):
     Args:
         path: `{"questions": [{question_id, image_id, question}]}`.
         annotations: `{"annotations": [{question_id, answers: [{answer}]}]}`.
-        image_pattern: file name from the number of the picture.
+        image_pattern: file name from the number of the image.
         request: on a line behind the question, or text with `{}` in the place of the question.
         **keywords: `image_root`, `name`, `max_pixels` as in `JsonSource`.
     """
@@ -128,7 +128,7 @@ class ChartQA(RecordSource):
 
 
 class ImagePairs(RecordSource):
-    """Several pictures with one question about them, such as what differs.
+    """Several images with one question about them, such as what differs.
 
     ::
 
@@ -136,7 +136,7 @@ class ImagePairs(RecordSource):
 
     Args:
         path: JSON list or JSONL.
-        mark: text before each picture, `{}` its number from 1; Qwen-VL's is `Picture {}: `.
+        mark: text before each image, `{}` its number from 1; Qwen-VL's is `Picture {}: `.
         **keywords: `image_root`, `name`, `max_pixels` as in `JsonSource`.
     """
 

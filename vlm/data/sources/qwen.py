@@ -20,17 +20,17 @@ _ROLES = ("system", "user", "assistant")
 
 
 def parse_text(content: str, *, first_image: int = 0) -> tuple[list[Part], list[str]]:
-    """A text with Qwen-VL's marks as parts of a message (`vlm.sample`), and the paths of its pictures in their order.
+    """A text with Qwen-VL's marks as parts of a message (`vlm.sample`), and the paths of its images in their order.
 
     ::
 
-        Picture 1: <img>a.jpg</img>\\n<ref>the dog</ref><box>(120,300),(550,800)</box>
+        Image 1: <img>a.jpg</img>\\n<ref>the dog</ref><box>(120,300),(550,800)</box>
 
-    `Picture 1: ` goes: the template of the chat model writes it. Places belong to the last picture before them.
+    `Picture 1: ` goes: the template of the chat model writes it. Places belong to the last image before them.
     Where there is none, and where a place is no box (swapped corners, numbers over 999), its text stays text.
 
     Args:
-        first_image: number of pictures before this text.
+        first_image: number of images before this text.
     """
     parts: list[Part] = []
     paths: list[str] = []
@@ -70,7 +70,7 @@ class QwenJson(RecordSource):
             {"from": "user", "value": "Picture 1: <img>a.jpg</img>\\n框出图中的格子衬衫"},
             {"from": "assistant", "value": "<ref>格子衬衫</ref><box>(588,499),(725,789)</box>"}]}]
 
-    Pictures are numbered anew by the template, over the whole conversation; see `parse_text`.
+    Images are numbered anew by the template, over the whole conversation; see `parse_text`.
     """
 
     def _flag(self, record: Mapping[str, Any]) -> bool:  # type: ignore[override]

@@ -33,7 +33,7 @@ def exchange(question: list[Part], answer: list[Part]) -> list[dict[str, Any]]:
 
 
 def after_image(prompt: str) -> list[Part]:
-    """A picture and a text behind it, on a line of its own."""
+    """An image and a text behind it, on a line of its own."""
     return [IMAGE, text(f"\n{prompt}")] if prompt else [IMAGE]
 
 

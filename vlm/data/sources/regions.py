@@ -14,7 +14,7 @@ REFER = "Provide a short description for this region."
 
 
 class _Turns(RecordSource):
-    """Several regions of one picture, each a turn: from words to the region, or from the region to words."""
+    """Several regions of one image, each a turn: from words to the region, or from the region to words."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class TextLines(RecordSource):
 
     Args:
         path: JSON list or JSONL.
-        prompt: the user's text beside the picture.
+        prompt: the user's text beside the image.
         places: write where each line is.
         between: text between two lines; Qwen-VL has none.
         unit: of `quad`.

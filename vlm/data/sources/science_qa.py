@@ -18,7 +18,7 @@ Form = Literal["QCM-LEA", "QCM-A"]
 
 
 class ScienceQA(Source):
-    """Multiple-choice questions, half of them with a picture, with a lecture and an explanation of the answer.
+    """Multiple-choice questions, half of them with an image, with a lecture and an explanation of the answer.
 
     ::
 
@@ -43,7 +43,7 @@ class ScienceQA(Source):
 
     Args:
         path: the folder.
-        split: a key of `pid_splits.json`; a question's picture lies under the split that the question itself names.
+        split: a key of `pid_splits.json`; a question's image lies under the split that the question itself names.
         form: what the answer is: QCM-LEA reasons first (LLaVA), QCM-A is the letter's sentence alone.
         name: by default `science_qa_{split}`.
         max_pixels: limit on decode.

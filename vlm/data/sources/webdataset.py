@@ -60,13 +60,13 @@ class WebDataset(Source):
     Args:
         path: a tar file or URL of one, a numbered series (`shards/{00000..00099}.tar`), or a pattern (`shards/*.tar`).
         caption: where the caption is: `txt` for `KEY.txt`, or a key of `KEY.json`.
-        prompt: the user's text beside the picture.
+        prompt: the user's text beside the image.
         best: leave out pairs that do not belong together, by numbers in `KEY.json`.
         name: by default the file's name without its ending.
         max_pixels: limit on decode.
 
     Raises:
-        UserError: at first use; no such file, no tar file, a cut one, or no pictures with captions in it.
+        UserError: at first use; no such file, no tar file, a cut one, or no images with captions in it.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class WebDataset(Source):
 
     @cached_property
     def _index(self) -> np.ndarray:
-        """int64[n, 5]: shard, then position and length of the picture, then of the text."""
+        """int64[n, 5]: shard, then position and length of the image, then of the text."""
         rows = array("q")
         for number, file in enumerate(self.files):
             found: list[tuple[int, ...]] = []
@@ -168,7 +168,7 @@ class WebDataset(Source):
 
 
 class MemberImage(ImageFile):
-    """A picture inside of a larger file, read when it is decoded."""
+    """An image inside of a larger file, read when it is decoded."""
 
     start: int
     length: int

@@ -15,7 +15,7 @@ _TRIES = 1000
 
 
 class FewShot(Wrapped):
-    """Every sample with `shots` examples in front of it, each with its pictures and its answer.
+    """Every sample with `shots` examples in front of it, each with its images and its answer.
 
     Examples are turns of the same conversation; they are drawn from (seed, number of the sample) alone. An example is
     of the task of the sample where tasks are named, and never the sample itself.
@@ -71,7 +71,7 @@ class FewShot(Wrapped):
 
 
 def _counting_from(first: int, message: Message) -> Message:
-    """The message with its regions in the pictures from number `first` on."""
+    """The message with its regions in the images from number `first` on."""
     parts = (
         dataclasses.replace(part, image=part.image + first) if isinstance(part, RegionPart) else part
         for part in message.content

@@ -14,8 +14,8 @@ class Grouped(Wrapped):
     """Every `size` samples in a row as one sample of so many documents, each seen by itself.
 
     So a batch that was published in such groups is kept: an item of VILA's loader is four pairs of COYO, to balance
-    their tokens with a document's. A pair becomes the document of its picture and its caption; what the user says
-    beside the picture is left out, as the template `document` leaves it out. The last samples that fill no group are
+    their tokens with a document's. A pair becomes the document of its image and its caption; what the user says
+    beside the image is left out, as the template `document` leaves it out. The last samples that fill no group are
     left out, as published.
 
     Args:

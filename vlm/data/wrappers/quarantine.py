@@ -1,4 +1,4 @@
-"""Lists of bad samples: what `vlm check-data` and a training write, and what a training leaves out.
+"""Lists of bad samples: what `vlm check-data` and a run write, and what a run leaves out.
 
 ::
 
@@ -43,7 +43,7 @@ class BadSample:
 
 @dataclass(frozen=True)
 class LeftOut(BadSample):
-    """A bad sample that a training met, and the optimizer step of the epoch that went on without it."""
+    """A bad sample that a run met, and the optimizer step of the epoch that went on without it."""
 
     epoch: int
     step: int

@@ -1,6 +1,6 @@
-"""At which resolution the pictures of a data set are shown, where sets differ.
+"""At which resolution the images of a data set are shown, where sets differ.
 
-InternLM-XComposer2-4KHD shows two of its data sets at their full resolution and draws another one for each picture of
+InternLM-XComposer2-4KHD shows two of its data sets at their full resolution and draws another one for each image of
 the rest. What such a policy means is the codec's business; it names those it knows (`Codec.resolutions`).
 """
 

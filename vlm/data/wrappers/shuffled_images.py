@@ -14,11 +14,11 @@ from vlm.seeding import seed_from
 
 
 class ShuffledImages(Wrapped):
-    """Samples with the pictures of others: each one gets those of the next, in a shuffled ring of all samples with the
-    same number of pictures and other files. What a system still gets right, it got without looking.
+    """Samples with the images of others: each one gets those of the next, in a shuffled ring of all samples with the
+    same number of images and other files. What a system still gets right, it got without looking.
 
     Raises:
-        UserError: all samples with some number of pictures show the same ones.
+        UserError: all samples with some number of images show the same ones.
     """
 
     def __init__(self, samples: Source, *, seed: int = 0) -> None:

@@ -14,17 +14,17 @@ _Pixels = tuple[str, tuple[float, float, float, float]]
 
 
 def read_coco(captions: str | Path, instances: str | Path | None, *, image_root: str | Path | None) -> list[Item]:
-    """The pictures of a file of captions, in its order; ids are COCO's.
+    """The images of a file of captions, in its order; ids are COCO's.
 
     Boxes become shares of the picture's size. Those of crowds and those without area are left out: the first are no
     single object, the second are faults of the annotation. The files are read whole, as they are one object each.
 
     Args:
-        instances: None for no boxes. It may hold other pictures as well.
-        image_root: folder of the pictures; by default that of `captions`.
+        instances: None for no boxes. It may hold other images as well.
+        image_root: folder of the images; by default that of `captions`.
 
     Raises:
-        UserError: not such files, or a picture without a caption.
+        UserError: not such files, or an image without a caption.
     """
     images, annotations = _lists(captions, "images", "annotations")
     told: dict[int, list[str]] = defaultdict(list)
@@ -69,7 +69,7 @@ def _boxes(path: str | Path) -> dict[int, list[_Pixels]]:
 
 
 def _shares(pixels: _Pixels, width: int, height: int) -> list[Box]:
-    """The box within the picture, none where nothing of it is."""
+    """The box within the image, none where nothing of it is."""
     name, (x, y, w, h) = pixels
     left, right = (min(1.0, max(0.0, value / width)) for value in (x, x + w))
     top, bottom = (min(1.0, max(0.0, value / height)) for value in (y, y + h))

@@ -223,12 +223,12 @@ def _message(turn: Turn) -> dict[str, Any]:
 
 
 def data_uri(sample: Sample) -> str:
-    """The one picture of a sample, as it is trained on: files as they are stored, others as PNG.
+    """The one image of a sample, as it is trained on: files as they are stored, others as PNG.
 
     A rotation noted in EXIF is not applied in training, so it must not be applied by the endpoint either.
 
     Raises:
-        SampleError: the picture cannot be read.
+        SampleError: the image cannot be read.
     """
     (file,) = sample.images
     picture = file.read(sample)  # the whole of it: half a file would only fail at the other end

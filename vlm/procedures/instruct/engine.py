@@ -122,7 +122,7 @@ class Engine:
         """What a model says now, in the form of the ledger."""
         try:
             reply = self.models[role].reply(turns, seed=seed_from(self.procedure.seed, *key), sampling=sampling)
-        except SampleError as error:  # not for the ledger: the picture may be mended
+        except SampleError as error:  # not for the ledger: the image may be mended
             raise Rejected(error.reason, is_final=True) from error
         except Rejected as error:
             return {"rejected": error.reason}

@@ -1,4 +1,4 @@
-"""Models on this machine: a folder of transformers for texts, and systems of this project for pictures."""
+"""Models on this machine: a folder of transformers for texts, and systems of this project for images."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -107,7 +107,7 @@ class LocalChat:
 
 
 class OwnSystem:
-    """A trained system of this project that looks at pictures.
+    """A trained system of this project that looks at images.
 
     Args:
         weights: what `vlm predict --weights` takes.

@@ -13,7 +13,7 @@ class Turn:
     """A message to a model, or an earlier one of its own.
 
     Attributes:
-        picture: a sample whose one picture stands before the text.
+        picture: a sample whose one image stands before the text.
     """
 
     role: Literal["system", "user", "assistant"]

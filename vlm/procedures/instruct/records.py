@@ -1,4 +1,4 @@
-"""What data is generated from: records of pictures with captions and boxes, of questions, or of dialogues."""
+"""What data is generated from: records of images with captions and boxes, of questions, or of dialogues."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ class Item:
 
     @property
     def sample(self) -> Sample:
-        """Its picture, in the form that pictures are read from."""
+        """Its image, in the form that images are read from."""
         assert self.file is not None
         return Sample(self.id, (), (self.file,), source=self.source)
 
@@ -168,7 +168,7 @@ def distinct(items: Iterable[Item], source: str) -> list[Item]:
 
 
 def check_pictures(items: Iterable[Item]) -> None:
-    """Raises `SampleError` for the first picture that is not there: found before anything is paid for."""
+    """Raises `SampleError` for the first image that is not there: found before anything is paid for."""
     for item in items:
         if item.file is not None and item.file.path is not None and not item.file.path.is_file():
             remedy = "correct the path or --image_root"

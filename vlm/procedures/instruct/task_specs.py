@@ -58,7 +58,7 @@ class Kind:
         name: on the command line.
         what: it makes, in a line.
         needs: what a record must bring: `captions`, `image`, `question`, `turns`; `boxes` are taken where it has them.
-        sees: whether the model is shown the picture.
+        sees: whether the model is shown the image.
         form: how an answer is read: `pairs` of question and answer, one `answer`, a request and a prompt
             (`generation`), or MiniGPT-4's steps (`curate`).
         system: instructions. `{styles}` is the place of prompts for a diffusion model.
