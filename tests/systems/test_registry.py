@@ -1,24 +1,16 @@
-"""The one place that names the systems, and a seventeenth one that needs its class, its configurations and an entry."""
+"""The one place that names the systems."""
 
 import importlib
-import json
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import yaml
 
-import cli
-import vlm
 import vlm.systems
-from tests.commands.test_cli import World
 from tests.support.systems import SYSTEMS as TINY
-from tests.support.systems import llava_1_5
 from vlm import registry
 from vlm.checkpoints.published.family import get_family
-from vlm.recipes import print_systems, systems
-from vlm.registry import SYSTEMS, System, recipe_folder
-from vlm.systems import LLaVA15
+from vlm.recipes import systems
+from vlm.registry import SYSTEMS, recipe_folder
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
@@ -41,50 +33,3 @@ def test_nothing_is_left_out() -> None:
         *vlm.systems.__all__
     }
     assert [path.parent.name for path in sorted(registry.CONFIGS.glob("*/recipe.yaml"))] == systems() == sorted(SYSTEMS)
-
-
-class Seventeenth(LLaVA15):
-    """The toy: images are cropped to 28 px."""
-
-    system = "seventeenth"
-
-
-def seventeenth(**changes) -> Seventeenth:
-    return Seventeenth(**(llava_1_5().arguments | {"image": "crop"} | changes))
-
-
-ENTRY = replace(TINY["llava_1_5"], make=seventeenth)
-"""All that the contract test is told."""
-
-
-def write_configs(folder: Path) -> None:
-    """A recipe of one stage, at paper size and at laptop size."""
-    llava = registry.CONFIGS / "llava_1_5"
-    model = yaml.safe_load((llava / "model.yaml").read_text())
-    model["model"]["class_path"] = f"{__name__}.Seventeenth"
-    recipe = {"system": "seventeenth", "stages": {"1_align": {"configs": ["model.yaml", "1_align.yaml"]}}}
-    (folder / "demo").mkdir(parents=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    (folder / "model.yaml").write_text(yaml.safe_dump(model))
-    (folder / "1_align.yaml").write_text((llava / "1_align.yaml").read_text())
-    for name in ("model.yaml", "1_align.yaml"):
-        (folder / "demo" / name).write_text((llava / "demo" / name).read_text())
-
-
-def test_a_seventeenth_system(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """It is listed, its recipe is found by its name, its stage trains, and what it leaves opens as what it was."""
-    write_configs(tmp_path / "configs" / "seventeenth")
-    monkeypatch.setattr(registry, "CONFIGS", tmp_path / "configs")
-    monkeypatch.setattr(registry, "SYSTEMS", {"seventeenth": System(f"{__name__}.Seventeenth")})
-    assert print_systems() == 0
-    assert capsys.readouterr().out.split() == ["system", "stages", "seventeenth", "1_align"]
-    assert cli.main(["fit", "--recipe", "seventeenth", "--demo", "--dry-run"]) == 0
-    assert "configs/seventeenth/demo/1_align.yaml" in capsys.readouterr().out
-    monkeypatch.setattr("tests.commands.test_cli.CONFIGS", tmp_path / "configs" / "seventeenth")
-    world = World(tmp_path)
-    assert world.fit("--trainer.max_steps=1") == 0
-    assert vlm.load(world.run).system == "seventeenth"
-    assert json.loads((world.run / "artefact" / "stage.json").read_text())["system"] == "seventeenth"
-    assert ENTRY.make().codec.transform.mode == "crop"
