@@ -133,9 +133,9 @@ BAD: dict[str, tuple[Any, list[str]]] = {
     ),
     "locked run folder": (_second_start, ["pid", "another process works in this run folder"]),
     "batch that leaves nothing": (lambda w: w.options.append("--data.init_args.batch.size=0"), ["batch.size"]),
-    "pack over the limit": (
-        lambda w: w.options.append("--data.init_args.max_tokens=40"),
-        ["40", "accumulate_grad_batches"],
+    "sample over the limit of a pack": (
+        lambda w: w.options.append("--data.init_args.max_tokens=10"),
+        ["a single sample has", "data.max_tokens=10"],
     ),
 }
 

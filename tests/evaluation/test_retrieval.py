@@ -1,6 +1,7 @@
 """Retrieval: the figures against a count by hand, alone and on ranks that have unequally many samples, or none."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,13 @@ import pytest
 import torch
 from torch import distributed
 
+from callbacks import Evaluation
 from tests.support.itc import ITC
 from tests.support.ranks import run_ranks
 from tests.support.samples import pairs
 from tests.support.systems import itc, llava_1_5
+from tests.support.training import ListSource, trainer
+from vlm.data import InstructionData
 from vlm.errors import UserError
 from vlm.evaluation.inference import as_pack
 from vlm.evaluation.retrieval import Retrieval, similarities
@@ -59,7 +63,7 @@ def by_hand(module: ITC, samples: list[Any], *, rerank: int) -> dict[str, float]
                         match = module.match(embeddings.image[image : image + 1], embeddings.text[text : text + 1])
                         row[other] = scores[image][text] + float(match)
                     else:
-                        row[other] = -100.0
+                        row[other] = scores[image][text] - 100.0
             order = sorted(range(len(row)), key=lambda other: -row[other])
             firsts.append(next(place for place, other in enumerate(order) if names[other] == names[at]))
         figures |= {f"{direction}@{k}": sum(first < k for first in firsts) / len(firsts) for k in RANKS}
@@ -81,6 +85,26 @@ def test_of_several_queries_the_best_one_counts() -> None:
     images, texts = torch.randn(3, 4, 8), torch.randn(5, 8)
     expected = torch.stack([(image @ texts.T).max(0).values for image in images])
     torch.testing.assert_close(similarities(images, texts), expected)
+
+
+def _validated(folder: Path, strategy: str) -> dict[str, float]:
+    """By the trainer, in which a sharded network has its parameters only inside of a step."""
+    options = {"strategy": "ddp"} if strategy == "ddp" else {"fsdp": "fp32"}
+    judge = Evaluation({"list": Retrieval(RANKS, rerank=2, batch_size=5)})
+    run = trainer(folder / strategy, world=distributed.get_world_size(), callbacks=[judge], **options)
+    module = itc(dropout=0.0)
+    data = InstructionData(val_sources=[ListSource(pairs(folder, 7))], val_batch_size=2)
+    run.validate(module, data, verbose=False)
+    return {name: value.item() for name, value in run.callback_metrics.items() if "@" in name}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_trainer_finds_the_same_under_any_strategy(strategy: str, tmp_path: Path) -> None:
+    alone = found(finding(), pairs(tmp_path, 7), rerank=2)
+    named = {f"val/list/{name}": value for name, value in alone.items()}
+    assert run_ranks(_validated, 2, tmp_path, strategy) == [pytest.approx(named, abs=1e-6)] * 2
+    lines = (tmp_path / strategy / "evaluation" / "validate" / "answers.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["image"] for line in lines) == [str(i) for i in range(7)]
 
 
 def _on_a_rank(folder: Path, shares: tuple[int, ...], rerank: int) -> dict[str, float]:

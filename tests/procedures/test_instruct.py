@@ -101,7 +101,7 @@ def test_coco_as_it_is_published(tmp_path: Path, capsys: pytest.CaptureFixture[s
     )
     (record,) = json.loads((tmp_path / "o.json").read_text())
     assert (record["id"], record["image"]) == ("9", "000000000009.jpg")
-    with pytest.raises(UserError, match=r"in\.json: holds no list 'images'; give COCO's"):
+    with pytest.raises(UserError, match=r"in\.json: must be a JSON object, found a list"):
         main([*arguments[:4], str(write(tmp_path / "in.json", [])), *arguments[5:]])
     with pytest.raises(UserError, match=r"captions\.json: holds no list 'categories'"):
         main([*arguments, "--instances", str(captions)])

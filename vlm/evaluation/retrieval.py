@@ -1,7 +1,8 @@
 """Finding the texts of an image and the image of a text among all of a test set.
 
 As in ALBEF, BLIP and BLIP-2: embeddings give a score to every pair; where the system can look at a pair more closely,
-the `rerank` best of every image and every text are scored again, by the sum of both, and all others come behind them.
+the `rerank` best of every image and every text are scored again, by the sum of both, and all others come behind them in
+the order they had.
 """
 
 import itertools
@@ -16,7 +17,8 @@ from vlm.errors import UserError
 from vlm.evaluation.judges import Judge
 
 _BEHIND = -100.0
-"""Score of a pair that is not looked at again, as published."""
+"""Added to the score of a pair that is not looked at again; published code takes this alone, and so leaves the order of
+such pairs to chance."""
 
 
 class Embeddings(NamedTuple):
@@ -91,9 +93,10 @@ class Retrieval(Judge):
             raise UserError(f"Retrieval: ranks and batch_size start at 1 and rerank at 0, found {found}")
         self.ranks, self.rerank, self.batch_size = tuple(ranks), rerank, batch_size
         self.heard: list[tuple[Embeddings, list[SampleInfo]]] = []
+        self.found: list[dict[str, Any]] = []
 
     def start(self, device: torch.device) -> None:
-        self.heard = []
+        self.heard, self.found = [], []
 
     def ask(self, module: Any, batch: Any) -> Embeddings:
         embeddings: Embeddings = module.embeddings(batch)
@@ -120,10 +123,15 @@ class Retrieval(Judge):
         shown = torch.tensor([number.setdefault(name, len(number)) for part in ranks for name in part.images])
         meant = torch.tensor([number[name] for part in ranks for name in part.texts])
         places = {"TR": _first_right(scores, shown, meant), "IR": _first_right(scores.T, meant, shown)}
+        images = (name for part in ranks for name in part.images)
+        self.found = [
+            {"image": name, "texts before the first right one": before}
+            for name, before in zip(images, places["TR"].tolist(), strict=True)
+        ]
         return {f"{name}@{k}": float((found < k).float().mean()) for name, found in places.items() for k in self.ranks}
 
     def records(self) -> list[dict[str, Any]]:
-        return []
+        return self.found
 
     def _look_again(
         self, module: Any, scores: Tensor, own: "_Kept | None", everyone: "Sequence[_Kept | None]"
@@ -149,7 +157,7 @@ class Retrieval(Judge):
             asked = chunk if len(chunk) else torch.zeros(1, 2, dtype=torch.int64)
             said = module.match(images[asked[:, 0]], states[asked[:, 1]]).float().cpu()
             looked_at[start : start + len(chunk)] = said[: len(chunk)]
-        again = torch.full_like(scores, _BEHIND)
+        again = scores + _BEHIND
         again[chosen] = torch.cat(_exchange(looked_at)) + scores[chosen]  # both run over images, then over texts
         return again
 
