@@ -84,9 +84,10 @@ class Patches:
 
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The image at (width, height), byte for byte as the image processor of transformers has it.
+    """The image at (width, height), byte for byte as the image processor of transformers has it on AVX2 and AVX512.
 
-    By torch and on bytes: Pillow's bilinear rounds otherwise, by up to two grey levels in wide images.
+    By torch and on bytes, the same on every processor: without these instructions torchvision, which that one calls,
+    scales in floating point, a grey level apart. Pillow's bilinear is up to two apart in wide images.
     """
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     made = F.interpolate(pixels, size=size[::-1], mode="bilinear", antialias=True)[0]
