@@ -1,8 +1,9 @@
 """Running a system on samples outside of training."""
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from vlm.batch import Batch, Row
 from vlm.codec import Codec, step_counts
+from vlm.errors import UserError
+from vlm.language import Decoding
 from vlm.sample import ImageFile, ImagePart, Message, Sample, TextPart
 
 
@@ -50,6 +53,18 @@ def as_pack(module: Any, samples: Sequence[Sample], *, generate: bool) -> Batch:
     counts = step_counts(items)
     counts["images"] = module.over_ranks(counts["images"], "sum")
     return module.codec.collate(items, counts=counts).to(next(module.parameters()).device)
+
+
+def decoding_of(decoding: Decoding | None, options: Mapping[str, Any]) -> Decoding:
+    """How answers are searched for, with options of it given by name.
+
+    Raises:
+        UserError: there is no such option.
+    """
+    known = [field.name for field in fields(Decoding)]
+    if unknown := sorted(options.keys() - set(known)):
+        raise UserError(f"generate: there is no option {unknown[0]!r}; there are {', '.join(known)}")
+    return replace(decoding or Decoding(), **options)
 
 
 def label_scores(logits: Tensor, row: Row, num_samples: int) -> list[Tensor]:
