@@ -28,7 +28,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
         UserError: there is none of these in `path`, it lacks tensors, or the frozen weights it was trained with have
             changed; no such device or type.
     """
-    weights, kind = find_weights(path), _dtype(dtype)
+    kind, weights = _dtype(dtype), find_weights(path)
     if is_artefact(weights):
         artefact = read_artefact(weights)
         model, weights = model_of(artefact), str(artefact.folder)
