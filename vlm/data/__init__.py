@@ -16,6 +16,7 @@ _HOMES = {
     "GQA": "benchmarks",
     "Grouped": "wrappers.grouped",
     "GroundedCaptions": "sources.captions",
+    "HubDataset": "sources.hub",
     "ImageFolder": "sources.folder",
     "ImagePairs": "sources.questions",
     "InstructionData": "modules.instruction",

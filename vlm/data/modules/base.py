@@ -22,7 +22,7 @@ from vlm.data.modules.passes import split
 from vlm.data.modules.trainer_checks import check_packs_of_epoch, check_trainer
 from vlm.data.sampling.batches import BatchSpec, batch_draws
 from vlm.data.sampling.mixture import DrawGroups, Mixture, rank_orders, ranks_together
-from vlm.data.sampling.order import shuffled
+from vlm.data.sampling.order import shuffled, with_blocks
 from vlm.data.sampling.packs import Packing
 from vlm.data.sampling.sharing import check_negatives, check_owner, micro_batches, packing_of
 from vlm.data.sources.base import Concat, Source
@@ -181,13 +181,16 @@ class VisionLanguageData(L.LightningDataModule):
     def draws(self, epoch: int) -> Sequence[int]:
         """The epoch in order (see `vlm.data.loading.loader.Plan` for what a draw is)."""
         if self.mixture is None:
-            return shuffled(len(self.samples), seed=self.seed, epoch=epoch)
+            order = shuffled(len(self.samples), seed=self.seed, epoch=epoch)
+            blocks, ends = [source.blocks() for source in self.sources], self.samples.ends.tolist()
+            return with_blocks(order, ends, blocks, seed=self.seed, epoch=epoch)
         sizes = {source.name: len(source) for source in self.sources}
         if self.mixture.ranks is not None:
             each = {"rank_batch": self.batch.size // self.mixture.ranks}
             orders = rank_orders(list(sizes.values()), ranks=self.mixture.ranks, seed=self.seed, epoch=epoch, **each)
             return ranks_together(orders, **each)
-        samples, visits = self.mixture.draws(sizes, seed=self.seed, epoch=epoch, turns=self.turns())
+        fetched = {source.name: source.blocks() for source in self.sources}
+        samples, visits = self.mixture.draws(sizes, seed=self.seed, epoch=epoch, turns=self.turns(), blocks=fetched)
         return (samples + visits * len(self.samples)).tolist()
 
     def steps(self, epoch: int, *, encoder: Encoder) -> list[list[int]]:
