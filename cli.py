@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 import vlm
-from vlm.command_line.commands import STAGE_COMMANDS, TAKE_STAGES, TOOLS, USAGE
+from vlm.command_line.commands import STAGE_COMMANDS, TAKE_STAGES, TOOLS, USAGE, is_stage_command
 from vlm.command_line.errors import one_line_errors, status_of_sigterm, user_error
 from vlm.command_line.quiet import silence
 from vlm.command_line.weights import UNTRAINED, options_from_weights
@@ -62,15 +62,15 @@ def _dispatch(arguments: list[str]) -> int:
         from vlm.recipes import run_recipe
 
         return run_recipe(options)
+    if is_stage_command(command, options):
+        if command != "fit":
+            options = [*options_from_weights(options), *options]
+        return _run_stage(command, options)
     if command in TOOLS:
         module, name = TOOLS[command].split(":")
         keywords = {"describe": _describe} if command in TAKE_STAGES else {}
         return getattr(import_module(module), name)(options, **keywords)
-    if command not in STAGE_COMMANDS:
-        raise UserError(f"unknown command {command!r}; `vlm --help` lists them")
-    if command != "fit":
-        options = [*options_from_weights(options), *options]
-    return _run_stage(command, options)
+    raise UserError(f"unknown command {command!r}; `vlm --help` lists them")
 
 
 @cache
@@ -83,7 +83,16 @@ def _stage_cli() -> Any:
     from lightning.pytorch.loggers import TensorBoardLogger
     import yaml
 
-    from callbacks import BadSamples, Evaluation, Health, Predictions, Progress, ResumeCheckpoint, StageTransition
+    from callbacks import (
+        AnswerWriter,
+        BadSamples,
+        Evaluation,
+        Health,
+        Predictions,
+        Progress,
+        ResumeCheckpoint,
+        StageTransition,
+    )
     from callbacks import Throughput
     from vlm.checkpoints.published.open import find_weights
     from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
@@ -135,6 +144,7 @@ def _stage_cli() -> Any:
             parser.add_lightning_class_args(Throughput, "throughput")
             parser.add_lightning_class_args(Predictions, "predictions")
             parser.add_lightning_class_args(Evaluation, "evaluation")
+            parser.add_lightning_class_args(AnswerWriter, "answers")
             help_text = f"what to look at, as in predict; {UNTRAINED}: the system as its first stage finds it"
             parser.add_argument("--weights", type=str | None, default=None, help=help_text)
             parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
@@ -196,8 +206,9 @@ def _stage_cli() -> Any:
                 self.model.weights = find_weights(weights)
 
         def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-            table = {} if subcommand == "fit" else {"verbose": False}  # `Evaluation` prints its own
-            return super()._prepare_subcommand_kwargs(subcommand) | table | {"ckpt_path": self.ckpt_path}
+            # `Evaluation` prints its own table, `AnswerWriter` writes the answers
+            own = {"fit": {}, "predict": {"return_predictions": False}}.get(subcommand, {"verbose": False})
+            return super()._prepare_subcommand_kwargs(subcommand) | own | {"ckpt_path": self.ckpt_path}
 
     return StageCLI
 
@@ -205,8 +216,8 @@ def _stage_cli() -> Any:
 def _run_stage(command: str, options: Sequence[str]) -> int:
     with ExitStack() as locks, one_line_errors(), status_of_sigterm():
         arguments = [command, *options]
-        _stage_cli()(None if arguments == sys.argv[1:] else arguments, run=True, locks=locks)
-    return 0
+        made = _stage_cli()(None if arguments == sys.argv[1:] else arguments, run=True, locks=locks)
+        return 1 if made.config_init[command].answers.failed else 0
 
 
 def _open_stage(options: Sequence[str]) -> Any:
