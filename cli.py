@@ -13,7 +13,8 @@ from importlib import import_module
 from typing import Any
 
 import vlm
-from vlm.command_line.commands import STAGE_COMMANDS, TAKE_STAGES, TOOLS, USAGE, is_stage_command
+from vlm.command_line.classes import import_classes
+from vlm.command_line.commands import HELP, STAGE_COMMANDS, TAKE_STAGES, TOOLS, USAGE, is_stage_command
 from vlm.command_line.errors import one_line_errors, status_of_sigterm, user_error
 from vlm.command_line.quiet import silence
 from vlm.command_line.weights import UNTRAINED, options_from_weights
@@ -112,6 +113,7 @@ def _stage_cli() -> Any:
             self.locks = locks
             self.ckpt_path: Any = None
             silence()
+            import_classes()
             one_line = {"exit_on_error": False}
             super().__init__(
                 VisionLanguageModule,
@@ -136,6 +138,9 @@ def _stage_cli() -> Any:
         def subcommands() -> dict[str, set[str]]:
             commands = LightningCLI.subcommands()
             return {name: commands[name] for name in STAGE_COMMANDS}
+
+        def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+            return super().init_parser(**HELP, **kwargs)
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_lightning_class_args(StageTransition, "stage")

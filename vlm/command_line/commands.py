@@ -41,6 +41,16 @@ STAGE_COMMANDS = ("fit", "validate", "test", "predict")
 """Commands of the trainer on one stage."""
 
 
+HELP = {
+    "prog": "vlm",
+    "usage": "vlm fit | validate | test | predict  -c FILE [-c FILE ...] [--KEY VALUE ...]",
+    "epilog": "A class is named by its last name or whole path, and tells its own options: --data.help InstructionData,"
+    " --data.init_args.sources.help LlavaJson, --model.help LLaVA15, --trainer.callbacks.help EarlyStopping. Later"
+    " files and options come over earlier ones. --print_config prints all of it, as a file that -c takes.",
+}
+"""What the help of the stage commands says besides its options."""
+
+
 def is_stage_command(command: str, options: Sequence[str]) -> bool:
     """Whether the trainer runs it: `predict` is quick about some images, unless it is asked about a stage's data."""
     names = [option.split("=")[0] for option in options]
