@@ -14,8 +14,10 @@ from typing import Any
 
 import vlm
 from vlm.command_line.classes import import_classes
-from vlm.command_line.commands import HELP, STAGE_COMMANDS, TAKE_STAGES, TOOLS, USAGE, is_stage_command
-from vlm.command_line.errors import one_line_errors, status_of_sigterm, user_error
+from vlm.command_line.commands import HELP, OPTIONS, STAGE_COMMANDS, TAKE_STAGES, TOOLS, USAGE, is_stage_command
+from vlm.command_line.config_faults import Section, find_fault, find_lost_key
+from vlm.command_line.errors import innermost, one_line_errors, status_of_sigterm, user_error
+from vlm.command_line.layers import read_layers
 from vlm.command_line.quiet import silence
 from vlm.command_line.weights import UNTRAINED, options_from_weights
 from vlm.errors import UserError
@@ -77,6 +79,7 @@ def _dispatch(arguments: list[str]) -> int:
 @cache
 def _stage_cli() -> Any:
     """The LightningCLI of a stage; lightning is imported when there is something to train."""
+    from jsonargparse import ArgumentError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import ProgressBar
@@ -101,6 +104,21 @@ def _stage_cli() -> Any:
     from vlm.data import VisionLanguageData
     from vlm.module import VisionLanguageModule
     from vlm.recipes.run_folder import RunFolder
+
+    groups = {
+        "stage": StageTransition,
+        "checkpoint": ResumeCheckpoint,
+        "health": Health,
+        "throughput": Throughput,
+        "predictions": Predictions,
+        "evaluation": Evaluation,
+        "answers": AnswerWriter,
+    }
+    sections = {key: Section(kind) for key, kind in groups.items()} | {
+        "trainer": Section(Trainer),
+        "model": Section(VisionLanguageModule, is_class=True),
+        "data": Section(VisionLanguageData, is_class=True),
+    }
 
     class StageCLI(LightningCLI):
         """One stage: `model`, `data`, `trainer`, and a group of options for each callback that every stage has.
@@ -143,17 +161,22 @@ def _stage_cli() -> Any:
             return super().init_parser(**HELP, **kwargs)
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            parser.add_lightning_class_args(StageTransition, "stage")
-            parser.add_lightning_class_args(ResumeCheckpoint, "checkpoint")
-            parser.add_lightning_class_args(Health, "health")
-            parser.add_lightning_class_args(Throughput, "throughput")
-            parser.add_lightning_class_args(Predictions, "predictions")
-            parser.add_lightning_class_args(Evaluation, "evaluation")
-            parser.add_lightning_class_args(AnswerWriter, "answers")
+            for key, kind in groups.items():
+                parser.add_lightning_class_args(kind, key)
             help_text = f"what to look at, as in predict; {UNTRAINED}: the system as its first stage finds it"
             parser.add_argument("--weights", type=str | None, default=None, help=help_text)
             parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
             parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            options = [str(word) for word in (sys.argv[1:] if args is None else args)]
+            layers = read_layers(options)
+            if fault := find_lost_key(layers, sections, OPTIONS):
+                raise UserError(fault)
+            try:
+                super().parse_arguments(parser, args)
+            except ArgumentError as error:
+                raise UserError(find_fault(layers, sections, OPTIONS) or innermost(error)) from error
 
         @property
         def settings(self) -> Any:

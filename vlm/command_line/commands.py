@@ -41,6 +41,12 @@ STAGE_COMMANDS = ("fit", "validate", "test", "predict")
 """Commands of the trainer on one stage."""
 
 
+OPTIONS = (
+    *("seed_everything", "weights", "config", "print_config"),
+    *("ckpt_path", "weights_only", "verbose", "return_predictions"),
+)
+"""What else stands at the top of a configuration, beside model, data, trainer and the callbacks of every stage."""
+
 HELP = {
     "prog": "vlm",
     "usage": "vlm fit | validate | test | predict  -c FILE [-c FILE ...] [--KEY VALUE ...]",

@@ -15,6 +15,15 @@ def user_error(error: BaseException | None) -> UserError | None:
     return error
 
 
+def innermost(error: BaseException) -> str:
+    """What the configuration parser found at the bottom of what it says, behind the key at the top."""
+    key = str(error).partition(":")[0]
+    while error.__cause__ is not None:
+        error = error.__cause__
+    reason = " ".join(str(error).split())
+    return reason if reason.startswith(key) else f"{key}: {reason}"
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """What the configuration parser and the trainer refuse."""
