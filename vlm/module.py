@@ -26,8 +26,8 @@ from vlm.checkpoints.artefact import read_artefact
 from vlm.checkpoints.report import LoadReport
 from vlm.checkpoints.resume.moments import restore_moments
 from vlm.codec import Codec
-from vlm.errors import UserError
-from vlm.evaluation.inference import as_pack, chunks_in_step, evaluating, label_scores
+from vlm.errors import SampleError, UserError
+from vlm.evaluation.inference import answer_each, as_pack, chunks_in_step, evaluating, label_scores
 from vlm.evaluation.judges import Judges
 from vlm.evaluation.means import EpochMeans
 from vlm.evaluation.retrieval import Embeddings, concat_embeddings
@@ -54,6 +54,7 @@ class VisionLanguageModule(LightningModule):
             were trained with; artefacts store all, so that whoever loads one has them.
         weights: artefact or published folder to load instead of what the stage follows.
         judges: who judges which samples in validation and test.
+        decoding: how `predict_step` searches for answers; greedy where it is None.
         shard: applies FSDP2 to the still empty network; set by the `MixedPrecisionFSDP` callback.
         load_report: where each tensor came from, after `configure_model`.
         frozen_hashes: content of the frozen tensors as they were read, {name: hash}; what checkpoints refer to.
@@ -97,6 +98,7 @@ class VisionLanguageModule(LightningModule):
         self.surgery: list[Surgery] = []
         self.weights: str | None = None
         self.judges = Judges()
+        self.decoding: Decoding | None = None
         self.shard: Callable[[nn.Module, Any], None] | None = None
         self.load_report: LoadReport | None = None
         self.frozen_hashes: dict[str, str] = {}
@@ -334,6 +336,10 @@ class VisionLanguageModule(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self.on_validation_epoch_end()
+
+    def predict_step(self, batch: Sequence[Sample | SampleError], batch_idx: int) -> list[str | SampleError]:
+        """An answer to each sample of a list of `predict_dataloader`, or why there is none."""
+        return answer_each(self, batch, decoding=self.decoding, batch_size=max(1, len(batch)))
 
     @property
     def is_sharded(self) -> bool:

@@ -59,6 +59,8 @@ _HOMES = {
     "WithResolution": "wrappers.resolution",
 }
 
+__all__ = list(_HOMES)
+
 
 def __getattr__(name: str):
     if name in _HOMES:  # on first use: sources need no torch, the data modules import lightning

@@ -1,7 +1,7 @@
 """What the three kinds of training data have in common."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ from vlm.evaluation.judges import Judges
 
 class VisionLanguageData(L.LightningDataModule):
     """Sources, the published batch, and loaders that keep it on any number of devices.
+
+    Attributes:
+        answered: positions in `predict_sources` that predict leaves out, because an earlier start has their answers.
 
     Args:
         sources: what is trained on; evaluation alone needs none.
@@ -108,6 +111,7 @@ class VisionLanguageData(L.LightningDataModule):
         self.shuffle_images = shuffle_images
         self.quarantine = quarantine
         self.max_bad_samples = max_bad_samples
+        self.answered: Set[int] = frozenset()
         self._samples: Concat | None = None
 
     @property
@@ -315,14 +319,15 @@ class VisionLanguageData(L.LightningDataModule):
         return self._eval_loaders(self.test_sources, "data.test_sources")
 
     def predict_dataloader(self) -> DataLoader:
-        """Lists of at most `val_batch_size` samples, every sample once over all ranks.
+        """Lists of at most `val_batch_size` samples, every sample once over all ranks; a bad one as its `SampleError`.
 
         All ranks get the same number of lists, the last of a rank may be empty: generation of a sharded model needs
         every rank in every step.
         """
-        samples = Concat(self.predict_sources, key="data.predict_sources")
         self._checked_trainer()
-        dataset = PredictDataset(samples, size=self.val_batch_size, **self._ranks())
+        dataset = PredictDataset(
+            self.predict_samples(), size=self.val_batch_size, answered=self.answered, **self._ranks()
+        )
         return DataLoader(
             dataset,
             batch_size=None,
@@ -330,6 +335,9 @@ class VisionLanguageData(L.LightningDataModule):
             multiprocessing_context=worker_context(self.num_workers),
             generator=torch.Generator(),
         )
+
+    def predict_samples(self) -> Concat:
+        return Concat(self.predict_sources, key="data.predict_sources")
 
     def _eval_loaders(self, sources: Sequence[Source], key: str) -> list[StepLoader]:
         trainer = self._checked_trainer()
