@@ -291,8 +291,8 @@ def _describe(options: Sequence[str]) -> Any:
 
 def _from_weights(options: Sequence[str]) -> list[str]:
     """What weights know about themselves, as options that configuration files and other options come after."""
-    from vlm.checkpoints.artefact import read_artefact
     from vlm.checkpoints.published.open import describe_published, find_weights, is_artefact
+    from vlm.checkpoints.resume.opened import read_trained
     from vlm.building.instantiate import model_of
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -305,8 +305,8 @@ def _from_weights(options: Sequence[str]) -> list[str]:
         return ["--stage.name", UNTRAINED, "--stage.train", "{}"]
     found = find_weights(weights)
     if is_artefact(found):
-        artefact = read_artefact(found)
-        model, stage, folder = model_of(artefact), artefact.meta["stage"], artefact.folder.parent
+        artefact = read_trained(found)
+        model, stage, folder = model_of(artefact), artefact.meta["stage"], artefact.run
     else:
         model, stage = describe_published(found).model, "published"
         folder = Path("runs") / Path(found).name

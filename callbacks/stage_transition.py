@@ -1,9 +1,8 @@
 """Entering and leaving a training stage."""
 
 import itertools
-import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,15 +10,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from callbacks.progress import say
-from vlm.checkpoints.artefact import read_artefact, write_artefact
+from vlm.checkpoints.artefact import write_artefact
 from vlm.checkpoints.resume.moments import moments
 from vlm.codec import Codec
 from vlm.data import VisionLanguageData
 from vlm.data.loading.trainer_progress import is_finished
 from vlm.data.sources.base import Concat
 from vlm.errors import SampleError
-from vlm.building.instantiate import describe, describe_module, system_class
-from vlm.building.weight_sources import frozen_parts
+from vlm.building.instantiate import system_class
+from vlm.building.stage_record import stage_record
 from vlm.module import VisionLanguageModule
 from vlm.moving import changing_names
 from vlm.schedules import Schedule
@@ -164,28 +163,8 @@ def write_stage(
         for _ in itertools.chain(tensors, kept or ()):
             pass
         return
-    follows = [(follow, read_artefact(follow.artefact)) for follow in module.stage.sources]
-    meta: dict[str, Any] = {
-        "system": module.system,
-        "stage": module.stage.name,
-        "global_step": global_step,
-        "model": describe_module(module),
-        "surgery": describe(module.surgery),
-        "trained": sorted(module.trained_names()),
-        "averaged": bool(averages),
-        "frozen": frozen_parts(module),
-        "ties": dict(module.ties),
-        "follows": [
-            {
-                "path": os.path.relpath(artefact.folder, folder),
-                "fingerprint": artefact.fingerprint,
-                "parts": dict(follow.parts),
-                "leave_out": list(follow.leave_out),
-            }
-            for follow, artefact in follows
-        ],
-    }
-    write_artefact(folder, tensors=tensors, meta=meta, moments=kept)
+    record = stage_record(module, folder, global_step=global_step)
+    write_artefact(folder, tensors=tensors, meta=record, moments=kept)
 
 
 def _full(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 from vlm.building.instantiate import instantiate
 from vlm.checkpoints.artefact import Artefact, read_artefact
 from vlm.checkpoints.published.open import describe_published, is_artefact
+from vlm.checkpoints.resume.opened import read_trained
 from vlm.language import Surgery
 from vlm.stages import matches
 
@@ -20,7 +21,7 @@ def inherited_surgery(module: Any) -> list[tuple[str, Surgery]]:
     """
     if module.weights is not None:
         if is_artefact(module.weights):
-            return _surgery_of(module, read_artefact(module.weights), {})
+            return _surgery_of(module, read_trained(module.weights), {})
         return [(module.weights, operation) for operation in instantiate(describe_published(module.weights).surgery)]
     follows = module.stage.sources if module.stage is not None else ()
     return [found for follow in follows for found in _surgery_of(module, read_artefact(follow.artefact), follow.parts)]

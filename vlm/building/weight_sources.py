@@ -9,7 +9,9 @@ from vlm.checkpoints.files.locate import preview
 from vlm.checkpoints.files.weights import WeightFiles, WeightSource, fingerprint_of
 from vlm.checkpoints.published.base_entries import check_base
 from vlm.checkpoints.published.open import is_artefact, published_source
+from vlm.checkpoints.references import followed
 from vlm.checkpoints.resume.moments import WEIGHT
+from vlm.checkpoints.resume.opened import read_trained
 from vlm.checkpoints.tables.base import read_same_names
 from vlm.errors import UserError
 from vlm.moving import changing_names
@@ -29,7 +31,7 @@ def weight_sources(module: Any) -> list[WeightSource]:
         if getattr(description, "weights", None)
     ]
     if module.weights is not None:
-        return sources + artefact_chain(read_artefact(module.weights), Selection())
+        return sources + artefact_chain(read_trained(module.weights), Selection())
     if module.stage is None:
         return sources
     resuming = is_resuming(module)
@@ -145,7 +147,7 @@ def _whole_parts(artefact: Artefact) -> set[str]:
     drawn = {part for part, entry in meta["frozen"].items() if str(entry["source"]).startswith(DRAWN)}
     whole = {name.split(".")[0] for name in meta["tensors"]} - drawn
     for reference in meta["follows"]:
-        earlier = _whole_parts(read_artefact(artefact.folder / reference["path"]))
+        earlier = _whole_parts(followed(artefact, reference))
         earlier -= {pattern.split(".")[0] for pattern in reference.get("leave_out", ())}
         parts = reference["parts"] or {part: part for part in earlier}
         whole |= {mine for mine, theirs in parts.items() if theirs in earlier and "." not in mine}
@@ -156,12 +158,7 @@ def artefact_chain(artefact: Artefact, selection: Selection) -> list[WeightSourc
     """An artefact after those it follows: each holds only what its own stage trained."""
     chain: list[WeightSource] = []
     for reference in artefact.meta.get("follows", []):
-        earlier = read_artefact(artefact.folder / reference["path"])
-        if earlier.fingerprint != reference["fingerprint"]:
-            raise UserError(
-                f"{artefact.folder}: it follows {earlier.folder}, whose content has changed since; "
-                "restore it or train this stage again"
-            )
+        earlier = followed(artefact, reference)
         chain += artefact_chain(earlier, Selection(reference["parts"], reference.get("leave_out", ()), selection))
     names = {name: renamed for name in artefact.meta["tensors"] if (renamed := selection.rename(name)) is not None}
     source = WeightSource(
@@ -217,7 +214,7 @@ def check_finished(module: Any) -> None:
     Raises:
         UserError: the base weights have changed since, or the folder does not hold everything.
     """
-    verified = check_frozen(module, read_artefact(module.weights)) if is_artefact(module.weights) else frozenset()
+    verified = check_frozen(module, read_trained(module.weights)) if is_artefact(module.weights) else frozenset()
     if lost := [name for name in module.load_report.new if name.split(".")[0] not in verified]:
         raise UserError(
             f"{module.weights}: holds nothing for {preview(lost)}, which would be random; fetch or make it again, or "
