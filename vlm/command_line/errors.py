@@ -1,0 +1,41 @@
+"""Errors of libraries as errors of the user, where they are: one line that names key and remedy."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from vlm.errors import UserError
+
+
+def user_error(error: BaseException | None) -> UserError | None:
+    """The error of the user behind an exception: the configuration parser and the trainer's clean-up wrap it."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """What the configuration parser and the trainer refuse."""
+    from jsonargparse import ArgumentError
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        yield
+    except (ArgumentError, MisconfigurationException) as error:
+        if (cause := user_error(error)) is not None:
+            raise cause from error
+        raise UserError(" ".join(str(error).split())) from error
+
+
+@contextmanager
+def status_of_sigterm() -> Iterator[None]:
+    """Lightning ends a terminated training with status 0, as if it were finished."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    try:
+        yield
+    except SIGTERMException:
+        print("vlm: stopped by SIGTERM; the same command goes on", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
