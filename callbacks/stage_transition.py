@@ -1,7 +1,6 @@
 """Entering and leaving a training stage."""
 
 import itertools
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,13 +10,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from callbacks.progress import say
-from vlm.checkpoints.artefact import read_artefact, write_artefact
+from vlm.checkpoints.artefact import write_artefact
 from vlm.checkpoints.resume.moments import moments
 from vlm.codec import Codec
 from vlm.data import VisionLanguageData
 from vlm.data.loading.trainer_progress import is_finished
 from vlm.data.sources.base import Concat
 from vlm.errors import SampleError
+from vlm.building.followed import refer_to
 from vlm.building.instantiate import describe, describe_module, system_class
 from vlm.building.weight_sources import frozen_parts
 from vlm.module import VisionLanguageModule
@@ -38,7 +38,7 @@ class StageTransition(Callback):
     Args:
         name: of the stage, as in the recipe.
         train: {pattern: learning rate, weight decay, ...}; everything else is frozen.
-        follows: artefacts to start from.
+        follows: artefacts or published folders to start from.
         continues: artefact of the stage whose schedule and optimizer moments go on here.
         modes: {pattern: train | eval} for modules whose published mode is not "train iff it holds a trained parameter".
         optimizer: AdamW's constants.
@@ -164,7 +164,6 @@ def write_stage(
         for _ in itertools.chain(tensors, kept or ()):
             pass
         return
-    follows = [(follow, read_artefact(follow.artefact)) for follow in module.stage.sources]
     meta: dict[str, Any] = {
         "system": module.system,
         "stage": module.stage.name,
@@ -175,15 +174,7 @@ def write_stage(
         "averaged": bool(averages),
         "frozen": frozen_parts(module),
         "ties": dict(module.ties),
-        "follows": [
-            {
-                "path": os.path.relpath(artefact.folder, folder),
-                "fingerprint": artefact.fingerprint,
-                "parts": dict(follow.parts),
-                "leave_out": list(follow.leave_out),
-            }
-            for follow, artefact in follows
-        ],
+        "follows": [refer_to(follow, folder) for follow in module.stage.sources],
     }
     write_artefact(folder, tensors=tensors, meta=meta, moments=kept)
 
