@@ -1,7 +1,7 @@
 """What a stage starts from, artefacts and published folders, and how its own artefact refers to them.
 
-An entry of `follows` in `stage.json` is {path, fingerprint, parts, leave_out}. `path` is relative to the artefact. That of
-a published folder has besides `published`: `folder`, or `hub`, whose `path` is the hub id.
+An entry of `follows` in `stage.json` is {path, fingerprint, parts, leave_out}. `path` is relative to the artefact. That
+of a published folder has `published` besides: `folder`, or `hub`, whose `path` is the hub id.
 """
 
 import os
@@ -44,9 +44,7 @@ def open_reference(artefact: Artefact, reference: dict[str, Any]) -> Artefact | 
     Raises:
         UserError: it is not there, or is not what it was.
     """
-    changed = (
-        "{0}: it follows {1}, whose content has changed since; restore it or train this stage again"
-    )
+    changed = "{0}: it follows {1}, whose content has changed since; restore it or train this stage again"
     if "published" not in reference:
         earlier = read_artefact(artefact.folder / reference["path"])
         if earlier.fingerprint != reference["fingerprint"]:

@@ -145,7 +145,7 @@ def fingerprint_of(hashes: Mapping[str, str]) -> str:
 def fingerprint_of_files(files: Iterable[Path]) -> str:
     """Identity of weight files that name no hashes: of each its size, its beginning and blocks evenly over it.
 
-    Reads some 5 MB a file, whatever its size; that frozen tensors are the same to the last bit is known by their hashes.
+    Reads some 5 MB a file, whatever its size; of frozen tensors every bit is known by their hashes.
     """
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
