@@ -21,10 +21,12 @@ from vlm.building.blocks import recompute_blocks
 from vlm.building.inherited_surgery import inherited_surgery
 from vlm.building.network import allocate, empty_weights, find_ties, initialisers, load_or_init, tie
 from vlm.building.precision import check_precision, compute_dtype, keep_frozen_in
+from vlm.building.stage_record import stage_record
 from vlm.building.weight_sources import check_finished, check_new, is_resuming, weight_sources
 from vlm.checkpoints.artefact import read_artefact
 from vlm.checkpoints.report import LoadReport
 from vlm.checkpoints.resume.moments import restore_moments
+from vlm.checkpoints.resume.opened import RECORD
 from vlm.codec import Codec
 from vlm.errors import UserError
 from vlm.evaluation.inference import as_pack, chunks_in_step, evaluating, label_scores
@@ -405,10 +407,18 @@ class VisionLanguageModule(LightningModule):
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Resume checkpoints hold what training changes; frozen tensors are referred to by content."""
+        """Checkpoints hold what training changes, and what else it takes to look at it (`stage.json`).
+
+        Frozen tensors are referred to by content.
+        """
         changing = changing_names(self)
         checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in changing}
         checkpoint["frozen"] = dict(self.frozen_hashes)
+        if self.averages:
+            checkpoint["averages"] = dict(self.averages)
+        if self.stage is not None:
+            step = self.finished_steps() + self.trainer.global_step
+            checkpoint[RECORD] = stage_record(self, self.trainer.default_root_dir, global_step=step)
         checkpoint["total_steps"] = self._total_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from vlm.checkpoints.files.weights import WeightFiles, WeightSource, fingerprint
 from vlm.checkpoints.published.base_entries import check_base
 from vlm.checkpoints.published.open import is_artefact, published_source
 from vlm.checkpoints.resume.moments import WEIGHT
+from vlm.checkpoints.resume.opened import read_trained
 from vlm.checkpoints.tables.base import read_same_names
 from vlm.errors import UserError
 from vlm.moving import changing_names
@@ -243,7 +244,7 @@ def check_finished(module: Any) -> None:
     Raises:
         UserError: the base weights have changed since, or the folder does not hold everything.
     """
-    verified = check_frozen(module, read_artefact(module.weights)) if is_artefact(module.weights) else frozenset()
+    verified = check_frozen(module, read_trained(module.weights)) if is_artefact(module.weights) else frozenset()
     if lost := [name for name in module.load_report.new if name.split(".")[0] not in verified]:
         raise UserError(
             f"{module.weights}: holds nothing for {preview(lost)}, which would be random; fetch or make it again, or "

@@ -9,6 +9,8 @@ from vlm.checkpoints.files.locate import find_files
 from vlm.checkpoints.files.weights import WeightFiles, WeightSource
 from vlm.checkpoints.published.family import Family, find_family, look_into
 from vlm.checkpoints.published.vila import PartFolders, has_part_folders
+from vlm.checkpoints.resume.opened import is_checkpoint
+from vlm.checkpoints.resume.pointer import BEST, LAST, find_checkpoint
 from vlm.errors import UserError
 
 
@@ -28,10 +30,17 @@ class PublishedSystem:
 def find_weights(path: str | Path) -> str:
     """What `--weights` may name: an artefact, a run folder (its last finished stage), a published folder or hub id.
 
+    And checkpoints: `RUN@200`, `RUN@last`, `RUN@best`, or the path of one.
+
     Raises:
         UserError: nothing of that kind is there, or several last stages (`2_chat`, `2_science_qa`).
     """
     folder = Path(path).expanduser()
+    if is_checkpoint(folder):
+        return str(folder)
+    run, at, which = str(path).rpartition("@")
+    if at and (which in (LAST, BEST) or which.isdecimal()) and not folder.exists():
+        return _find_checkpoint(Path(run).expanduser(), which)
     for candidate in (folder, folder / "artefact"):
         if (candidate / STAGE_FILE).is_file():
             return str(candidate)
@@ -49,7 +58,10 @@ def find_weights(path: str | Path) -> str:
             raise UserError(f"{folder}: ends in several stages; name one of them: {', '.join(map(str, last))}")
         return str(finished[-1].parent)
     if begun := sorted(file.parent for file in (*folder.glob("config.yaml"), *folder.glob("*/config.yaml"))):
-        raise UserError(f"{begun[-1]}: this stage is not finished (no artefact); start its `vlm fit` again to go on")
+        raise UserError(
+            f"{begun[-1]}: this stage is not finished (no artefact); start its `vlm fit` again to go on, or look "
+            f"at its newest checkpoint as {begun[-1]}@{LAST}"
+        )
     if has_part_folders(folder):
         return str(folder)
     try:
@@ -65,8 +77,20 @@ def is_hub_id(path: str | Path) -> bool:
     return len(folder.parts) == 2 and not folder.is_absolute() and not folder.parent.exists()
 
 
+def _find_checkpoint(run: Path, which: str) -> str:
+    if not run.is_dir():
+        raise UserError(f"{run}@{which}: there is no folder {run}; give the run folder of a stage")
+    begun = sorted(file.parent for file in run.glob("*/config.yaml"))
+    stage = begun[-1] if begun and not (run / "config.yaml").exists() else run
+    is_done = (stage / "artefact" / STAGE_FILE).is_file() and not (stage / "checkpoints" / LAST).exists()
+    if which == LAST and is_done:
+        return str(stage / "artefact")
+    return str(find_checkpoint(stage, which))
+
+
 def is_artefact(path: str | Path) -> bool:
-    return (Path(path) / STAGE_FILE).is_file()
+    """Whether these are weights of ours: an artefact or a checkpoint, which `read_trained` opens."""
+    return (Path(path) / STAGE_FILE).is_file() or is_checkpoint(path)
 
 
 def family_of(path: str | Path) -> Family:
