@@ -55,9 +55,10 @@ def open_reference(artefact: Artefact, reference: Mapping[str, Any]) -> Artefact
     if "published" in reference:
         found = [str(place) for place in places if place.is_dir()]
         if not found:
+            looked = " nor in ".join(map(str, places))
             raise UserError(
-                f"{artefact.folder}: it follows a published folder that is neither in {' nor in '.join(map(str, places))}"
-                f"; put it back, or correct its path under follows in {artefact.folder / 'stage.json'}"
+                f"{artefact.folder}: the published folder it follows is missing: it is neither in {looked}; put it back, "
+                f"or correct its path under follows in {artefact.folder / 'stage.json'}"
             )
         return _unchanged(artefact, found, reference)
     for place in places:
@@ -71,5 +72,6 @@ def _unchanged(artefact: Artefact, places: list[str], reference: Mapping[str, An
         if fingerprint_of_files(weight_files(place)) == reference["fingerprint"]:
             return place
     raise UserError(
-        f"{artefact.folder}: it follows {places[0]}, whose content has changed since; restore it or train this stage again"
+        f"{artefact.folder}: it follows {places[0]}, whose content has changed since; "
+        "restore it or train this stage again"
     )
