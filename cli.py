@@ -14,7 +14,7 @@ from typing import Any
 
 import vlm
 from vlm.command_line.commands import STAGE_COMMANDS, TAKE_STAGES, TOOLS, USAGE
-from vlm.command_line.errors import one_line_errors, status_of_signals, user_error
+from vlm.command_line.errors import memory_error, one_line_errors, status_of_signals, user_error
 from vlm.command_line.quiet import silence
 from vlm.command_line.weights import UNTRAINED, options_from_weights
 from vlm.errors import UserError
@@ -40,7 +40,7 @@ def main(args: Sequence[str] | None = None, run: bool = True) -> Any:
     try:
         return _dispatch(arguments)
     except Exception as error:
-        cause = user_error(error)
+        cause = user_error(error) or memory_error(error)
         if cause is None:
             raise
         print(f"vlm: error: {cause}", file=sys.stderr)
@@ -84,7 +84,7 @@ def _stage_cli() -> Any:
     import yaml
 
     from callbacks import BadSamples, Evaluation, Health, Predictions, Progress, ResumeCheckpoint, StageTransition
-    from callbacks import Throughput
+    from callbacks import OutOfMemory, Throughput
     from vlm.checkpoints.published.open import find_weights
     from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
     from vlm.command_line.run_entry import enter_run
@@ -116,7 +116,7 @@ def _stage_cli() -> Any:
                 trainer_defaults={
                     "use_distributed_sampler": False,
                     "enable_model_summary": False,
-                    "callbacks": [BadSamples()],
+                    "callbacks": [BadSamples(), OutOfMemory()],
                 },
                 parser_kwargs=one_line | (dict.fromkeys(self.subcommands(), one_line) if run else {}),
                 args=args,

@@ -37,10 +37,10 @@ class StageTransition(Callback):
     Args:
         name: of the stage, as in the recipe.
         train: {pattern: learning rate, weight decay, ...}; everything else is frozen.
-        follows: artefacts to start from.
+        follows: artefacts or published folders to start from.
         continues: artefact of the stage whose schedule and optimizer moments go on here.
         modes: {pattern: train | eval} for modules whose published mode is not "train iff it holds a trained parameter".
-        optimizer: AdamW's constants.
+        optimizer: AdamW's constants, and how its moments are kept.
         schedule: learning rate over steps.
         keep_optimizer: write the moments too, for a stage that continues this one.
     """

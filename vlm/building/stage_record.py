@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from vlm.building.followed import reference_to
 from vlm.building.instantiate import describe, describe_module
 from vlm.building.weight_sources import frozen_parts
-from vlm.checkpoints.artefact import read_artefact
-from vlm.checkpoints.references import local_paths, refer_to
+from vlm.checkpoints.references import local_paths
 
 
 def stage_record(module: Any, base: str | Path, *, global_step: int) -> dict[str, Any]:
@@ -16,7 +16,6 @@ def stage_record(module: Any, base: str | Path, *, global_step: int) -> dict[str
         base: folder that paths in it are relative to.
         global_step: optimizer steps so far, those of the stages it continues among them.
     """
-    follows = [(follow, read_artefact(follow.artefact)) for follow in module.stage.sources]
     model = describe_module(module)
     return {
         "system": module.system,
@@ -28,14 +27,6 @@ def stage_record(module: Any, base: str | Path, *, global_step: int) -> dict[str
         "averaged": bool(module.averages),
         "frozen": frozen_parts(module),
         "ties": dict(module.ties),
-        "follows": [
-            {
-                **refer_to(artefact.folder, base),
-                "fingerprint": artefact.fingerprint,
-                "parts": dict(follow.parts),
-                "leave_out": list(follow.leave_out),
-            }
-            for follow, artefact in follows
-        ],
+        "follows": [reference_to(follow, base) for follow in module.stage.sources],
         "paths": local_paths(model, base),
     }

@@ -32,7 +32,7 @@ def followed(artefact: Artefact, reference: Mapping[str, Any]) -> Artefact:
     Raises:
         UserError: it is not there, or what is there has changed since.
     """
-    recorded = _recorded(artefact, reference["path"], reference.get("absolute"))
+    recorded = recorded_places(artefact, reference)
     found = [place for place in recorded if (place / STAGE_FILE).is_file()]
     for place in found:
         earlier = read_artefact(place)
@@ -54,6 +54,11 @@ def followed(artefact: Artefact, reference: Mapping[str, Any]) -> Artefact:
         f"{artefact.folder}: the stage it follows is missing: it is neither in {' nor in '.join(map(str, recorded))} "
         f"nor beside it in {artefact.run.parent}; copy that stage's folder beside this one's"
     )
+
+
+def recorded_places(artefact: Artefact, reference: Mapping[str, Any]) -> list[Path]:
+    """Where an entry of `follows` says that something is, the nearest first."""
+    return _recorded(artefact, reference["path"], reference.get("absolute"))
 
 
 def local_paths(model: Any, base: str | Path) -> dict[str, dict[str, str]]:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from vlm.errors import UserError
+from vlm.errors import UserError, is_out_of_memory
 
 
 def user_error(error: BaseException | None) -> UserError | None:
@@ -13,6 +13,14 @@ def user_error(error: BaseException | None) -> UserError | None:
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def memory_error(error: BaseException) -> UserError | None:
+    """What a device without memory says, with what would take less; None for any other error."""
+    if not is_out_of_memory(error):
+        return None
+    said = " ".join(str(error).split()).split(" If reserved but unallocated")[0].split(" See documentation")[0]
+    return UserError("; ".join([f"out of memory: {said.rstrip('.')}", *getattr(error, "__notes__", ())]))
 
 
 @contextmanager

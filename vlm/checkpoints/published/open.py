@@ -48,7 +48,7 @@ def find_weights(path: str | Path) -> str:
     if folder.is_file():
         raise UserError(f"{folder}: is a file; give the folder it lies in: {kinds}")
     if not folder.exists():
-        if len(folder.parts) == 2 and not folder.is_absolute() and not folder.parent.exists():  # a hub id
+        if is_hub_id(path):
             return str(path)
         raise UserError(f"{folder}: no such folder; give {kinds}")
     if finished := sorted(folder.glob(f"*/artefact/{STAGE_FILE}")):
@@ -69,6 +69,12 @@ def find_weights(path: str | Path) -> str:
     except UserError as error:
         raise UserError(f"{folder}: neither {STAGE_FILE} nor weight files in it; give {kinds}") from error
     return str(folder)
+
+
+def is_hub_id(path: str | Path) -> bool:
+    """Whether a path that does not exist may be the name of a repository on the hub."""
+    folder = Path(path)
+    return len(folder.parts) == 2 and not folder.is_absolute() and not folder.parent.exists()
 
 
 def _find_checkpoint(run: Path, which: str) -> str:
@@ -93,8 +99,16 @@ def family_of(path: str | Path) -> Family:
     Raises:
         UserError: none of them claims it, or several do.
     """
-    files = PartFolders(path) if has_part_folders(path) else WeightFiles(path)
-    return find_family(look_into(path, files))
+    return find_family(look_into(path, _open_files(path)))
+
+
+def weight_files(path: str | Path) -> list[Path]:
+    """The files of a published folder or hub id that hold tensors."""
+    return _open_files(path).files()
+
+
+def _open_files(path: str | Path) -> WeightFiles:
+    return PartFolders(path) if has_part_folders(path) else WeightFiles(path)
 
 
 def describe_published(path: str) -> PublishedSystem:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from vlm.data.sources.base import Source
 from vlm.data.sources.messages import IMAGE_KEYS, TURN_KEYS, chat_record
-from vlm.errors import Fault, SampleError, UserError
+from vlm.errors import Fault, SampleError, UserError, quoted
 from vlm.sample import MAX_PIXELS, ImageFile, Sample, parse_image, parse_sample
 from vlm.sample.paths import located
 
@@ -110,7 +110,7 @@ class Parquet(Source):
         assert self.caption is not None
         caption = record.get(self.caption)
         if not isinstance(caption, str) or not caption.strip():
-            raise error(f"column {self.caption!r} must hold a caption, found {caption!r}")
+            raise error(f"column {self.caption!r} must hold a caption, found {quoted(caption)}")
         question = f"<image>\n{self.prompt}" if self.prompt else "<image>"
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": caption.strip()}]
         return {key: record[key] for key in ("id", *IMAGE_KEYS) if key in record} | {
