@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -16,7 +16,7 @@ import vlm
 from vlm.command_line.classes import import_classes
 from vlm.command_line.commands import HELP, OPTIONS, STAGE_COMMANDS, TAKE_STAGES, TOOLS, USAGE, is_stage_command
 from vlm.command_line.config_faults import Section, find_fault, find_lost_key
-from vlm.command_line.errors import innermost, memory_error, one_line_errors, status_of_sigterm, user_error
+from vlm.command_line.errors import innermost, memory_error, one_line_errors, status_of_signals, user_error
 from vlm.command_line.layers import read_layers
 from vlm.command_line.quiet import silence
 from vlm.command_line.weights import UNTRAINED, options_from_weights
@@ -64,7 +64,7 @@ def _dispatch(arguments: list[str]) -> int:
     if command == "fit" and any(option.split("=")[0] == "--recipe" for option in options):
         from vlm.recipes import run_recipe
 
-        return run_recipe(options)
+        return run_recipe(options, compare=_compare_finished)
     if is_stage_command(command, options):
         if command != "fit":
             options = [*options_from_weights(options), *options]
@@ -188,7 +188,7 @@ def _stage_cli() -> Any:
             settings = self.settings
             settings.trainer.default_root_dir = settings.trainer.default_root_dir or f"runs/{settings.stage.name}"
             self.ckpt_path = settings.get("ckpt_path")
-            if self.subcommand == "fit":
+            if self.subcommand == "fit" and not settings.trainer.fast_dev_run:  # which leaves nothing behind
                 assert self.locks is not None
                 parser, folder = self._parser("fit"), RunFolder(settings.trainer.default_root_dir)
                 self.ckpt_path = enter_run(
@@ -197,7 +197,7 @@ def _stage_cli() -> Any:
                     ckpt_path=self.ckpt_path,
                     locks=self.locks,
                 )
-            elif self.subcommand is not None and settings.weights is None:
+            elif self.subcommand not in ("fit", None) and settings.weights is None:
                 raise UserError(
                     f"{self.subcommand} needs --weights: an artefact, run folder or published folder, or {UNTRAINED!r}"
                 )
@@ -243,10 +243,18 @@ def _stage_cli() -> Any:
 
 
 def _run_stage(command: str, options: Sequence[str]) -> int:
-    with ExitStack() as locks, one_line_errors(), status_of_sigterm():
+    with ExitStack() as locks, one_line_errors(), status_of_signals():
         arguments = [command, *options]
         made = _stage_cli()(None if arguments == sys.argv[1:] else arguments, run=True, locks=locks)
         return 1 if made.config_init[command].answers.failed else 0
+
+
+def _compare_finished(options: Sequence[str]) -> None:
+    """Refuses options of `vlm fit` for a finished stage that differ from those it was trained with."""
+    from vlm.command_line.run_entry import StageFinished
+
+    with suppress(StageFinished):
+        _run_stage("fit", options)
 
 
 def _open_stage(options: Sequence[str]) -> Any:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from vlm.building.instantiate import instantiate, model_of
-from vlm.checkpoints.artefact import read_artefact
 from vlm.checkpoints.published.open import describe_published, find_weights, is_artefact
+from vlm.checkpoints.resume.opened import read_trained
 from vlm.errors import UserError
 
 
@@ -17,7 +17,8 @@ def load(path: str | Path) -> Any:
 
     Args:
         path: an artefact, a run folder of a stage (`runs/llava_1_5/2_finetune`) or of a recipe (its last finished
-            stage), or a published system (official or Hugging Face folder, or hub id).
+            stage), a checkpoint (`runs/llava_1_5/2_finetune@200`, `@last`, `@best`, or its path), or a published system
+            (official or Hugging Face folder, or hub id).
 
     Returns:
         The system, in eval mode, on the CPU.
@@ -32,7 +33,7 @@ def load(path: str | Path) -> Any:
         module.weights = weights
         module.configure_model()
         return module
-    artefact = read_artefact(weights)
+    artefact = read_trained(weights)
     module = instantiate(model_of(artefact))
     module.weights = str(artefact.folder)
     module.configure_model()

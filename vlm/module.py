@@ -21,10 +21,12 @@ from vlm.building.blocks import recompute_blocks
 from vlm.building.inherited_surgery import inherited_surgery
 from vlm.building.network import allocate, empty_weights, find_ties, initialisers, load_or_init, tie
 from vlm.building.precision import check_precision, compute_dtype, keep_frozen_in
+from vlm.building.stage_record import references, stage_record
 from vlm.building.weight_sources import check_finished, check_new, is_resuming, weight_sources
 from vlm.checkpoints.artefact import read_artefact
 from vlm.checkpoints.report import LoadReport
 from vlm.checkpoints.resume.moments import restore_moments
+from vlm.checkpoints.resume.opened import RECORD
 from vlm.codec import Codec
 from vlm.errors import SampleError, UserError
 from vlm.evaluation.inference import answer_each, as_pack, chunks_in_step, evaluating, label_scores
@@ -64,6 +66,7 @@ class VisionLanguageModule(LightningModule):
         running: {term: this rank's share of the step's mean, over the micro-batches done so far}.
         averages: {name: float32 moving average of a trained tensor}, which artefacts hold in the place of the tensor;
             kept by the `EMA` callback, None without it.
+        references: the stage, and how its artefact refers to what it follows.
         epochs_done: epochs of the stage that are done when the present step begins, as in 1.25; infinite outside of
             training, where every ramp is over. `global_step` has the steps.
     """
@@ -107,6 +110,7 @@ class VisionLanguageModule(LightningModule):
         self.running: dict[str, Tensor] = {}
         self.averages: dict[str, Tensor] | None = None
         self.epochs_done = math.inf
+        self.references: tuple[Stage | None, list[dict[str, Any]]] = (None, [])
         self._next_epoch = 0
         self._total_steps: int | None = None
         self.codec = self.make_codec()
@@ -220,6 +224,8 @@ class VisionLanguageModule(LightningModule):
         if self.weights is not None and self.stage is None:
             check_finished(self)
         check_new(self, sources, added=dict(self.named_parameters()).keys() - plain)
+        if self.stage is not None:
+            references(self)
 
     # -- training
 
@@ -411,10 +417,18 @@ class VisionLanguageModule(LightningModule):
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Resume checkpoints hold what training changes; frozen tensors are referred to by content."""
+        """Checkpoints hold what training changes, and what else it takes to look at it (`stage.json`).
+
+        Frozen tensors are referred to by content.
+        """
         changing = changing_names(self)
         checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in changing}
         checkpoint["frozen"] = dict(self.frozen_hashes)
+        if self.averages:
+            checkpoint["averages"] = dict(self.averages)
+        if self.stage is not None:
+            step = self.finished_steps() + self.trainer.global_step
+            checkpoint[RECORD] = stage_record(self, self.trainer.default_root_dir, global_step=step)
         checkpoint["total_steps"] = self._total_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -197,12 +197,34 @@ def test_marks_of_a_text_are_parts() -> None:
                 found.append({"box": box} | ({"ref": ref} if ref is not None else {}))
                 ref = None
         assert found == case["boxes"]
-    content = "<ref> </ref><box>(5,5),(1,1)</box><box>(1,2),(3,1000)</box> <quad>(1,2)</quad>"
+    content = "<ref> </ref><box>here</box> <quad></quad><box>a(1,2),(3,4)</box>"
     assert parse_text(content, first_image=1) == ([{"type": "text", "text": content}], [])
+    whole = {"type": "box", "box": [0.0, 0.0, 1.0, 1.0], "image": 0}
+    assert parse_text("<box>(0,0), (1000,1000)</box>", first_image=1)[0] == [whole]
     alone = "<box>(1,2),(3,4)</box>"
     assert parse_text(alone)[0] == [{"type": "text", "text": alone}]  # of no picture
     parts, paths = parse_text(f"Picture 1: <img>a</img>\nPicture 2: <img>b</img>\n{alone}")
     assert (paths, parts[-1]) == (["a", "b"], {"type": "box", "box": [0.001, 0.002, 0.003, 0.004], "image": 1})
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("<box>(5,5),(1,1)</box>", "is empty or inverted"),
+        ("<box>(1,2),(1,4)</box>", "is empty or inverted"),
+        ("<box>(1,2),(3,1001)</box>", r"counted in 0\.\.1000"),
+        ("<box>(1,2)</box>", r"is no box; write <box>\(x,y\),\(x,y\)</box>"),
+        ("<box>(1,2),(3,4),(5,6),(7,8)</box>", "is no box"),
+        ("<box>(0.1,0.2),(0.3,0.4)</box>", "in whole numbers"),
+        ("<box>(-1,2),(3,4)</box>", "is no box"),
+        ("<quad>(1,2)</quad>", "is no quad"),
+        (f"<box>{'9' * 5000}</box>", r"^.{0,300}$"),
+    ],
+)
+def test_numbers_that_are_no_place_are_refused(place: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        parse_text(f"Where? {place}", first_image=1)
+    assert caught.value.kind == "region"
 
 
 def test_every_number_is_written_as_it_was_read() -> None:

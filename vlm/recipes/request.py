@@ -50,7 +50,18 @@ class Request:
         given = self.given.get(f"{self.recipe.system}/{node.name}")
         if given is not None:
             return f"not needed, given as {given}"
-        return f"finished, skipped ({self.product(node)})" if self.folder(node).finished else None
+        folder = self.folder(node)
+        if not folder.finished or self.is_trial:
+            return None
+        if isinstance(node, TrainingStage) and (shortened := folder.shortened):
+            return f"finished, though shortened ({shortened}), skipped ({self.product(node)})"
+        return f"finished, skipped ({self.product(node)})"
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether stages are only tried (`trainer.fast_dev_run`) and leave nothing behind."""
+        words = [*self.options, *(word for words in self.stage_options.values() for word in words)]
+        return any(word.split("=")[0].replace("-", "_") == "__trainer.fast_dev_run" for word in words)
 
     def arguments(self, node: Node) -> list[str]:
         """What follows `vlm` in the command of a node.
@@ -76,13 +87,19 @@ class Request:
         return [*arguments, *self.options, *self.stage_options.get(node.name, ())]
 
     def _run_arguments(self, node: Procedure) -> list[str]:
+        return ["run", "--node", str(self.run / node.name), "--writes", node.writes, *self.procedure(node)]
+
+    def procedure(self, node: Procedure) -> list[str]:
+        """The procedure of a node and its words.
+
+        Raises:
+            UserError: it has no demo, or something that it needs is not there.
+        """
         words = node.demo if self.demo else node.arguments
         if words is None:
             raise UserError(f"--demo: {self.recipe.path}: stages.{node.name}.demo is missing")
         paths = {**self._needs(node), "writes": self.product(node)}
-        arguments = ["run", "--node", str(self.run / node.name), "--writes", node.writes, node.run]
-        arguments += [fill_places(word, paths) for word in words]
-        return [*arguments, *self.stage_options.get(node.name, ())]
+        return [node.run, *(fill_places(word, paths) for word in words), *self.stage_options.get(node.name, ())]
 
     def _needs(self, node: Node) -> dict[str, Path]:
         return {name: self._artefact(StageRef(self.recipe.system, name)) for name in node.needs}

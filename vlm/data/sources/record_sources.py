@@ -52,7 +52,9 @@ class RecordSource(JsonSource):
 
     def _schema(self, record: Record, index: int) -> dict[str, Any]:
         identity = record.get("id", index)
-        made = self.chat(Fields(record, identity=identity, source=str(self.path)))
+        fields = Fields(record, identity=identity, source=str(self.path))
+        made = self.chat(fields)
+        fields.check_unread(has_images=bool(made.get("images")))
         return {"id": identity, "task": self.task, **made}
 
 
@@ -85,7 +87,9 @@ class ObjectSource(JsonSource):
             raise IndexError(f"{self.name} has {len(self)} samples, asked for number {index}")
         content, ends = self._kept
         record = json.loads(content[ends[index] : ends[index + 1]])
-        made = self.chat(Fields(record, identity=record["id"], source=str(self.path)))
+        fields = Fields(record, identity=record["id"], source=str(self.path))
+        made = self.chat(fields)
+        fields.check_unread(has_images=bool(made.get("images")))
         return parse_sample(
             {"id": record["id"], "task": self.task, **made},
             source=str(self.path),

@@ -15,7 +15,7 @@ from PIL import Image
 
 from vlm.data.sources.base import Source
 from vlm.data.sources.messages import IMAGE_KEYS, TURN_KEYS, chat_record
-from vlm.errors import Fault, SampleError, UserError
+from vlm.errors import Fault, SampleError, UserError, quoted
 from vlm.sample import ImageFile, Sample, parse_image, parse_sample
 
 EXCHANGES = "texts"
@@ -131,7 +131,7 @@ def _captioned(
 ) -> dict[str, Any]:
     caption = record.get(column)
     if not isinstance(caption, str) or not caption.strip():
-        raise error(f"column {column!r} must hold a caption, found {str(caption)[:80]!r}")
+        raise error(f"column {column!r} must hold a caption, found {quoted(caption)}")
     question = f"<image>\n{prompt}" if prompt else "<image>"
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": caption.strip()}]
     kept = {key: record[key] for key in ("id", *IMAGE_KEYS) if key in record}
@@ -148,7 +148,7 @@ def _exchanged(record: Mapping[str, Any], error: Callable[..., SampleError]) -> 
             raise error(f"{EXCHANGES}[{at}] must be an object with 'user' and 'assistant'")
         for role in ("user", "assistant"):
             if not isinstance(exchange[role], str):
-                raise error(f"{EXCHANGES}[{at}]: {role!r} must be a text, found {str(exchange[role])[:80]!r}")
+                raise error(f"{EXCHANGES}[{at}]: {role!r} must be a text, found {quoted(exchange[role])}")
             parts = marks if role == "user" and not at else []
             turns.append({"role": role, "content": [*parts, {"type": "text", "text": exchange[role]}]})
     return {key: value for key, value in record.items() if key != EXCHANGES} | {"messages": turns}
