@@ -55,10 +55,10 @@ def open_reference(artefact: Artefact, reference: Mapping[str, Any]) -> Artefact
     if "published" in reference:
         found = [str(place) for place in places if place.is_dir()]
         if not found:
-            looked = " nor in ".join(map(str, places))
+            looked = ", ".join(map(str, places))
             raise UserError(
-                f"{artefact.folder}: the published folder it follows is missing: it is neither in {looked}; put it back, "
-                f"or correct its path under follows in {artefact.folder / 'stage.json'}"
+                f"{artefact.folder}: the published folder it follows is missing; looked for {looked}; put it back, or "
+                f"correct its path under follows in {artefact.folder / 'stage.json'}"
             )
         return _unchanged(artefact, found, reference)
     for place in places:
