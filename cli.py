@@ -228,7 +228,7 @@ def _compare_finished(options: Sequence[str]) -> None:
     from vlm.command_line.run_entry import StageFinished
 
     with suppress(StageFinished):
-        _run_stage("fit", options)
+        _run_stage("fit", read_options(options).options)
 
 
 def _open_stage(options: Sequence[str]) -> Any:

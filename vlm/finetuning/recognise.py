@@ -83,7 +83,7 @@ LOOKS: tuple[tuple[str, Callable[[Path], bool]], ...] = (
     ("ImageFolder", _has_captions),
     ("PlainText", lambda path: path.suffix.lower() == ".txt"),
 )
-"""Readers of what is no JSON, and how their data looks. A JSON file is told by its records (`vlm.data.sources.forms`)."""
+"""Readers of what is no JSON, and how their data looks. JSON is told by its records (`vlm.data.sources.forms`)."""
 
 
 def recognise(word: str, *, images: Path | None, options: dict[str, dict[str, Any]]) -> Recognised:
@@ -127,8 +127,8 @@ def _reader_of(word: str, path: Path) -> str:
         ways = " or ".join(f"--data {name}={path}" for name in found[:2])
         raise UserError(f"--data {word}: may be for {found[0]} or for {found[1]}; say which with {ways}")
     raise UserError(
-        f"--data {word}: has no form that is known; known are LLaVA's, Qwen-VL's and messages as JSON or JSONL, parquet, "
-        f"folders of images with {METADATA} or captions beside them, tars of WebDataset, and a YAML of sources "
+        f"--data {word}: has no form that is known; known are LLaVA's, Qwen-VL's and messages as JSON or JSONL, "
+        f"parquet, folders of images with {METADATA} or captions beside them, tars of WebDataset, and a YAML of sources "
         "(docs/data.md)"
     )
 
@@ -189,7 +189,8 @@ def _opened(word: str, reader: str, path: Path, *, images: Path | None, argument
     if look.pictured and len(look.missing) == look.pictured:
         where = ", ".join(str(root) for root, _ in tried)
         raise UserError(
-            f"--data {word}: its images are missing: {look.missing[0]}; looked in {where}; say where they are with --images DIR"
+            f"--data {word}: its images are missing: {look.missing[0]}; looked in {where}; say where "
+            "they are with --images DIR"
         )
     if len(look.bad) == look.seen:
         raise UserError(f"--data {word}: none of {look.seen} records can be read; the first: {look.bad[0]}")
@@ -201,7 +202,8 @@ def _opened(word: str, reader: str, path: Path, *, images: Path | None, argument
     for kind_of, found in (("an image that is missing or broken", look.missing), ("a fault", look.bad)):
         if found:
             lines.append(
-                f"  {len(found)} of {look.seen} that were looked at have {kind_of} ({found[0]}); `vlm check-data` finds all"
+                f"  {len(found)} of {look.seen} that were looked at have {kind_of} ({found[0]}); `vlm check-data` "
+                "finds all"
             )
     return Recognised([{"class_path": f"vlm.data.{reader}", "init_args": init}], look.num, lines)
 

@@ -93,7 +93,7 @@ def make_settings(start: Start, asked: Any) -> Made:
 
 
 def _recipe_settings(system: str) -> dict[str, Any]:
-    """`stage`, `model` (arguments), `data` (arguments) and `trainer` of a system's last stage (the first of several)."""
+    """`stage`, `model` (arguments), `data` (arguments) and `trainer` of a system's last stage, the first of several."""
     recipe = load_recipe(find_recipe(system))
     stages = [node for node in recipe.nodes if isinstance(node, TrainingStage)]
     last = next(stage for stage in stages if not any(is_before(stage.name, other.name) for other in stages))

@@ -67,8 +67,8 @@ class HoldOut:
             held[samples] = True
         if not held.any():
             raise UserError(
-                f"data.val_split={self.share}: all {len(names)} samples have an image or group in common, so none can be "
-                "held out; leave it out, or name other data in data.val_sources"
+                f"data.val_split={self.share}: all {len(names)} samples have an image or group in common, so none can "
+                "be held out; leave it out, or name other data in data.val_sources"
             )
         return np.split(held, np.cumsum([len(source) for source in self.sources])[:-1])
 
