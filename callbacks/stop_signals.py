@@ -7,8 +7,6 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
-
 
 class StopSignals:
     """Which signal has asked this process to stop.
@@ -40,8 +38,9 @@ class StopSignals:
                 # not `print`: the signal may have interrupted one
                 os.write(2, f"\nvlm: {_what_follows(trainer)}; Ctrl-C again ends at once\n".encode())
 
-        for number in NAMES:
-            signal.signal(number, note)
+        signal.signal(signal.SIGTERM, note)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background of a script
+            signal.signal(signal.SIGINT, note)
 
 
 def _what_follows(trainer: Trainer) -> str:

@@ -21,7 +21,7 @@ from vlm.building.blocks import recompute_blocks
 from vlm.building.inherited_surgery import inherited_surgery
 from vlm.building.network import allocate, empty_weights, find_ties, initialisers, load_or_init, tie
 from vlm.building.precision import check_precision, compute_dtype, keep_frozen_in
-from vlm.building.stage_record import stage_record
+from vlm.building.stage_record import references, stage_record
 from vlm.building.weight_sources import check_finished, check_new, is_resuming, weight_sources
 from vlm.checkpoints.artefact import read_artefact
 from vlm.checkpoints.report import LoadReport
@@ -65,6 +65,7 @@ class VisionLanguageModule(LightningModule):
         running: {term: this rank's share of the step's mean, over the micro-batches done so far}.
         averages: {name: float32 moving average of a trained tensor}, which artefacts hold in the place of the tensor;
             kept by the `EMA` callback, None without it.
+        references: the stage, and how its artefact refers to what it follows.
         epochs_done: epochs of the stage that are done when the present step begins, as in 1.25; infinite outside of
             training, where every ramp is over. `global_step` has the steps.
     """
@@ -107,6 +108,7 @@ class VisionLanguageModule(LightningModule):
         self.running: dict[str, Tensor] = {}
         self.averages: dict[str, Tensor] | None = None
         self.epochs_done = math.inf
+        self.references: tuple[Stage | None, list[dict[str, Any]]] = (None, [])
         self._next_epoch = 0
         self._total_steps: int | None = None
         self.codec = self.make_codec()
@@ -220,6 +222,8 @@ class VisionLanguageModule(LightningModule):
         if self.weights is not None and self.stage is None:
             check_finished(self)
         check_new(self, sources, added=dict(self.named_parameters()).keys() - plain)
+        if self.stage is not None:
+            references(self)
 
     # -- training
 

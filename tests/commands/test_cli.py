@@ -2,7 +2,9 @@
 
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from PIL import Image
 import cli
 import vlm
 from callbacks import StageTransition
+from callbacks.stop_signals import StopSignals
 from tests.conftest import GOLDEN
 from tests.support.systems import LLAMA, TOWER
 from vlm.checkpoints.published.open import find_weights
@@ -222,10 +225,17 @@ def test_lora_by_yaml(world: World, capfd: pytest.CaptureFixture[str]) -> None:
     assert f"in {first / 'artefact'} and in this run, with other settings (rank: 128 and 64" in capfd.readouterr().err
 
 
+@pytest.fixture
+def interrupts() -> Iterator[Any]:
+    """Ctrl-C as in a terminal, also where these tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
 def test_other_settings_on_resume_are_refused(
-    world: World, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    world: World, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, interrupts: Any
 ) -> None:
-    before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(StageTransition, "on_train_batch_end", lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit) as stopped:
         world.fit()
@@ -234,7 +244,7 @@ def test_other_settings_on_resume_are_refused(
     assert stopped.value.code == 128 + signal.SIGINT
     assert "saves after this step, then stops; Ctrl-C again ends at once" in said
     assert "vlm: stopped by Ctrl-C; the same command goes on" in said
-    assert signal.getsignal(signal.SIGINT) == before
+    assert signal.getsignal(signal.SIGINT) == interrupts
     assert not RunFolder(world.run).finished
     assert world.fit("--stage.schedule.warmup=0.5") == 2
     assert "stage.schedule.warmup: 0.03 -> 0.5" in capfd.readouterr().err
@@ -278,12 +288,25 @@ def test_out_of_memory_says_what_would_take_less(
 
 
 def test_an_interrupt_before_the_first_step_has_its_status(
-    world: World, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    world: World, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, interrupts: Any
 ) -> None:
     monkeypatch.setattr(StageTransition, "on_fit_start", lambda *_: signal.raise_signal(signal.SIGINT))
     assert world.fit() == 128 + signal.SIGINT
     assert "vlm: interrupted" in capfd.readouterr().err
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores further ones and leaves it at that
+
+
+def test_a_second_interrupt_ends_at_once(monkeypatch: pytest.MonkeyPatch, interrupts: Any) -> None:
+    ended: list[Any] = []
+    monkeypatch.setattr("callbacks.stop_signals.os._exit", ended.append)
+    launcher = SimpleNamespace(kill=ended.append)
+    trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=launcher), is_global_zero=False)
+    signals, terminate = StopSignals(), signal.getsignal(signal.SIGTERM)
+    signals.listen(trainer)
+    signal.raise_signal(signal.SIGINT)
+    assert (signals.received, ended) == (signal.SIGINT, [])
+    signal.raise_signal(signal.SIGINT)
+    assert ended == [signal.SIGKILL, 130], "the other ranks with it"
+    signal.signal(signal.SIGTERM, terminate)
 
 
 def test_a_trial_leaves_nothing_behind(world: World, capfd: pytest.CaptureFixture[str]) -> None:

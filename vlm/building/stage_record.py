@@ -1,5 +1,6 @@
 """What a stage says about itself: `stage.json` of its artefact, and the same in its checkpoints."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,21 @@ def stage_record(module: Any, base: str | Path, *, global_step: int) -> dict[str
         "averaged": bool(module.averages),
         "frozen": frozen_parts(module),
         "ties": dict(module.ties),
-        "follows": [reference_to(follow, base) for follow in module.stage.sources],
+        "follows": [_rebased(reference, base) for reference in references(module)],
         "paths": local_paths(model, base),
     }
+
+
+def references(module: Any) -> list[dict[str, Any]]:
+    """How what a stage follows is referred to. It is looked at once: a training does not need it after its start."""
+    stage, found = module.references
+    if stage is not module.stage:
+        found = [reference_to(follow, os.sep) for follow in module.stage.sources]
+        module.references = module.stage, found
+    return found
+
+
+def _rebased(reference: dict[str, Any], base: str | Path) -> dict[str, Any]:
+    if "absolute" not in reference:  # in the hub
+        return reference
+    return {**reference, "path": os.path.relpath(reference["absolute"], base)}
