@@ -175,7 +175,8 @@ class VisionLanguageModule(LightningModule):
             for part, network in self.build_parts().items():
                 self.add_module(part, network)
             plain = {name for name, _ in self.named_parameters()}
-            self.surgery = combine(self, inherited_surgery(self), self.surgery)
+            inherited = inherited_surgery(self)
+            self.surgery = combine(self, inherited, self.surgery)
             for operation in self.surgery:
                 operation.apply(self)
         self.ties = find_ties(self)
@@ -184,6 +185,9 @@ class VisionLanguageModule(LightningModule):
             self.stage.set_trainable(self)
             if both := sorted(self.trained_names() & moving):
                 raise UserError(f"stage.train: {both[0]} moves without a gradient; leave it out of the patterns")
+            earlier = [operation for _, operation in inherited]
+            for operation in self.surgery:
+                operation.check_trained(self, is_new=operation not in earlier)
         else:
             self.requires_grad_(False).eval()
         for part, description in self.arguments.items():
