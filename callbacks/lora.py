@@ -1,4 +1,4 @@
-"""LoRA and DoRA by YAML."""
+"""LoRA, DoRA and QLoRA by YAML."""
 
 import vlm  # noqa: F401  (before lightning)
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,6 +20,8 @@ class LoRAInjection(Callback):
             all of them.
         dropout: on the input of A.
         dora: learn the length of each row of the adapted weight besides.
+        quantize: parts whose blocks keep the frozen weights of their linear layers in 4 bits (NF4 with double
+            quantization), named like `parts`; needs bitsandbytes.
     """
 
     def __init__(
@@ -30,9 +32,16 @@ class LoRAInjection(Callback):
         targets: list[str] | None = None,
         dropout: float = 0.0,
         dora: bool = False,
+        quantize: str | list[str] | None = None,
     ) -> None:
         self.surgery = PeftAdapter(
-            rank=rank, alpha=alpha, parts=parts or (), targets=targets or (), dropout=dropout, dora=dora
+            rank=rank,
+            alpha=alpha,
+            parts=parts or (),
+            targets=targets or (),
+            dropout=dropout,
+            dora=dora,
+            quantize=quantize or (),
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -20,6 +20,7 @@ from vlm.data.sources.base import Concat
 from vlm.errors import SampleError
 from vlm.building.instantiate import describe, describe_module, system_class
 from vlm.building.weight_sources import frozen_parts
+from vlm.language.quantized import full_size
 from vlm.module import VisionLanguageModule
 from vlm.moving import changing_names
 from vlm.schedules import Schedule
@@ -78,8 +79,8 @@ class StageTransition(Callback):
         lines = [f"stage {self.stage.name} of {system_class(module).__name__}"]
         owner = self.stage.assign(name for name, _ in module.named_parameters())
         for part, network in module.named_children():
-            total = sum(_size(p) for p in network.parameters())
-            trained = sum(_size(p) for p in network.parameters() if p.requires_grad)
+            total = sum(full_size(p) for p in network.parameters())
+            trained = sum(full_size(p) for p in network.parameters() if p.requires_grad)
             patterns = dict.fromkeys(pattern for name, pattern in owner.items() if name.split(".")[0] == part)
             rates = [self.stage.train[pattern].lr for pattern in patterns]
             what = "frozen" if not trained else f"trains {trained:,} at lr {', '.join(f'{rate:g}' for rate in rates)}"
@@ -193,7 +194,3 @@ def write_stage(
 def _full(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
-
-
-def _size(parameter: torch.nn.Parameter) -> int:
-    return parameter.numel()  # of a sharded parameter too: its global size

@@ -52,6 +52,7 @@ class VisionLanguageModule(LightningModule):
         surgery: changes to the network (`register_surgery`). `configure_model` puts those before them that the weights
             were trained with; artefacts store all, so that whoever loads one has them.
         weights: artefact or published folder to load instead of what the stage follows.
+        quantized: inherited surgery keeps in 4 bits what it did in training; False: it keeps nothing so.
         judges: who judges which samples in validation and test.
         shard: applies FSDP2 to the still empty network; set by the `MixedPrecisionFSDP` callback.
         load_report: where each tensor came from, after `configure_model`.
@@ -93,6 +94,7 @@ class VisionLanguageModule(LightningModule):
         self.stage: Stage | None = None
         self.surgery: list[Surgery] = []
         self.weights: str | None = None
+        self.quantized = True
         self.judges = Judges()
         self.shard: Callable[[nn.Module, Any], None] | None = None
         self.load_report: LoadReport | None = None
@@ -176,6 +178,8 @@ class VisionLanguageModule(LightningModule):
                 self.add_module(part, network)
             plain = {name for name, _ in self.named_parameters()}
             inherited = inherited_surgery(self)
+            if not self.quantized:
+                inherited = [(origin, operation.unquantized()) for origin, operation in inherited]
             self.surgery = combine(self, inherited, self.surgery)
             for operation in self.surgery:
                 operation.apply(self)
@@ -196,6 +200,9 @@ class VisionLanguageModule(LightningModule):
         if self.device_mesh is not None:
             if self.shard is None:
                 raise UserError("a sharding strategy needs the callback callbacks.MixedPrecisionFSDP")
+            for operation in self.surgery:
+                if (reason := operation.cannot_shard) is not None:
+                    raise UserError(f"trainer.strategy: {reason}")
             self.shard(self, self.device_mesh)
         trainer = self._trainer
         allocate(self, trainer.strategy.root_device if trainer is not None else self.device)

@@ -1,8 +1,8 @@
 """What one training stage trains and how: the data behind the `StageTransition` callback.
 
 Parameters are named by patterns: a part (`connector`), a prefix (`language.model.layers`), a glob over full names
-(`vision.trunk.blocks.*.norm1.*`), or the word `adapters` for all that LoRA and its kin lay over linear layers. A pattern
-that matches nothing, and a parameter matched by two, are errors.
+(`vision.trunk.blocks.*.norm1.*`), or the word `adapters` for all that LoRA and its kin lay over linear layers. A
+pattern that matches nothing, and a parameter matched by two, are errors.
 """
 
 import re

@@ -63,9 +63,14 @@ def tie(module: nn.Module, ties: Mapping[str, str]) -> None:
 
 
 def allocate(module: nn.Module, device: torch.device) -> None:
-    """Gives memory to everything on the meta device and moves the rest; the values are still undefined."""
+    """Gives memory to everything on the meta device and moves the rest; the values are still undefined.
+
+    What is marked `stays_empty` gets its memory when its layer is given the value, in another form.
+    """
 
     def move(tensor: Tensor) -> Tensor:
+        if getattr(tensor, "stays_empty", False):
+            return tensor
         return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
 
     module._apply(move)
@@ -116,6 +121,7 @@ def load_or_init(
         UserError: a source has a tensor that the network does not, one of another shape, or two for one of the network.
     """
     tensors = dict(module.state_dict(keep_vars=True))
+    device = next((tensor.device for tensor in tensors.values() if not tensor.is_meta), torch.device("cpu"))
     aliases = find_ties(module)
     provider = {name: source for source in sources for name in source.names}
     copied = {name: origin for name, origin in copies.items() if name not in provider}
@@ -142,14 +148,14 @@ def load_or_init(
                 raise UserError(
                     f"{source.label}: {name} has shape {tuple(value.shape)}, the network {tuple(target.shape)}"
                 )
-            assign(target, value)
+            _put(module, name, target, value, device)
             if method is None:
                 report.loaded.append(name)
             else:
                 report.resized[name] = Resized(old, tuple(value.shape), method)
             report.sources[source.label] = report.sources.get(source.label, 0) + 1
             if not target.requires_grad and name not in moving:
-                hashes[name] = hash_tensor(value.to(target.dtype))
+                hashes[name] = hash_tensor(value.to(target.dtype))  # of what was read, however it is kept
             wanted.discard(name)
         if wanted:
             raise UserError(f"{source.label}: it announced {sorted(wanted)[0]} but did not deliver it")
@@ -167,7 +173,7 @@ def load_or_init(
             continue
         values = _draw(child, own, initialisers[path.split(".")[0]], seed_from(seed, path))
         for name in new:
-            assign(own[name], values[name])
+            _put(module, prefix + name, own[name], values[name], device)
             report.new.append(prefix + name)
             if not own[name].requires_grad and prefix + name not in moving:
                 hashes[prefix + name] = hash_tensor(values[name])
@@ -181,8 +187,8 @@ def load_or_init(
 def _adopted(module: nn.Module, name: str, value: Tensor) -> tuple[Tensor, str | None]:
     """What the nearest module above a tensor makes of a value for it, and how; the value itself where none does.
 
-    A module with a method `adopt(name, value)`, whose name is the tensor's as seen from it, may bring a value to the
-    form that it keeps: stretched to another resolution, or quantised. It returns None for what it takes as it is.
+    A module with a method `adopt(name, value)`, whose name is the tensor's as seen from it, may bring a value to its
+    own shape: stretched to another resolution. It returns None for what it takes as it is.
     """
     path, inner = name, ""
     while path:
@@ -192,6 +198,15 @@ def _adopted(module: nn.Module, name: str, value: Tensor) -> tuple[Tensor, str |
         if adopt is not None and (found := adopt(inner, value)) is not None:
             return found
     return value, None
+
+
+def _put(module: nn.Module, name: str, target: Tensor, value: Tensor, device: torch.device) -> None:
+    """Gives a tensor its value, in the form in which its layer keeps it (`FourBitLinear.keep`)."""
+    path, _, leaf = name.rpartition(".")
+    layer = module.get_submodule(path)
+    keep = getattr(getattr(layer, "base_layer", layer), "keep", None)
+    if keep is None or not keep(leaf, value, device):
+        assign(target, value)
 
 
 def _draw(module: nn.Module, own: Mapping[str, Tensor], initialise: Initialiser, seed: int) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from vlm.errors import UserError
+from vlm.language.quantized import FourBitLinear
 from vlm.language.surgery import Surgery, Up
 
 ADAPTER = "default"
@@ -37,6 +38,7 @@ class PeftAdapter(Surgery):
         dora: with magnitudes of their own.
         parts: of which only linear layers inside of blocks are adapted; `both` is the language model and the tower.
             Empty: `language` without targets, else any part.
+        quantize: parts of which every linear layer inside of blocks keeps its frozen weight in 4 bits (QLoRA).
     """
 
     rank: int
@@ -45,11 +47,13 @@ class PeftAdapter(Surgery):
     dropout: float = 0.0
     dora: bool = False
     parts: Sequence[str] | str = ()
+    quantize: Sequence[str] | str = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))  # files deliver lists
         parts = spelled_out(self.parts) or (() if self.targets else ("language",))
         object.__setattr__(self, "parts", parts)
+        object.__setattr__(self, "quantize", spelled_out(self.quantize))
         object.__setattr__(self, "alpha", float(self.alpha))
         if self.rank < 1:
             raise UserError(f"surgery PeftAdapter: rank must be at least 1, found {self.rank}")
@@ -58,25 +62,40 @@ class PeftAdapter(Surgery):
     def cannot_merge(self) -> str | None:
         return None
 
+    @property
+    def cannot_shard(self) -> str | None:
+        return "weights in 4 bits cannot be sharded; use DDP, or leave `quantize` out" if self.quantize else None
+
     def adapts(self, name: str) -> bool:
         """Whether a linear layer of this full name is adapted."""
         return in_blocks(name, self.parts) and (not self.targets or any(_fits(t, name) for t in self.targets))
 
+    def unquantized(self) -> "PeftAdapter":
+        return replace(self, quantize=())
+
+    def quantizes(self, name: str) -> bool:
+        """Whether a linear layer of this full name keeps its weight in 4 bits."""
+        return bool(self.quantize) and in_blocks(name, self.quantize)
+
     def find_layers(self, module: nn.Module) -> list[str]:
-        return [name for name in _linears(module) if self.adapts(name)]
+        return [name for name in _linears(module) if self.adapts(name) or self.quantizes(name)]
 
     def apply(self, module: nn.Module) -> None:
         linears = _linears(module)
         self._check(module, linears)
-        for name, linear in linears.items():
+        for name in self.find_layers(module):
+            parent, _, leaf = name.rpartition(".")
+            layer: nn.Module = linears[name]
+            if self.quantizes(name):
+                layer = FourBitLinear.like(linears[name])
             if self.adapts(name):
-                parent, _, leaf = name.rpartition(".")
-                _call_forward_of_qkv(module.get_submodule(parent))
-                setattr(module.get_submodule(parent), leaf, self._adapted(linear))
+                layer = self._adapted(layer)
+            _call_forward_of_qkv(module.get_submodule(parent))
+            setattr(module.get_submodule(parent), leaf, layer)
 
     def _check(self, module: nn.Module, linears: Collection[str]) -> None:
         known = [name for name, _ in module.named_children()]
-        for part in self.parts:
+        for part in (*self.parts, *self.quantize):
             if part.split(".")[0] not in known:
                 raise UserError(
                     f"surgery PeftAdapter: the system has no part {part!r}; its parts are {', '.join(known)}"
@@ -95,6 +114,9 @@ class PeftAdapter(Surgery):
                 "stage.train: the adapter would not be trained; add `adapters: {lr: 2.0e-4}`, or take "
                 "callbacks.LoRAInjection out"
             )
+        for name, layer in module.named_modules():
+            if isinstance(layer, FourBitLinear) and layer.weight.requires_grad:
+                raise UserError(f"stage.train: {name}.weight is kept in 4 bits and cannot be trained; leave it out")
         for name, layer in layers.items():
             if layer.get_parameter("weight").requires_grad:
                 raise UserError(
@@ -108,6 +130,10 @@ class PeftAdapter(Surgery):
         of_parts = Counter(name.split(".")[0] for name in layers)
         where = " and ".join(f"{number} linear layers of {part}" for part, number in of_parts.items())
         lines = [f"{self}: {where}, {count:,} parameters"]
+        if packed := [m for m in map(_base_of, module.modules()) if isinstance(m, FourBitLinear)]:
+            numbers = sum(layer.in_features * layer.out_features for layer in packed)
+            size = sum(layer.num_bytes for layer in packed) / 2**20
+            lines.append(f"{len(packed)} linear layers are kept in 4 bits: {numbers:,} parameters in {size:,.1f} MiB")
         if not self.targets and (beside := sorted(self._left_out(module, layers))):
             lines.append(f"in these blocks it does not adapt {', '.join(beside)}")
         return lines
@@ -125,13 +151,16 @@ class PeftAdapter(Surgery):
             if not ({"lora_A", "lora_B"} & {*name.split(".")}) and name.removesuffix(".weight") not in layers
         }
 
-    def _adapted(self, linear: nn.Linear) -> nn.Module:
+    def _adapted(self, linear: Any) -> nn.Module:
         from peft import LoraConfig  # here: peft takes 0.4 s to import, which nobody without an adapter should wait for
         from peft.tuners import lora
 
+        kind: Any = lora.Linear
+        if isinstance(linear, FourBitLinear):
+            from peft.tuners.lora.bnb import Linear4bit as kind
         config = LoraConfig(lora_dropout=self.dropout, use_dora=self.dora, init_lora_weights=False)
         alpha: Any = self.alpha  # annotated as an integer there
-        layer: Any = lora.Linear(linear, ADAPTER, config=config, r=self.rank, lora_alpha=alpha)
+        layer: Any = kind(linear, ADAPTER, config=config, r=self.rank, lora_alpha=alpha)
         layer.lora_A[ADAPTER] = Down(linear.in_features, self.rank, bias=False)
         layer.lora_B[ADAPTER] = Up(self.rank, linear.out_features, bias=False)
         if self.dora:
@@ -183,9 +212,13 @@ class Down(nn.Linear):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
 
+def _base_of(module: nn.Module) -> Any:
+    return getattr(module, "base_layer", module)
+
+
 def _draw_magnitude(magnitude: Any, linear: nn.Linear) -> None:
     """The length of each row of the base weight, which has its values: it is filled before what lies below it."""
-    weight: Tensor = linear.weight
+    weight: Tensor = linear.full_weight() if isinstance(linear, FourBitLinear) else linear.weight
     full = weight.full_tensor() if isinstance(weight, DTensor) else weight
     magnitude.weight.data.copy_(torch.linalg.norm(full.detach().cpu().float(), dim=1))
 

@@ -50,6 +50,15 @@ class Surgery(ABC):
         """What was done to a module, for people."""
         return [str(self)]
 
+    def unquantized(self) -> "Surgery":
+        """The same change, with every weight kept as it is published."""
+        return self
+
+    @property
+    def cannot_shard(self) -> str | None:
+        """Why a changed network cannot be sharded, and what to do instead; None: it can."""
+        return None
+
     @property
     def cannot_merge(self) -> str | None:
         """Why no weights of the unchanged network compute the same; None: there are such weights."""
