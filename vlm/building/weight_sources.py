@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vlm.building.merging import merged, merges_of, with_changes
 from vlm.checkpoints.artefact import Artefact, read_artefact
 from vlm.checkpoints.files.locate import preview
 from vlm.checkpoints.files.weights import WeightFiles, WeightSource, fingerprint_of
@@ -29,7 +30,7 @@ def weight_sources(module: Any) -> list[WeightSource]:
         if getattr(description, "weights", None)
     ]
     if module.weights is not None:
-        return sources + artefact_chain(read_artefact(module.weights), Selection())
+        return with_changes(sources + artefact_chain(read_artefact(module.weights), Selection()))
     if module.stage is None:
         return sources
     resuming = is_resuming(module)
@@ -41,7 +42,7 @@ def weight_sources(module: Any) -> list[WeightSource]:
         sources += followed_sources(follow, covers=not resuming)
     if module.stage.continues is not None and not resuming:
         sources += _weights_behind_averages(read_artefact(module.stage.continues), module.trained_names())
-    return sources
+    return with_changes(sources)
 
 
 def _weights_behind_averages(artefact: Artefact, trained: Collection[str]) -> list[WeightSource]:
@@ -131,6 +132,8 @@ def followed_sources(follow: InitFrom, *, covers: bool) -> list[WeightSource]:
             raise UserError(
                 f"stage.follows: {follow.artefact} holds nothing that leave_out {pattern!r} fits; correct or remove it"
             )
+    if follow.merge:
+        chain = _merged(chain, artefact, Selection(follow.parts, follow.leave_out))
     if not covers:
         return chain
     whole = _whole_parts(artefact)
@@ -162,7 +165,9 @@ def artefact_chain(artefact: Artefact, selection: Selection) -> list[WeightSourc
                 f"{artefact.folder}: it follows {earlier.folder}, whose content has changed since; "
                 "restore it or train this stage again"
             )
-        chain += artefact_chain(earlier, Selection(reference["parts"], reference.get("leave_out", ()), selection))
+        wanted = Selection(reference["parts"], reference.get("leave_out", ()), selection)
+        found = artefact_chain(earlier, wanted)
+        chain += _merged(found, earlier, wanted) if reference.get("merge") else found
     names = {name: renamed for name in artefact.meta["tensors"] if (renamed := selection.rename(name)) is not None}
     source = WeightSource(
         f"artefact {artefact.meta.get('stage', artefact.folder.name)} ({artefact.folder})",
@@ -171,6 +176,10 @@ def artefact_chain(artefact: Artefact, selection: Selection) -> list[WeightSourc
         dropped=tuple(name for name in artefact.meta["tensors"] if selection.drops(name)),
     )
     return [*chain, source]
+
+
+def _merged(chain: Sequence[WeightSource], artefact: Artefact, selection: Selection) -> list[WeightSource]:
+    return merged(chain, artefact, merges_of(artefact, artefact_chain(artefact, Selection())), selection.rename)
 
 
 def check_new(module: Any, sources: Sequence[WeightSource], *, added: Collection[str]) -> None:

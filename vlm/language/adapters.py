@@ -170,6 +170,37 @@ class PeftAdapter(Surgery):
         return layer
 
 
+def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor | None = None) -> Tensor:
+    """float32[out, in]: the weight that computes what a layer and its adapter compute, rounded once.
+
+    Args:
+        weight: float[out, in] of the layer.
+        a: float[rank, in].
+        b: float[out, rank].
+        scale: alpha / rank.
+        magnitude: float[out] of DoRA.
+    """
+    merged = weight.double() + scale * (b.double() @ a.double())
+    if magnitude is not None:
+        merged *= (magnitude.double() / torch.linalg.norm(merged, dim=1))[:, None]
+    return merged.float()
+
+
+@torch.no_grad()
+def merge_adapters(module: nn.Module) -> None:
+    """Puts plain linear layers, with the merged weights, in the place of adapted ones."""
+    for name, found in list(module.named_modules()):
+        layer: Any = found
+        if not hasattr(layer, "lora_A"):
+            continue
+        down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        magnitude = layer.lora_magnitude_vector[ADAPTER].weight if ADAPTER in layer.lora_magnitude_vector else None
+        linear = layer.base_layer
+        linear.weight.copy_(merged_weight(linear.weight, down, up, layer.scaling[ADAPTER], magnitude))
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, linear)
+
+
 def spelled_out(parts: Sequence[str] | str) -> tuple[str, ...]:
     """Parts of a system as files name them: one, several, or `both`."""
     if parts == "both":
