@@ -1,6 +1,6 @@
 """What a stage starts from, artefacts and published systems, and how its own artefact refers to them.
 
-An entry of `follows` in `stage.json` is {path, absolute, fingerprint, parts, leave_out} (`vlm.checkpoints.references`).
+An entry of `follows` in `stage.json` is {path, absolute, fingerprint, parts, leave_out, merge} (`vlm.checkpoints.references`).
 That of a published system has `published` besides: `folder`, or `hub`, whose `path` is the hub id.
 """
 
@@ -32,7 +32,7 @@ def open_followed(path: str | Path) -> Artefact | str:
 def reference_to(follow: InitFrom, base: str | Path) -> dict[str, Any]:
     """An entry of `follows` in the `stage.json` of an artefact whose paths start at `base`."""
     found = open_followed(follow.artefact)
-    taken = {"parts": dict(follow.parts), "leave_out": list(follow.leave_out)}
+    taken = {"parts": dict(follow.parts), "leave_out": list(follow.leave_out), "merge": follow.merge}
     if isinstance(found, Artefact):
         return {**refer_to(found.folder, base), "fingerprint": found.fingerprint, **taken}
     place = (
