@@ -127,8 +127,8 @@ def _reader_of(word: str, path: Path) -> str:
         ways = " or ".join(f"--data {name}={path}" for name in found[:2])
         raise UserError(f"--data {word}: may be for {found[0]} or for {found[1]}; say which with {ways}")
     raise UserError(
-        f"--data {word}: has no form that is known: LLaVA's, Qwen-VL's and messages as JSON or JSONL, "
-        f"parquet, folders of images with {METADATA} or captions beside them, tars of WebDataset, and a YAML of sources "
+        f"--data {word}: has no form that is known: LLaVA's, Qwen-VL's or messages as JSON or JSONL, parquet, "
+        f"folders of images with {METADATA} or captions beside them, tars of WebDataset, and a YAML of sources "
         "(docs/data.md)"
     )
 
