@@ -6,7 +6,7 @@
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import cache
 from importlib import import_module
@@ -21,6 +21,7 @@ from vlm.command_line.layers import read_layers
 from vlm.command_line.quiet import silence
 from vlm.command_line.weights import UNTRAINED, options_from_weights
 from vlm.errors import UserError
+from vlm.finetuning import read_options
 
 
 def main(args: Sequence[str] | None = None, run: bool = True) -> Any:
@@ -67,8 +68,9 @@ def _dispatch(arguments: list[str]) -> int:
         return run_recipe(options, compare=_compare_finished)
     if is_stage_command(command, options):
         if command != "fit":
-            options = [*options_from_weights(options), *options]
-        return _run_stage(command, options)
+            return _run_stage(command, [*options_from_weights(options), *options])
+        asked = read_options(options)
+        return _run_stage(command, asked.options, tell=asked.tell)
     if command in TOOLS:
         module, name = TOOLS[command].split(":")
         keywords = {"describe": _describe} if command in TAKE_STAGES else {}
@@ -126,10 +128,19 @@ def _stage_cli() -> Any:
 
         Args:
             locks: of the run folder, which are held while it is open.
+            tell: gets the settings of a run that begins or goes on.
         """
 
-        def __init__(self, args: Sequence[str] | None, *, run: bool, locks: ExitStack | None = None) -> None:
+        def __init__(
+            self,
+            args: Sequence[str] | None,
+            *,
+            run: bool,
+            locks: ExitStack | None = None,
+            tell: Callable[[str], None] | None = None,
+        ) -> None:
             self.locks = locks
+            self.tell = tell
             self.ckpt_path: Any = None
             silence()
             import_classes()
@@ -197,6 +208,8 @@ def _stage_cli() -> Any:
                     ckpt_path=self.ckpt_path,
                     locks=self.locks,
                 )
+                if self.tell is not None:
+                    self.tell(parser.dump(settings, skip_default=True, skip_unset=True))
             elif self.subcommand not in ("fit", None) and settings.weights is None:
                 raise UserError(
                     f"{self.subcommand} needs --weights: an artefact, run folder or published folder, or {UNTRAINED!r}"
@@ -242,10 +255,12 @@ def _stage_cli() -> Any:
     return StageCLI
 
 
-def _run_stage(command: str, options: Sequence[str]) -> int:
+def _run_stage(command: str, options: Sequence[str], *, tell: Callable[[str], None] | None = None) -> int:
+    """Runs a stage; `tell` gets its settings as YAML, those left at their defaults left out, before it starts."""
     with ExitStack() as locks, one_line_errors(), status_of_signals():
         arguments = [command, *options]
-        made = _stage_cli()(None if arguments == sys.argv[1:] else arguments, run=True, locks=locks)
+        command_line = None if arguments == sys.argv[1:] else arguments
+        made = _stage_cli()(command_line, run=True, locks=locks, tell=tell)
         return 1 if made.config_init[command].answers.failed else 0
 
 
@@ -254,7 +269,7 @@ def _compare_finished(options: Sequence[str]) -> None:
     from vlm.command_line.run_entry import StageFinished
 
     with suppress(StageFinished):
-        _run_stage("fit", options)
+        _run_stage("fit", read_options(options).options)
 
 
 def _open_stage(options: Sequence[str]) -> Any:
@@ -276,8 +291,10 @@ def _describe(options: Sequence[str]) -> Any:
         def after_instantiate_classes(self) -> None:
             """Weights are not looked for."""
 
+    asked = read_options(options)
+    print(*asked.summary, sep="\n", end="\n" if asked.summary else "", flush=True)
     with one_line_errors():
-        made = Description(list(options), run=False).config_init
+        made = Description(asked.options, run=False).config_init
     return StageView(made.model.system, made.stage.stage.name, made.model.codec, made.data)
 
 

@@ -12,13 +12,14 @@ from vlm.checkpoints.resume.opened import read_trained
 from vlm.errors import UserError
 
 
-def load(path: str | Path) -> Any:
+def load(path: str | Path, *, quantized: bool = True) -> Any:
     """Opens a finished system for `generate` and `score`.
 
     Args:
         path: an artefact, a run folder of a stage (`runs/llava_1_5/2_finetune`) or of a recipe (its last finished
             stage), a checkpoint (`runs/llava_1_5/2_finetune@200`, `@last`, `@best`, or its path), or a published system
             (official or Hugging Face folder, or hub id).
+        quantized: keep in 4 bits what was so in training (QLoRA); False: the base weights as they are published.
 
     Returns:
         The system, in eval mode, on the CPU.
@@ -36,6 +37,7 @@ def load(path: str | Path) -> Any:
     artefact = read_trained(weights)
     module = instantiate(model_of(artefact))
     module.weights = str(artefact.folder)
+    module.quantized = quantized
     module.configure_model()
     return module
 
@@ -56,7 +58,8 @@ def open_system(weights: str, *, device: str | None = None, dtype: str | None = 
         print(f"weights: {module.weights}", file=sys.stderr)
     if dtype is not None:
         for parameter in module.parameters():  # not the buffers: rotary tables lose positions when they are rounded
-            parameter.data = parameter.data.to(getattr(torch, dtype))
+            if parameter.is_floating_point():  # not what is packed
+                parameter.data = parameter.data.to(getattr(torch, dtype))
     try:
         return module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, AssertionError) as error:

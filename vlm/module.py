@@ -55,6 +55,7 @@ class VisionLanguageModule(LightningModule):
         surgery: changes to the network (`register_surgery`). `configure_model` puts those before them that the weights
             were trained with; artefacts store all, so that whoever loads one has them.
         weights: artefact or published folder to load instead of what the stage follows.
+        quantized: inherited surgery keeps in 4 bits what it did in training; False: it keeps nothing so.
         judges: who judges which samples in validation and test.
         decoding: how `predict_step` searches for answers; greedy where it is None.
         shard: applies FSDP2 to the still empty network; set by the `MixedPrecisionFSDP` callback.
@@ -100,6 +101,7 @@ class VisionLanguageModule(LightningModule):
         self.stage: Stage | None = None
         self.surgery: list[Surgery] = []
         self.weights: str | None = None
+        self.quantized = True
         self.judges = Judges()
         self.decoding: Decoding | None = None
         self.shard: Callable[[nn.Module, Any], None] | None = None
@@ -186,7 +188,10 @@ class VisionLanguageModule(LightningModule):
             for part, network in self.build_parts().items():
                 self.add_module(part, network)
             plain = {name for name, _ in self.named_parameters()}
-            self.surgery = combine(self, inherited_surgery(self), self.surgery)
+            inherited = inherited_surgery(self)
+            if not self.quantized:
+                inherited = [(origin, operation.unquantized()) for origin, operation in inherited]
+            self.surgery = combine(self, inherited, self.surgery)
             for operation in self.surgery:
                 operation.apply(self)
         self.ties = find_ties(self)
@@ -195,6 +200,9 @@ class VisionLanguageModule(LightningModule):
             self.stage.set_trainable(self)
             if both := sorted(self.trained_names() & moving):
                 raise UserError(f"stage.train: {both[0]} moves without a gradient; leave it out of the patterns")
+            earlier = [operation for _, operation in inherited]
+            for operation in self.surgery:
+                operation.check_trained(self, is_new=operation not in earlier)
         else:
             self.requires_grad_(False).eval()
         for part, description in self.arguments.items():
@@ -203,6 +211,9 @@ class VisionLanguageModule(LightningModule):
         if self.device_mesh is not None:
             if self.shard is None:
                 raise UserError("a sharding strategy needs the callback callbacks.MixedPrecisionFSDP")
+            for operation in self.surgery:
+                if (reason := operation.cannot_shard) is not None:
+                    raise UserError(f"trainer.strategy: {reason}")
             self.shard(self, self.device_mesh)
         elif (dtype := compute_dtype(self)) is not None:
             keep_frozen_in(self, dtype)

@@ -26,6 +26,7 @@ from vlm.data.sampling.order import shuffled, with_blocks
 from vlm.data.sampling.packs import Packing
 from vlm.data.sampling.sharing import check_negatives, check_owner, micro_batches, packing_of
 from vlm.data.sources.base import Concat, Source
+from vlm.data.wrappers.held_out import HoldOut
 from vlm.data.wrappers.quarantine import Kept, Quarantine, fingerprint
 from vlm.data.wrappers.shuffled_images import ShuffledImages
 from vlm.errors import UserError
@@ -53,6 +54,8 @@ class VisionLanguageData(L.LightningDataModule):
         drop_last: leave out the last step of an epoch when it is not full; always so with `batch.negatives`.
         shuffle_images: in validation and test show every sample the images of another one, to see what a system
             answers without looking.
+        val_split: share of the samples of `sources` that is held out as validation, behind `val_sources`; samples with
+            an image or a group in common are never on both sides (`vlm.data.wrappers.held_out`).
         quarantine: list of samples to leave out of training and validation (`vlm check-data` writes one).
         max_bad_samples: how many different bad samples a run may meet. A bad one is noted and left out of its
             step; one more than this ends the run.
@@ -74,6 +77,7 @@ class VisionLanguageData(L.LightningDataModule):
         seed: int = 0,
         drop_last: bool = False,
         shuffle_images: bool = False,
+        val_split: float | None = None,
         quarantine: str | Path | None = None,
         max_bad_samples: int = 0,
     ) -> None:
@@ -91,6 +95,13 @@ class VisionLanguageData(L.LightningDataModule):
         if quarantine is not None:
             self._kept = Quarantine(quarantine, [*sources, *val_sources]).kept()
             self.sources, self.val_sources = list(self._kept[: len(sources)]), list(self._kept[len(sources) :])
+        if val_split is not None:
+            held_out = HoldOut(val_split, self.sources)
+            self.sources, self.val_sources = (
+                list(held_out.parts("training")),
+                [*self.val_sources, *held_out.parts("validation")],
+            )
+        self.val_split = val_split
         self.test_sources = list(test_sources)
         self.predict_sources = list(predict_sources)
         self.batch = batch
@@ -217,6 +228,7 @@ class VisionLanguageData(L.LightningDataModule):
             "data.mixture": None if self.mixture is None else dataclasses.asdict(self.mixture),
             "data.seed": self.seed,
             "data.drop_last": self.drop_last,
+            "data.val_split": self.val_split,
             "data.quarantine": fingerprint(self._kept[: len(self.sources)]),
             "the number of training samples": len(self.samples),
         }
