@@ -2,6 +2,7 @@
 
 import vlm  # noqa: F401  (before lightning: repairs torchvision on CPU builds of torch)
 
+from callbacks.answer_writer import AnswerWriter
 from callbacks.bad_samples import BadSamples
 from callbacks.ema import EMA
 from callbacks.evaluation import Evaluation
@@ -19,6 +20,7 @@ from callbacks.throughput import Throughput
 
 __all__ = [
     "EMA",
+    "AnswerWriter",
     "BadSamples",
     "Evaluation",
     "FSDP2Strategy",

@@ -25,7 +25,7 @@ class BadSamples(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._written = []
-        if trainer.is_global_zero:  # of an attempt that was cut off before its first checkpoint
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # of an attempt that was cut off before its first checkpoint
             (Path(trainer.default_root_dir) / FILE).unlink(missing_ok=True)
         self._update(trainer, told=True)
 
@@ -54,8 +54,9 @@ class BadSamples(Callback):
         new, self._written = loader.left_out[len(self._written) :], list(loader.left_out)
         if not (trainer.is_global_zero or everywhere):
             return
-        with atomic_file(Path(trainer.default_root_dir) / FILE) as file:
-            file.write(as_lines(self._written))
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            with atomic_file(Path(trainer.default_root_dir) / FILE) as file:
+                file.write(as_lines(self._written))
         for entry in [] if told else new:
             warn(
                 f"epoch {entry.epoch}, step {entry.step} goes without sample {entry.id!r} of {entry.source!r} "

@@ -92,18 +92,22 @@ class Progress(ProgressBar):
         if self._is_shown(trainer):
             self._check = _bar("test", _count(trainer.num_test_batches))
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_shown(trainer):
+            self._check = _bar("predict", _count(trainer.num_predict_batches))
+
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
         if self._check is not None:
             self._check.update()
 
-    on_test_batch_end = on_validation_batch_end
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._check is not None:
             self._check.close()
             self._check = None
 
-    on_test_end = on_validation_end
+    on_test_end = on_predict_end = on_validation_end
 
     def _close(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_validation_end(trainer, pl_module)

@@ -7,19 +7,27 @@ from typing import Any
 import torch
 
 from vlm.building.instantiate import instantiate, model_of
-from vlm.checkpoints.artefact import read_artefact
 from vlm.checkpoints.published.open import describe_published, find_weights, is_artefact
+from vlm.checkpoints.resume.opened import read_trained
 from vlm.errors import UserError
 
 
-def load(path: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Any:
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    quantized: bool = True,
+) -> Any:
     """Opens a finished system for `generate`, `score` and `embed`; or to be trained on, by a trainer's `fit`.
 
     Args:
         path: an artefact, a run folder of a stage (`runs/llava_1_5/2_finetune`) or of a recipe (its last finished
-            stage), or a published system (official or Hugging Face folder, or hub id).
+            stage), a checkpoint (`runs/llava_1_5/2_finetune@200`, `@last`, `@best`, or its path), or a published system
+            (official or Hugging Face folder, or hub id).
         device: such as `cuda`; None: the CPU.
         dtype: a type of torch or its name, for the weights; None: as they are.
+        quantized: keep in 4 bits what was so in training (QLoRA); False: the base weights as they are published.
 
     Returns:
         The system, in eval mode.
@@ -30,16 +38,18 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: s
     """
     kind, weights = _dtype(dtype), find_weights(path)
     if is_artefact(weights):
-        artefact = read_artefact(weights)
+        artefact = read_trained(weights)
         model, weights = model_of(artefact), str(artefact.folder)
     else:
         model = describe_published(weights).model
     module = instantiate(model)
     module.weights = weights
+    module.quantized = quantized
     module.configure_model()
     if kind is not None:
         for parameter in module.parameters():  # not the buffers: rotary tables lose positions when they are rounded
-            parameter.data = parameter.data.to(kind)
+            if parameter.is_floating_point():  # not what is packed
+                parameter.data = parameter.data.to(kind)
     try:
         return module if device is None else module.to(device)
     except (RuntimeError, AssertionError) as error:

@@ -23,14 +23,16 @@ from vlm.building.blocks import recompute_blocks
 from vlm.building.inherited_surgery import inherited_surgery
 from vlm.building.network import allocate, empty_weights, find_ties, initialisers, load_or_init, tie
 from vlm.building.precision import check_precision, compute_dtype, keep_frozen_in
+from vlm.building.stage_record import references, stage_record
 from vlm.building.weight_sources import check_finished, check_new, is_resuming, weight_sources
 from vlm.checkpoints.artefact import read_artefact
 from vlm.checkpoints.report import LoadReport
 from vlm.checkpoints.resume.moments import restore_moments
+from vlm.checkpoints.resume.opened import RECORD
 from vlm.codec import Codec
 from vlm.data.sources.asked import Asked, as_samples
-from vlm.errors import UserError
-from vlm.evaluation.inference import as_pack, chunks_in_step, decoding_of, evaluating, label_scores
+from vlm.errors import SampleError, UserError
+from vlm.evaluation.inference import answer_each, as_pack, chunks_in_step, decoding_of, evaluating, label_scores
 from vlm.evaluation.judges import Judges
 from vlm.evaluation.means import EpochMeans
 from vlm.evaluation.retrieval import Embeddings, concat_embeddings
@@ -56,7 +58,9 @@ class VisionLanguageModule(LightningModule):
         surgery: changes to the network (`register_surgery`). `configure_model` puts those before them that the weights
             were trained with; artefacts store all, so that whoever loads one has them.
         weights: artefact or published folder to load instead of what the stage follows.
+        quantized: inherited surgery keeps in 4 bits what it did in training; False: it keeps nothing so.
         judges: who judges which samples in validation and test.
+        decoding: how `predict_step` searches for answers; greedy where it is None.
         shard: applies FSDP2 to the still empty network; set by the `MixedPrecisionFSDP` callback.
         load_report: where each tensor came from, after `configure_model`.
         frozen_hashes: content of the frozen tensors as they were read, {name: hash}; what checkpoints refer to.
@@ -66,6 +70,7 @@ class VisionLanguageModule(LightningModule):
         running: {term: this rank's share of the step's mean, over the micro-batches done so far}.
         averages: {name: float32 moving average of a trained tensor}, which artefacts hold in the place of the tensor;
             kept by the `EMA` callback, None without it.
+        references: the stage, and how its artefact refers to what it follows.
         epochs_done: epochs of the stage that are done when the present step begins, as in 1.25; infinite outside of
             training, where every ramp is over. `global_step` has the steps.
     """
@@ -99,7 +104,9 @@ class VisionLanguageModule(LightningModule):
         self.stage: Stage | None = None
         self.surgery: list[Surgery] = []
         self.weights: str | None = None
+        self.quantized = True
         self.judges = Judges()
+        self.decoding: Decoding | None = None
         self.shard: Callable[[nn.Module, Any], None] | None = None
         self.load_report: LoadReport | None = None
         self.frozen_hashes: dict[str, str] = {}
@@ -108,6 +115,7 @@ class VisionLanguageModule(LightningModule):
         self.running: dict[str, Tensor] = {}
         self.averages: dict[str, Tensor] | None = None
         self.epochs_done = math.inf
+        self.references: tuple[Stage | None, list[dict[str, Any]]] = (None, [])
         self._next_epoch = 0
         self._total_steps: int | None = None
         self._built_for: tuple[Stage | None, Stage | None] = (None, None)
@@ -227,7 +235,10 @@ class VisionLanguageModule(LightningModule):
             for part, network in self.build_parts().items():
                 self.add_module(part, network)
             plain = {name for name, _ in self.named_parameters()}
-            self.surgery = combine(self, inherited_surgery(self), self.surgery)
+            inherited = inherited_surgery(self)
+            if not self.quantized:
+                inherited = [(origin, operation.unquantized()) for origin, operation in inherited]
+            self.surgery = combine(self, inherited, self.surgery)
             for operation in self.surgery:
                 operation.apply(self)
         self.ties = find_ties(self)
@@ -236,6 +247,9 @@ class VisionLanguageModule(LightningModule):
             self.stage.set_trainable(self)
             if both := sorted(self.trained_names() & moving):
                 raise UserError(f"stage.train: {both[0]} moves without a gradient; leave it out of the patterns")
+            earlier = [operation for _, operation in inherited]
+            for operation in self.surgery:
+                operation.check_trained(self, is_new=operation not in earlier)
         else:
             self.requires_grad_(False).eval()
         for part, description in self.arguments.items():
@@ -244,6 +258,9 @@ class VisionLanguageModule(LightningModule):
         if self.device_mesh is not None:
             if self.shard is None:
                 raise UserError("a sharding strategy needs the callback callbacks.MixedPrecisionFSDP")
+            for operation in self.surgery:
+                if (reason := operation.cannot_shard) is not None:
+                    raise UserError(f"trainer.strategy: {reason}")
             self.shard(self, self.device_mesh)
         elif (dtype := compute_dtype(self)) is not None:
             keep_frozen_in(self, dtype)
@@ -265,6 +282,8 @@ class VisionLanguageModule(LightningModule):
         if self.weights is not None and self.stage is None:
             check_finished(self)
         check_new(self, sources, added=dict(self.named_parameters()).keys() - plain)
+        if self.stage is not None:
+            references(self)
 
     # -- training
 
@@ -384,6 +403,10 @@ class VisionLanguageModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         self.on_validation_epoch_end()
 
+    def predict_step(self, batch: Sequence[Sample | SampleError], batch_idx: int) -> list[str | SampleError]:
+        """An answer to each sample of a list of `predict_dataloader`, or why there is none."""
+        return answer_each(self, batch, decoding=self.decoding, batch_size=max(1, len(batch)))
+
     @property
     def is_sharded(self) -> bool:
         """Whether every rank holds a part of every tensor, so that all ranks have to run the network together."""
@@ -485,10 +508,18 @@ class VisionLanguageModule(LightningModule):
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Resume checkpoints hold what training changes; frozen tensors are referred to by content."""
+        """Checkpoints hold what training changes, and what else it takes to look at it (`stage.json`).
+
+        Frozen tensors are referred to by content.
+        """
         changing = changing_names(self)
         checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in changing}
         checkpoint["frozen"] = dict(self.frozen_hashes)
+        if self.averages:
+            checkpoint["averages"] = dict(self.averages)
+        if self.stage is not None:
+            step = self.finished_steps() + self.trainer.global_step
+            checkpoint[RECORD] = stage_record(self, self.trainer.default_root_dir, global_step=step)
         checkpoint["total_steps"] = self._total_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ _HOMES = {
     "GQA": "benchmarks",
     "Grouped": "wrappers.grouped",
     "GroundedCaptions": "sources.captions",
+    "HubDataset": "sources.hub",
     "ImageFolder": "sources.folder",
     "ImagePairs": "sources.questions",
     "InstructionData": "modules.instruction",
@@ -58,7 +59,7 @@ _HOMES = {
     "WithResolution": "wrappers.resolution",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str):
