@@ -29,6 +29,7 @@ USAGE = """usage: vlm COMMAND ...
   predict --weights ARTEFACT --image FILE|FOLDER ... --prompt TEXT | --questions FILE [--out FILE] [--pictures FOLDER]
   check-data -c FILE ...           look at every sample before a run does; a report, and a list of the bad ones
   show-data -c FILE ...            what is trained on: pictures as the system sees them, tokens and labels
+  plan -c FILE ... | --recipe NAME what a stage takes, before anything is downloaded: tokens, memory, FLOPs, hours
   systems                          the systems and their stages
   demo-data FOLDER                 write the embedded data
   convert SRC DST --system NAME --to LAYOUT
@@ -49,6 +50,7 @@ TOOLS = {
     "convert": "vlm.commands.convert:main",
     "demo-data": "vlm.demo:main",
     "export": "vlm.commands.export:main",
+    "plan": "vlm.commands.plan:main",
     "predict": "vlm.commands.predict:main",
     "run": "vlm.recipes.node:main",
     "scores": "vlm.evaluation.scores:main",
@@ -108,7 +110,7 @@ def _dispatch(arguments: list[str]) -> int:
         return run_recipe(arguments[1:])
     if command in TOOLS:
         module, name = TOOLS[command].split(":")
-        keywords = {"describe": _describe} if command in ("check-data", "show-data") else {}
+        keywords = {"describe": _describe} if command in ("check-data", "plan", "show-data") else {}
         return getattr(import_module(module), name)(arguments[1:], **keywords)
     if command not in ("fit", "validate", "test"):
         raise UserError(f"unknown command {command!r}; `vlm --help` lists them")
@@ -286,7 +288,10 @@ def _describe(options: Sequence[str]) -> Any:
             args=list(options),
             run=False,
         ).config_init
-    return StageView(made.model.system, made.stage.stage.name, made.model.codec, made.data)
+    for callback in made.trainer.callbacks or []:
+        if (surgery := getattr(callback, "surgery", None)) is not None:
+            made.model.register_surgery(surgery)
+    return StageView(made.model, made.stage.stage, made.data, made.trainer)
 
 
 def _from_weights(options: Sequence[str]) -> list[str]:
