@@ -295,7 +295,10 @@ def _describe(options: Sequence[str]) -> Any:
     print(*asked.summary, sep="\n", end="\n" if asked.summary else "", flush=True)
     with one_line_errors():
         made = Description(asked.options, run=False).config_init
-    return StageView(made.model.system, made.stage.stage.name, made.model.codec, made.data)
+    for callback in made.trainer.callbacks or []:
+        if (surgery := getattr(callback, "surgery", None)) is not None:
+            made.model.register_surgery(surgery)
+    return StageView(made.model, made.stage.stage, made.data, made.trainer)
 
 
 if __name__ == "__main__":

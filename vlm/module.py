@@ -185,29 +185,7 @@ class VisionLanguageModule(LightningModule):
             check_precision(self)
             return
         with empty_weights():
-            for part, network in self.build_parts().items():
-                self.add_module(part, network)
-            plain = {name for name, _ in self.named_parameters()}
-            inherited = inherited_surgery(self)
-            if not self.quantized:
-                inherited = [(origin, operation.unquantized()) for origin, operation in inherited]
-            self.surgery = combine(self, inherited, self.surgery)
-            for operation in self.surgery:
-                operation.apply(self)
-        self.ties = find_ties(self)
-        moving = check_moving(self)
-        if self.stage is not None:
-            self.stage.set_trainable(self)
-            if both := sorted(self.trained_names() & moving):
-                raise UserError(f"stage.train: {both[0]} moves without a gradient; leave it out of the patterns")
-            earlier = [operation for _, operation in inherited]
-            for operation in self.surgery:
-                operation.check_trained(self, is_new=operation not in earlier)
-        else:
-            self.requires_grad_(False).eval()
-        for part, description in self.arguments.items():
-            if getattr(description, "checkpointing", False):
-                recompute_blocks(self.get_submodule(part))
+            added = self.assemble()
         if self.device_mesh is not None:
             if self.shard is None:
                 raise UserError("a sharding strategy needs the callback callbacks.MixedPrecisionFSDP")
@@ -222,6 +200,7 @@ class VisionLanguageModule(LightningModule):
         allocate(self, trainer.strategy.root_device if trainer is not None else self.device)
         tie(self, self.ties)
         sources = weight_sources(self)
+        moving = check_moving(self)
         self.load_report, self.frozen_hashes = load_or_init(
             self,
             sources,
@@ -234,9 +213,42 @@ class VisionLanguageModule(LightningModule):
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, sorted(moving))
         if self.weights is not None and self.stage is None:
             check_finished(self)
-        check_new(self, sources, added=dict(self.named_parameters()).keys() - plain)
+        check_new(self, sources, added=added)
         if self.stage is not None:
             references(self)
+
+    def assemble(self) -> set[str]:
+        """Builds the network without values: parts, surgery, what is trained, recomputation.
+
+        Runs under `empty_weights`, or under the meta device where nothing will be filled (`vlm.planning`).
+
+        Returns:
+            Names of the parameters that surgery added.
+        """
+        for part, network in self.build_parts().items():
+            self.add_module(part, network)
+        plain = {name for name, _ in self.named_parameters()}
+        inherited = inherited_surgery(self)
+        if not self.quantized:
+            inherited = [(origin, operation.unquantized()) for origin, operation in inherited]
+        self.surgery = combine(self, inherited, self.surgery)
+        for operation in self.surgery:
+            operation.apply(self)
+        self.ties = find_ties(self)
+        moving = check_moving(self)
+        if self.stage is not None:
+            self.stage.set_trainable(self)
+            if both := sorted(self.trained_names() & moving):
+                raise UserError(f"stage.train: {both[0]} moves without a gradient; leave it out of the patterns")
+            earlier = [operation for _, operation in inherited]
+            for operation in self.surgery:
+                operation.check_trained(self, is_new=operation not in earlier)
+        else:
+            self.requires_grad_(False).eval()
+        for part, description in self.arguments.items():
+            if getattr(description, "checkpointing", False):
+                recompute_blocks(self.get_submodule(part))
+        return dict(self.named_parameters()).keys() - plain
 
     # -- training
 
