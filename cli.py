@@ -125,7 +125,7 @@ def _run_lightning(arguments: list[str]) -> None:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from callbacks import BadSamples, Progress
+    from callbacks import BadSamples, LogCadence, Progress
     from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
     from vlm.checkpoints.published.open import find_weights
     from vlm.data import VisionLanguageData
@@ -189,10 +189,11 @@ def _run_lightning(arguments: list[str]) -> None:
                 )
             plugins = self.config_init[self.subcommand].trainer.plugins or []
             kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
-            if config.enable_progress_bar is not False:
-                own = self.config_init[self.subcommand].trainer.callbacks or []
-                own = own if isinstance(own, list) else [own]
-                kwargs["callbacks"] = own if any(isinstance(c, ProgressBar) for c in own) else [*own, Progress()]
+            own = self.config_init[self.subcommand].trainer.callbacks or []
+            own = [*(own if isinstance(own, list) else [own]), LogCadence(adapt=config.log_every_n_steps is None)]
+            if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in own):
+                own.append(Progress())
+            kwargs["callbacks"] = own
             try:
                 return super().instantiate_trainer(**kwargs)
             except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
@@ -255,6 +256,7 @@ def _silence() -> None:
         "Found .* module.s. in eval mode",
         "Total length of .list. across ranks is zero",
         ".*LeafSpec",
+        ".*smaller than the logging interval",  # `LogCadence` sees to it
     ):
         warnings.filterwarnings("ignore", message)
 

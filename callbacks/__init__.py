@@ -8,6 +8,7 @@ from callbacks.evaluation import Evaluation
 from callbacks.fsdp import MixedPrecisionFSDP
 from callbacks.fsdp_strategy import FSDP2Strategy
 from callbacks.health import Health
+from callbacks.log_cadence import LogCadence
 from callbacks.lora import LoRAInjection
 from callbacks.partial_lora import PartialLoRAInjection
 from callbacks.predictions import Predictions
@@ -23,6 +24,7 @@ __all__ = [
     "FSDP2Strategy",
     "Health",
     "LoRAInjection",
+    "LogCadence",
     "MixedPrecisionFSDP",
     "PartialLoRAInjection",
     "Predictions",
