@@ -10,6 +10,7 @@ from callbacks.fsdp_strategy import FSDP2Strategy
 from callbacks.health import Health
 from callbacks.log_cadence import LogCadence
 from callbacks.lora import LoRAInjection
+from callbacks.out_of_memory import OutOfMemory
 from callbacks.partial_lora import PartialLoRAInjection
 from callbacks.predictions import Predictions
 from callbacks.progress import Progress
@@ -26,6 +27,7 @@ __all__ = [
     "LoRAInjection",
     "LogCadence",
     "MixedPrecisionFSDP",
+    "OutOfMemory",
     "PartialLoRAInjection",
     "Predictions",
     "Progress",
