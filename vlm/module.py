@@ -31,7 +31,7 @@ from vlm.codec import Codec
 from vlm.errors import SampleError, UserError
 from vlm.evaluation.inference import answer_each, as_pack, chunks_in_step, evaluating, label_scores
 from vlm.evaluation.judges import Judges
-from vlm.evaluation.means import EpochMeans
+from vlm.evaluation.means import EpochMeans, with_loss
 from vlm.evaluation.retrieval import Embeddings, concat_embeddings
 from vlm.language import Decoding, Surgery
 from vlm.language.surgery import combine
@@ -331,11 +331,8 @@ class VisionLanguageModule(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
-        total: Any = 0.0
-        for name, value in self.running.items():
-            self._log_sum(f"train/{name}", value)
-            total = total + self.term_weights.get(name, 1.0) * value
-        self._log_sum("train/loss", total, prog_bar=True)
+        for name, value in with_loss(self.running, self.term_weights).items():
+            self._log_sum(f"train/{name}", value, prog_bar=name == "loss")
         for name in (event for event in EVENTS if event in batch.counts):  # of the whole step: alike on every rank
             self.log(f"train/{name}", batch.counts[name], batch_size=1)
         self.running = {}
