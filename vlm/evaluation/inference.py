@@ -1,8 +1,9 @@
 """Running a system on samples outside of training."""
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from vlm.batch import Batch, Row
 from vlm.building.precision import autocast
 from vlm.codec import Codec, step_counts
-from vlm.errors import SampleError
+from vlm.errors import SampleError, UserError
+from vlm.language import Decoding
 from vlm.sample import ImageFile, ImagePart, Message, Sample, TextPart
 
 
@@ -76,6 +78,18 @@ def answer_each(
     good = [sample for sample in found if isinstance(sample, Sample)]
     answers = iter(module.generate(good, decoding=decoding, batch_size=batch_size))
     return [sample if isinstance(sample, SampleError) else next(answers) for sample in found]
+
+
+def decoding_of(decoding: Decoding | None, options: Mapping[str, Any]) -> Decoding:
+    """How answers are searched for, with options of it given by name.
+
+    Raises:
+        UserError: there is no such option.
+    """
+    known = [field.name for field in fields(Decoding)]
+    if unknown := sorted(options.keys() - set(known)):
+        raise UserError(f"generate: there is no option {unknown[0]!r}; there are {', '.join(known)}")
+    return replace(decoding or Decoding(), **options)
 
 
 def label_scores(logits: Tensor, row: Row, num_samples: int) -> list[Tensor]:

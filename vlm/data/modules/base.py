@@ -375,8 +375,7 @@ class VisionLanguageData(L.LightningDataModule):
         ]
 
     def _codec(self) -> Codec:
-        assert self.trainer is not None
-        return self.trainer.lightning_module.codec  # type: ignore[return-value]
+        return self._checked_trainer().lightning_module.codec  # type: ignore[return-value]
 
     def _ranks(self) -> dict[str, int]:
         # not the trainer's world size: ranks that hold parts of one model (tensor parallel) see the same data
@@ -385,6 +384,10 @@ class VisionLanguageData(L.LightningDataModule):
         return {"world": ranks["num_replicas"], "rank": ranks["rank"]}
 
     def _checked_trainer(self) -> L.Trainer:
-        assert self.trainer is not None
+        if self.trainer is None:
+            raise UserError(
+                "a trainer says how many ranks there are, and its module how it sees images; without one ask for "
+                "data.train_loader(module.codec) or data.eval_loader(source, module.codec)"
+            )
         check_trainer(self.trainer)
         return self.trainer
