@@ -94,6 +94,7 @@ def _stage_cli() -> Any:
         BadSamples,
         Evaluation,
         Health,
+        LogCadence,
         OutOfMemory,
         Predictions,
         Progress,
@@ -229,10 +230,11 @@ def _stage_cli() -> Any:
                 )
             plugins = made.plugins or []
             kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
-            if config.enable_progress_bar is not False:
-                own = made.callbacks or []
-                own = own if isinstance(own, list) else [own]
-                kwargs["callbacks"] = own if any(isinstance(c, ProgressBar) for c in own) else [*own, Progress()]
+            own = made.callbacks or []
+            own = [*(own if isinstance(own, list) else [own]), LogCadence(adapt=config.log_every_n_steps is None)]
+            if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in own):
+                own.append(Progress())
+            kwargs["callbacks"] = own
             try:
                 return super().instantiate_trainer(**kwargs)
             except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
@@ -295,7 +297,10 @@ def _describe(options: Sequence[str]) -> Any:
     print(*asked.summary, sep="\n", end="\n" if asked.summary else "", flush=True)
     with one_line_errors():
         made = Description(asked.options, run=False).config_init
-    return StageView(made.model.system, made.stage.stage.name, made.model.codec, made.data)
+    for callback in made.trainer.callbacks or []:
+        if (surgery := getattr(callback, "surgery", None)) is not None:
+            made.model.register_surgery(surgery)
+    return StageView(made.model, made.stage.stage, made.data, made.trainer)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from callbacks.evaluation import Evaluation
 from callbacks.fsdp import MixedPrecisionFSDP
 from callbacks.fsdp_strategy import FSDP2Strategy
 from callbacks.health import Health
+from callbacks.log_cadence import LogCadence
 from callbacks.lora import LoRAInjection
 from callbacks.out_of_memory import OutOfMemory
 from callbacks.partial_lora import PartialLoRAInjection
@@ -26,6 +27,7 @@ __all__ = [
     "FSDP2Strategy",
     "Health",
     "LoRAInjection",
+    "LogCadence",
     "MixedPrecisionFSDP",
     "OutOfMemory",
     "PartialLoRAInjection",

@@ -34,7 +34,7 @@ from vlm.data.sources.asked import Asked, as_samples
 from vlm.errors import SampleError, UserError
 from vlm.evaluation.inference import answer_each, as_pack, chunks_in_step, decoding_of, evaluating, label_scores
 from vlm.evaluation.judges import Judges
-from vlm.evaluation.means import EpochMeans
+from vlm.evaluation.means import EpochMeans, with_loss
 from vlm.evaluation.retrieval import Embeddings, concat_embeddings
 from vlm.language import Decoding, Surgery
 from vlm.language.surgery import combine
@@ -232,29 +232,7 @@ class VisionLanguageModule(LightningModule):
             check_precision(self)
             return
         with empty_weights():
-            for part, network in self.build_parts().items():
-                self.add_module(part, network)
-            plain = {name for name, _ in self.named_parameters()}
-            inherited = inherited_surgery(self)
-            if not self.quantized:
-                inherited = [(origin, operation.unquantized()) for origin, operation in inherited]
-            self.surgery = combine(self, inherited, self.surgery)
-            for operation in self.surgery:
-                operation.apply(self)
-        self.ties = find_ties(self)
-        moving = check_moving(self)
-        if self.stage is not None:
-            self.stage.set_trainable(self)
-            if both := sorted(self.trained_names() & moving):
-                raise UserError(f"stage.train: {both[0]} moves without a gradient; leave it out of the patterns")
-            earlier = [operation for _, operation in inherited]
-            for operation in self.surgery:
-                operation.check_trained(self, is_new=operation not in earlier)
-        else:
-            self.requires_grad_(False).eval()
-        for part, description in self.arguments.items():
-            if getattr(description, "checkpointing", False):
-                recompute_blocks(self.get_submodule(part))
+            added = self.assemble()
         if self.device_mesh is not None:
             if self.shard is None:
                 raise UserError("a sharding strategy needs the callback callbacks.MixedPrecisionFSDP")
@@ -269,6 +247,7 @@ class VisionLanguageModule(LightningModule):
         allocate(self, trainer.strategy.root_device if trainer is not None else self.device)
         tie(self, self.ties)
         sources = weight_sources(self)
+        moving = check_moving(self)
         self.load_report, self.frozen_hashes = load_or_init(
             self,
             sources,
@@ -281,9 +260,42 @@ class VisionLanguageModule(LightningModule):
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, sorted(moving))
         if self.weights is not None and self.stage is None:
             check_finished(self)
-        check_new(self, sources, added=dict(self.named_parameters()).keys() - plain)
+        check_new(self, sources, added=added)
         if self.stage is not None:
             references(self)
+
+    def assemble(self) -> set[str]:
+        """Builds the network without values: parts, surgery, what is trained, recomputation.
+
+        Runs under `empty_weights`, or under the meta device where nothing will be filled (`vlm.planning`).
+
+        Returns:
+            Names of the parameters that surgery added.
+        """
+        for part, network in self.build_parts().items():
+            self.add_module(part, network)
+        plain = {name for name, _ in self.named_parameters()}
+        inherited = inherited_surgery(self)
+        if not self.quantized:
+            inherited = [(origin, operation.unquantized()) for origin, operation in inherited]
+        self.surgery = combine(self, inherited, self.surgery)
+        for operation in self.surgery:
+            operation.apply(self)
+        self.ties = find_ties(self)
+        moving = check_moving(self)
+        if self.stage is not None:
+            self.stage.set_trainable(self)
+            if both := sorted(self.trained_names() & moving):
+                raise UserError(f"stage.train: {both[0]} moves without a gradient; leave it out of the patterns")
+            earlier = [operation for _, operation in inherited]
+            for operation in self.surgery:
+                operation.check_trained(self, is_new=operation not in earlier)
+        else:
+            self.requires_grad_(False).eval()
+        for part, description in self.arguments.items():
+            if getattr(description, "checkpointing", False):
+                recompute_blocks(self.get_submodule(part))
+        return dict(self.named_parameters()).keys() - plain
 
     # -- training
 
@@ -368,11 +380,8 @@ class VisionLanguageModule(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
-        total: Any = 0.0
-        for name, value in self.running.items():
-            self._log_sum(f"train/{name}", value)
-            total = total + self.term_weights.get(name, 1.0) * value
-        self._log_sum("train/loss", total, prog_bar=True)
+        for name, value in with_loss(self.running, self.term_weights).items():
+            self._log_sum(f"train/{name}", value, prog_bar=name == "loss")
         for name in (event for event in EVENTS if event in batch.counts):  # of the whole step: alike on every rank
             self.log(f"train/{name}", batch.counts[name], batch_size=1)
         self.running = {}

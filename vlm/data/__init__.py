@@ -59,7 +59,7 @@ _HOMES = {
     "WithResolution": "wrappers.resolution",
 }
 
-__all__ = list(_HOMES)
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str):

@@ -59,18 +59,6 @@ def as_pack(module: Any, samples: Sequence[Sample], *, generate: bool) -> Batch:
     return module.codec.collate(items, counts=counts).to(next(module.parameters()).device)
 
 
-def decoding_of(decoding: Decoding | None, options: Mapping[str, Any]) -> Decoding:
-    """How answers are searched for, with options of it given by name.
-
-    Raises:
-        UserError: there is no such option.
-    """
-    known = [field.name for field in fields(Decoding)]
-    if unknown := sorted(options.keys() - set(known)):
-        raise UserError(f"generate: there is no option {unknown[0]!r}; there are {', '.join(known)}")
-    return replace(decoding or Decoding(), **options)
-
-
 def unreadable(codec: Codec, sample: Sample) -> SampleError | None:
     """What is wrong with a sample that is to be asked about: one bad image must not take its batch along."""
     try:
@@ -90,6 +78,18 @@ def answer_each(
     good = [sample for sample in found if isinstance(sample, Sample)]
     answers = iter(module.generate(good, decoding=decoding, batch_size=batch_size))
     return [sample if isinstance(sample, SampleError) else next(answers) for sample in found]
+
+
+def decoding_of(decoding: Decoding | None, options: Mapping[str, Any]) -> Decoding:
+    """How answers are searched for, with options of it given by name.
+
+    Raises:
+        UserError: there is no such option.
+    """
+    known = [field.name for field in fields(Decoding)]
+    if unknown := sorted(options.keys() - set(known)):
+        raise UserError(f"generate: there is no option {unknown[0]!r}; there are {', '.join(known)}")
+    return replace(decoding or Decoding(), **options)
 
 
 def label_scores(logits: Tensor, row: Row, num_samples: int) -> list[Tensor]:
