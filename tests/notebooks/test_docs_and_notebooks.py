@@ -63,3 +63,55 @@ def test_notebooks_run(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
     notebook = execute(file, folder=tmp_path)  # from any working directory
     assert write_page(notebook, file.stem, tmp_path / "pages").stat().st_size > 2000
+
+
+INTERRUPTED = """
+from callbacks import Progress, StageTransition
+from tests.support.samples import pairs
+from tests.support.systems import llava_1_5
+from tests.support.training import ListSource, trainer
+from vlm.data import BatchSpec, InstructionData
+from vlm.stages import Trained
+from pathlib import Path
+
+folder = Path({folder!r})
+data = InstructionData([ListSource(pairs(folder, 4))], batch=BatchSpec(2))
+module = llava_1_5()
+
+
+def fit(epochs):
+    stage = StageTransition("mine", {{"connector": Trained(1e-3)}})
+    made = trainer(folder / "run", max_epochs=epochs, callbacks=[stage, Progress()], enable_progress_bar=True)
+    made.fit(module, data)
+    return made
+"""
+
+
+@pytest.mark.slow
+def test_an_interrupted_cell_can_be_run_again(tmp_path: Path) -> None:
+    from jupyter_client.manager import start_new_kernel
+
+    def run(code: str, *, interrupt_at: str | None = None) -> tuple[str, str]:
+        """What a cell prints, and how it ends; stopped as a person does it, once it has printed a text."""
+        said: list[str] = []
+
+        def hear(message: dict) -> None:
+            if message["msg_type"] == "stream":
+                said.append(message["content"]["text"])
+                if interrupt_at is not None and interrupt_at in said[-1]:
+                    manager.interrupt_kernel()
+
+        reply = client.execute_interactive(code, output_hook=hear, timeout=240)["content"]
+        return "".join(said), reply.get("ename", reply["status"])
+
+    manager, client = start_new_kernel(kernel_name="python3", cwd=str(ROOT))
+    try:
+        assert run(INTERRUPTED.format(folder=str(tmp_path)))[1] == "ok"
+        assert run("fit(10_000)", interrupt_at="stage mine: step 0 of")[1] == "SystemExit"
+        assert run("fit(2).global_step")[1] == "ok"
+        assert "mine is finished" in run("fit(1)")[0]
+        answer = run("print(repr(module.generate({'prompt': 'Hello'}, max_new_tokens=2)))")
+        assert answer[1] == "ok"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
