@@ -76,13 +76,15 @@ def test_what_is_no_question_is_said_in_one_line(opened: LLaVA15) -> None:
         (["What is this?"], "sample '0'.*found str"),
         ({"image": "cat.jpg"}, "'prompt' must be a text"),
         ({"image": "cat.jpg", "prompt": "What?"}, "image 'cat.jpg' does not exist"),
+        ({"img": "cat.jpg", "prompt": "What?"}, "'img': did you mean 'image'"),
+        ({"picture": Image.new("RGB", (9, 9)), "prompt": "What?"}, "'picture': did you mean 'image'"),
         ({"image": 7, "prompt": "What?"}, "must be a path"),
         (
             {
                 "image": "a.png",
                 "messages": [{"role": "user", "content": [{"type": "image", "path": "b.png"}]}],
             },
-            "keep one of them",
+            "image",
         ),
     ):
         with pytest.raises(UserError, match=said):
