@@ -6,8 +6,8 @@
 import re
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -17,12 +17,13 @@ import vlm
 from vlm.command_line.classes import import_classes
 from vlm.command_line.commands import HELP, OPTIONS, STAGE_COMMANDS, TAKE_STAGES, TOOLS, USAGE, is_stage_command
 from vlm.command_line.config_faults import Section, find_fault, find_lost_key
-from vlm.command_line.errors import innermost, one_line_errors, status_of_sigterm, user_error
+from vlm.command_line.errors import innermost, memory_error, one_line_errors, status_of_signals, user_error
 from vlm.command_line.layers import read_layers
 from vlm.command_line.quiet import silence
 from vlm.command_line.trainer_flags import check_seed, check_trainer_settings, keep_in_run
 from vlm.command_line.weights import UNTRAINED, options_from_weights
 from vlm.errors import UserError
+from vlm.finetuning import read_options
 
 
 def main(args: Sequence[str] | None = None, run: bool = True) -> Any:
@@ -45,7 +46,7 @@ def main(args: Sequence[str] | None = None, run: bool = True) -> Any:
     try:
         return _dispatch(arguments)
     except Exception as error:
-        cause = user_error(error)
+        cause = user_error(error) or memory_error(error)
         if cause is None:
             raise
         print(f"vlm: error: {cause}", file=sys.stderr)
@@ -66,11 +67,12 @@ def _dispatch(arguments: list[str]) -> int:
     if command == "fit" and any(option.split("=")[0] == "--recipe" for option in options):
         from vlm.recipes import run_recipe
 
-        return run_recipe(options)
+        return run_recipe(options, compare=_compare_finished)
     if is_stage_command(command, options):
         if command != "fit":
-            options = [*options_from_weights(options), *options]
-        return _run_stage(command, options)
+            return _run_stage(command, [*options_from_weights(options), *options])
+        asked = read_options(options)
+        return _run_stage(command, asked.options, tell=asked.tell)
     if command in TOOLS:
         module, name = TOOLS[command].split(":")
         keywords = {"describe": _describe} if command in TAKE_STAGES else {}
@@ -94,6 +96,8 @@ def _stage_cli() -> Any:
         BadSamples,
         Evaluation,
         Health,
+        LogCadence,
+        OutOfMemory,
         Predictions,
         Progress,
         ResumeCheckpoint,
@@ -127,10 +131,19 @@ def _stage_cli() -> Any:
 
         Args:
             locks: of the run folder, which are held while it is open.
+            tell: gets the settings of a run that begins or goes on.
         """
 
-        def __init__(self, args: Sequence[str] | None, *, run: bool, locks: ExitStack | None = None) -> None:
+        def __init__(
+            self,
+            args: Sequence[str] | None,
+            *,
+            run: bool,
+            locks: ExitStack | None = None,
+            tell: Callable[[str], None] | None = None,
+        ) -> None:
             self.locks = locks
+            self.tell = tell
             self.ckpt_path: Any = None
             silence()
             import_classes()
@@ -147,7 +160,7 @@ def _stage_cli() -> Any:
                 trainer_defaults={
                     "use_distributed_sampler": False,
                     "enable_model_summary": False,
-                    "callbacks": [BadSamples()],
+                    "callbacks": [BadSamples(), OutOfMemory()],
                 },
                 parser_kwargs=one_line | (dict.fromkeys(self.subcommands(), one_line) if run else {}),
                 args=args,
@@ -191,7 +204,7 @@ def _stage_cli() -> Any:
             check_trainer_settings(settings, trains=self.subcommand == "fit")
             settings.trainer.default_root_dir = settings.trainer.default_root_dir or f"runs/{settings.stage.name}"
             self.ckpt_path = settings.get("ckpt_path")
-            if self.subcommand == "fit":
+            if self.subcommand == "fit" and not settings.trainer.fast_dev_run:  # which leaves nothing behind
                 assert self.locks is not None
                 parser, folder = self._parser("fit"), RunFolder(settings.trainer.default_root_dir)
                 self.ckpt_path = enter_run(
@@ -200,7 +213,9 @@ def _stage_cli() -> Any:
                     ckpt_path=self.ckpt_path,
                     locks=self.locks,
                 )
-            elif self.subcommand is not None and settings.weights is None:
+                if self.tell is not None:
+                    self.tell(parser.dump(settings, skip_default=True, skip_unset=True))
+            elif self.subcommand not in ("fit", None) and settings.weights is None:
                 raise UserError(
                     f"{self.subcommand} needs --weights: an artefact, run folder or published folder, or {UNTRAINED!r}"
                 )
@@ -219,6 +234,7 @@ def _stage_cli() -> Any:
                 )
             plugins, own = _as_list(made.plugins), _as_list(made.callbacks)
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+            own.append(LogCadence(adapt=config.log_every_n_steps is None))
             if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in own):
                 own.append(Progress())
             kwargs["callbacks"] = own
@@ -251,11 +267,21 @@ def _as_list(value: Any) -> list[Any]:
     return [] if value is None else [*value] if isinstance(value, list) else [value]
 
 
-def _run_stage(command: str, options: Sequence[str]) -> int:
-    with ExitStack() as locks, one_line_errors(), status_of_sigterm():
+def _run_stage(command: str, options: Sequence[str], *, tell: Callable[[str], None] | None = None) -> int:
+    """Runs a stage; `tell` gets its settings as YAML, those left at their defaults left out, before it starts."""
+    with ExitStack() as locks, one_line_errors(), status_of_signals():
         arguments = [command, *options]
-        made = _stage_cli()(None if arguments == sys.argv[1:] else arguments, run=True, locks=locks)
+        command_line = None if arguments == sys.argv[1:] else arguments
+        made = _stage_cli()(command_line, run=True, locks=locks, tell=tell)
         return 1 if made.config_init[command].answers.failed else 0
+
+
+def _compare_finished(options: Sequence[str]) -> None:
+    """Refuses options of `vlm fit` for a finished stage that differ from those it was trained with."""
+    from vlm.command_line.run_entry import StageFinished
+
+    with suppress(StageFinished):
+        _run_stage("fit", read_options(options).options)
 
 
 def _open_stage(options: Sequence[str]) -> Any:
@@ -277,9 +303,14 @@ def _describe(options: Sequence[str]) -> Any:
         def after_instantiate_classes(self) -> None:
             """Weights are not looked for."""
 
+    asked = read_options(options)
+    print(*asked.summary, sep="\n", end="\n" if asked.summary else "", flush=True)
     with one_line_errors():
-        made = Description(list(options), run=False).config_init
-    return StageView(made.model.system, made.stage.stage.name, made.model.codec, made.data)
+        made = Description(asked.options, run=False).config_init
+    for callback in made.trainer.callbacks or []:
+        if (surgery := getattr(callback, "surgery", None)) is not None:
+            made.model.register_surgery(surgery)
+    return StageView(made.model, made.stage.stage, made.data, made.trainer)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ from callbacks.evaluation import Evaluation
 from callbacks.fsdp import MixedPrecisionFSDP
 from callbacks.fsdp_strategy import FSDP2Strategy
 from callbacks.health import Health
+from callbacks.log_cadence import LogCadence
 from callbacks.lora import LoRAInjection
+from callbacks.out_of_memory import OutOfMemory
 from callbacks.partial_lora import PartialLoRAInjection
 from callbacks.predictions import Predictions
 from callbacks.progress import Progress
@@ -25,7 +27,9 @@ __all__ = [
     "FSDP2Strategy",
     "Health",
     "LoRAInjection",
+    "LogCadence",
     "MixedPrecisionFSDP",
+    "OutOfMemory",
     "PartialLoRAInjection",
     "Predictions",
     "Progress",

@@ -13,6 +13,7 @@ USAGE = """usage: vlm COMMAND ...
   predict --weights ARTEFACT --image FILE|FOLDER ... --prompt TEXT | --questions FILE [--out FILE] [--pictures FOLDER]
   check-data -c FILE ...           look at every sample before a run does; a report, and a list of the bad ones
   show-data -c FILE ...            what is trained on: pictures as the system sees them, tokens and labels
+  plan -c FILE ... | --recipe NAME what a stage takes, before anything is downloaded: tokens, memory, FLOPs, hours
   systems                          the systems and their stages
   demo-data FOLDER                 write the embedded data
   convert SRC DST --system NAME --to LAYOUT
@@ -26,6 +27,7 @@ TOOLS = {
     "convert": "vlm.commands.convert:main",
     "demo-data": "vlm.demo:main",
     "export": "vlm.commands.export:main",
+    "plan": "vlm.commands.plan:main",
     "predict": "vlm.commands.predict:main",
     "run": "vlm.recipes.node:main",
     "scores": "vlm.evaluation.scores:main",
@@ -34,7 +36,7 @@ TOOLS = {
 }
 """Commands that need no trainer: the function that runs each, imported when it is asked for."""
 
-TAKE_STAGES = ("check-data", "show-data")
+TAKE_STAGES = ("check-data", "plan", "show-data")
 """The tools that look at a stage: they take the options of `vlm fit`, and who turns these into a `StageView`."""
 
 STAGE_COMMANDS = ("fit", "validate", "test", "predict")

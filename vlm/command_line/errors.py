@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from vlm.errors import UserError
+from vlm.errors import UserError, is_out_of_memory
 
 
 def user_error(error: BaseException | None) -> UserError | None:
@@ -14,6 +14,14 @@ def user_error(error: BaseException | None) -> UserError | None:
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def memory_error(error: BaseException) -> UserError | None:
+    """What a device without memory says, with what would take less; None for any other error."""
+    if not is_out_of_memory(error):
+        return None
+    said = " ".join(str(error).split()).split(" If reserved but unallocated")[0].split(" See documentation")[0]
+    return UserError("; ".join([f"out of memory: {said.rstrip('.')}", *getattr(error, "__notes__", ())]))
 
 
 def innermost(error: BaseException) -> str:
@@ -68,12 +76,18 @@ def _raised_in(error: BaseException) -> str:
 
 
 @contextmanager
-def status_of_sigterm() -> Iterator[None]:
-    """Lightning ends a terminated training with status 0, as if it were finished."""
+def status_of_signals() -> Iterator[None]:
+    """Lightning ends a terminated training with status 0, as if it were finished, and an interrupted one with 1."""
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     try:
         yield
-    except SIGTERMException:
-        print("vlm: stopped by SIGTERM; the same command goes on", file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
+    except SIGTERMException as stop:
+        number = stop.args[0] if stop.args else signal.SIGTERM
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        print(f"vlm: stopped by {name}; the same command goes on", file=sys.stderr)
+        sys.exit(128 + number)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # before or after the training, in a validation or test
+            raise stop.__context__ from None
+        raise
