@@ -87,6 +87,8 @@ def merged(below: Any, above: Any) -> Any:
     """One value over another, key by key, and entry by entry; another class starts anew."""
     if isinstance(below, list) and isinstance(above, list):
         return [merged(below[n] if n < len(below) else None, item) for n, item in enumerate(above)]
+    if isinstance(below, str) and isinstance(above, Mapping):
+        below = {"class_path": below}
     if not isinstance(below, Mapping) or not isinstance(above, Mapping):
         return above
     below = dict(below)
