@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from vlm.errors import UserError, is_out_of_memory
 
@@ -28,6 +29,13 @@ def innermost(error: BaseException) -> str:
     """What the configuration parser found at the bottom of what it says, behind the key at the top."""
     key, reason = str(error).partition(":")[0], " ".join(str(_bottom(error)).split())
     return reason if reason.startswith(key) else f"{key}: {reason}"
+
+
+def refused_trainer(error: Exception, settings: Any) -> UserError:
+    """What Lightning's trainer refuses to be made with, and what it was given."""
+    given = ", ".join(f"{key}={settings[key]}" for key in ("accelerator", "devices", "strategy"))
+    reason = " ".join(str(error).split()).rstrip(".!")
+    return UserError(f"trainer ({given}): {reason}; correct it, or leave it at auto")
 
 
 _SETTINGS = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "lightning.pytorch.tuner")

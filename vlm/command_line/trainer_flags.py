@@ -1,5 +1,6 @@
 """Settings of Lightning's trainer that a stage cannot obey, each with what says the same here."""
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -90,3 +91,11 @@ def keep_in_run(callbacks: list[Any], profiler: Any, folder: Path) -> Any:
         made.dirpath = made.dirpath or folder
         made.filename = made.filename or "profile"
     return made
+
+
+def log_of_run(folder: str | Path, ckpt_path: Any) -> Any:
+    """The TensorBoard log of a run, without what a killed start logged after the checkpoint to go on from."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    step = re.search(r"step=(\d+)", str(ckpt_path or ""))
+    return TensorBoardLogger(str(folder), name="", version="tensorboard", purge_step=int(step[1]) if step else 0)
