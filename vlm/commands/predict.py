@@ -49,7 +49,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vlm predict", description="Answers about pictures.")
+    parser = argparse.ArgumentParser(
+        prog="vlm predict",
+        description="Answers about images. With -c FILE instead of --image or --questions: about data.predict_sources, "
+        "on any number of devices (docs/command_line.md).",
+    )
     weights = "artefact, run folder of a stage or recipe, or published LLaVA (official or Hugging Face folder, hub id)"
     parser.add_argument("--weights", required=True, help=weights)
     asked = "a picture, several, or folders of them; repeat it or list them"
