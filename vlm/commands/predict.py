@@ -50,7 +50,10 @@ def main(arguments: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vlm predict", description="Answers about pictures.")
-    weights = "artefact, run folder of a stage or recipe, or published LLaVA (official or Hugging Face folder, hub id)"
+    weights = (
+        "artefact, run folder of a stage or recipe, checkpoint (RUN@200, RUN@last, RUN@best, or a path), or published "
+        "LLaVA (official or Hugging Face folder, hub id)"
+    )
     parser.add_argument("--weights", required=True, help=weights)
     asked = "a picture, several, or folders of them; repeat it or list them"
     parser.add_argument("--image", action="extend", nargs="+", default=[], metavar="PATH", help=asked)
