@@ -19,6 +19,7 @@ from vlm.data.sources.base import Concat
 from vlm.errors import SampleError
 from vlm.building.instantiate import system_class
 from vlm.building.stage_record import stage_record
+from vlm.language.quantized import full_size
 from vlm.module import VisionLanguageModule
 from vlm.moving import changing_names
 from vlm.schedules import Schedule
@@ -75,13 +76,15 @@ class StageTransition(Callback):
 
     def _banner(self, module: VisionLanguageModule) -> str:
         lines = [f"stage {self.stage.name} of {system_class(module).__name__}"]
+        owner = self.stage.assign(name for name, _ in module.named_parameters())
         for part, network in module.named_children():
-            total = sum(_size(p) for p in network.parameters())
-            trained = sum(_size(p) for p in network.parameters() if p.requires_grad)
-            rates = [how.lr for pattern, how in self.stage.train.items() if pattern.split(".")[0] == part]
+            total = sum(full_size(p) for p in network.parameters())
+            trained = sum(full_size(p) for p in network.parameters() if p.requires_grad)
+            patterns = dict.fromkeys(pattern for name, pattern in owner.items() if name.split(".")[0] == part)
+            rates = [self.stage.train[pattern].lr for pattern in patterns]
             what = "frozen" if not trained else f"trains {trained:,} at lr {', '.join(f'{rate:g}' for rate in rates)}"
             lines.append(f"  {part:<12} {total:>15,} parameters, {what}")
-        lines += [f"  surgery      {operation}" for operation in module.surgery]
+        lines += [f"  surgery      {line}" for operation in module.surgery for line in operation.summary(module)]
         assert module.load_report is not None
         lines += [f"  {line}" for line in module.load_report.render().splitlines()]
         return "\n".join(lines)
@@ -179,7 +182,3 @@ def write_stage(
 def _full(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
-
-
-def _size(parameter: torch.nn.Parameter) -> int:
-    return parameter.numel()  # of a sharded parameter too: its global size

@@ -60,7 +60,9 @@ class World:
                     "tokenizer": {"init_args": {"path": str(GOLDEN / "_shared" / "llama_sp_tokenizer.model")}},
                 }
             },
-            "data": {"init_args": {"sources": [source], "batch": {"size": 3}, "num_workers": 0}},
+            "data": {
+                "init_args": {"sources": [source], "batch": {"size": 3}, "micro_batch_size": None, "num_workers": 0}
+            },
             "trainer": {
                 "precision": "32-true",
                 "accelerator": "cpu",

@@ -132,8 +132,9 @@ def test_every_reader_reads_a_form_rightly_or_names_the_reader_for_it(tmp_path: 
             assert any("A boat." in text for text in (*texts, *(text for text, _ in sample.answers))) or form in (
                 "qwen_refcoco",
             ), form
-            assert [message.role for message in sample.messages][0] == ("system" if form == "sharegpt" else
-                sample.messages[0].role), form
+            assert [message.role for message in sample.messages][0] == (
+                "system" if form == "sharegpt" else sample.messages[0].role
+            ), form
             continue
         if form == "qwen_human" and reader == "QwenJson":
             continue  # refused for its roles, as the form that it is

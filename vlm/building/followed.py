@@ -1,6 +1,7 @@
 """What a stage starts from, artefacts and published systems, and how its own artefact refers to them.
 
-An entry of `follows` in `stage.json` is {path, absolute, fingerprint, parts, leave_out} (`vlm.checkpoints.references`).
+An entry of `follows` in `stage.json` is {path, absolute, fingerprint, parts, leave_out, merge}
+(`vlm.checkpoints.references`).
 That of a published system has `published` besides: `folder`, or `hub`, whose `path` is the hub id.
 """
 
@@ -32,7 +33,7 @@ def open_followed(path: str | Path) -> Artefact | str:
 def reference_to(follow: InitFrom, base: str | Path) -> dict[str, Any]:
     """An entry of `follows` in the `stage.json` of an artefact whose paths start at `base`."""
     found = open_followed(follow.artefact)
-    taken = {"parts": dict(follow.parts), "leave_out": list(follow.leave_out)}
+    taken = {"parts": dict(follow.parts), "leave_out": list(follow.leave_out), "merge": follow.merge}
     if isinstance(found, Artefact):
         return {**refer_to(found.folder, base), "fingerprint": found.fingerprint, **taken}
     place = (
@@ -55,10 +56,10 @@ def open_reference(artefact: Artefact, reference: Mapping[str, Any]) -> Artefact
     if "published" in reference:
         found = [str(place) for place in places if place.is_dir()]
         if not found:
-            looked = " nor in ".join(map(str, places))
+            looked = ", ".join(map(str, places))
             raise UserError(
-                f"{artefact.folder}: the published folder it follows is missing: it is neither in {looked}; put it back, "
-                f"or correct its path under follows in {artefact.folder / 'stage.json'}"
+                f"{artefact.folder}: the published folder it follows is missing; looked for {looked}; put it back, or "
+                f"correct its path under follows in {artefact.folder / 'stage.json'}"
             )
         return _unchanged(artefact, found, reference)
     for place in places:

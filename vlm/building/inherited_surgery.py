@@ -7,14 +7,14 @@ from vlm.building.followed import open_followed
 from vlm.building.instantiate import instantiate
 from vlm.checkpoints.artefact import Artefact
 from vlm.checkpoints.published.open import describe_published
-from vlm.language import Surgery
+from vlm.language import PeftAdapter, Surgery
 from vlm.stages import matches
 
 
 def inherited_surgery(module: Any) -> list[tuple[str, Surgery]]:
     """(artefact or published folder, what was done there) of everything a module's weights come from.
 
-    Of an artefact of which a stage takes some parts, what changes those.
+    Of an artefact of which a stage takes some parts, what changes those; of one that is merged, all but its adapters.
 
     Args:
         module: its parts built, before any surgery.
@@ -22,7 +22,11 @@ def inherited_surgery(module: Any) -> list[tuple[str, Surgery]]:
     if module.weights is not None:
         return _surgery_of(module, open_followed(module.weights), {})
     follows = module.stage.sources if module.stage is not None else ()
-    return [found for follow in follows for found in _surgery_of(module, open_followed(follow.artefact), follow.parts)]
+    inherited: list[tuple[str, Surgery]] = []
+    for follow in follows:
+        found = _surgery_of(module, open_followed(follow.artefact), follow.parts)
+        inherited += [pair for pair in found if not (follow.merge and isinstance(pair[1], PeftAdapter))]
+    return inherited
 
 
 def _surgery_of(module: Any, followed: Artefact | str, parts: Mapping[str, str]) -> list[tuple[str, Surgery]]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vlm.building.followed import open_followed, open_reference
+from vlm.building.merging import merged, merges_of, with_changes
 from vlm.checkpoints.artefact import Artefact, read_artefact
 from vlm.checkpoints.files.locate import preview
 from vlm.checkpoints.files.weights import WeightFiles, WeightSource, fingerprint_of
@@ -32,7 +33,7 @@ def weight_sources(module: Any) -> list[WeightSource]:
         for part, description in module.arguments.items()
         if getattr(description, "weights", None) and not _is_within(module, part, brought)
     ]
-    return bases + later
+    return with_changes(bases + later)
 
 
 def _is_within(module: Any, part: str, names: Collection[str]) -> bool:
@@ -146,6 +147,8 @@ def followed_sources(follow: InitFrom, *, covers: bool) -> list[WeightSource]:
             raise UserError(
                 f"stage.follows: {follow.artefact} holds nothing that leave_out {pattern!r} fits; correct or remove it"
             )
+    if follow.merge:
+        chain = _merged(chain, followed, Selection(follow.parts, follow.leave_out))
     if not covers:
         return chain
     whole = _whole_parts(followed)
@@ -175,7 +178,9 @@ def artefact_chain(artefact: Artefact, selection: Selection) -> list[WeightSourc
     chain: list[WeightSource] = []
     for reference in artefact.meta.get("follows", []):
         taken = Selection(reference["parts"], reference.get("leave_out", ()), selection)
-        chain += _chain(open_reference(artefact, reference), taken)
+        earlier = open_reference(artefact, reference)
+        found = _chain(earlier, taken)
+        chain += _merged(found, earlier, taken) if reference.get("merge") else found
     label = f"artefact {artefact.meta.get('stage', artefact.folder.name)} ({artefact.folder})"
     return [*chain, _selected(WeightSource(label, frozenset(artefact.meta["tensors"]), artefact.items), selection)]
 
@@ -195,6 +200,12 @@ def _selected(source: WeightSource, selection: Selection) -> WeightSource:
         items=lambda: ((names[name], tensor) for name, tensor in source.items() if name in names),
         dropped=tuple(sorted(name for name in source.names if selection.drops(name))),
     )
+
+
+def _merged(chain: Sequence[WeightSource], followed: Artefact | str, selection: Selection) -> list[WeightSource]:
+    if isinstance(followed, str):
+        raise UserError(f"{followed}: is a published folder without an adapter, so there is nothing to merge")
+    return merged(chain, followed, merges_of(followed, artefact_chain(followed, Selection())), selection.rename)
 
 
 def check_new(module: Any, sources: Sequence[WeightSource], *, added: Collection[str]) -> None:

@@ -45,7 +45,7 @@ META_KEYS = {
     "averaged": "whether these are moving averages; the moments then come with what training goes on with",
     "frozen": "part -> {source, fingerprint}: tensors that are not in this folder",
     "ties": "alias -> owner: one tensor under two names, stored once",
-    "follows": "list of {path, absolute, fingerprint, parts, leave_out} of the artefacts it started from",
+    "follows": "list of {path, absolute, fingerprint, parts, leave_out, merge} of the artefacts it started from",
     "shortened": "what cut the training short, null for one of its whole length",
     "paths": "path in `model` as it is written -> the same, relative to this folder and absolute",
 }

@@ -22,6 +22,8 @@ class Request:
         name: the recipe as the command line called it.
         stage: the only node to run, None for all.
         given: artefacts and data that need not be made, by `system/stage`.
+        configs: files over those of every training stage.
+        weights: what the stage starts from instead of what it follows.
         options: for every training stage.
         stage_options: for one node, by its name; they come last and win.
     """
@@ -33,6 +35,8 @@ class Request:
     stage: str | None
     dry_run: bool
     given: Mapping[str, Path]
+    configs: tuple[str, ...]
+    weights: str | None
     options: tuple[str, ...]
     stage_options: Mapping[str, tuple[str, ...]]
 
@@ -77,10 +81,13 @@ class Request:
         arguments = ["fit"]
         for file in fill_configs(files, self._needs(node), folder, write=not self.dry_run):
             arguments += ["-c", from_here(file)]
+        arguments += [word for file in self.configs for word in ("-c", file)]
         arguments += ["--trainer.default_root_dir", str(self.run / node.name), "--stage.name", node.name]
-        if node.follows:
+        if self.weights is not None:
+            arguments += ["--weights", self.weights]
+        elif node.follows:
             arguments += ["--stage.follows", json.dumps([self._follow(followed) for followed in node.follows])]
-        if node.continues is not None:
+        if node.continues is not None and self.weights is None:
             arguments += ["--stage.continues", str(self._artefact(StageRef(self.recipe.system, node.continues)))]
         if any(isinstance(other, TrainingStage) and other.continues == node.name for other in self.recipe.nodes):
             arguments += ["--stage.keep_optimizer", "true"]

@@ -114,6 +114,10 @@ def _parse(arguments: list[str]) -> Request:
     parser.add_argument("--demo", action="store_true", help="the same stages at laptop size on the embedded data")
     parser.add_argument("--run", type=Path, help="run folder; runs/SYSTEM or runs/SYSTEM_demo by default")
     parser.add_argument("--stage", metavar="NAME", help="this stage alone; under torchrun and SLURM there must be one")
+    parser.add_argument(
+        "-c", "--config", action="append", default=[], metavar="FILE", help="over the files of every training stage"
+    )
+    parser.add_argument("--weights", metavar="X", help="with --stage: start that stage from X, as `vlm fit -c` does")
     parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="an ablation: without it")
     parser.add_argument("--dry-run", "--dry_run", action="store_true", help="print the commands and start nothing")
     parser.add_argument(
@@ -130,6 +134,8 @@ def _parse(arguments: list[str]) -> Request:
         recipe = recipe.without(name)
     for name in of_stages:
         recipe.node(name)
+    if options_read.weights is not None and (options_read.stage is None or options_read.given):
+        raise UserError("fit --recipe: --weights says what one stage starts from; name it with --stage, without --from")
     if options_read.stage is None and not options_read.dry_run and _is_distributed():
         names = ", ".join(node.name for node in recipe.nodes)
         raise UserError(
@@ -144,6 +150,8 @@ def _parse(arguments: list[str]) -> Request:
         stage=options_read.stage,
         dry_run=options_read.dry_run,
         given=_given(options_read.given, recipe),
+        configs=tuple(options_read.config),
+        weights=options_read.weights,
         options=options,
         stage_options=of_stages,
     )

@@ -8,9 +8,9 @@ import hashlib
 import json
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors
 import torch
@@ -285,6 +285,19 @@ def _explain(file: Path) -> Iterator[None]:
         raise UserError(f"{file}: is truncated or no weight file ({reason}); fetch it again") from error
 
 
+CHANGED = "changed-"
+"""Begins the identity of a tensor known by what it is made of: its own last bits may differ between machines."""
+
+
+class Change(Protocol):
+    """What becomes of a tensor after it is read, such as an adapter that is merged into it."""
+
+    def __call__(self, tensor: Tensor) -> Tensor: ...
+
+    def content(self, of: str) -> str:
+        """Identity of the changed tensor, from that of the tensor: `CHANGED` and a hash."""
+
+
 @dataclass(frozen=True)
 class WeightSource:
     """Somewhere weights come from.
@@ -297,6 +310,8 @@ class WeightSource:
         carried: our names of what is there and never computed with.
         covers: patterns of our names of what is expected to come whole, from here or from another source.
         fresh: patterns of what may start new all the same.
+        changes: {our name: what becomes of its tensor}, in order; of tensors that the source does not provide, those of
+            the sources before it.
     """
 
     label: str
@@ -306,6 +321,7 @@ class WeightSource:
     carried: tuple[str, ...] = ()
     covers: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
+    changes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
 
 
 @torch.no_grad()

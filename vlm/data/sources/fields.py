@@ -190,5 +190,7 @@ def read_list(path: Path, key: str) -> list[Any]:
     if not isinstance(found, list) or (found and not isinstance(found[0], Mapping)):
         reader = reader_of(content)
         remedy = f"; the file has the form that vlm.data.{reader} reads" if reader else ""
-        raise UserError(f"{path}: key {key!r} must hold a list of objects; found keys {quoted(sorted(content))}{remedy}")
+        raise UserError(
+            f"{path}: key {key!r} must hold a list of objects; found keys {quoted(sorted(content))}{remedy}"
+        )
     return found

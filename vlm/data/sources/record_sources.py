@@ -11,7 +11,7 @@ import numpy as np
 
 from vlm.data.sources.base import JsonSource
 from vlm.data.sources.fields import Fields, Record
-from vlm.errors import UserError
+from vlm.errors import UserError, quoted
 from vlm.sample import Sample, parse_sample
 
 Part = dict[str, Any]
@@ -126,7 +126,7 @@ def by_unique(path: Path, entries: Iterable[Any], key: str) -> dict[Any, Mapping
     found: dict[Any, Mapping[str, Any]] = {}
     for at, entry in enumerate(entries):
         if not isinstance(entry, Mapping) or not isinstance(entry.get(key), int | str):
-            raise UserError(f"{path}: entry {at} has no {key!r}; it is {str(entry)[:80]}")
+            raise UserError(f"{path}: entry {at} has no {key!r}; it is {quoted(entry)}")
         if entry[key] in found:
             raise UserError(f"{path}: {key} {entry[key]!r} stands there twice (entry {at}); remove one of them")
         found[entry[key]] = entry
