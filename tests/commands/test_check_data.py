@@ -45,6 +45,12 @@ def box(*numbers: float, **more: Any) -> dict[str, Any]:
     return {"type": "box", "box": list(numbers), **more}
 
 
+def _weighted(name: str, weight: float) -> dict[str, Any]:
+    record = chat(name)
+    record["messages"][1]["weight"] = weight
+    return record
+
+
 def _huge(folder: Path) -> str:
     Image.new("1", (20000, 20000)).save(folder / "huge.png")
     return "huge.png"
@@ -83,6 +89,13 @@ def test_everything_that_can_be_wrong(world: World, capfd: pytest.CaptureFixture
         "long": (chat("long", answer="a b " * 2000), "too long: 4062 tokens (16 of them"),
         "label": ({"id": "label", "messages": [{"role": "user", "content": "x"}]}, "no label: message 0: the user's"),
         "good box": (chat("good box", {"type": "ref", "text": "it"}, box(0.1, 0.1, 0.5, 0.9)), None),
+        "nul": (chat("nul", images=("a\0.png",)), "image: image 'a\\x00.png' has a character that no path has"),
+        "content": (chat("content", images=("/9j/" + "A" * 6000,)), "image: image '/9j/AAAA"),
+        "film": (chat("film") | {"videos": ["a.mp4"]}, "schema: key 'videos': nothing here reads it"),
+        "name": (chat("name", images=()) | {"img": "0.png"}, "schema: key 'img': did you mean 'images'?"),
+        "half": (chat("half", answer="\ud800"), "encoding: text holds half a surrogate pair"),
+        "switched off": (_weighted("switched off", 0), "no label: no answer is trained"),
+        "halved": (_weighted("halved", 0.5), None),
         "two": (chat("two", images=("0.png", "2.png")), "image: image '2.png' cannot be decoded"),
     }
     data = write(world.folder / "chat.jsonl", [record for record, _ in broken.values()])
@@ -101,7 +114,8 @@ def test_everything_that_can_be_wrong(world: World, capfd: pytest.CaptureFixture
     assert report["summaries"][0]["bad by kind"] == {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
     assert report["bad"] == len(expected) == report["summaries"][0]["bad"]
     out = capfd.readouterr().out
-    assert "bad: 6 image missing, broken or too large" in out
+    assert "bad: 8 image missing, broken or too large" in out
+    assert max(map(len, out.splitlines())) < 300
     assert f"--data.init_args.quarantine={world.folder / 'out' / 'quarantine.jsonl'}" in out
     page = (world.folder / "out" / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page
