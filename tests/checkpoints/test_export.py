@@ -182,7 +182,7 @@ def test_the_images_that_a_processor_sees_otherwise_are_the_named_ones(kind: str
         torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=0)
         return
     assert (theirs - ours).abs().max() > 1
-    eight = Image.fromarray(SHADES) if kind == "16 bits" else Image.open(file).convert("RGB")
+    eight = Image.fromarray(SHADES) if kind == "16 bits" else Image.open(file).convert("RGBA").convert("RGB")
     cured = torch.as_tensor(processor(images=eight, return_tensors="pt")["pixel_values"][0])
     torch.testing.assert_close(cured, ours, atol=1e-6, rtol=0)
 

@@ -126,7 +126,23 @@ def test_everything_that_can_be_wrong(world: World, capfd: pytest.CaptureFixture
     world.command, world.options = "fit", world.options[2:]
     assert world.fit("--data.init_args.batch.size=2") == 2
     assert world.fit(f"--data.init_args.quarantine={world.folder / 'out' / 'quarantine.jsonl'}") == 0
-    assert "quarantine: 15 samples are left out of the training" in capfd.readouterr().out
+    assert "quarantine: 21 samples are left out of the training" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["check-data", "show-data", "fit"])
+def test_a_missing_tokenizer_is_one_line_and_no_samples_fault(
+    world: World, command: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = f"--out={world.folder / ('page.html' if command == 'show-data' else 'out')}"
+    world.command, world.options = command, {"check-data": ["--workers=0", out], "show-data": [out]}.get(command, [])
+    for path, remedy in (("nobody/nothing", "`hf download nobody/nothing`"), ("./nowhere", "does not exist")):
+        assert (
+            world.fit(f"--model.init_args.tokenizer.init_args.path={path}", "--data.init_args.max_bad_samples=9") == 2
+        )
+        errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("vlm: error: ")]
+        assert len(errors) == 1
+        assert remedy in errors[0]
+        assert "sample" not in errors[0]
 
 
 def test_readers_say_what_kind_of_fault_it_is(tmp_path: Path) -> None:
