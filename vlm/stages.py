@@ -1,7 +1,8 @@
 """What one training stage trains and how: the data behind the `StageTransition` callback.
 
-Parameters are named by patterns: a part (`connector`), a prefix (`language.model.layers`) or a glob over full names
-(`vision.trunk.blocks.*.norm1.*`). A pattern that matches nothing, and a parameter matched by two, are errors.
+Parameters are named by patterns: a part (`connector`), a prefix (`language.model.layers`), a glob over full names
+(`vision.trunk.blocks.*.norm1.*`), or the word `adapters` for all that LoRA and its kin lay over linear layers. A
+pattern that matches nothing, and a parameter matched by two, are errors.
 """
 
 import re
@@ -12,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from vlm.errors import UserError
 from vlm.schedules import Schedule
@@ -36,27 +38,61 @@ class Trained:
 
 @dataclass(frozen=True)
 class InitFrom:
-    """An artefact that the stage starts from.
+    """An artefact, or a published system, that the stage starts from.
 
     Attributes:
-        artefact: its folder.
+        artefact: its folder, the run folder of a finished stage, or a published folder or hub id.
         parts: {our prefix: its prefix}; empty: every tensor it holds, under its own name.
         leave_out: patterns, in its names, of what is dropped on purpose (the text side of BLIP-2's Q-Former).
         fresh: patterns, in our names, of what may start new in these parts; all else that it lacks is an error.
+        merge: its adapter becomes part of the weights it lies over; without it, the adapter is inherited and goes on.
     """
 
     artefact: str
     parts: Mapping[str, str] = field(default_factory=dict)
     leave_out: Sequence[str] = ()
     fresh: Sequence[str] = ()
+    merge: bool = False
 
 
 @dataclass(frozen=True)
 class AdamW:
-    """Decoupled weight decay (Loshchilov & Hutter, 2019)."""
+    """Decoupled weight decay (Loshchilov & Hutter, 2019).
+
+    Attributes:
+        kind: how the moments are kept. `adamw`: in float32, 8 bytes a trained parameter. `adamw_8bit`: in blocks of 8
+            bits, 2 bytes (Dettmers et al., 2022; by bitsandbytes, which keeps tensors of fewer than 4,096 elements in
+            float32). `paged_adamw_8bit`: the same, moved to the host's memory when a GPU runs out of its own.
+    """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    kind: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+
+    def make(self, groups: list[dict], *, scales_gradients: bool) -> torch.optim.Optimizer:
+        """The optimizer of some groups of parameters.
+
+        Args:
+            scales_gradients: training in float16, whose scaler and clipping have to see gradients before the update.
+
+        Raises:
+            UserError: bitsandbytes is missing, or cannot hold these parameters.
+        """
+        parameters = [parameter for group in groups for _, parameter in group["params"]]
+        if self.kind == "adamw":
+            # one kernel, where it saves a copy of all weights and moments: nothing of that is on the CPU
+            fused = all(parameter.is_cuda for parameter in parameters) and not scales_gradients
+            return torch.optim.AdamW(groups, betas=self.betas, eps=self.eps, fused=fused or None)
+        if any(isinstance(parameter, DTensor) for parameter in parameters):
+            raise UserError(f"stage.optimizer.kind: {self.kind} takes no sharded weights; use adamw, whose moments are")
+        try:
+            from bitsandbytes import optim
+        except ImportError as error:
+            raise UserError(
+                f"stage.optimizer.kind: {self.kind} needs bitsandbytes; pip install 'vlm[quantized]'"
+            ) from error
+        kind = optim.PagedAdamW8bit if self.kind == "paged_adamw_8bit" else optim.AdamW8bit
+        return kind(groups, betas=self.betas, eps=self.eps)
 
 
 @dataclass(frozen=True)
@@ -66,7 +102,7 @@ class Stage:
     Attributes:
         name: as in the recipe (`1_align`).
         train: {pattern: how}; everything else is frozen.
-        follows: artefacts it starts from.
+        follows: artefacts and published systems it starts from.
         continues: artefact of the stage whose schedule, step counter and optimizer moments go on here.
         modes: {pattern: `train` | `eval`} over modules, for published exceptions. Without one, a module is in train
             mode iff it holds a trained parameter.
@@ -94,6 +130,12 @@ class Stage:
                 "that stage stopped; use a kind that goes by steps"
             )
 
+        if self.optimizer.kind != "adamw" and (self.keep_optimizer or self.continues is not None):
+            raise UserError(
+                f"stage.optimizer.kind: moments of {self.optimizer.kind} are not handed to another stage; use adamw "
+                "where a stage continues"
+            )
+
     @property
     def sources(self) -> Sequence[InitFrom]:
         """The artefacts that weights come from; of two that hold a tensor the later one wins."""
@@ -108,11 +150,21 @@ class Stage:
         names = list(names)
         owner: dict[str, str] = {}
         for pattern in self.train:
-            matched = [name for name in names if matches(pattern, name)]
+            matched = [name for name in names if _trains(pattern, name)]
+            if not matched and pattern == ADAPTERS:
+                raise UserError(
+                    "stage.train: there are no adapters to train; add callbacks.LoRAInjection under trainer.callbacks+"
+                )
             if not matched:
                 known = sorted({name.split(".")[0] for name in names})
                 raise UserError(f"stage.train: {pattern!r} matches no parameter; the parts are {', '.join(known)}")
             for name in matched:
+                if name in owner and ADAPTERS in (pattern, owner[name]):
+                    whole = next(other for other in (owner[name], pattern) if other != ADAPTERS)
+                    raise UserError(
+                        f"stage.train: {whole!r} trains {name.split('.')[0]} as a whole and its adapter with it; leave "
+                        f"one of {ADAPTERS!r} and {whole!r} out"
+                    )
                 if name in owner:
                     raise UserError(
                         f"stage.train: {owner[name]!r} and {pattern!r} both match {name}; make them disjoint"
@@ -161,15 +213,32 @@ class Stage:
             groups.values(), key=lambda group: (order.index(group["part"]), group["lr"], group["weight_decay"])
         )
 
-    def configure_optimizers(self, module: nn.Module, *, factor: Callable[[int], float]) -> dict:
+    def configure_optimizers(
+        self, module: nn.Module, *, factor: Callable[[int], float], scales_gradients: bool = False
+    ) -> dict:
         """AdamW over the groups and its schedule, in Lightning's form.
 
         Args:
             factor: of the learning rates, given the number of finished steps.
+            scales_gradients: training in float16.
         """
-        optimizer = torch.optim.AdamW(self.optimizer_groups(module), betas=self.optimizer.betas, eps=self.optimizer.eps)
+        optimizer = self.optimizer.make(self.optimizer_groups(module), scales_gradients=scales_gradients)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+ADAPTERS = "adapters"
+"""In `stage.train`: every tensor of an adapter of peft, in whatever part."""
+_OF_ADAPTER = re.compile(r".*\.lora_(A|B|magnitude_vector)\..+")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a tensor is an adapter's."""
+    return _OF_ADAPTER.fullmatch(name) is not None
+
+
+def _trains(pattern: str, name: str) -> bool:
+    return is_adapter(name) if pattern == ADAPTERS else matches(pattern, name)
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm.checkpoints.files.weights import WeightSource, assign, hash_tensor
+from vlm.checkpoints.files.weights import Change, WeightSource, assign, hash_tensor
 from vlm.checkpoints.report import LoadReport, Resized
 from vlm.errors import UserError
 from vlm.seeding import seed_from
@@ -63,9 +63,14 @@ def tie(module: nn.Module, ties: Mapping[str, str]) -> None:
 
 
 def allocate(module: nn.Module, device: torch.device) -> None:
-    """Gives memory to everything on the meta device and moves the rest; the values are still undefined."""
+    """Gives memory to everything on the meta device and moves the rest; the values are still undefined.
+
+    What is marked `stays_empty` gets its memory when its layer is given the value, in another form.
+    """
 
     def move(tensor: Tensor) -> Tensor:
+        if getattr(tensor, "stays_empty", False):
+            return tensor
         return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
 
     module._apply(move)
@@ -106,7 +111,8 @@ def load_or_init(
         sources: where several provide a tensor, the last one wins.
         seed: of the new tensors, together with their names.
         initialisers: per part (first component of a name), how its new tensors are drawn.
-        copies: {tensor: the tensor whose value it takes when no source has its own}.
+        copies: {tensor: the tensor whose value it takes when no source has its own}: the value as it was read or
+            drawn, also where the network keeps that in another type.
         moving: tensors without gradients that are not frozen; buffers among them are drawn like parameters.
 
     Returns:
@@ -116,10 +122,29 @@ def load_or_init(
         UserError: a source has a tensor that the network does not, one of another shape, or two for one of the network.
     """
     tensors = dict(module.state_dict(keep_vars=True))
+    device = next((tensor.device for tensor in tensors.values() if not tensor.is_meta), torch.device("cpu"))
     aliases = find_ties(module)
     provider = {name: source for source in sources for name in source.names}
-    copied = {name: origin for name, origin in copies.items() if name not in provider}
+    copied: dict[str, list[str]] = {}
+    for name, origin in copies.items():
+        if name not in provider:
+            copied.setdefault(aliases.get(origin, origin), []).append(name)
     report, hashes = LoadReport(), {}
+
+    def fill(name: str, value: Tensor, changes: Sequence[Change] = ()) -> None:
+        target = tensors[name]
+        if not target.requires_grad and name not in moving:
+            content = hash_tensor(_as_read(value))  # of what was read, however it is changed and kept
+            for change in changes:
+                content = change.content(content)
+            hashes[name] = content
+        for change in changes:
+            value = change(value)
+        _put(module, name, target, value, device)
+        for copy in copied.get(name, ()):
+            fill(copy, value)
+            report.copied.append(copy)
+
     for source in sources:
         report.dropped += source.dropped
         report.carried += source.carried
@@ -142,14 +167,12 @@ def load_or_init(
                 raise UserError(
                     f"{source.label}: {name} has shape {tuple(value.shape)}, the network {tuple(target.shape)}"
                 )
-            assign(target, value)
+            fill(name, value, source.changes.get(name, ()))
             if method is None:
                 report.loaded.append(name)
             else:
                 report.resized[name] = Resized(old, tuple(value.shape), method)
             report.sources[source.label] = report.sources.get(source.label, 0) + 1
-            if not target.requires_grad and name not in moving:
-                hashes[name] = hash_tensor(value.to(target.dtype))
             wanted.discard(name)
         if wanted:
             raise UserError(f"{source.label}: it announced {sorted(wanted)[0]} but did not deliver it")
@@ -162,27 +185,27 @@ def load_or_init(
             **{n: p for n, p in child.named_parameters(recurse=False) if prefix + n not in aliases},
             **{n: buffer for n, buffer in child.named_buffers(recurse=False) if prefix + n in moving},
         }
-        new = [n for n in own if prefix + n not in provider and prefix + n not in copied]
+        new = [n for n in own if prefix + n not in provider and prefix + n not in copies]
         if not new:
             continue
         values = _draw(child, own, initialisers[path.split(".")[0]], seed_from(seed, path))
         for name in new:
-            assign(own[name], values[name])
+            fill(prefix + name, values[name])
             report.new.append(prefix + name)
-            if not own[name].requires_grad and prefix + name not in moving:
-                hashes[prefix + name] = hash_tensor(values[name])
-    for name, origin in copied.items():
-        assert name in moving or tensors[name].requires_grad, f"{name} is a copy that nothing changes"
-        tensors[name].copy_(tensors[origin])  # of sharded ones each rank copies its part
-    report.copied = sorted(copied)
+    report.copied.sort()
     return report, hashes
+
+
+def _as_read(value: Tensor) -> Tensor:
+    """What the content hash of a frozen tensor is taken of: the same in whatever type the network keeps it."""
+    return value.float() if value.is_floating_point() else value
 
 
 def _adopted(module: nn.Module, name: str, value: Tensor) -> tuple[Tensor, str | None]:
     """What the nearest module above a tensor makes of a value for it, and how; the value itself where none does.
 
-    A module with a method `adopt(name, value)`, whose name is the tensor's as seen from it, may bring a value to the
-    form that it keeps: stretched to another resolution, or quantised. It returns None for what it takes as it is.
+    A module with a method `adopt(name, value)`, whose name is the tensor's as seen from it, may bring a value to its
+    own shape: stretched to another resolution. It returns None for what it takes as it is.
     """
     path, inner = name, ""
     while path:
@@ -192,6 +215,15 @@ def _adopted(module: nn.Module, name: str, value: Tensor) -> tuple[Tensor, str |
         if adopt is not None and (found := adopt(inner, value)) is not None:
             return found
     return value, None
+
+
+def _put(module: nn.Module, name: str, target: Tensor, value: Tensor, device: torch.device) -> None:
+    """Gives a tensor its value, in the form in which its layer keeps it (`FourBitLinear.keep`)."""
+    path, _, leaf = name.rpartition(".")
+    layer = module.get_submodule(path)
+    keep = getattr(getattr(layer, "base_layer", layer), "keep", None)
+    if keep is None or not keep(leaf, value, device):
+        assign(target, value)
 
 
 def _draw(module: nn.Module, own: Mapping[str, Tensor], initialise: Initialiser, seed: int) -> dict[str, Tensor]:
@@ -210,7 +242,7 @@ def _draw(module: nn.Module, own: Mapping[str, Tensor], initialise: Initialiser,
         # some architectures draw a layer's tensors from the layer above it, which is never asked to here
         forgotten = [name for name in own if getattr(module, name).isnan().any()]
         assert not forgotten, f"nothing draws {forgotten} of {type(module).__name__}"
-        return {name: getattr(module, name).detach().to(tensor.dtype) for name, tensor in own.items()}
+        return {name: getattr(module, name).detach() for name in own}
     finally:
         module._parameters.update(parameters)
         module._buffers.update(buffers)

@@ -14,7 +14,7 @@ _OTHER_FAULTS = ("image", "region", "too long", "no label")
 
 def reader_of(record: Any) -> str | None:
     """Name of the class in `vlm.data` that reads a record of this form; None where no form is known."""
-    return next(iter(_readers(record)), None)
+    return next(iter(readers_of(record)), None)
 
 
 @contextmanager
@@ -23,14 +23,15 @@ def read_with(reader: str, record: Any) -> Iterator[None]:
     try:
         yield
     except SampleError as error:
-        readers = _readers(record)
+        readers = readers_of(record)
         if not readers or reader in readers or error.kind in _OTHER_FAULTS:
             raise
         reason = f"{error.reason}; the record has the form that vlm.data.{readers[0]} reads"
         raise SampleError(reason, sample_id=error.sample_id, source=error.source, kind=error.kind) from error
 
 
-def _readers(record: Any) -> tuple[str, ...]:
+def readers_of(record: Any) -> tuple[str, ...]:
+    """Names of the classes in `vlm.data` that read a record of this form, the usual one first."""
     if not isinstance(record, Mapping):
         return ()
     return next((readers for readers, fits in _FORMS if fits(record)), ())

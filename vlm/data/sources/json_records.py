@@ -5,6 +5,7 @@ byte offsets: workers share it and read each record by seeking.
 """
 
 import codecs
+import itertools
 import json
 import re
 from array import array
@@ -81,6 +82,20 @@ class RecordFile:
             reason = f"record {index} {found}; every record must be a JSON object, drop it"
             raise SampleError(reason, sample_id=str(index), source=str(self.path))
         return record
+
+
+def first_records(path: str | Path, count: int) -> list[Any]:
+    """Records at the beginning of a file, of any type.
+
+    Raises:
+        UserError: as `RecordFile`, of the part that is read.
+    """
+    path = located(path)
+    try:
+        with path.open("rb") as file:
+            return [record for _, _, record in itertools.islice(_Scanner(str(path), file).records(), count)]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
 
 
 def _decode(text: str, start: int = 0) -> tuple[Any, int]:

@@ -30,3 +30,6 @@ class Wrapped(Source):
 
     def notes(self) -> list[str]:
         return self.source.notes()
+
+    def blocks(self) -> tuple[np.ndarray, int] | None:
+        return self.source.blocks()
