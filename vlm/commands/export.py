@@ -52,6 +52,7 @@ def export(src: str | Path, dst: str | Path, *, dtype: str | None = None) -> "Lo
 
     from vlm.checkpoints.files.atomic import atomic_directory
     from vlm.checkpoints.published.family import get_family
+    from vlm.checkpoints.published.hf_processor import OTHER_PIXELS
     from vlm.checkpoints.published.open import family_of, find_weights, is_artefact
     from vlm.checkpoints.resume.opened import read_trained
     from vlm.commands.convert import refuse_surgery
@@ -67,4 +68,6 @@ def export(src: str | Path, dst: str | Path, *, dtype: str | None = None) -> "Lo
         refuse_surgery(get_family(system), weights)
     with atomic_directory(dst) as folder:
         as_type = getattr(torch, dtype) if dtype else None
-        return get_family(system).export(folder, weights, dtype=as_type, load=load)
+        report = get_family(system).export(folder, weights, dtype=as_type, load=load)
+    report.notes.append(OTHER_PIXELS)
+    return report

@@ -22,6 +22,7 @@ def find_files(path: Path) -> tuple[list[Path], list[str] | None]:
     Raises:
         UserError: no weight files, a broken index, or a missing shard.
     """
+    refuse_adapter(path)
     if path.is_file():
         return ([path], None) if not path.name.endswith(".index.json") else _indexed(path)
     indices = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.bin.index.json"))
@@ -35,6 +36,22 @@ def find_files(path: Path) -> tuple[list[Path], list[str] | None]:
     if not files:
         raise UserError(f"{path}: no *.safetensors, *.bin, *.pth or *.pt file in it; is it the right folder?")
     return files, None
+
+
+def refuse_adapter(path: Path) -> None:
+    """Raises a `UserError` for a folder that holds what was trained beside a model, and not the model."""
+    described = path / "adapter_config.json"
+    if not described.is_file() or any(path.glob("model*.safetensors")) or any(path.glob("pytorch_model*.bin")):
+        return
+    try:
+        base = json.loads(described.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        base = None
+    over = f" over {base!r}" if base else ""
+    raise UserError(
+        f"{path}: is an adapter of peft (LoRA or its kin){over} and no model; merge it there (peft's merge_and_unload, "
+        "then save_pretrained) and give the folder of the whole model"
+    )
 
 
 def _indexed(index: Path) -> tuple[list[Path], list[str]]:
