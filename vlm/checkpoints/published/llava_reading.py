@@ -111,6 +111,22 @@ def open_llava_artefact(
     return _with_tower(_open_artefact(read_artefact(src, system=kind.system)), src, vision=vision, target=target)
 
 
+def open_llava_module(
+    module: Any, src: str | Path, *, vision: str | Path | None = None, target: str = "official"
+) -> OpenedLlava:
+    """The same of a system in memory that was trained from a published one.
+
+    Args:
+        src: its artefact.
+    """
+    artefact = read_artefact(src)
+    tensors = {name: tensor.detach() for name, tensor in module.named_parameters()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    config = LlavaConfig(**_description(artefact))
+    model = OpenedLlava(shapes, tensors.items, module.system, config, artefact.folder, {})
+    return _with_tower(model, src, vision=vision, target=target)
+
+
 def _with_tower(model: OpenedLlava, src: str | Path, *, vision: str | Path | None, target: str) -> OpenedLlava:
     if target == "hf":
         check_connector(HF, model.config.connector)
@@ -187,8 +203,8 @@ def _description(artefact: Artefact) -> dict[str, Any]:
     if "published" in artefact.meta:
         return artefact.meta["published"]
     for entry in artefact.meta["follows"]:
-        if (Path(entry["path"]) / STAGE_FILE).exists():
-            return _description(read_artefact(entry["path"]))
+        if (artefact.folder / entry["path"] / STAGE_FILE).exists():
+            return _description(read_artefact(artefact.folder / entry["path"]))
     raise UserError(
         f"{artefact.folder}: neither it nor an artefact it follows comes from a published checkpoint, so there is no "
         "config.json to write; start the recipe from weights made by `vlm convert ... --to ours`"

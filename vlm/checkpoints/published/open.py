@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.checkpoints.artefact import STAGE_FILE
-from vlm.checkpoints.files.locate import find_files
+from vlm.checkpoints.files.locate import find_files, refuse_peft_folder
 from vlm.checkpoints.files.weights import WeightFiles, WeightSource
 from vlm.checkpoints.published.family import Family, find_family, look_into
 from vlm.checkpoints.published.vila import PartFolders, has_part_folders
@@ -52,6 +52,7 @@ def find_weights(path: str | Path) -> str:
         raise UserError(f"{begun[-1]}: this stage is not finished (no artefact); start its `vlm fit` again to go on")
     if has_part_folders(folder):
         return str(folder)
+    refuse_peft_folder(folder)
     try:
         find_files(folder)
     except UserError as error:
