@@ -38,10 +38,10 @@ class Trained:
 
 @dataclass(frozen=True)
 class InitFrom:
-    """An artefact that the stage starts from.
+    """An artefact, or a published system, that the stage starts from.
 
     Attributes:
-        artefact: its folder.
+        artefact: its folder, the run folder of a finished stage, or a published folder or hub id.
         parts: {our prefix: its prefix}; empty: every tensor it holds, under its own name.
         leave_out: patterns, in its names, of what is dropped on purpose (the text side of BLIP-2's Q-Former).
         fresh: patterns, in our names, of what may start new in these parts; all else that it lacks is an error.
@@ -102,7 +102,7 @@ class Stage:
     Attributes:
         name: as in the recipe (`1_align`).
         train: {pattern: how}; everything else is frozen.
-        follows: artefacts it starts from.
+        follows: artefacts and published systems it starts from.
         continues: artefact of the stage whose schedule, step counter and optimizer moments go on here.
         modes: {pattern: `train` | `eval`} over modules, for published exceptions. Without one, a module is in train
             mode iff it holds a trained parameter.

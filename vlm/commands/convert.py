@@ -136,6 +136,6 @@ def has_adapter(artefact: str | Path) -> bool:
 
 def _surgery(artefact: str | Path) -> "list[Surgery]":
     from vlm.building.instantiate import instantiate
-    from vlm.checkpoints.artefact import read_artefact
+    from vlm.checkpoints.resume.opened import read_trained
 
-    return instantiate(read_artefact(artefact).meta["surgery"])
+    return instantiate(read_trained(artefact).meta["surgery"])

@@ -68,16 +68,16 @@ def export(
         raise UserError(f"{dst}: exists already; remove it or give another folder")
     import torch
 
-    from vlm.checkpoints.artefact import read_artefact
     from vlm.checkpoints.files.atomic import atomic_directory
     from vlm.checkpoints.published.family import get_family
     from vlm.checkpoints.published.open import family_of, find_weights, is_artefact
+    from vlm.checkpoints.resume.opened import read_trained
     from vlm.commands.convert import has_adapter, refuse_surgery
     from vlm.commands.merged import load_merged, load_without_adapter
     from vlm.registry import published_systems
 
     weights = find_weights(src)
-    system = read_artefact(weights).meta["system"] if is_artefact(weights) else family_of(weights).system
+    system = read_trained(weights).meta["system"] if is_artefact(weights) else family_of(weights).system
     known = [name for name in published_systems() if get_family(name).hub_class is not None]
     if system not in known:
         raise UserError(f"{system}: has no class of its own in Hugging Face's tools; {', '.join(known)} have")
@@ -107,11 +107,11 @@ def export(
 
 
 def _write_adapter(folder: Path, family: "Family", weights: str) -> "LoadReport":
-    from vlm.checkpoints.artefact import read_artefact
     from vlm.checkpoints.published.peft_folder import fill_peft_folder
+    from vlm.checkpoints.resume.opened import read_trained
     from vlm.loading import load
 
-    artefact, module = read_artefact(weights), load(weights, quantized=False)
+    artefact, module = read_trained(weights), load(weights, quantized=False)
     table, made = family.memory_table(module)
     sources = {entry["source"] for entry in artefact.meta["frozen"].values()}
     base = sources.pop() if len(sources) == 1 and not artefact.meta["follows"] else None

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vlm.checkpoints.artefact import read_artefact
 from vlm.checkpoints.published.family import Family, Load, PublishedFolder
 from vlm.checkpoints.published.llava_chat import (
     added_tokens,
@@ -31,6 +30,7 @@ from vlm.checkpoints.published.preprocessor import says_view
 from vlm.checkpoints.published.tokenizer_entries import describe_tokenizer
 from vlm.checkpoints.published.vila import has_part_folders
 from vlm.checkpoints.report import LoadReport
+from vlm.checkpoints.resume.opened import read_trained
 from vlm.checkpoints.tables.llava import HF, HF_MEMORY, OFFICIAL, check_connector, detect_connector, llava_table
 from vlm.checkpoints.tables.mini_gemini import MARK
 from vlm.checkpoints.tables.table import Table
@@ -83,7 +83,7 @@ class LLaVAFamily(Family):
     def open_artefact(
         self, path: str | Path, *, target: str, load: Load, vision: str | Path | None = None
     ) -> OpenedLlava:
-        if read_artefact(path).meta["surgery"]:  # an adapter, which `load` merges; all else was refused
+        if read_trained(path).meta["surgery"]:  # an adapter, which `load` merges; all else was refused
             return open_llava_module(load(path), path, target=target, vision=vision)
         return open_llava_artefact(path, self.kind, target=target, vision=vision)
 
