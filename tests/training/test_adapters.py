@@ -286,6 +286,22 @@ def test_convert_merges(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-4)  # merged weights are rounded elsewhere; 1e-6 seen
 
 
+def test_convert_merges_into_the_published_layout_of_llava(base: CausalLM, tmp_path: Path) -> None:
+    trained(base, tmp_path / "first", PeftAdapter(rank=2, alpha=4), ("connector", "adapters"))
+    export(tmp_path / "first", tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "ours", system="llava_1_5", target_layout="ours")
+    module = vlm.load(tmp_path / "ours")  # as its artefact describes it
+    again = type(module)(**module.arguments)
+    again.surgery = [PeftAdapter(rank=2, alpha=4, parts="both")]
+    again.stage = Stage("lora", {"adapters": RATE}, follows=[InitFrom(str(tmp_path / "ours"))])
+    again.configure_model()
+    disturb(again, again.trained_names())
+    write_stage(tmp_path / "run", again, global_step=1)
+    convert(tmp_path / "run", tmp_path / "official", system="llava_1_5", target_layout="official")
+    ours, theirs = logits(again, tmp_path), logits(vlm.load(tmp_path / "official"), tmp_path)
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-4)  # merged weights are rounded elsewhere; 1e-6 seen
+
+
 def test_the_overlays_are_what_they_say() -> None:
     for file in sorted((ROOT / "configs/finetune").glob("*.yaml")):
         content = yaml.safe_load(file.read_text())
