@@ -48,7 +48,9 @@ def _records_of(path: Path) -> list[str]:
     if path.suffix.lower() not in (".json", ".jsonl"):
         return []
     counted: Counter[str] = Counter()
-    records = [record for record in first_records(path, _FIRST_RECORDS) if readers_of(record)]
+    if not (beginning := first_records(path, _FIRST_RECORDS)):
+        raise UserError(f"{path}: holds no samples; fill it")
+    records = [record for record in beginning if readers_of(record)]
     for record in records:
         counted.update(name for name in readers_of(record) if name != "Parquet" and name != "ImageFolder")
     fitting = [name for name, count in counted.items() if count == len(records)]

@@ -42,6 +42,8 @@ def make_settings(start: Start, asked: Any) -> Made:
     Raises:
         UserError: data or weights that do not do, or no recipe of the system.
     """
+    if asked.val_split is not None and not 0 < asked.val_split < 1:
+        raise UserError(f"--val-split must be between 0 and 1, found {asked.val_split}")
     recipe = _recipe_settings(start.system)
     found = [recognise(word, images=asked.images, options=_reader_options(recipe)) for word in asked.data]
     num = sum(data.num_samples for data in found)
