@@ -13,8 +13,11 @@ from importlib import import_module
 from typing import Any
 
 import vlm
-from vlm.command_line.commands import STAGE_COMMANDS, TAKE_STAGES, TOOLS, USAGE
-from vlm.command_line.errors import memory_error, one_line_errors, status_of_signals, user_error
+from vlm.command_line.classes import import_classes
+from vlm.command_line.commands import HELP, OPTIONS, STAGE_COMMANDS, TAKE_STAGES, TOOLS, USAGE, is_stage_command
+from vlm.command_line.config_faults import Section, find_fault, find_lost_key
+from vlm.command_line.errors import innermost, memory_error, one_line_errors, status_of_signals, user_error
+from vlm.command_line.layers import read_layers
 from vlm.command_line.quiet import silence
 from vlm.command_line.weights import UNTRAINED, options_from_weights
 from vlm.errors import UserError
@@ -63,21 +66,22 @@ def _dispatch(arguments: list[str]) -> int:
         from vlm.recipes import run_recipe
 
         return run_recipe(options, compare=_compare_finished)
+    if is_stage_command(command, options):
+        if command != "fit":
+            return _run_stage(command, [*options_from_weights(options), *options])
+        asked = read_options(options)
+        return _run_stage(command, asked.options, tell=asked.tell)
     if command in TOOLS:
         module, name = TOOLS[command].split(":")
         keywords = {"describe": _describe} if command in TAKE_STAGES else {}
         return getattr(import_module(module), name)(options, **keywords)
-    if command not in STAGE_COMMANDS:
-        raise UserError(f"unknown command {command!r}; `vlm --help` lists them")
-    if command != "fit":
-        return _run_stage(command, [*options_from_weights(options), *options])
-    asked = read_options(options)
-    return _run_stage(command, asked.options, tell=asked.tell)
+    raise UserError(f"unknown command {command!r}; `vlm --help` lists them")
 
 
 @cache
 def _stage_cli() -> Any:
     """The LightningCLI of a stage; lightning is imported when there is something to train."""
+    from jsonargparse import ArgumentError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import ProgressBar
@@ -85,14 +89,40 @@ def _stage_cli() -> Any:
     from lightning.pytorch.loggers import TensorBoardLogger
     import yaml
 
-    from callbacks import BadSamples, Evaluation, Health, Predictions, Progress, ResumeCheckpoint, StageTransition
-    from callbacks import OutOfMemory, Throughput
+    from callbacks import (
+        AnswerWriter,
+        BadSamples,
+        Evaluation,
+        Health,
+        LogCadence,
+        OutOfMemory,
+        Predictions,
+        Progress,
+        ResumeCheckpoint,
+        StageTransition,
+    )
+    from callbacks import Throughput
     from vlm.checkpoints.published.open import find_weights
     from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
     from vlm.command_line.run_entry import enter_run
     from vlm.data import VisionLanguageData
     from vlm.module import VisionLanguageModule
     from vlm.recipes.run_folder import RunFolder
+
+    groups = {
+        "stage": StageTransition,
+        "checkpoint": ResumeCheckpoint,
+        "health": Health,
+        "throughput": Throughput,
+        "predictions": Predictions,
+        "evaluation": Evaluation,
+        "answers": AnswerWriter,
+    }
+    sections = {key: Section(kind) for key, kind in groups.items()} | {
+        "trainer": Section(Trainer),
+        "model": Section(VisionLanguageModule, is_class=True),
+        "data": Section(VisionLanguageData, is_class=True),
+    }
 
     class StageCLI(LightningCLI):
         """One stage: `model`, `data`, `trainer`, and a group of options for each callback that every stage has.
@@ -114,6 +144,7 @@ def _stage_cli() -> Any:
             self.tell = tell
             self.ckpt_path: Any = None
             silence()
+            import_classes()
             one_line = {"exit_on_error": False}
             super().__init__(
                 VisionLanguageModule,
@@ -139,17 +170,26 @@ def _stage_cli() -> Any:
             commands = LightningCLI.subcommands()
             return {name: commands[name] for name in STAGE_COMMANDS}
 
+        def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+            return super().init_parser(**HELP, **kwargs)
+
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            parser.add_lightning_class_args(StageTransition, "stage")
-            parser.add_lightning_class_args(ResumeCheckpoint, "checkpoint")
-            parser.add_lightning_class_args(Health, "health")
-            parser.add_lightning_class_args(Throughput, "throughput")
-            parser.add_lightning_class_args(Predictions, "predictions")
-            parser.add_lightning_class_args(Evaluation, "evaluation")
+            for key, kind in groups.items():
+                parser.add_lightning_class_args(kind, key)
             help_text = f"what to look at, as in predict; {UNTRAINED}: the system as its first stage finds it"
             parser.add_argument("--weights", type=str | None, default=None, help=help_text)
             parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
             parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            options = [str(word) for word in (sys.argv[1:] if args is None else args)]
+            layers = read_layers(options)
+            if fault := find_lost_key(layers, sections, OPTIONS):
+                raise UserError(fault)
+            try:
+                super().parse_arguments(parser, args)
+            except ArgumentError as error:
+                raise UserError(find_fault(layers, sections, OPTIONS) or innermost(error)) from error
 
         @property
         def settings(self) -> Any:
@@ -190,10 +230,11 @@ def _stage_cli() -> Any:
                 )
             plugins = made.plugins or []
             kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
-            if config.enable_progress_bar is not False:
-                own = made.callbacks or []
-                own = own if isinstance(own, list) else [own]
-                kwargs["callbacks"] = own if any(isinstance(c, ProgressBar) for c in own) else [*own, Progress()]
+            own = made.callbacks or []
+            own = [*(own if isinstance(own, list) else [own]), LogCadence(adapt=config.log_every_n_steps is None)]
+            if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in own):
+                own.append(Progress())
+            kwargs["callbacks"] = own
             try:
                 return super().instantiate_trainer(**kwargs)
             except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
@@ -209,8 +250,9 @@ def _stage_cli() -> Any:
                 self.model.weights = find_weights(weights)
 
         def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-            table = {} if subcommand == "fit" else {"verbose": False}  # `Evaluation` prints its own
-            return super()._prepare_subcommand_kwargs(subcommand) | table | {"ckpt_path": self.ckpt_path}
+            # `Evaluation` prints its own table, `AnswerWriter` writes the answers
+            own = {"fit": {}, "predict": {"return_predictions": False}}.get(subcommand, {"verbose": False})
+            return super()._prepare_subcommand_kwargs(subcommand) | own | {"ckpt_path": self.ckpt_path}
 
     return StageCLI
 
@@ -219,8 +261,9 @@ def _run_stage(command: str, options: Sequence[str], *, tell: Callable[[str], No
     """Runs a stage; `tell` gets its settings as YAML, those left at their defaults left out, before it starts."""
     with ExitStack() as locks, one_line_errors(), status_of_signals():
         arguments = [command, *options]
-        _stage_cli()(None if arguments == sys.argv[1:] else arguments, run=True, locks=locks, tell=tell)
-    return 0
+        command_line = None if arguments == sys.argv[1:] else arguments
+        made = _stage_cli()(command_line, run=True, locks=locks, tell=tell)
+        return 1 if made.config_init[command].answers.failed else 0
 
 
 def _compare_finished(options: Sequence[str]) -> None:
@@ -254,7 +297,10 @@ def _describe(options: Sequence[str]) -> Any:
     print(*asked.summary, sep="\n", end="\n" if asked.summary else "", flush=True)
     with one_line_errors():
         made = Description(asked.options, run=False).config_init
-    return StageView(made.model.system, made.stage.stage.name, made.model.codec, made.data)
+    for callback in made.trainer.callbacks or []:
+        if (surgery := getattr(callback, "surgery", None)) is not None:
+            made.model.register_surgery(surgery)
+    return StageView(made.model, made.stage.stage, made.data, made.trainer)
 
 
 if __name__ == "__main__":

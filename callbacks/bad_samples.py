@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from callbacks.log_cadence import is_logged
 from callbacks.progress import warn
 from vlm.checkpoints.files.atomic import atomic_file
 from vlm.data.loading.loader import StepLoader
@@ -39,7 +40,7 @@ class BadSamples(Callback):
         is_whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if not isinstance(loader, StepLoader) or not loader.max_bad_samples or not is_whole:
             return
-        if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if is_logged(trainer, step):
             for logger in trainer.loggers:
                 logger.log_metrics({"data/bad_samples": float(loader.num_bad_samples)}, step=step - 1)
 

@@ -23,6 +23,15 @@ def memory_error(error: BaseException) -> UserError | None:
     return UserError("; ".join([f"out of memory: {said.rstrip('.')}", *getattr(error, "__notes__", ())]))
 
 
+def innermost(error: BaseException) -> str:
+    """What the configuration parser found at the bottom of what it says, behind the key at the top."""
+    key = str(error).partition(":")[0]
+    while error.__cause__ is not None:
+        error = error.__cause__
+    reason = " ".join(str(error).split())
+    return reason if reason.startswith(key) else f"{key}: {reason}"
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """What the configuration parser and the trainer refuse."""

@@ -7,7 +7,9 @@ everywhere else it is SDPA per sequence, which gives exactly what separate forwa
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 PACKED = "vlm_packed"
+_planned: ContextVar[bool] = ContextVar("planned", default=False)
 
 
 def packed_attention(
@@ -91,11 +94,26 @@ def packed_attention(
 def _kernel_dtype(query: Tensor, value: Tensor) -> torch.dtype | None:
     """What the variable-length kernel computes these in; None where it cannot."""
     head_dim = query.shape[-1]
-    if head_dim % 8 or head_dim > 256 or value.shape[-1] != head_dim or not _has_kernel(query.device):
+    if (
+        head_dim % 8
+        or head_dim > 256
+        or value.shape[-1] != head_dim
+        or not (_planned.get() or _has_kernel(query.device))
+    ):
         return None
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     return dtype if dtype in (torch.float16, torch.bfloat16) else None
+
+
+@contextmanager
+def planned_for_a_gpu() -> Iterator[None]:
+    """Inside, tensors are fake ones (`vlm.planning`), and the path is the one that a GPU with the kernel takes."""
+    before = _planned.set(True)
+    try:
+        yield
+    finally:
+        _planned.reset(before)
 
 
 @functools.cache

@@ -24,12 +24,13 @@ _CONTENT = ("data:", "/9j/", "iVBORw0KGgo")  # how a URL of data, and JPEG and P
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image that is not decoded yet: a file, or bytes out of a shard or a parquet row."""
+    """An image that is not decoded yet: a file, or bytes out of a shard or a parquet row; or one from memory."""
 
     name: str
     path: Path | None = None
     data: bytes | None = None
     max_pixels: int = MAX_PIXELS
+    image: Image.Image | None = None
 
     def size(self, sample: "Sample") -> tuple[int, int]:
         """(width, height), read from the header alone."""
@@ -67,7 +68,9 @@ class ImageFile:
             with warnings.catch_warnings():
                 # our own limit below says the same with the sample's name
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                if self.path is not None and is_remote(self.path):
+                if self.image is not None:
+                    image = self.image.copy()  # the caller's stays open
+                elif self.path is not None and is_remote(self.path):
                     image = Image.open(io.BytesIO(self.path.read_bytes()))
                 else:
                     image = Image.open(self.path if self.path is not None else io.BytesIO(self.data or b""))
@@ -101,9 +104,16 @@ class ImageFile:
 
 
 def parse_image(entry: Any, *, error, image_root: str | Path | None, max_pixels: int = MAX_PIXELS) -> ImageFile:
-    """A path (or bytes) as an `ImageFile`; `error` makes the exception for a bad one. A finished one stays as it is."""
+    """A path, bytes or an image of PIL as an `ImageFile`; `error` makes the exception for a bad one.
+
+    A finished one stays as it is.
+    """
     if isinstance(entry, ImageFile):
         return entry
+    if isinstance(entry, Image.Image):
+        return ImageFile(name="<image>", image=entry, max_pixels=max_pixels)
+    if isinstance(entry, Path):
+        entry = str(entry)
     if isinstance(entry, bytes):
         return ImageFile(name="<bytes>", data=entry, max_pixels=max_pixels)
     if not isinstance(entry, str) or not entry:

@@ -54,6 +54,13 @@ class Source(ABC):
         """bool[len(self)], `has_image` of every sample."""
         return np.fromiter((self.has_image(i) for i in range(len(self))), dtype=bool, count=len(self))
 
+    def blocks(self) -> tuple[np.ndarray, int] | None:
+        """Where samples that are fetched together end, int64[blocks], and how many such blocks are shuffled together.
+
+        None: samples are as quickly read in any order.
+        """
+        return None
+
 
 class JsonSource(Source):
     """A JSON list or JSONL file. The file is scanned once, when something first asks about its samples.

@@ -1,0 +1,100 @@
+"""`vlm plan`: what a stage takes, before anything is downloaded or built."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from vlm.commands.check_data.stage_view import StageParser, StageView
+from vlm.errors import UserError
+from vlm.planning.advice import advise
+from vlm.planning.machine import GPUS, Machine, Strategy, find_gpu
+from vlm.planning.report import as_json, lines_of, table_of
+from vlm.planning.samples import LOOKED_AT
+from vlm.planning.stage import Planner, Run
+from vlm.recipes.catalogue import find_recipe
+from vlm.recipes.configs import add_stage_options, stage_options
+from vlm.recipes.graph import TrainingStage
+from vlm.recipes.reading import load_recipe
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"plan: {message}; `vlm plan --help` lists the options")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="vlm plan",
+        allow_abbrev=False,
+        description="What a stage takes: tokens, parameters, FLOPs, memory of a rank, downloads, hours. Nothing is "
+        "downloaded or built, and data is looked at where it is here. With --recipe and no --stage, a table.",
+        epilog="All other options, -c FILE above all, are those of `vlm fit`.",
+    )
+    add_stage_options(parser)
+    parser.add_argument("--gpu", default="80", help=f"{', '.join(GPUS)}, or a number of GiB; %(default)s")
+    parser.add_argument("--devices", type=int, help="how many; by default what the trainer is told, or 1")
+    parser.add_argument("--utilization", type=float, default=0.4, help="share of the peak that is reached; %(default)s")
+    parser.add_argument("--flops", type=float, help="peak of a GPU in bfloat16; by default of the one named by --gpu")
+    parser.add_argument("--samples", type=int, default=LOOKED_AT, help="of your data, at most; %(default)s")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    return parser
+
+
+def main(arguments: Sequence[str], *, describe: StageParser) -> int:
+    """Prints the plan.
+
+    Args:
+        describe: from options of `vlm fit` to a stage.
+
+    Returns:
+        0, also where the stage does not fit.
+    """
+    own, others = _parser().parse_known_args(list(arguments))
+    for name in ("devices", "utilization", "flops", "samples"):
+        if getattr(own, name) is not None and getattr(own, name) <= 0:
+            raise UserError(f"--{name} must be more than 0, found {getattr(own, name)}")
+    gpu = find_gpu(own.gpu)
+    speed = {"per_second": own.flops or gpu.flops, "utilization": own.utilization}
+    plans = []
+    for options in _stages(own):
+        view = describe([*options, *others])
+        planner = Planner(view.module, view.trains, view.data, _run(view.trainer), own.samples)
+        machine = Machine(gpu, own.devices or _devices(view), _strategy(view))
+        plans.append((planner, planner.plan(machine)))
+    if own.json:
+        print(json.dumps([as_json(plan, **speed) for _, plan in plans], indent=1))
+    elif len(plans) == 1:
+        planner, plan = plans[0]
+        print(*lines_of(plan, **speed), sep="\n")
+        print(*(f"  {line}" for line in advise(planner, plan)), sep="\n")
+    else:
+        print(*table_of([plan for _, plan in plans], **speed), sep="\n")
+    return 0
+
+
+def _stages(own: argparse.Namespace) -> list[list[str]]:
+    """Options of each stage that is planned."""
+    if own.recipe is None or own.stage is not None:
+        return [stage_options(own)]
+    recipe = load_recipe(find_recipe(own.recipe))
+    names = [node.name for node in recipe.nodes if isinstance(node, TrainingStage)]
+    return [stage_options(argparse.Namespace(**{**vars(own), "stage": name})) for name in names]
+
+
+def _run(trainer: Any) -> Run:
+    epochs, steps = trainer.max_epochs, trainer.max_steps
+    if epochs is None and steps == -1:
+        epochs = 1000  # Lightning's own
+    return Run(str(trainer.precision or "32-true"), epochs, steps, trainer.accumulate_grad_batches)
+
+
+def _devices(view: StageView) -> int:
+    devices, nodes = view.trainer.devices, view.trainer.num_nodes
+    return (devices if isinstance(devices, int) and devices > 0 else 1) * nodes
+
+
+def _strategy(view: StageView) -> Strategy:
+    named = view.trainer.strategy
+    name = named if isinstance(named, str) else type(named).__name__
+    return "fsdp2" if "fsdp2" in name.lower() else "ddp"

@@ -1,0 +1,67 @@
+"""What a rank needs, part by part."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vlm.planning.machine import Machine
+from vlm.planning.parameters import optimizer_bytes, sizes_of, units_of
+from vlm.planning.step import COPIES, HEAD, LOSS, PASSING, PackCost
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank at the worst moment of a step.
+
+    Attributes:
+        fixed: {what: bytes} that is there whatever the pack: weights, gradients, optimizer, copies for sharding.
+        pack: {what: bytes} of the pack: activations by part, logits, what the backward pass makes.
+    """
+
+    fixed: Mapping[str, int]
+    pack: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.fixed.values()) + sum(self.pack.values())
+
+
+def memory_of(module: Any, cost: PackCost, machine: Machine) -> Memory:
+    """What a rank needs for a step.
+
+    Args:
+        module: built on the meta device.
+        cost: of its heaviest pack.
+    """
+    sharded = machine.strategy == "fsdp2" and machine.devices > 1
+    sizes = sizes_of(module).values()
+    weights, gradients = sum(size.weights for size in sizes), sum(size.gradients for size in sizes)
+    optimizer = optimizer_bytes(module)
+    if sharded:
+        fixed = {
+            part: -(-size // machine.devices)
+            for part, size in {"weights": weights, "gradients": gradients, "optimizer": optimizer}.items()
+        }
+        units = units_of(module)
+        # two units are there at once, the next one is fetched while one runs; gradients are summed in float32
+        fixed["gathered"] = 2 * (units.root + 2 * units.largest) + (2 + 4) * 2 * units.largest_trained
+    else:
+        fixed = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
+        if machine.devices > 1:
+            fixed["DDP's buckets"] = gradients
+    return Memory(fixed, _by_part(cost, sharded=sharded))
+
+
+def _by_part(cost: PackCost, *, sharded: bool) -> dict[str, int]:
+    pack: dict[str, int] = {}
+    for kind, size in cost.alive.items():
+        if kind == COPIES:
+            if not sharded:
+                pack["weights in the compute dtype"] = size
+        elif kind in (HEAD, LOSS):
+            pack["logits"] = pack.get("logits", 0) + size
+        elif kind == PASSING:
+            pack["backward pass"] = size
+        else:
+            pack[f"activations of {kind}"] = size
+    return pack

@@ -1,0 +1,69 @@
+"""What an operator costs: torch's own formulas, and those of the operators that they leave out."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.nn.attention import varlen  # noqa: F401  (registers the kernel)
+from torch.utils.flop_counter import flop_registry
+
+_aten: Any = torch.ops.aten
+_kernel: Any = torch.ops.torch_attn
+
+
+def count_flops(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int:
+    """Floating-point operations of a call; a multiplication and an addition are two.
+
+    Causal attention counts as if every token saw every other one of its sequence, as torch counts it.
+    """
+    packet = func._overloadpacket
+    if packet in ATTENTION:
+        return ATTENTION[packet](*args)
+    formula = flop_registry.get(packet)
+    return int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
+
+
+def is_cast(func: Any) -> bool:
+    """Whether the result is the first argument in another dtype."""
+    return func._overloadpacket is _aten._to_copy
+
+
+def is_forward_attention(func: Any) -> bool:
+    return func._overloadpacket is _kernel._varlen_attn
+
+
+def _attend(products: int, query: Tensor, key: Tensor, value: Tensor) -> int:
+    """Of tensors float[..., heads, tokens, width]; `products` of queries with keys count as such."""
+    batch, (heads, n, width) = query.shape[:-3].numel(), query.shape[-3:]
+    values = value.shape[-1]
+    both = {2: width + values, 5: 3 * width + 2 * values}[products]  # backward: the scores again, and four gradients
+    return 2 * batch * heads * n * key.shape[-2] * both
+
+
+def _attend_in_kernel(products: int, query: Tensor, value: Tensor, bounds: tuple, longest: tuple[int, int]) -> int:
+    """Of tensors float[tokens, heads, width], by the true length of each sequence."""
+    pairs = sum(
+        n * k for n, k in zip(*(_lengths(b, most) for b, most in zip(bounds, longest, strict=True)), strict=True)
+    )
+    both = {2: query.shape[2] + value.shape[2], 5: 3 * query.shape[2] + 2 * value.shape[2]}[products]
+    return 2 * query.shape[1] * pairs * both
+
+
+def _lengths(bounds: Tensor, longest: int) -> list[int]:
+    if isinstance(bounds, FakeTensor):  # made on the way, so that nobody knows its values: as long as may be
+        return [longest] * (len(bounds) - 1)
+    with unset_fake_temporarily():
+        return bounds.diff().tolist()
+
+
+ATTENTION: dict[Any, Callable[..., int]] = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_: _attend(2, q, k, v),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_: _attend(5, q, k, v),
+    _kernel._varlen_attn: lambda q, k, v, bq, bk, mq, mk, *_: _attend_in_kernel(2, q, v, (bq, bk), (mq, mk)),
+    _kernel._varlen_attn_backward: lambda grad, q, k, v, out, lse, bq, bk, mq, mk, *_: _attend_in_kernel(
+        5, q, v, (bq, bk), (mq, mk)
+    ),
+}
+"""Attention of which torch's counter knows nothing (that of the CPU), or the true lengths of no fake tensor."""

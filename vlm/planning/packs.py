@@ -1,0 +1,137 @@
+"""How a step is shared by devices and micro-batches, and what the heaviest pack of it costs."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vlm.codec import Encoded, step_counts
+from vlm.data import VisionLanguageData
+from vlm.planning.samples import Samples, per_step
+from vlm.planning.step import PackCost, cost_of_pack
+
+MOST_IMAGES = 24
+"""Of a pack that is run through the network; larger ones follow from two that are."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a step is shared.
+
+    Attributes:
+        samples: of a pack, on average.
+        tokens: of the heaviest pack.
+        accumulate: micro-batches of a step on each device.
+    """
+
+    samples: float
+    tokens: int
+    accumulate: int
+
+
+def packing_of(data: VisionLanguageData, samples: Samples, *, devices: int, accumulate: int) -> Packing:
+    """As the data module would deal the step (`vlm.data.sampling.sharing`), estimated where tokens decide.
+
+    Args:
+        accumulate: what the trainer is given.
+    """
+    size, mean = per_step(data, samples), sum(samples.tokens) / len(samples.items)
+    if data.batch.packs is not None:
+        accumulate = max(1, data.batch.packs // devices)
+    elif data.micro_batch_size is not None:
+        accumulate = math.ceil(size / (data.micro_batch_size * devices))
+    elif data.max_tokens is not None and accumulate == 1:
+        accumulate = math.ceil(size * mean / (data.max_tokens * devices))
+    each = size / (devices * accumulate)
+    # packs are balanced by tokens: one is heavier than the average only by what a single sample has more
+    heaviest = max(math.ceil(each * mean), max(*samples.tokens, samples.longest))
+    if data.max_tokens is not None:
+        heaviest = min(max(heaviest, 1), data.max_tokens)
+    return Packing(each, heaviest, accumulate)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What computes in which dtype.
+
+    Attributes:
+        autocast: see `vlm.planning.step.cost_of_pack`; likewise `weights`.
+    """
+
+    autocast: torch.dtype | None = None
+    weights: torch.dtype | None = None
+
+
+class PackCosts:
+    """Costs of packs of a built system, by their number of tokens.
+
+    A pack's cost grows in proportion to its samples beside what it costs at all, so two packs say what larger ones
+    cost.
+    """
+
+    def __init__(self, module: Any, samples: Samples, precision: Precision) -> None:
+        self.module = module
+        self.precision = precision
+        self.items = _spread(samples.items)
+        self._known: dict[int, tuple[int, PackCost]] = {}
+
+    def of(self, tokens: int) -> PackCost:
+        """Of a pack of about so many tokens."""
+        wanted = self._items_for(tokens)
+        if wanted <= len(self.items):
+            small, large = wanted, wanted
+        else:
+            small, large = max(1, len(self.items) // 2), len(self.items)
+        first, cost = self._run(large)
+        if small == large and first == tokens:
+            return cost
+        fewer = small if small != large else max(1, large // 2) if large > 1 else large
+        return _extended(self._run(fewer), (first, cost), tokens)
+
+    def per_sample(self) -> Mapping[tuple[str, str], float]:
+        """Floating-point operations of an average sample, {(region, pass): number}."""
+        _, cost = self._run(len(self.items))
+        return {key: count / len(self.items) for key, count in cost.flops.items()}
+
+    def _items_for(self, tokens: int) -> int:
+        total = 0
+        for number, item in enumerate(self.items, start=1):
+            total += item.num_tokens
+            if total >= tokens:
+                return number
+        return len(self.items) + 1
+
+    def _run(self, count: int) -> tuple[int, PackCost]:
+        if count not in self._known:
+            items = self.items[:count]
+            batch = self.module.codec.collate(items, counts=step_counts(items))
+            cost = cost_of_pack(self.module, batch, autocast=self.precision.autocast, weights=self.precision.weights)
+            self._known[count] = sum(item.num_tokens for item in items), cost
+        return self._known[count]
+
+
+def _spread(items: Sequence[Encoded]) -> list[Encoded]:
+    """As many as can be run, in an order in which every beginning is about as the whole."""
+    chosen: list[Encoded] = []
+    images = 0
+    for item in items:
+        images += len(item.sample.images)
+        if chosen and images > MOST_IMAGES:
+            break
+        chosen.append(item)
+    return chosen
+
+
+def _extended(small: tuple[int, PackCost], large: tuple[int, PackCost], tokens: int) -> PackCost:
+    """The cost of a pack of so many tokens on the line through two others; through 0 where they are one."""
+    (n, a), (m, b) = small, large
+    if n == m:
+        n, a = 0, PackCost({}, {}, {})
+
+    def line(left: Mapping[Any, int], right: Mapping[Any, int]) -> dict[Any, int]:
+        rise = {key: (right.get(key, 0) - left.get(key, 0)) / (m - n) for key in (*left, *right)}
+        return {key: max(0, round(right.get(key, 0) + rise[key] * (tokens - m))) for key in rise}
+
+    return PackCost(line(a.flops, b.flops), line(a.alive, b.alive), line(a.kept, b.kept))

@@ -1,0 +1,93 @@
+"""What a network consists of, and what its tensors take: asked of the tensors themselves."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlm.building.blocks import stacked_blocks
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """One part of a system.
+
+    Attributes:
+        trained: parameters that take gradients; one that has several names counts once.
+        frozen: all other parameters.
+        weights: bytes of parameters and buffers as they are kept.
+        gradients: bytes of gradients.
+    """
+
+    trained: int
+    frozen: int
+    weights: int
+    gradients: int
+
+
+def sizes_of(module: Any) -> dict[str, PartSize]:
+    """{part: its size} of a built system; what is tied belongs to the first part that has it."""
+    seen: set[int] = set()
+    sizes = {}
+    for name, part in _parts(module):
+        parameters = [p for p in part.parameters() if id(p) not in seen]
+        seen |= {id(p) for p in parameters}
+        trained = [p for p in parameters if p.requires_grad]
+        sizes[name] = PartSize(
+            trained=sum(p.numel() for p in trained),
+            frozen=sum(p.numel() for p in parameters if not p.requires_grad),
+            weights=stored(parameters) + stored(part.buffers()),
+            gradients=stored(trained),
+        )
+    return sizes
+
+
+def _parts(module: Any) -> Iterable[tuple[str, nn.Module]]:
+    yield from module.named_children()
+    rest = nn.Module()
+    rest._parameters, rest._buffers = dict(module._parameters), dict(module._buffers)
+    if rest._parameters or rest._buffers:
+        yield "own", rest
+
+
+def stored(tensors: Iterable[Tensor]) -> int:
+    """Bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def optimizer_bytes(module: Any) -> int:
+    """Of the moments of what is trained: two numbers for each, of the parameter's type."""
+    return 2 * stored(p for p in module.parameters() if p.requires_grad)
+
+
+@dataclass(frozen=True)
+class Units:
+    """How FSDP2 cuts a network: sizes in numbers of parameters.
+
+    Attributes:
+        largest: of a block, an embedding table or a head.
+        largest_trained: the same of what is trained.
+        root: what is in no unit of its own.
+    """
+
+    largest: int
+    largest_trained: int
+    root: int
+
+
+def units_of(module: Any) -> Units:
+    """The units of a built system, as `callbacks.MixedPrecisionFSDP` makes them."""
+    tables = [
+        layer
+        for part in module.children()
+        if hasattr(part, "get_output_embeddings")
+        for layer in (part.get_input_embeddings(), part.get_output_embeddings())
+        if layer is not None
+    ]
+    units = [block for _, block in stacked_blocks(module)] + tables
+    counts = [sum(p.numel() for p in unit.parameters()) for unit in units]
+    trained = [sum(p.numel() for p in unit.parameters() if p.requires_grad) for unit in units]
+    held = {id(p) for unit in units for p in unit.parameters()}
+    root = sum(p.numel() for p in module.parameters() if id(p) not in held)
+    return Units(max(counts, default=0), max(trained, default=0), root)
