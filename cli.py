@@ -294,7 +294,7 @@ def _describe(options: Sequence[str]) -> Any:
             """Weights are not looked for."""
 
     asked = read_options(options)
-    print(*asked.summary, sep="\n", end="\n" if asked.summary else "", flush=True)
+    print(*asked.summary, sep="\n", end="\n" if asked.summary else "", file=sys.stderr, flush=True)
     with one_line_errors():
         made = Description(asked.options, run=False).config_init
     for callback in made.trainer.callbacks or []:

@@ -174,7 +174,7 @@ def test_what_is_checked_and_shown_is_what_would_be_trained_on(
     monkeypatch.chdir(tmp_path)
     words = ["--weights", str(official), "--data", str(mine / "mine.json"), "--val-split", "0.25"]
     assert cli.main(["check-data", *words, "--out", "report", "--workers", "0"]) == 0
-    assert "24 records" in capsys.readouterr().out
+    assert "24 records" in capsys.readouterr().err
     assert cli.main(["show-data", *words, "--num", "2", "--out", "page.html"]) == 0
     assert "2 of 18 samples" in (tmp_path / "page.html").read_text(), "6 of the 24 are held out"
 

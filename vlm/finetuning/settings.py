@@ -81,7 +81,6 @@ def make_settings(start: Start, asked: Any) -> Made:
             "max_epochs": epochs,
             "precision": "bf16-mixed" if on_gpu else "32-true",
             "gradient_clip_val": recipe["trainer"].get("gradient_clip_val"),
-            "log_every_n_steps": max(1, min(10, steps * epochs // 20)),
             **({"callbacks": callbacks} if callbacks else {}),
         },
         "checkpoint": {"every_n_train_steps": max(10, min(200, steps))},
