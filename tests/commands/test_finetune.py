@@ -26,7 +26,7 @@ from vlm.stages import Stage
 
 QUIET = ("--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false")
 NEVER_SHOWN = "--predictions.enabled=false"
-PUBLISHED = ("fuyu", "llava", "llava_1_5", "llava_next", "mini_gemini", "qwen_vl", "vila")
+QUICK, SLOW = ("fuyu", "llava_next", "qwen_vl"), ("llava", "llava_1_5", "mini_gemini", "vila")
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +121,9 @@ def test_one_line_trains_a_published_folder_and_the_result_opens_again(
     assert len(err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
-def test_an_adapter_is_one_word(method: str, official: Path, mine: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_one_word(official: Path, mine: Path, tmp_path: Path) -> None:
     """Everything else stays what it was, and is not copied."""
-    words = (f"--{method}", f"--{method}.rank=4", "--trainer.max_steps=1")
+    words = ("--lora", "--lora.rank=4", "--trainer.max_steps=1")
     assert fit(official, mine / "mine.json", tmp_path / "run", *words) == 0
     (callback,) = yaml.safe_load((tmp_path / "run/finetune.yaml").read_text())["trainer"]["callbacks"]
     assert callback["init_args"]["rank"] == 4
@@ -136,22 +135,20 @@ def test_an_adapter_is_one_word(method: str, official: Path, mine: Path, tmp_pat
     assert all(torch.equal(opened[name], tensor) for name, tensor in base.items())
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_every_system_is_fine_tuned_by_its_own_recipe(name: str, mine: Path, tmp_path: Path) -> None:
     module = SYSTEMS[name].make()
     module.stage = Stage("pretrained", SYSTEMS[name].last.train)
     module.configure_model()
     write_stage(tmp_path / "x" / "artefact", module, global_step=0)
     before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
-    options = ("--trainer.max_steps=1", "--val-split=0.1", "--trainer.limit_val_batches=0", "--lr=1e-2")
+    options = ("--trainer.max_steps=2", "--val-split=0.1", "--trainer.limit_val_batches=0", "--lr=1e-2")
     assert fit(tmp_path / "x", mine / "mine.json", tmp_path / "run", *options) == 0
     settings = yaml.safe_load((tmp_path / "run/finetune.yaml").read_text())
     opened = vlm.load(tmp_path / "run")
     trained = {part.split(".")[0] for part in settings["stage"]["train"]}
     changed = {key.split(".")[0] for key, value in opened.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == trained
-    sample = opened.codec  # what it is asked is encoded as it was in training
-    assert sample.max_tokens == module.codec.max_tokens
 
 
 def test_the_file_that_is_kept_gives_the_same_run(
