@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import vlm
@@ -19,6 +20,7 @@ from vlm.command_line.config_faults import Section, find_fault, find_lost_key
 from vlm.command_line.errors import innermost, memory_error, one_line_errors, status_of_signals, user_error
 from vlm.command_line.layers import read_layers
 from vlm.command_line.quiet import silence
+from vlm.command_line.trainer_flags import check_seed, check_trainer_settings, keep_in_run
 from vlm.command_line.weights import UNTRAINED, options_from_weights
 from vlm.errors import UserError
 from vlm.finetuning import read_options
@@ -184,6 +186,7 @@ def _stage_cli() -> Any:
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             options = [str(word) for word in (sys.argv[1:] if args is None else args)]
             layers = read_layers(options)
+            check_seed(layers)
             if fault := find_lost_key(layers, sections, OPTIONS):
                 raise UserError(fault)
             try:
@@ -198,6 +201,7 @@ def _stage_cli() -> Any:
 
         def before_instantiate_classes(self) -> None:
             settings = self.settings
+            check_trainer_settings(settings, trains=self.subcommand == "fit")
             settings.trainer.default_root_dir = settings.trainer.default_root_dir or f"runs/{settings.stage.name}"
             self.ckpt_path = settings.get("ckpt_path")
             if self.subcommand == "fit" and not settings.trainer.fast_dev_run:  # which leaves nothing behind
@@ -228,13 +232,15 @@ def _stage_cli() -> Any:
                     version="tensorboard",
                     purge_step=int(step[1]) if step else 0,  # drop what a killed run logged after its checkpoint
                 )
-            plugins = made.plugins or []
-            kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
-            own = made.callbacks or []
-            own = [*(own if isinstance(own, list) else [own]), LogCadence(adapt=config.log_every_n_steps is None)]
+            plugins, own = _as_list(made.plugins), _as_list(made.callbacks)
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+            own.append(LogCadence(adapt=config.log_every_n_steps is None))
             if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in own):
                 own.append(Progress())
             kwargs["callbacks"] = own
+            kwargs["profiler"] = keep_in_run(own, made.profiler, Path(config.default_root_dir))
+            if self.subcommand != "fit":
+                kwargs["enable_checkpointing"] = None  # nothing is saved, and Lightning refuses `checkpoint` without it
             try:
                 return super().instantiate_trainer(**kwargs)
             except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
@@ -255,6 +261,10 @@ def _stage_cli() -> Any:
             return super()._prepare_subcommand_kwargs(subcommand) | own | {"ckpt_path": self.ckpt_path}
 
     return StageCLI
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else [*value] if isinstance(value, list) else [value]
 
 
 def _run_stage(command: str, options: Sequence[str], *, tell: Callable[[str], None] | None = None) -> int:

@@ -183,7 +183,7 @@ def _missing_arguments(arguments: Mapping[str, Any], kind: type, key: str) -> It
         elif isinstance(value, list) and accepted.items is not None:
             for n, item in enumerate(value):
                 yield from _missing_in_class(item, Accepted.by(accepted.items).classes, f"{key}.{name}[{n}]")
-        elif isinstance(value, Mapping) and accepted.classes:
+        elif isinstance(value, (str, Mapping)) and accepted.classes:
             yield from _missing_in_class(value, accepted.classes, f"{key}.{name}")
 
 
