@@ -287,7 +287,7 @@ def _compare_finished(options: Sequence[str]) -> None:
 def _open_stage(options: Sequence[str]) -> Any:
     """Model, data and trainer of the stage that `vlm fit` would run; no run folder is entered."""
     with one_line_errors():
-        return _stage_cli()(list(options), run=False)
+        return _stage_cli()(read_options(options).options, run=False)
 
 
 def _describe(options: Sequence[str]) -> Any:
