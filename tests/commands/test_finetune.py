@@ -134,6 +134,13 @@ def test_an_adapter_is_one_word(official: Path, mine: Path, tmp_path: Path) -> N
     assert opened.keys() == base.keys() | stored["tensors"].keys()
     assert all(torch.equal(opened[name], tensor) for name, tensor in base.items())
 
+    for name, words, follows in (("on", ["--lora"], {"merge": False}), ("merged", [], {"merge": True})):
+        assert fit(tmp_path / "run", mine / "mine.json", tmp_path / name, *words, "--trainer.max_steps=1") == 0
+        stored = read_artefact(tmp_path / name / "artefact").meta
+        assert stored["follows"][0].items() >= follows.items()
+        assert all(".lora_" in tensor for tensor in stored["tensors"]) == (name == "on")
+        assert vlm.load(tmp_path / name).load_report.new == []
+
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_every_system_is_fine_tuned_by_its_own_recipe(name: str, mine: Path, tmp_path: Path) -> None:
