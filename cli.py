@@ -1,85 +1,46 @@
-"""The command line: LightningCLI for fit, validate, test and predict; a thin front end for recipes and tools.
+"""The command line: LightningCLI for fit, validate and test; a thin front end for recipes and tools.
 
 `python cli.py ...`, `python -m cli ...` and `vlm ...` are the same.
 """
 
-import argparse
-import json
-import logging
-import os
 import re
 import signal
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import vlm
+from vlm.command_line.commands import STAGE_COMMANDS, TAKE_STAGES, TOOLS, USAGE
+from vlm.command_line.errors import memory_error, one_line_errors, status_of_sigterm, user_error
+from vlm.command_line.quiet import silence
+from vlm.command_line.weights import UNTRAINED, options_from_weights
 from vlm.errors import UserError
 
-USAGE = """usage: vlm COMMAND ...
 
-  fit --recipe SYSTEM [--demo]     train every stage of a published recipe, one process each; continues where it stopped
-  fit -c FILE [-c FILE ...]        train one stage
-  validate | test -c FILE ... --weights ARTEFACT
-  scores NAME=FOLDER ...           what several evaluations found, side by side
-  predict --weights ARTEFACT --image FILE|FOLDER ... --prompt TEXT | --questions FILE [--out FILE] [--pictures FOLDER]
-  check-data -c FILE ...           look at every sample before a run does; a report, and a list of the bad ones
-  show-data -c FILE ...            what is trained on: pictures as the system sees them, tokens and labels
-  plan -c FILE ... | --recipe NAME what a stage takes, before anything is downloaded: tokens, memory, FLOPs, hours
-  systems                          the systems and their stages
-  demo-data FOLDER                 write the embedded data
-  convert SRC DST --system NAME --to LAYOUT
-  run PROCEDURE ...                make data as the papers do; `vlm run` lists the procedures
-  export SRC DST                   a finished stage as a folder for the Hugging Face tools
-
-`vlm fit --help` lists every option of a stage."""
-
-UNTRAINED = "untrained"
-"""Value of --weights for a system without any training of ours."""
-
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
-"""What torchrun, SLURM and Lightning's own launcher tell a process about its place; the first one has 0 in all."""
-
-
-TOOLS = {
-    "check-data": "vlm.commands.check_data.command:main",
-    "convert": "vlm.commands.convert:main",
-    "demo-data": "vlm.demo:main",
-    "export": "vlm.commands.export:main",
-    "plan": "vlm.commands.plan:main",
-    "predict": "vlm.commands.predict:main",
-    "run": "vlm.recipes.node:main",
-    "scores": "vlm.evaluation.scores:main",
-    "show-data": "vlm.commands.show_data:main",
-    "systems": "vlm.recipes.catalogue:print_systems",
-}
-"""Commands that need no trainer: the function that runs each, imported when it is asked for."""
-
-_CLASSES: dict[str, Any] = {
-    "subclass_mode_model": True,
-    "subclass_mode_data": True,
-    "save_config_callback": None,
-    "seed_everything_default": 0,
-    "auto_configure_optimizers": False,
-}
-"""How LightningCLI treats our classes."""
-
-
-def main(args: Sequence[str] | None = None) -> int:
+def main(args: Sequence[str] | None = None, run: bool = True) -> Any:
     """Runs one command; an error that the user can mend is printed as one line.
+
+    Args:
+        args: of the command line; by default those of this process.
+        run: false makes model, data and trainer of a stage and runs nothing; `args` are then those of `vlm fit`.
 
     Returns:
         The process's exit status: 0, 1 when a tool could not do all of its work, or 2 for an error of the user.
+        The LightningCLI with `model`, `datamodule` and `trainer` where nothing is to run.
+
+    Raises:
+        UserError: only where nothing is to run.
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    if not run:
+        return _open_stage(arguments[1:] if arguments[:1] == ["fit"] else arguments)
     try:
         return _dispatch(arguments)
     except Exception as error:
-        cause = _user_error(error)
+        cause = user_error(error) or memory_error(error)
         if cause is None:
             raise
         print(f"vlm: error: {cause}", file=sys.stderr)
@@ -89,97 +50,122 @@ def main(args: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-def _user_error(error: BaseException | None) -> UserError | None:
-    """The error of the user behind an exception: the configuration parser and the trainer's clean-up wrap it."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
 def _dispatch(arguments: list[str]) -> int:
-    command = arguments[0] if arguments else "--help"
+    command, options = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help"):
         print(USAGE)
         return 0
     if command == "--version":
         print(vlm.__version__)
         return 0
-    if command == "fit" and any(argument.split("=")[0] == "--recipe" for argument in arguments):
+    if command == "fit" and any(option.split("=")[0] == "--recipe" for option in options):
         from vlm.recipes import run_recipe
 
-        return run_recipe(arguments[1:])
+        return run_recipe(options)
     if command in TOOLS:
         module, name = TOOLS[command].split(":")
-        keywords = {"describe": _describe} if command in ("check-data", "plan", "show-data") else {}
-        return getattr(import_module(module), name)(arguments[1:], **keywords)
-    if command not in ("fit", "validate", "test"):
+        keywords = {"describe": _describe} if command in TAKE_STAGES else {}
+        return getattr(import_module(module), name)(options, **keywords)
+    if command not in STAGE_COMMANDS:
         raise UserError(f"unknown command {command!r}; `vlm --help` lists them")
-    _run_lightning(arguments)
-    return 0
+    if command != "fit":
+        options = [*options_from_weights(options), *options]
+    return _run_stage(command, options)
 
 
-def _run_lightning(arguments: list[str]) -> None:
-    """fit, validate and test: LightningCLI commands on a run folder."""
-    import yaml
+@cache
+def _stage_cli() -> Any:
+    """The LightningCLI of a stage; lightning is imported when there is something to train."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import ProgressBar
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.loggers import TensorBoardLogger
+    import yaml
 
-    from callbacks import BadSamples, Progress
-    from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
+    from callbacks import BadSamples, Evaluation, Health, Predictions, Progress, ResumeCheckpoint, StageTransition
+    from callbacks import OutOfMemory, Throughput
     from vlm.checkpoints.published.open import find_weights
+    from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
+    from vlm.command_line.run_entry import enter_run
     from vlm.data import VisionLanguageData
     from vlm.module import VisionLanguageModule
     from vlm.recipes.run_folder import RunFolder
 
-    command, *options = arguments
-    if command != "fit":
-        arguments = [command, *_from_weights(options), *options]
-
     class StageCLI(LightningCLI):
-        """One stage: `model`, `data`, `trainer`, and a group of options for each callback that every stage has."""
+        """One stage: `model`, `data`, `trainer`, and a group of options for each callback that every stage has.
+
+        Args:
+            locks: of the run folder, which are held while it is open.
+        """
+
+        def __init__(self, args: Sequence[str] | None, *, run: bool, locks: ExitStack | None = None) -> None:
+            self.locks = locks
+            self.ckpt_path: Any = None
+            silence()
+            one_line = {"exit_on_error": False}
+            super().__init__(
+                VisionLanguageModule,
+                VisionLanguageData,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=None,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                # the data deals its own samples; the stage's banner says what the model summary would
+                trainer_defaults={
+                    "use_distributed_sampler": False,
+                    "enable_model_summary": False,
+                    "callbacks": [BadSamples(), OutOfMemory()],
+                },
+                parser_kwargs=one_line | (dict.fromkeys(self.subcommands(), one_line) if run else {}),
+                args=args,
+                run=run,
+            )
 
         @staticmethod
         def subcommands() -> dict[str, set[str]]:
             commands = LightningCLI.subcommands()
-            return {name: commands[name] for name in ("fit", "validate", "test")}
+            return {name: commands[name] for name in STAGE_COMMANDS}
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            _add_options(parser)
+            parser.add_lightning_class_args(StageTransition, "stage")
+            parser.add_lightning_class_args(ResumeCheckpoint, "checkpoint")
+            parser.add_lightning_class_args(Health, "health")
+            parser.add_lightning_class_args(Throughput, "throughput")
+            parser.add_lightning_class_args(Predictions, "predictions")
+            parser.add_lightning_class_args(Evaluation, "evaluation")
+            help_text = f"what to look at, as in predict; {UNTRAINED}: the system as its first stage finds it"
+            parser.add_argument("--weights", type=str | None, default=None, help=help_text)
+            parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
+            parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+
+        @property
+        def settings(self) -> Any:
+            """The resolved options of the command."""
+            return self.config if self.subcommand is None else self.config[self.subcommand]
 
         def before_instantiate_classes(self) -> None:
-            config = self.config[self.subcommand]
-            root = config.trainer.default_root_dir or f"runs/{config.stage.name}"
-            config.trainer.default_root_dir = root
-            self.ckpt_path = config.get("ckpt_path")
+            settings = self.settings
+            settings.trainer.default_root_dir = settings.trainer.default_root_dir or f"runs/{settings.stage.name}"
+            self.ckpt_path = settings.get("ckpt_path")
             if self.subcommand == "fit":
-                self._enter(RunFolder(root))
-            elif config.weights is None:
+                assert self.locks is not None
+                parser, folder = self._parser("fit"), RunFolder(settings.trainer.default_root_dir)
+                self.ckpt_path = enter_run(
+                    folder,
+                    lambda: yaml.safe_load(parser.dump(settings, skip_unset=False)),
+                    ckpt_path=self.ckpt_path,
+                    locks=self.locks,
+                )
+            elif self.subcommand is not None and settings.weights is None:
                 raise UserError(
                     f"{self.subcommand} needs --weights: an artefact, run folder or published folder, or {UNTRAINED!r}"
                 )
 
-        def _enter(self, folder: RunFolder) -> None:
-            """Locks the run folder, finds where to go on, and refuses to go on with other settings."""
-            if folder.finished:
-                raise UserError(
-                    f"{folder.path}: this stage is finished; choose another trainer.default_root_dir to train it again"
-                )
-            if is_first := all(os.environ.get(name, "0") == "0" for name in RANK_VARIABLES):
-                locks.enter_context(folder.lock())
-            self.ckpt_path = self.ckpt_path or folder.last_checkpoint()
-            if not is_first:
-                return
-            config = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False))
-            if self.ckpt_path is not None:
-                folder.check_config(config)
-            folder.save_config(config)
-
         def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-            config = self.config[self.subcommand].trainer
-            if self.subcommand != "fit" and config.logger in (None, True):
+            config, made = self.settings.trainer, self._get(self.config_init, "trainer")
+            if self.subcommand not in ("fit", None) and config.logger in (None, True):
                 kwargs["logger"] = False  # the table and scores.json say it; the log of the training stays as it is
             elif config.logger in (None, True):
                 step = re.search(r"step=(\d+)", str(self.ckpt_path or ""))
@@ -189,165 +175,65 @@ def _run_lightning(arguments: list[str]) -> None:
                     version="tensorboard",
                     purge_step=int(step[1]) if step else 0,  # drop what a killed run logged after its checkpoint
                 )
-            plugins = self.config_init[self.subcommand].trainer.plugins or []
+            plugins = made.plugins or []
             kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
             if config.enable_progress_bar is not False:
-                own = self.config_init[self.subcommand].trainer.callbacks or []
+                own = made.callbacks or []
                 own = own if isinstance(own, list) else [own]
                 kwargs["callbacks"] = own if any(isinstance(c, ProgressBar) for c in own) else [*own, Progress()]
             try:
                 return super().instantiate_trainer(**kwargs)
             except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
-                if _user_error(error) is not None:
+                if user_error(error) is not None:
                     raise
                 given = ", ".join(f"{key}={config[key]}" for key in ("accelerator", "devices", "strategy"))
                 reason = " ".join(str(error).split()).rstrip(".!")
                 raise UserError(f"trainer ({given}): {reason}; correct it, or leave it at auto") from error
 
         def after_instantiate_classes(self) -> None:
-            weights = self.config[self.subcommand].weights
-            if weights is None or weights == UNTRAINED:
-                return
-            self.model.weights = find_weights(weights)
+            weights = self.settings.weights
+            if weights is not None and weights != UNTRAINED:
+                self.model.weights = find_weights(weights)
 
         def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
             table = {} if subcommand == "fit" else {"verbose": False}  # `Evaluation` prints its own
             return super()._prepare_subcommand_kwargs(subcommand) | table | {"ckpt_path": self.ckpt_path}
 
-    _silence()
-    one_line = {"exit_on_error": False}
-    with ExitStack() as locks, _one_line_errors(), _status_of_sigterm():
-        StageCLI(
-            VisionLanguageModule,
-            VisionLanguageData,
-            **_CLASSES,
-            # the data deals its own samples; the stage's banner says what the model summary would
-            trainer_defaults={
-                "use_distributed_sampler": False,
-                "enable_model_summary": False,
-                "callbacks": [BadSamples()],
-            },
-            parser_kwargs=one_line | dict.fromkeys(StageCLI.subcommands(), one_line),
-            args=None if arguments == sys.argv[1:] else arguments,
-        )
+    return StageCLI
 
 
-def _add_options(parser: Any) -> None:
-    """What every stage has besides `model`, `data` and `trainer`."""
-    from callbacks import Evaluation, Health, Predictions, ResumeCheckpoint, StageTransition, Throughput
-
-    parser.add_lightning_class_args(StageTransition, "stage")
-    parser.add_lightning_class_args(ResumeCheckpoint, "checkpoint")
-    parser.add_lightning_class_args(Health, "health")
-    parser.add_lightning_class_args(Throughput, "throughput")
-    parser.add_lightning_class_args(Predictions, "predictions")
-    parser.add_lightning_class_args(Evaluation, "evaluation")
-    help_text = f"what to look at, as in predict; {UNTRAINED}: the system as its first stage finds it"
-    parser.add_argument("--weights", type=str | None, default=None, help=help_text)
-    parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
-    parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+def _run_stage(command: str, options: Sequence[str]) -> int:
+    with ExitStack() as locks, one_line_errors(), status_of_sigterm():
+        arguments = [command, *options]
+        _stage_cli()(None if arguments == sys.argv[1:] else arguments, run=True, locks=locks)
+    return 0
 
 
-def _silence() -> None:
-    """What libraries say that our own banner and checks say, or that is meant that way."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        "LightningCLI's args parameter",
-        "Found .* module.s. in eval mode",
-        "Total length of .list. across ranks is zero",
-        ".*LeafSpec",
-    ):
-        warnings.filterwarnings("ignore", message)
+def _open_stage(options: Sequence[str]) -> Any:
+    """Model, data and trainer of the stage that `vlm fit` would run; no run folder is entered."""
+    with one_line_errors():
+        return _stage_cli()(list(options), run=False)
 
 
 def _describe(options: Sequence[str]) -> Any:
     """The stage that `vlm fit` would train with these options, as a `StageView`. Nothing is built."""
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-
-    from vlm.data import VisionLanguageData
     from vlm.commands.check_data.stage_view import StageView
-    from vlm.module import VisionLanguageModule
 
-    class Description(LightningCLI):
+    class Description(_stage_cli()):  # type: ignore[misc]
         """The options of `fit` without a trainer."""
-
-        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            _add_options(parser)
 
         def instantiate_classes(self) -> None:
             self.config_init = self.parser.instantiate(self.config)
 
-    _silence()
-    with _one_line_errors():
-        made = Description(
-            VisionLanguageModule,
-            VisionLanguageData,
-            **_CLASSES,
-            parser_kwargs={"exit_on_error": False},
-            args=list(options),
-            run=False,
-        ).config_init
+        def after_instantiate_classes(self) -> None:
+            """Weights are not looked for."""
+
+    with one_line_errors():
+        made = Description(list(options), run=False).config_init
     for callback in made.trainer.callbacks or []:
         if (surgery := getattr(callback, "surgery", None)) is not None:
             made.model.register_surgery(surgery)
     return StageView(made.model, made.stage.stage, made.data, made.trainer)
-
-
-def _from_weights(options: Sequence[str]) -> list[str]:
-    """What weights know about themselves, as options that configuration files and other options come after."""
-    from vlm.checkpoints.artefact import read_artefact
-    from vlm.checkpoints.published.open import describe_published, find_weights, is_artefact
-    from vlm.building.instantiate import model_of
-
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--weights")
-    try:
-        weights = parser.parse_known_args(list(options))[0].weights
-    except argparse.ArgumentError:
-        return []  # said by the parser of all options
-    if weights is None or weights == UNTRAINED:
-        return ["--stage.name", UNTRAINED, "--stage.train", "{}"]
-    found = find_weights(weights)
-    if is_artefact(found):
-        artefact = read_artefact(found)
-        model, stage, folder = model_of(artefact), artefact.meta["stage"], artefact.folder.parent
-    else:
-        model, stage = describe_published(found).model, "published"
-        folder = Path("runs") / Path(found).name
-    known = {
-        "stage.name": stage,
-        "stage.train": "{}",
-        "trainer.default_root_dir": str(folder),
-        "seed_everything": str(model["init_args"].pop("seed", 0)),
-        "model": json.dumps(model),
-    }
-    return [word for key, value in known.items() for word in (f"--{key}", value)]
-
-
-@contextmanager
-def _status_of_sigterm() -> Iterator[None]:
-    """Lightning ends a terminated training with status 0, as if it were finished."""
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
-
-    try:
-        yield
-    except SIGTERMException:
-        print("vlm: stopped by SIGTERM; the same command goes on", file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    from jsonargparse import ArgumentError
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    try:
-        yield
-    except (ArgumentError, MisconfigurationException) as error:
-        if (cause := _user_error(error)) is not None:
-            raise cause from error
-        raise UserError(" ".join(str(error).split())) from error
 
 
 if __name__ == "__main__":

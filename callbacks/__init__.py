@@ -9,6 +9,7 @@ from callbacks.fsdp import MixedPrecisionFSDP
 from callbacks.fsdp_strategy import FSDP2Strategy
 from callbacks.health import Health
 from callbacks.lora import LoRAInjection
+from callbacks.out_of_memory import OutOfMemory
 from callbacks.partial_lora import PartialLoRAInjection
 from callbacks.predictions import Predictions
 from callbacks.progress import Progress
@@ -24,6 +25,7 @@ __all__ = [
     "Health",
     "LoRAInjection",
     "MixedPrecisionFSDP",
+    "OutOfMemory",
     "PartialLoRAInjection",
     "Predictions",
     "Progress",

@@ -41,7 +41,7 @@ class StageTransition(Callback):
         follows: artefacts to start from.
         continues: artefact of the stage whose schedule and optimizer moments go on here.
         modes: {pattern: train | eval} for modules whose published mode is not "train iff it holds a trained parameter".
-        optimizer: AdamW's constants.
+        optimizer: AdamW's constants, and how its moments are kept.
         schedule: learning rate over steps.
         keep_optimizer: write the moments too, for a stage that continues this one.
     """

@@ -39,3 +39,8 @@ class SampleError(UserError):
 
 def _rebuild_sample_error(message: str, sample_id: str, source: str, kind: Fault | None) -> SampleError:
     return SampleError(message, sample_id=sample_id, source=source, kind=kind)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the CPU's allocator, had no memory left."""
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)  # torch need not be there

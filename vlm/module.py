@@ -20,6 +20,7 @@ from vlm.batch import EVENTS, Batch, Row
 from vlm.building.blocks import recompute_blocks
 from vlm.building.inherited_surgery import inherited_surgery
 from vlm.building.network import allocate, empty_weights, find_ties, initialisers, load_or_init, tie
+from vlm.building.precision import check_precision, compute_dtype, keep_frozen_in
 from vlm.building.weight_sources import check_finished, check_new, is_resuming, weight_sources
 from vlm.checkpoints.artefact import read_artefact
 from vlm.checkpoints.report import LoadReport
@@ -32,7 +33,7 @@ from vlm.evaluation.means import EpochMeans
 from vlm.evaluation.retrieval import Embeddings, concat_embeddings
 from vlm.language import Decoding, Surgery
 from vlm.language.surgery import combine
-from vlm.moving import changing_names, check_moving, copied_names
+from vlm.moving import changing_names, check_moving, copied_layers, copied_names
 from vlm.sample import Sample
 from vlm.seeding import seed_from
 from vlm.stages import Stage
@@ -55,7 +56,9 @@ class VisionLanguageModule(LightningModule):
         judges: who judges which samples in validation and test.
         shard: applies FSDP2 to the still empty network; set by the `MixedPrecisionFSDP` callback.
         load_report: where each tensor came from, after `configure_model`.
-        frozen_hashes: content of the frozen tensors, {name: hash}; what checkpoints refer to.
+        frozen_hashes: content of the frozen tensors as they were read, {name: hash}; what checkpoints refer to.
+        frozen_dtype: of the frozen weights of linear layers and convolutions under `bf16-mixed` or `16-mixed`; None:
+            they are in float32 like everything else.
         ties: {alias: owner} of parameters that are one tensor.
         running: {term: this rank's share of the step's mean, over the micro-batches done so far}.
         averages: {name: float32 moving average of a trained tensor}, which artefacts hold in the place of the tensor;
@@ -97,6 +100,7 @@ class VisionLanguageModule(LightningModule):
         self.shard: Callable[[nn.Module, Any], None] | None = None
         self.load_report: LoadReport | None = None
         self.frozen_hashes: dict[str, str] = {}
+        self.frozen_dtype: torch.dtype | None = None
         self.ties: dict[str, str] = {}
         self.running: dict[str, Tensor] = {}
         self.averages: dict[str, Tensor] | None = None
@@ -170,6 +174,7 @@ class VisionLanguageModule(LightningModule):
         artefacts.
         """
         if self.load_report is not None:  # Lightning calls again for validate after fit
+            check_precision(self)
             return
         with empty_weights():
             added = self.assemble()
@@ -177,6 +182,9 @@ class VisionLanguageModule(LightningModule):
             if self.shard is None:
                 raise UserError("a sharding strategy needs the callback callbacks.MixedPrecisionFSDP")
             self.shard(self, self.device_mesh)
+        elif (dtype := compute_dtype(self)) is not None:
+            keep_frozen_in(self, dtype)
+            self.frozen_dtype = dtype
         trainer = self._trainer
         allocate(self, trainer.strategy.root_device if trainer is not None else self.device)
         tie(self, self.ties)
@@ -187,7 +195,7 @@ class VisionLanguageModule(LightningModule):
             sources,
             seed=self.seed,
             initialisers=initialisers(dict(self.named_children()), self.arguments),
-            copies=copied_names(self.state_dict().keys() - self.ties.keys(), self.copies),
+            copies=copied_names(self.state_dict().keys() - self.ties.keys(), self.copies) | copied_layers(self),
             moving=moving,
         )
         # DDP would send queues from the first rank to all before each forward: every rank writes the same into its own
@@ -237,7 +245,8 @@ class VisionLanguageModule(LightningModule):
             epochs = self.trainer.max_epochs if schedule.is_per_epoch else None
             return schedule.factor(step, total, epoch=self._next_epoch, epochs=epochs)
 
-        made = self.stage.configure_optimizers(self, factor=factor)
+        scales = str(self.trainer.precision) == "16-mixed"
+        made = self.stage.configure_optimizers(self, factor=factor, scales_gradients=scales)
         if self.stage.continues is not None and not is_resuming(self):
             earlier = read_artefact(self.stage.continues)
             if earlier.meta.get("averaged") and self.averages is None:

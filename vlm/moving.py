@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vlm.stages import matches
@@ -38,6 +38,17 @@ def copied_names(names: Iterable[str], copies: Mapping[str, str]) -> dict[str, s
     """{tensor: the tensor that it is a copy of}, of those among `names` that lie below a prefix of `copies`."""
     return {
         name: origin + name[len(copy) :] for name in names for copy, origin in copies.items() if matches(copy, name)
+    }
+
+
+def copied_layers(module: nn.Module) -> dict[str, str]:
+    """{tensor: the tensor that it starts as a copy of}, of layers that surgery puts beside another (`starts_as`)."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {
+        f"{path}.{name}": names[id(child.starts_as.get_parameter(name))]
+        for path, child in module.named_modules()
+        if isinstance(getattr(child, "starts_as", None), nn.Module)
+        for name, _ in child.named_parameters(recurse=False)
     }
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from vlm.errors import UserError
 from vlm.schedules import Schedule
@@ -53,10 +54,42 @@ class InitFrom:
 
 @dataclass(frozen=True)
 class AdamW:
-    """Decoupled weight decay (Loshchilov & Hutter, 2019)."""
+    """Decoupled weight decay (Loshchilov & Hutter, 2019).
+
+    Attributes:
+        kind: how the moments are kept. `adamw`: in float32, 8 bytes a trained parameter. `adamw_8bit`: in blocks of 8
+            bits, 2 bytes (Dettmers et al., 2022; by bitsandbytes, which keeps tensors of fewer than 4,096 elements in
+            float32). `paged_adamw_8bit`: the same, moved to the host's memory when a GPU runs out of its own.
+    """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    kind: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+
+    def make(self, groups: list[dict], *, scales_gradients: bool) -> torch.optim.Optimizer:
+        """The optimizer of some groups of parameters.
+
+        Args:
+            scales_gradients: training in float16, whose scaler and clipping have to see gradients before the update.
+
+        Raises:
+            UserError: bitsandbytes is missing, or cannot hold these parameters.
+        """
+        parameters = [parameter for group in groups for _, parameter in group["params"]]
+        if self.kind == "adamw":
+            # one kernel, where it saves a copy of all weights and moments: nothing of that is on the CPU
+            fused = all(parameter.is_cuda for parameter in parameters) and not scales_gradients
+            return torch.optim.AdamW(groups, betas=self.betas, eps=self.eps, fused=fused or None)
+        if any(isinstance(parameter, DTensor) for parameter in parameters):
+            raise UserError(f"stage.optimizer.kind: {self.kind} takes no sharded weights; use adamw, whose moments are")
+        try:
+            from bitsandbytes import optim
+        except ImportError as error:
+            raise UserError(
+                f"stage.optimizer.kind: {self.kind} needs bitsandbytes; pip install 'vlm[quantized]'"
+            ) from error
+        kind = optim.PagedAdamW8bit if self.kind == "paged_adamw_8bit" else optim.AdamW8bit
+        return kind(groups, betas=self.betas, eps=self.eps)
 
 
 @dataclass(frozen=True)
@@ -92,6 +125,12 @@ class Stage:
             raise UserError(
                 f"stage.continues: epochs begin at 0 again, so schedule.kind: {self.schedule.kind} cannot go on where "
                 "that stage stopped; use a kind that goes by steps"
+            )
+
+        if self.optimizer.kind != "adamw" and (self.keep_optimizer or self.continues is not None):
+            raise UserError(
+                f"stage.optimizer.kind: moments of {self.optimizer.kind} are not handed to another stage; use adamw "
+                "where a stage continues"
             )
 
     @property
@@ -161,13 +200,16 @@ class Stage:
             groups.values(), key=lambda group: (order.index(group["part"]), group["lr"], group["weight_decay"])
         )
 
-    def configure_optimizers(self, module: nn.Module, *, factor: Callable[[int], float]) -> dict:
+    def configure_optimizers(
+        self, module: nn.Module, *, factor: Callable[[int], float], scales_gradients: bool = False
+    ) -> dict:
         """AdamW over the groups and its schedule, in Lightning's form.
 
         Args:
             factor: of the learning rates, given the number of finished steps.
+            scales_gradients: training in float16.
         """
-        optimizer = torch.optim.AdamW(self.optimizer_groups(module), betas=self.optimizer.betas, eps=self.optimizer.eps)
+        optimizer = self.optimizer.make(self.optimizer_groups(module), scales_gradients=scales_gradients)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

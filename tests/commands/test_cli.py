@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -239,3 +240,30 @@ def test_unknown_command_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown command 'trane'" in capsys.readouterr().err
     assert cli.main(["--help"]) == 0
     assert "fit --recipe" in capsys.readouterr().out
+
+
+def test_out_of_memory_says_what_would_take_less(
+    world: World, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def losses(self: Any, batch: Any) -> Any:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.6 GiB of which 1 GiB is "
+            "free. If reserved but unallocated memory is large try setting PYTORCH_CUDA_ALLOC_CONF."
+        )
+
+    monkeypatch.setattr("vlm.systems.LLaVA15.losses", losses)
+    world.stage = "2_finetune"
+    assert world.fit("--stage.follows=null", "--data.init_args.max_tokens=600") == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("vlm: error: ")]
+    assert "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has" in line
+    assert "PYTORCH" not in line
+    for remedy in (
+        "data.max_tokens below 600",
+        "trainer.precision: bf16-mixed",
+        "checkpointing: true in the description of language",
+        "stage.optimizer.kind: adamw_8bit",
+        "callbacks.LoRAInjection",
+        "trainer.strategy: fsdp2",
+        "`vlm plan`",
+    ):
+        assert remedy in line

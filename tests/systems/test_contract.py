@@ -380,6 +380,48 @@ def test_exactly_the_published_tensors_change(name: str, tmp_path: Path) -> None
         assert set(stored["tensors"]) == stage.trained | system.moving
 
 
+def _fit_in_bf16(name: str, folder: Path) -> tuple[Any, Recorder]:
+    """Two steps of a system's first stage, the one in which most is frozen."""
+    system = SYSTEMS[name]
+    stage, seen = next(iter(system.stages.values())), Recorder()
+    module = make(name, stage.train)
+    watched = [StageTransition("test", dict(stage.train), schedule=Schedule("constant")), Health(every_n_steps=1), seen]
+    run = trainer(folder, max_epochs=1, precision="bf16-mixed", callbacks=watched)
+    folder.mkdir()
+    run.fit(module, Planned(system.pool(folder, 8), [range(8)] * 2, system.batch))
+    return module, seen
+
+
+@EVERY
+def test_frozen_weights_in_half_precision_change_no_number(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What autocast rounds before each use is rounded once; the artefact opens in float32 over the same base."""
+    module, seen = _fit_in_bf16(name, tmp_path / "half")
+    monkeypatch.setattr("vlm.module.compute_dtype", lambda module: None)
+    plain, other = _fit_in_bf16(name, tmp_path / "float32")
+    assert seen.losses == other.losses
+    for ours, theirs in zip(seen.gradients, other.gradients, strict=True):
+        assert_equal(ours, theirs)
+    halved = {n for n, tensor in module.named_parameters() if tensor.dtype is torch.bfloat16}
+    layers = {f"{n}.weight" for n, child in module.named_modules() if type(child) in (nn.Linear, nn.Conv2d)}
+    kept = module.trained_names() | moving_names(module) | {*module.ties, *module.ties.values()}
+    assert layers - kept <= halved
+    assert not halved & kept
+    assert module.frozen_hashes == plain.frozen_hashes
+    loaded, pool = vlm.load(tmp_path / "half" / "artefact"), SYSTEMS[name].pool(tmp_path, 3)
+    assert_equal(
+        {n: t for n, t in values(loaded).items() if n not in halved},
+        {n: t for n, t in values(module).items() if n not in halved},
+    )
+    for n in halved:
+        assert torch.equal(loaded.get_parameter(n).to(torch.bfloat16), module.get_parameter(n))
+    if "generate" in SYSTEMS[name].uses:
+        assert module.generate(pool[:1], decoding=Decoding(max_new_tokens=2))
+    with pytest.raises(UserError, match="built under bf16-mixed"):
+        trainer(tmp_path, max_epochs=1).validate(module, Planned(pool, [range(3)], SYSTEMS[name].batch))
+
+
 # -- stages
 
 

@@ -106,7 +106,8 @@ def load_or_init(
         sources: where several provide a tensor, the last one wins.
         seed: of the new tensors, together with their names.
         initialisers: per part (first component of a name), how its new tensors are drawn.
-        copies: {tensor: the tensor whose value it takes when no source has its own}.
+        copies: {tensor: the tensor whose value it takes when no source has its own}: the value as it was read or
+            drawn, also where the network keeps that in another type.
         moving: tensors without gradients that are not frozen; buffers among them are drawn like parameters.
 
     Returns:
@@ -118,8 +119,21 @@ def load_or_init(
     tensors = dict(module.state_dict(keep_vars=True))
     aliases = find_ties(module)
     provider = {name: source for source in sources for name in source.names}
-    copied = {name: origin for name, origin in copies.items() if name not in provider}
+    copied: dict[str, list[str]] = {}
+    for name, origin in copies.items():
+        if name not in provider:
+            copied.setdefault(aliases.get(origin, origin), []).append(name)
     report, hashes = LoadReport(), {}
+
+    def fill(name: str, value: Tensor) -> None:
+        target = tensors[name]
+        assign(target, value)
+        if not target.requires_grad and name not in moving:
+            hashes[name] = hash_tensor(_as_read(value))
+        for copy in copied.get(name, ()):
+            fill(copy, value)
+            report.copied.append(copy)
+
     for source in sources:
         report.dropped += source.dropped
         report.carried += source.carried
@@ -142,14 +156,12 @@ def load_or_init(
                 raise UserError(
                     f"{source.label}: {name} has shape {tuple(value.shape)}, the network {tuple(target.shape)}"
                 )
-            assign(target, value)
+            fill(name, value)
             if method is None:
                 report.loaded.append(name)
             else:
                 report.resized[name] = Resized(old, tuple(value.shape), method)
             report.sources[source.label] = report.sources.get(source.label, 0) + 1
-            if not target.requires_grad and name not in moving:
-                hashes[name] = hash_tensor(value.to(target.dtype))
             wanted.discard(name)
         if wanted:
             raise UserError(f"{source.label}: it announced {sorted(wanted)[0]} but did not deliver it")
@@ -162,20 +174,20 @@ def load_or_init(
             **{n: p for n, p in child.named_parameters(recurse=False) if prefix + n not in aliases},
             **{n: buffer for n, buffer in child.named_buffers(recurse=False) if prefix + n in moving},
         }
-        new = [n for n in own if prefix + n not in provider and prefix + n not in copied]
+        new = [n for n in own if prefix + n not in provider and prefix + n not in copies]
         if not new:
             continue
         values = _draw(child, own, initialisers[path.split(".")[0]], seed_from(seed, path))
         for name in new:
-            assign(own[name], values[name])
+            fill(prefix + name, values[name])
             report.new.append(prefix + name)
-            if not own[name].requires_grad and prefix + name not in moving:
-                hashes[prefix + name] = hash_tensor(values[name])
-    for name, origin in copied.items():
-        assert name in moving or tensors[name].requires_grad, f"{name} is a copy that nothing changes"
-        tensors[name].copy_(tensors[origin])  # of sharded ones each rank copies its part
-    report.copied = sorted(copied)
+    report.copied.sort()
     return report, hashes
+
+
+def _as_read(value: Tensor) -> Tensor:
+    """What the content hash of a frozen tensor is taken of: the same in whatever type the network keeps it."""
+    return value.float() if value.is_floating_point() else value
 
 
 def _adopted(module: nn.Module, name: str, value: Tensor) -> tuple[Tensor, str | None]:
@@ -210,7 +222,7 @@ def _draw(module: nn.Module, own: Mapping[str, Tensor], initialise: Initialiser,
         # some architectures draw a layer's tensors from the layer above it, which is never asked to here
         forgotten = [name for name in own if getattr(module, name).isnan().any()]
         assert not forgotten, f"nothing draws {forgotten} of {type(module).__name__}"
-        return {name: getattr(module, name).detach().to(tensor.dtype) for name, tensor in own.items()}
+        return {name: getattr(module, name).detach() for name in own}
     finally:
         module._parameters.update(parameters)
         module._buffers.update(buffers)

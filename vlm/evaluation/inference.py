@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vlm.batch import Batch, Row
+from vlm.building.precision import autocast
 from vlm.codec import Codec, step_counts
 from vlm.sample import ImageFile, ImagePart, Message, Sample, TextPart
 
@@ -27,11 +28,14 @@ def make_filler(codec: Codec) -> Sample:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Inside, no gradients and all of `module` in eval mode; afterwards each child is in the mode it was in."""
+    """Inside, no gradients and all of `module` in eval mode; afterwards each child is in the mode it was in.
+
+    A network that keeps frozen weights in half precision computes as its trainer does.
+    """
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), autocast(module):
             yield
     finally:
         for child, training in modes:

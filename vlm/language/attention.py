@@ -94,7 +94,12 @@ def packed_attention(
 def _kernel_dtype(query: Tensor, value: Tensor) -> torch.dtype | None:
     """What the variable-length kernel computes these in; None where it cannot."""
     head_dim = query.shape[-1]
-    if head_dim % 8 or head_dim > 256 or value.shape[-1] != head_dim or not (_planned.get() or _has_kernel(query.device)):
+    if (
+        head_dim % 8
+        or head_dim > 256
+        or value.shape[-1] != head_dim
+        or not (_planned.get() or _has_kernel(query.device))
+    ):
         return None
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype

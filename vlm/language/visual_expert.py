@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from vlm.errors import UserError
 from vlm.language.layer_inputs import InformedLinear, LayerInputs, extend, next_inputs, take_inputs
@@ -93,11 +92,9 @@ class _Copy(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
         self._original = [linear]  # in a list: its parameters are not ours
 
-    def initialise_new(self) -> None:
-        # the original has its values: it is filled, or drawn, before what lies below it
-        for name, ours in self.named_parameters():
-            theirs = self._original[0].get_parameter(name).detach()
-            ours.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
+    @property
+    def starts_as(self) -> nn.Linear:
+        return self._original[0]
 
 
 @functools.cache

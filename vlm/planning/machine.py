@@ -29,7 +29,16 @@ _A100_40 = Gpu("40 GB (A100)", int(39.4 * GIB), 312e12)
 _A100 = Gpu("80 GB (A100)", int(79.1 * GIB), 312e12)
 _H100 = Gpu("80 GB (H100)", int(79.1 * GIB), 989e12)
 _H200 = Gpu("141 GB (H200)", int(139.8 * GIB), 989e12)
-GPUS = {"24": _RTX, "4090": _RTX, "40": _A100_40, "80": _A100, "a100": _A100, "h100": _H100, "141": _H200, "h200": _H200}
+GPUS = {
+    "24": _RTX,
+    "4090": _RTX,
+    "40": _A100_40,
+    "80": _A100,
+    "a100": _A100,
+    "h100": _H100,
+    "141": _H200,
+    "h200": _H200,
+}
 """By class in GB, or by name."""
 
 CONTEXT = int(0.7 * GIB)
@@ -73,4 +82,3 @@ class Machine:
     def usable(self) -> int:
         """Bytes for tensors."""
         return int(self.gpu.memory * (1 - SLACK)) - CONTEXT
-

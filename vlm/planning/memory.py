@@ -38,8 +38,10 @@ def memory_of(module: Any, cost: PackCost, machine: Machine) -> Memory:
     weights, gradients = sum(size.weights for size in sizes), sum(size.gradients for size in sizes)
     optimizer = optimizer_bytes(module)
     if sharded:
-        fixed = {part: -(-size // machine.devices) for part, size in
-                 {"weights": weights, "gradients": gradients, "optimizer": optimizer}.items()}
+        fixed = {
+            part: -(-size // machine.devices)
+            for part, size in {"weights": weights, "gradients": gradients, "optimizer": optimizer}.items()
+        }
         units = units_of(module)
         # two units are there at once, the next one is fetched while one runs; gradients are summed in float32
         fixed["gathered"] = 2 * (units.root + 2 * units.largest) + (2 + 4) * 2 * units.largest_trained

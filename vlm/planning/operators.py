@@ -44,7 +44,9 @@ def _attend(products: int, query: Tensor, key: Tensor, value: Tensor) -> int:
 
 def _attend_in_kernel(products: int, query: Tensor, value: Tensor, bounds: tuple, longest: tuple[int, int]) -> int:
     """Of tensors float[tokens, heads, width], by the true length of each sequence."""
-    pairs = sum(n * k for n, k in zip(*(_lengths(b, most) for b, most in zip(bounds, longest, strict=True)), strict=True))
+    pairs = sum(
+        n * k for n, k in zip(*(_lengths(b, most) for b, most in zip(bounds, longest, strict=True)), strict=True)
+    )
     both = {2: query.shape[2] + value.shape[2], 5: 3 * query.shape[2] + 2 * value.shape[2]}[products]
     return 2 * query.shape[1] * pairs * both
 

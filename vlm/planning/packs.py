@@ -107,9 +107,7 @@ class PackCosts:
         if count not in self._known:
             items = self.items[:count]
             batch = self.module.codec.collate(items, counts=step_counts(items))
-            cost = cost_of_pack(
-                self.module, batch, autocast=self.precision.autocast, weights=self.precision.weights
-            )
+            cost = cost_of_pack(self.module, batch, autocast=self.precision.autocast, weights=self.precision.weights)
             self._known[count] = sum(item.num_tokens for item in items), cost
         return self._known[count]
 

@@ -57,11 +57,16 @@ def _flops(plan: StagePlan) -> list[str]:
     regions = dict.fromkeys(region for region, _ in plan.flops)
     lines = []
     for number, region in enumerate(regions):
-        parts = [f"{name} {plan.flops[region, key] / 1e12:,.3f}" for key, name in _PASSES if (region, key) in plan.flops]
+        parts = [
+            f"{name} {plan.flops[region, key] / 1e12:,.3f}" for key, name in _PASSES if (region, key) in plan.flops
+        ]
         head = "TFLOP" if number == 0 else ""
         lines.append(f"  {head:<10} {region:<12} {', '.join(parts)}")
     total = plan.flops_per_sample
-    return [*lines, f"  {'':<10} {'all':<12} {total / 1e12:,.3f} a sample, {total * plan.batch / 1e15:,.3f} PFLOP a step"]
+    return [
+        *lines,
+        f"  {'':<10} {'all':<12} {total / 1e12:,.3f} a sample, {total * plan.batch / 1e15:,.3f} PFLOP a step",
+    ]
 
 
 _PASSES = (("forward", "forward"), ("again", "recomputed"), ("backward", "backward"))

@@ -1,0 +1,1 @@
+"""What the command line is made of besides LightningCLI itself, which `cli.py` composes."""

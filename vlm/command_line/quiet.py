@@ -1,0 +1,17 @@
+"""What libraries need not say."""
+
+import logging
+import warnings
+
+
+def silence() -> None:
+    """What libraries say that our own banner and checks say, or that is meant that way."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        "LightningCLI's args parameter",
+        "Found .* module.s. in eval mode",
+        "Total length of .list. across ranks is zero",
+        ".*LeafSpec",
+    ):
+        warnings.filterwarnings("ignore", message)
