@@ -6,18 +6,22 @@
 import re
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from functools import cache
 from importlib import import_module
 from typing import Any
 
 import vlm
-from vlm.command_line.commands import STAGE_COMMANDS, TAKE_STAGES, TOOLS, USAGE
-from vlm.command_line.errors import memory_error, one_line_errors, status_of_sigterm, user_error
+from vlm.command_line.classes import import_classes
+from vlm.command_line.commands import HELP, OPTIONS, STAGE_COMMANDS, TAKE_STAGES, TOOLS, USAGE, is_stage_command
+from vlm.command_line.config_faults import Section, find_fault, find_lost_key
+from vlm.command_line.errors import innermost, memory_error, one_line_errors, status_of_signals, user_error
+from vlm.command_line.layers import read_layers
 from vlm.command_line.quiet import silence
 from vlm.command_line.weights import UNTRAINED, options_from_weights
 from vlm.errors import UserError
+from vlm.finetuning import read_options
 
 
 def main(args: Sequence[str] | None = None, run: bool = True) -> Any:
@@ -61,21 +65,23 @@ def _dispatch(arguments: list[str]) -> int:
     if command == "fit" and any(option.split("=")[0] == "--recipe" for option in options):
         from vlm.recipes import run_recipe
 
-        return run_recipe(options)
+        return run_recipe(options, compare=_compare_finished)
+    if is_stage_command(command, options):
+        if command != "fit":
+            return _run_stage(command, [*options_from_weights(options), *options])
+        asked = read_options(options)
+        return _run_stage(command, asked.options, tell=asked.tell)
     if command in TOOLS:
         module, name = TOOLS[command].split(":")
         keywords = {"describe": _describe} if command in TAKE_STAGES else {}
         return getattr(import_module(module), name)(options, **keywords)
-    if command not in STAGE_COMMANDS:
-        raise UserError(f"unknown command {command!r}; `vlm --help` lists them")
-    if command != "fit":
-        options = [*options_from_weights(options), *options]
-    return _run_stage(command, options)
+    raise UserError(f"unknown command {command!r}; `vlm --help` lists them")
 
 
 @cache
 def _stage_cli() -> Any:
     """The LightningCLI of a stage; lightning is imported when there is something to train."""
+    from jsonargparse import ArgumentError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import ProgressBar
@@ -83,8 +89,19 @@ def _stage_cli() -> Any:
     from lightning.pytorch.loggers import TensorBoardLogger
     import yaml
 
-    from callbacks import BadSamples, Evaluation, Health, Predictions, Progress, ResumeCheckpoint, StageTransition
-    from callbacks import OutOfMemory, Throughput
+    from callbacks import (
+        AnswerWriter,
+        BadSamples,
+        Evaluation,
+        Health,
+        LogCadence,
+        OutOfMemory,
+        Predictions,
+        Progress,
+        ResumeCheckpoint,
+        StageTransition,
+    )
+    from callbacks import Throughput
     from vlm.checkpoints.published.open import find_weights
     from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
     from vlm.command_line.run_entry import enter_run
@@ -92,17 +109,42 @@ def _stage_cli() -> Any:
     from vlm.module import VisionLanguageModule
     from vlm.recipes.run_folder import RunFolder
 
+    groups = {
+        "stage": StageTransition,
+        "checkpoint": ResumeCheckpoint,
+        "health": Health,
+        "throughput": Throughput,
+        "predictions": Predictions,
+        "evaluation": Evaluation,
+        "answers": AnswerWriter,
+    }
+    sections = {key: Section(kind) for key, kind in groups.items()} | {
+        "trainer": Section(Trainer),
+        "model": Section(VisionLanguageModule, is_class=True),
+        "data": Section(VisionLanguageData, is_class=True),
+    }
+
     class StageCLI(LightningCLI):
         """One stage: `model`, `data`, `trainer`, and a group of options for each callback that every stage has.
 
         Args:
             locks: of the run folder, which are held while it is open.
+            tell: gets the settings of a run that begins or goes on.
         """
 
-        def __init__(self, args: Sequence[str] | None, *, run: bool, locks: ExitStack | None = None) -> None:
+        def __init__(
+            self,
+            args: Sequence[str] | None,
+            *,
+            run: bool,
+            locks: ExitStack | None = None,
+            tell: Callable[[str], None] | None = None,
+        ) -> None:
             self.locks = locks
+            self.tell = tell
             self.ckpt_path: Any = None
             silence()
+            import_classes()
             one_line = {"exit_on_error": False}
             super().__init__(
                 VisionLanguageModule,
@@ -128,17 +170,26 @@ def _stage_cli() -> Any:
             commands = LightningCLI.subcommands()
             return {name: commands[name] for name in STAGE_COMMANDS}
 
+        def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+            return super().init_parser(**HELP, **kwargs)
+
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            parser.add_lightning_class_args(StageTransition, "stage")
-            parser.add_lightning_class_args(ResumeCheckpoint, "checkpoint")
-            parser.add_lightning_class_args(Health, "health")
-            parser.add_lightning_class_args(Throughput, "throughput")
-            parser.add_lightning_class_args(Predictions, "predictions")
-            parser.add_lightning_class_args(Evaluation, "evaluation")
+            for key, kind in groups.items():
+                parser.add_lightning_class_args(kind, key)
             help_text = f"what to look at, as in predict; {UNTRAINED}: the system as its first stage finds it"
             parser.add_argument("--weights", type=str | None, default=None, help=help_text)
             parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
             parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            options = [str(word) for word in (sys.argv[1:] if args is None else args)]
+            layers = read_layers(options)
+            if fault := find_lost_key(layers, sections, OPTIONS):
+                raise UserError(fault)
+            try:
+                super().parse_arguments(parser, args)
+            except ArgumentError as error:
+                raise UserError(find_fault(layers, sections, OPTIONS) or innermost(error)) from error
 
         @property
         def settings(self) -> Any:
@@ -149,7 +200,7 @@ def _stage_cli() -> Any:
             settings = self.settings
             settings.trainer.default_root_dir = settings.trainer.default_root_dir or f"runs/{settings.stage.name}"
             self.ckpt_path = settings.get("ckpt_path")
-            if self.subcommand == "fit":
+            if self.subcommand == "fit" and not settings.trainer.fast_dev_run:  # which leaves nothing behind
                 assert self.locks is not None
                 parser, folder = self._parser("fit"), RunFolder(settings.trainer.default_root_dir)
                 self.ckpt_path = enter_run(
@@ -158,7 +209,9 @@ def _stage_cli() -> Any:
                     ckpt_path=self.ckpt_path,
                     locks=self.locks,
                 )
-            elif self.subcommand is not None and settings.weights is None:
+                if self.tell is not None:
+                    self.tell(parser.dump(settings, skip_default=True, skip_unset=True))
+            elif self.subcommand not in ("fit", None) and settings.weights is None:
                 raise UserError(
                     f"{self.subcommand} needs --weights: an artefact, run folder or published folder, or {UNTRAINED!r}"
                 )
@@ -177,10 +230,11 @@ def _stage_cli() -> Any:
                 )
             plugins = made.plugins or []
             kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
-            if config.enable_progress_bar is not False:
-                own = made.callbacks or []
-                own = own if isinstance(own, list) else [own]
-                kwargs["callbacks"] = own if any(isinstance(c, ProgressBar) for c in own) else [*own, Progress()]
+            own = made.callbacks or []
+            own = [*(own if isinstance(own, list) else [own]), LogCadence(adapt=config.log_every_n_steps is None)]
+            if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in own):
+                own.append(Progress())
+            kwargs["callbacks"] = own
             try:
                 return super().instantiate_trainer(**kwargs)
             except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
@@ -196,17 +250,28 @@ def _stage_cli() -> Any:
                 self.model.weights = find_weights(weights)
 
         def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-            table = {} if subcommand == "fit" else {"verbose": False}  # `Evaluation` prints its own
-            return super()._prepare_subcommand_kwargs(subcommand) | table | {"ckpt_path": self.ckpt_path}
+            # `Evaluation` prints its own table, `AnswerWriter` writes the answers
+            own = {"fit": {}, "predict": {"return_predictions": False}}.get(subcommand, {"verbose": False})
+            return super()._prepare_subcommand_kwargs(subcommand) | own | {"ckpt_path": self.ckpt_path}
 
     return StageCLI
 
 
-def _run_stage(command: str, options: Sequence[str]) -> int:
-    with ExitStack() as locks, one_line_errors(), status_of_sigterm():
+def _run_stage(command: str, options: Sequence[str], *, tell: Callable[[str], None] | None = None) -> int:
+    """Runs a stage; `tell` gets its settings as YAML, those left at their defaults left out, before it starts."""
+    with ExitStack() as locks, one_line_errors(), status_of_signals():
         arguments = [command, *options]
-        _stage_cli()(None if arguments == sys.argv[1:] else arguments, run=True, locks=locks)
-    return 0
+        command_line = None if arguments == sys.argv[1:] else arguments
+        made = _stage_cli()(command_line, run=True, locks=locks, tell=tell)
+        return 1 if made.config_init[command].answers.failed else 0
+
+
+def _compare_finished(options: Sequence[str]) -> None:
+    """Refuses options of `vlm fit` for a finished stage that differ from those it was trained with."""
+    from vlm.command_line.run_entry import StageFinished
+
+    with suppress(StageFinished):
+        _run_stage("fit", read_options(options).options)
 
 
 def _open_stage(options: Sequence[str]) -> Any:
@@ -228,8 +293,10 @@ def _describe(options: Sequence[str]) -> Any:
         def after_instantiate_classes(self) -> None:
             """Weights are not looked for."""
 
+    asked = read_options(options)
+    print(*asked.summary, sep="\n", end="\n" if asked.summary else "", flush=True)
     with one_line_errors():
-        made = Description(list(options), run=False).config_init
+        made = Description(asked.options, run=False).config_init
     for callback in made.trainer.callbacks or []:
         if (surgery := getattr(callback, "surgery", None)) is not None:
             made.model.register_surgery(surgery)

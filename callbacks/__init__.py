@@ -2,12 +2,14 @@
 
 import vlm  # noqa: F401  (before lightning: repairs torchvision on CPU builds of torch)
 
+from callbacks.answer_writer import AnswerWriter
 from callbacks.bad_samples import BadSamples
 from callbacks.ema import EMA
 from callbacks.evaluation import Evaluation
 from callbacks.fsdp import MixedPrecisionFSDP
 from callbacks.fsdp_strategy import FSDP2Strategy
 from callbacks.health import Health
+from callbacks.log_cadence import LogCadence
 from callbacks.lora import LoRAInjection
 from callbacks.out_of_memory import OutOfMemory
 from callbacks.partial_lora import PartialLoRAInjection
@@ -19,11 +21,13 @@ from callbacks.throughput import Throughput
 
 __all__ = [
     "EMA",
+    "AnswerWriter",
     "BadSamples",
     "Evaluation",
     "FSDP2Strategy",
     "Health",
     "LoRAInjection",
+    "LogCadence",
     "MixedPrecisionFSDP",
     "OutOfMemory",
     "PartialLoRAInjection",

@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from callbacks.log_cadence import is_logged
 from callbacks.progress import warn
 from vlm.checkpoints.files.atomic import atomic_file
 from vlm.data.loading.loader import StepLoader
@@ -25,7 +26,7 @@ class BadSamples(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._written = []
-        if trainer.is_global_zero:  # of an attempt that was cut off before its first checkpoint
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # of an attempt that was cut off before its first checkpoint
             (Path(trainer.default_root_dir) / FILE).unlink(missing_ok=True)
         self._update(trainer, told=True)
 
@@ -39,7 +40,7 @@ class BadSamples(Callback):
         is_whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if not isinstance(loader, StepLoader) or not loader.max_bad_samples or not is_whole:
             return
-        if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if is_logged(trainer, step):
             for logger in trainer.loggers:
                 logger.log_metrics({"data/bad_samples": float(loader.num_bad_samples)}, step=step - 1)
 
@@ -54,8 +55,9 @@ class BadSamples(Callback):
         new, self._written = loader.left_out[len(self._written) :], list(loader.left_out)
         if not (trainer.is_global_zero or everywhere):
             return
-        with atomic_file(Path(trainer.default_root_dir) / FILE) as file:
-            file.write(as_lines(self._written))
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            with atomic_file(Path(trainer.default_root_dir) / FILE) as file:
+                file.write(as_lines(self._written))
         for entry in [] if told else new:
             warn(
                 f"epoch {entry.epoch}, step {entry.step} goes without sample {entry.id!r} of {entry.source!r} "

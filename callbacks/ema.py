@@ -96,8 +96,6 @@ class EMA(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         assert not self._in_use, "a checkpoint in the middle of a validation, which runs with the averages"
-        assert isinstance(pl_module, VisionLanguageModule)
-        checkpoint["averages"] = dict(self._averages(pl_module))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(pl_module, VisionLanguageModule)

@@ -11,22 +11,26 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
+from callbacks.log_cadence import is_logged
 from vlm.module import VisionLanguageModule
 
+_MINUTE = 60.0
 _FORMAT = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {elapsed}<{remaining}{postfix}"
 
 
 class Progress(ProgressBar):
-    """One bar over the steps of the stage, wherever it began; a line every `trainer.log_every_n_steps` in a file.
+    """One bar over the steps of the stage, wherever it began; in a file a line at every step that is logged.
 
-    Losses are read at these steps alone: asking for them every step would make the host wait for the device. They are
-    those of the step before, since the module logs after its callbacks have run.
+    In a file, what a validation found has a line too, and a long one, a test or a prediction says how far it is.
+    Losses are read at the logged steps alone: asking for them every step would make the host wait for the device.
+    Lines come when all callbacks and the module have logged the step.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._bar: tqdm | None = None  # of the training
-        self._check: tqdm | None = None  # of a validation or test
+        self._check: tqdm | _Lines | None = None  # of a validation, test or prediction
+        self._is_due = False
         self._enabled = True
 
     def enable(self) -> None:
@@ -38,35 +42,49 @@ class Progress(ProgressBar):
     def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
         tqdm.write(sep.join(map(str, args)), **kwargs)
 
+    # -- training
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, VisionLanguageModule)
         name = pl_module.stage.name if pl_module.stage is not None else "fit"
         self._name, self._total = name, pl_module.total_steps()
-        self._start = self._told = trainer.global_step
-        self._told_at = time.monotonic()
-        if self._is_shown(trainer):
+        self._told, self._told_at = trainer.global_step, time.monotonic()
+        self._is_due = False
+        if self._is_bar(trainer):
             self._bar = _bar(name, self._total, initial=trainer.global_step, leave=True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self._enabled or not trainer.is_global_zero or (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not self._is_shown(trainer) or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        step = trainer.global_step
-        is_due = step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        self._is_due = is_logged(trainer, trainer.global_step)
         if self._bar is not None:
-            if is_due:
-                self._bar.set_postfix_str(_metrics(trainer), refresh=False)
-            self._bar.update(step - self._bar.n)
-        elif is_due:
-            self._tell(trainer)
+            self._bar.update(trainer.global_step - self._bar.n)
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self._tell(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(_metrics(trainer))
+        self._close(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close(trainer)
 
     def _tell(self, trainer: Trainer) -> None:
-        """A line for a file: the loss, the speed since the last one, and the time that is left at it."""
+        """Of the step before: the loss, the rate, the norm, the speed since the last line, and what is left at it."""
+        if not self._is_due:
+            return
+        self._is_due = False
+        if self._bar is not None:
+            self._bar.set_postfix_str(_metrics(trainer), refresh=False)
+            return
         step, now = trainer.global_step, time.monotonic()
         speed = (step - self._told) / max(now - self._told_at, 1e-9)
         self._told, self._told_at = step, now
-        left = tqdm.format_interval((self._total - step) / speed)
+        left = tqdm.format_interval((self._total - step) / speed) if speed else "?"
         parts = [
             f"{self._name}: step {step} of {self._total}",
             _metrics(trainer),
@@ -75,44 +93,81 @@ class Progress(ProgressBar):
         ]
         print(", ".join(part for part in parts if part), flush=True)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _close(self, trainer: Trainer) -> None:
+        self._tell(trainer)
+        self._end_check()
         if self._bar is not None:
-            self._bar.set_postfix_str(_metrics(trainer))
-        self._close(trainer, pl_module)
+            self._bar.close()
+            self._bar = None
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._close(trainer, pl_module)
+    # -- validation, test, prediction
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._is_shown(trainer):
-            batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-            self._check = _bar("validation", _count(batches))
+        self._tell(trainer)
+        batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        self._begin_check(trainer, "validation", batches, often=trainer.state.fn != "fit")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._is_shown(trainer):
-            self._check = _bar("test", _count(trainer.num_test_batches))
+        self._begin_check(trainer, "test", trainer.num_test_batches)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin_check(trainer, "predict", trainer.num_predict_batches)
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
         if self._check is not None:
             self._check.update()
 
-    on_test_batch_end = on_validation_batch_end
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_check()
+        if self._is_shown(trainer) and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            found = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+            values = ", ".join(f"{name.removeprefix('val/')} {value:.4g}" for name, value in found.items())
+            if values and self._bar is None:
+                print(f"{self._name}: validation after step {trainer.global_step}: {values}", flush=True)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_check()
+
+    on_predict_end = on_test_end
+
+    def _begin_check(self, trainer: Trainer, name: str, batches: Any, *, often: bool = True) -> None:
+        if self._is_shown(trainer):
+            total = int(sum(batches) if isinstance(batches, list) else batches)
+            self._check = _bar(name, total) if self._is_bar(trainer) else _Lines(name, total, often=often)
+
+    def _end_check(self) -> None:
         if self._check is not None:
             self._check.close()
             self._check = None
 
-    on_test_end = on_validation_end
-
-    def _close(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.on_validation_end(trainer, pl_module)
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
     def _is_shown(self, trainer: Trainer) -> bool:
-        return self._enabled and trainer.is_global_zero and sys.stderr.isatty()
+        return self._enabled and trainer.is_global_zero
+
+    def _is_bar(self, trainer: Trainer) -> bool:
+        return self._is_shown(trainer) and sys.stderr.isatty()
+
+
+class _Lines:
+    """How far something is, for a file: a line at every tenth where it is wanted `often`, and every minute."""
+
+    def __init__(self, name: str, total: int, *, often: bool) -> None:
+        self.name, self.total, self.often = name, total, often
+        self.done = 0
+        self.start = self.told_at = time.monotonic()
+
+    def update(self) -> None:
+        self.done += 1
+        now = time.monotonic()
+        is_tenth = self.often and 10 * self.done // self.total > 10 * (self.done - 1) // self.total
+        if is_tenth or now - self.told_at >= _MINUTE:
+            self.told_at = now
+            left = tqdm.format_interval((self.total - self.done) * (now - self.start) / self.done)
+            print(f"{self.name}: batch {self.done} of {self.total}, {left} left", flush=True)
+
+    def close(self) -> None:
+        """As a bar has it."""
 
 
 @rank_zero_only
@@ -142,12 +197,10 @@ def _bar(name: str, total: int, *, initial: int = 0, leave: bool = False) -> tqd
     return tqdm(total=total, desc=name, initial=initial, leave=leave, bar_format=_FORMAT, dynamic_ncols=True)
 
 
-def _count(batches: Any) -> int:
-    return int(sum(batches) if isinstance(batches, list) else batches)
-
-
 def _metrics(trainer: Trainer) -> str:
-    """`loss 1.083, val loss 1.769`."""
-    names = {"train/loss": "loss", "val/loss": "val loss"}
-    found = trainer.progress_bar_metrics
-    return ", ".join(f"{shown} {found[name]:.4g}" for name, shown in names.items() if name in found)
+    """`loss 1.083, lr 0.001, norm 2.41, val loss 1.769`, as far as they are known."""
+    found = trainer.progress_bar_metrics | {name: value.item() for name, value in trainer.callback_metrics.items()}
+    rates = {name: value for name, value in found.items() if name.startswith("lr/")}
+    shown = {"loss": "train/loss", "lr": max(rates, key=rates.__getitem__, default=""), "norm": "grad_norm/total",
+             "val loss": "val/loss"}  # fmt: skip
+    return ", ".join(f"{word} {found[name]:.4g}" for word, name in shown.items() if name in found)

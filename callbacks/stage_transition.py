@@ -1,9 +1,8 @@
 """Entering and leaving a training stage."""
 
 import itertools
-import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,15 +10,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from callbacks.progress import say
-from vlm.checkpoints.artefact import read_artefact, write_artefact
+from vlm.checkpoints.artefact import write_artefact
 from vlm.checkpoints.resume.moments import moments
 from vlm.codec import Codec
 from vlm.data import VisionLanguageData
-from vlm.data.loading.trainer_progress import is_finished
+from vlm.data.loading.trainer_progress import cuts, is_ended_early, is_finished, why_stopped
 from vlm.data.sources.base import Concat
 from vlm.errors import SampleError
-from vlm.building.instantiate import describe, describe_module, system_class
-from vlm.building.weight_sources import frozen_parts
+from vlm.building.instantiate import system_class
+from vlm.building.stage_record import stage_record
+from vlm.language.quantized import full_size
 from vlm.module import VisionLanguageModule
 from vlm.moving import changing_names
 from vlm.schedules import Schedule
@@ -38,7 +38,7 @@ class StageTransition(Callback):
     Args:
         name: of the stage, as in the recipe.
         train: {pattern: learning rate, weight decay, ...}; everything else is frozen.
-        follows: artefacts to start from.
+        follows: artefacts or published folders to start from.
         continues: artefact of the stage whose schedule and optimizer moments go on here.
         modes: {pattern: train | eval} for modules whose published mode is not "train iff it holds a trained parameter".
         optimizer: AdamW's constants, and how its moments are kept.
@@ -76,33 +76,42 @@ class StageTransition(Callback):
 
     def _banner(self, module: VisionLanguageModule) -> str:
         lines = [f"stage {self.stage.name} of {system_class(module).__name__}"]
+        owner = self.stage.assign(name for name, _ in module.named_parameters())
         for part, network in module.named_children():
-            total = sum(_size(p) for p in network.parameters())
-            trained = sum(_size(p) for p in network.parameters() if p.requires_grad)
-            rates = [how.lr for pattern, how in self.stage.train.items() if pattern.split(".")[0] == part]
+            total = sum(full_size(p) for p in network.parameters())
+            trained = sum(full_size(p) for p in network.parameters() if p.requires_grad)
+            patterns = dict.fromkeys(pattern for name, pattern in owner.items() if name.split(".")[0] == part)
+            rates = [self.stage.train[pattern].lr for pattern in patterns]
             what = "frozen" if not trained else f"trains {trained:,} at lr {', '.join(f'{rate:g}' for rate in rates)}"
             lines.append(f"  {part:<12} {total:>15,} parameters, {what}")
-        lines += [f"  surgery      {operation}" for operation in module.surgery]
+        lines += [f"  surgery      {line}" for operation in module.surgery for line in operation.summary(module)]
         assert module.load_report is not None
         lines += [f"  {line}" for line in module.load_report.render().splitlines()]
         return "\n".join(lines)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # also reached by a run that was only asked for a few steps or ran out of time: that one is not finished
-        if trainer.interrupted or not is_finished(trainer):
-            say(f"stage {self.stage.name} stopped at step {trainer.global_step}; start it again to go on")
-            return
         assert isinstance(pl_module, VisionLanguageModule)
+        name = self.stage.name
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            say(f"stage {name} was tried with trainer.fast_dev_run; nothing was written")
+            return
+        done = is_finished(trainer)
+        # also reached by a run that ran out of time: that one is not finished
+        if trainer.interrupted or not (done or is_ended_early(trainer)):
+            say(f"stage {name} stopped at step {trainer.global_step}; start it again to go on")
+            return
+        shortened = "; ".join([*cuts(trainer), *([] if done else [why_stopped(trainer)])]) or None
         folder = Path(trainer.default_root_dir) / "artefact"
         write_stage(
             folder,
             pl_module,
             global_step=pl_module.finished_steps() + trainer.global_step,
             optimizer=trainer.optimizers[0] if self.stage.keep_optimizer else None,
+            shortened=shortened,
             is_writer=trainer.is_global_zero,
         )
         trainer.strategy.barrier("artefact")
-        say(f"stage {self.stage.name} is finished: {folder}")
+        say(f"stage {name} is finished{f', shortened ({shortened})' if shortened else ''}: {folder}")
 
 
 def _work(trainer: Trainer, module: VisionLanguageModule) -> list[str]:
@@ -120,7 +129,7 @@ def _work(trainer: Trainer, module: VisionLanguageModule) -> list[str]:
         f"{-(-packs // accumulate):,} steps an epoch, on {trainer.world_size} x {device}, "
         f"{accumulate} {each} a step, {trainer.precision}"
     )
-    return lines
+    return [*lines, *(f"shortened by {cut}" for cut in cuts(trainer))]
 
 
 def _tokens_of_pictures(samples: Concat, codec: Codec) -> list[int]:
@@ -141,6 +150,7 @@ def write_stage(
     *,
     global_step: int,
     optimizer: torch.optim.Optimizer | None = None,
+    shortened: str | None = None,
     is_writer: bool = True,
 ) -> None:
     """Writes what a stage has changed in a module and everything needed to rebuild it around that.
@@ -153,6 +163,7 @@ def write_stage(
     Args:
         global_step: optimizer steps so far, those of the stages it continues among them.
         optimizer: the one whose moments are kept.
+        shortened: what cut the training short.
     """
     assert module.stage is not None
     changing, averages = changing_names(module), module.averages or {}
@@ -164,34 +175,10 @@ def write_stage(
         for _ in itertools.chain(tensors, kept or ()):
             pass
         return
-    follows = [(follow, read_artefact(follow.artefact)) for follow in module.stage.sources]
-    meta: dict[str, Any] = {
-        "system": module.system,
-        "stage": module.stage.name,
-        "global_step": global_step,
-        "model": describe_module(module),
-        "surgery": describe(module.surgery),
-        "trained": sorted(module.trained_names()),
-        "averaged": bool(averages),
-        "frozen": frozen_parts(module),
-        "ties": dict(module.ties),
-        "follows": [
-            {
-                "path": os.path.relpath(artefact.folder, folder),
-                "fingerprint": artefact.fingerprint,
-                "parts": dict(follow.parts),
-                "leave_out": list(follow.leave_out),
-            }
-            for follow, artefact in follows
-        ],
-    }
-    write_artefact(folder, tensors=tensors, meta=meta, moments=kept)
+    record = stage_record(module, folder, global_step=global_step)
+    write_artefact(folder, tensors=tensors, meta=record | {"shortened": shortened}, moments=kept)
 
 
 def _full(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
-
-
-def _size(parameter: torch.nn.Parameter) -> int:
-    return parameter.numel()  # of a sharded parameter too: its global size

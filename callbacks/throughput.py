@@ -7,13 +7,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from callbacks.log_cadence import is_logged
 from vlm.batch import Batch
 from vlm.monitoring.norms import learning_rates, squared_gradient_norms, trained_parts
 from vlm.module import VisionLanguageModule
 
 
 class Throughput(Callback):
-    """Writes speed, rates and gradient norms to the loggers every `trainer.log_every_n_steps` steps.
+    """Writes speed, rates and gradient norms to the loggers at the steps that are logged.
 
     Means over the steps since the last time, validation left out, over all ranks::
 
@@ -23,8 +24,9 @@ class Throughput(Callback):
         speed/steps_per_s
         speed/data_wait           share of the time spent waiting for the loader: near 0 unless the data is too slow
         speed/peak_memory_gib     of the fullest device so far (CUDA)
-        lr/<part>                 the highest learning rate in the part
+        lr/<pattern>              of a pattern of `stage.train`; with layer-wise decay, of its top layers
         grad_norm/<part>          of the step that is logged, before clipping
+        grad_norm/total           of all parts together
 
     In between it only adds up sizes that are known without asking the device. The first step of a start, in which
     workers begin and kernels are chosen, does not count.
@@ -55,7 +57,7 @@ class Throughput(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if _is_logged(trainer, trainer.global_step + 1):
+        if is_logged(trainer, trainer.global_step + 1):
             self._rates = learning_rates(optimizer)
             self._norms = squared_gradient_norms(self._parts, pl_module.device)
 
@@ -70,9 +72,9 @@ class Throughput(Callback):
             # two streams show the same images
             self._images += max((len(views.size) for views in batch.views.values()), default=0)
             self._steps += is_whole
-        if is_whole and _is_logged(trainer, trainer.global_step):
+        if is_whole and is_logged(trainer, trainer.global_step):
             self._log(trainer, pl_module)
-        if is_whole and (self._since is None or _is_logged(trainer, trainer.global_step)):
+        if is_whole and (self._since is None or is_logged(trainer, trainer.global_step)):
             self._begin(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -84,12 +86,13 @@ class Throughput(Callback):
 
     def _log(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, VisionLanguageModule)
-        values = {f"lr/{part}": rate for part, rate in self._rates.items()}
+        values = {f"lr/{pattern}": rate for pattern, rate in self._rates.items()}
         if self._norms is not None:
             norms = trainer.strategy.reduce(self._norms, reduce_op="sum") if module.is_sharded else self._norms
             assert isinstance(norms, Tensor)
             # the first read waits for the device, so that the clock below sees finished steps
-            values |= {f"grad_norm/{part}": norm for part, norm in zip(self._parts, norms.sqrt().tolist(), strict=True)}
+            read = torch.cat([norms, norms.sum()[None]]).sqrt().tolist()
+            values |= {f"grad_norm/{part}": norm for part, norm in zip([*self._parts, "total"], read, strict=True)}
             self._norms = None
         if self._since is not None and self._steps:
             values |= self._speeds(trainer, module.device)
@@ -115,10 +118,6 @@ class Throughput(Callback):
             "speed/steps_per_s": self._steps / seconds,
             "speed/data_wait": waited / spent,
         }
-
-
-def _is_logged(trainer: Trainer, step: int) -> bool:
-    return bool(trainer.loggers) and step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
 
 def _waited(trainer: Trainer) -> float:

@@ -36,7 +36,8 @@ class TokenSequence:
         ids: int64[n] input tokens; the ids at `slots` are never looked at.
         targets: int64[n], the token that position i has to predict, `IGNORE` where nothing is trained
             (see `next_token_targets` for decoders).
-        weight: factor on the loss of every trained position of this sequence (BLIP's answers: count / 10).
+        weight: factor on the loss of every trained position of this sequence (BLIP's answers: count / 10), or
+            float32[n], one for each position (answers of a conversation that count more or less).
         slots: per stream of views, int64[k] positions that image features take, in the order of the features.
         owner: position of the sample in its pack that the sequence belongs to; set by `Row.pack`'s caller.
         positions: int64[n], where they are not 0, 1, 2, ... (CogVLM: the tokens of an image share one).
@@ -46,7 +47,7 @@ class TokenSequence:
 
     ids: Tensor
     targets: Tensor
-    weight: float = 1.0
+    weight: float | Tensor = 1.0
     slots: Mapping[str, Tensor] = field(default_factory=dict)
     owner: int = 0
     positions: Tensor | None = None
@@ -107,7 +108,8 @@ class Row:
         starts = lengths.cumsum(0) - lengths
         targets = torch.cat([sequence.targets for sequence in sequences])
         label_positions = (targets != IGNORE).nonzero().squeeze(1)
-        weights = torch.cat([torch.full((len(s.ids),), s.weight, dtype=torch.float32) for s in sequences])
+        ones = (torch.ones(len(sequence.ids), dtype=torch.float32) for sequence in sequences)
+        weights = torch.cat([one * sequence.weight for one, sequence in zip(ones, sequences, strict=True)])
         empty = torch.zeros(0, dtype=torch.int64)
 
         def positions(sequence: TokenSequence) -> Tensor:

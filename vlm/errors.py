@@ -6,6 +6,20 @@ Fault = Literal["marks", "region", "image", "too long", "no label"]
 """What kinds of faults samples have, where the kind is known: `vlm check-data` counts them."""
 
 
+MAX_QUOTED, MAX_REASON = 100, 600
+"""Longest quotation of something out of a file, and longest reason, in characters."""
+
+
+def shorten(text: str, limit: int = MAX_QUOTED) -> str:
+    """The beginning of a text that is longer."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def quoted(value: object, limit: int = MAX_QUOTED) -> str:
+    """A value as an error line shows it."""
+    return shorten(repr(value[:limit] if isinstance(value, str | bytes) else value), limit)
+
+
 class UserError(ValueError):
     """Something the user can mend: the message names the file, key or sample and says what to do.
 
@@ -18,8 +32,12 @@ class UserError(ValueError):
         self.kind = kind
 
 
+class SetupError(UserError):
+    """A file that every sample needs (of a tokenizer) cannot be used: no sample is to blame, and none can be tried."""
+
+
 class SampleError(UserError):
-    """One sample is bad.
+    """One sample is bad. Its line is short, whatever stands in the sample.
 
     Attributes:
         reason: what is wrong with it.
@@ -28,7 +46,8 @@ class SampleError(UserError):
     """
 
     def __init__(self, message: str, *, sample_id: str, source: str, kind: Fault | None = None) -> None:
-        super().__init__(f"{source}: sample {sample_id!r}: {message}", kind=kind)
+        message = shorten(message, MAX_REASON)
+        super().__init__(f"{source}: sample {quoted(sample_id)}: {message}", kind=kind)
         self.reason = message
         self.sample_id = sample_id
         self.source = source

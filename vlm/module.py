@@ -7,8 +7,10 @@ import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self, overload
 
 import torch
 from lightning.pytorch import LightningModule
@@ -21,22 +23,25 @@ from vlm.building.blocks import recompute_blocks
 from vlm.building.inherited_surgery import inherited_surgery
 from vlm.building.network import allocate, empty_weights, find_ties, initialisers, load_or_init, tie
 from vlm.building.precision import check_precision, compute_dtype, keep_frozen_in
+from vlm.building.stage_record import references, stage_record
 from vlm.building.weight_sources import check_finished, check_new, is_resuming, weight_sources
 from vlm.checkpoints.artefact import read_artefact
 from vlm.checkpoints.report import LoadReport
 from vlm.checkpoints.resume.moments import restore_moments
+from vlm.checkpoints.resume.opened import RECORD
 from vlm.codec import Codec
-from vlm.errors import UserError
-from vlm.evaluation.inference import as_pack, chunks_in_step, evaluating, label_scores
+from vlm.data.sources.asked import Asked, as_samples
+from vlm.errors import SampleError, UserError
+from vlm.evaluation.inference import answer_each, as_pack, chunks_in_step, decoding_of, evaluating, label_scores
 from vlm.evaluation.judges import Judges
-from vlm.evaluation.means import EpochMeans
+from vlm.evaluation.means import EpochMeans, with_loss
 from vlm.evaluation.retrieval import Embeddings, concat_embeddings
 from vlm.language import Decoding, Surgery
 from vlm.language.surgery import combine
 from vlm.moving import changing_names, check_moving, copied_layers, copied_names
 from vlm.sample import Sample
 from vlm.seeding import seed_from
-from vlm.stages import Stage
+from vlm.stages import InitFrom, Stage
 
 
 class VisionLanguageModule(LightningModule):
@@ -49,11 +54,13 @@ class VisionLanguageModule(LightningModule):
 
     Attributes:
         arguments: the constructor's arguments; part descriptions among them know base weights and initial values.
-        stage: what is trained; None: everything is frozen and in eval mode.
+        stage: what is trained; None: everything is frozen and in eval mode, and `fit` is refused.
         surgery: changes to the network (`register_surgery`). `configure_model` puts those before them that the weights
             were trained with; artefacts store all, so that whoever loads one has them.
         weights: artefact or published folder to load instead of what the stage follows.
+        quantized: inherited surgery keeps in 4 bits what it did in training; False: it keeps nothing so.
         judges: who judges which samples in validation and test.
+        decoding: how `predict_step` searches for answers; greedy where it is None.
         shard: applies FSDP2 to the still empty network; set by the `MixedPrecisionFSDP` callback.
         load_report: where each tensor came from, after `configure_model`.
         frozen_hashes: content of the frozen tensors as they were read, {name: hash}; what checkpoints refer to.
@@ -63,6 +70,7 @@ class VisionLanguageModule(LightningModule):
         running: {term: this rank's share of the step's mean, over the micro-batches done so far}.
         averages: {name: float32 moving average of a trained tensor}, which artefacts hold in the place of the tensor;
             kept by the `EMA` callback, None without it.
+        references: the stage, and how its artefact refers to what it follows.
         epochs_done: epochs of the stage that are done when the present step begins, as in 1.25; infinite outside of
             training, where every ramp is over. `global_step` has the steps.
     """
@@ -96,7 +104,9 @@ class VisionLanguageModule(LightningModule):
         self.stage: Stage | None = None
         self.surgery: list[Surgery] = []
         self.weights: str | None = None
+        self.quantized = True
         self.judges = Judges()
+        self.decoding: Decoding | None = None
         self.shard: Callable[[nn.Module, Any], None] | None = None
         self.load_report: LoadReport | None = None
         self.frozen_hashes: dict[str, str] = {}
@@ -105,8 +115,10 @@ class VisionLanguageModule(LightningModule):
         self.running: dict[str, Tensor] = {}
         self.averages: dict[str, Tensor] | None = None
         self.epochs_done = math.inf
+        self.references: tuple[Stage | None, list[dict[str, Any]]] = (None, [])
         self._next_epoch = 0
         self._total_steps: int | None = None
+        self._built_for: tuple[Stage | None, Stage | None] = (None, None)
         self.codec = self.make_codec()
 
     # -- what a system says
@@ -163,9 +175,52 @@ class VisionLanguageModule(LightningModule):
         """
         if operation in self.surgery:
             return
-        if self.load_report is not None:
+        if self.load_report is not None and not (self._is_fitting and self._built_for[0] is None):
             raise UserError(f"surgery: {operation} comes after the network was built; register it before")
         self.surgery.append(operation)
+
+    @property
+    def _is_fitting(self) -> bool:
+        return self._trainer is not None and self._trainer.state.fn == "fit"
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":  # a module may be fitted again, also after a fit that was interrupted
+            self.running, self.epochs_done = {}, math.inf
+            self._next_epoch, self._total_steps = 0, None
+
+    def _is_built(self) -> bool:
+        """Whether the network stands as this start of the trainer needs it.
+
+        One that was opened to answer (`vlm.load`) is built again to be trained, from the same weights, which the stage
+        then follows.
+
+        Raises:
+            UserError: nothing says what to train, or the network was trained in another stage.
+        """
+        own_optimizers = type(self).configure_optimizers is not VisionLanguageModule.configure_optimizers
+        if self._is_fitting and self.stage is None and not own_optimizers:
+            raise UserError(
+                "nothing says what to train; give the trainer callbacks.StageTransition, or set module.stage = "
+                "vlm.stages.Stage(name, train={'connector': vlm.stages.Trained(lr=1e-3)})"
+            )
+        given, used = self._built_for
+        if self.load_report is not None and (not self._is_fitting or self.stage in (given, used)):
+            if self.stage == given:
+                self.stage = used
+            return True
+        if self.load_report is not None and given is not None:
+            assert self.stage is not None
+            raise UserError(
+                f"this network was built for stage {given.name!r}; for stage {self.stage.name!r}, as given now, make a "
+                "new one: vlm.load opens what a stage left"
+            )
+        for part in list(self._modules):
+            delattr(self, part)
+        used = self.stage
+        if self.load_report is not None and used is not None and self.weights is not None:
+            used, self.weights = replace(used, follows=[InitFrom(self.weights), *used.follows]), None
+        self._built_for, self.stage = (self.stage, used), used
+        return False
 
     def configure_model(self) -> None:
         """Builds the network; after it every tensor has its value and nothing is on the meta device.
@@ -173,7 +228,7 @@ class VisionLanguageModule(LightningModule):
         The order is fixed: build on meta, surgery, what is trained, recomputation, sharding, memory, base weights,
         artefacts.
         """
-        if self.load_report is not None:  # Lightning calls again for validate after fit
+        if self._is_built():  # Lightning calls again for validate after fit
             check_precision(self)
             return
         with empty_weights():
@@ -181,6 +236,9 @@ class VisionLanguageModule(LightningModule):
         if self.device_mesh is not None:
             if self.shard is None:
                 raise UserError("a sharding strategy needs the callback callbacks.MixedPrecisionFSDP")
+            for operation in self.surgery:
+                if (reason := operation.cannot_shard) is not None:
+                    raise UserError(f"trainer.strategy: {reason}")
             self.shard(self, self.device_mesh)
         elif (dtype := compute_dtype(self)) is not None:
             keep_frozen_in(self, dtype)
@@ -203,6 +261,8 @@ class VisionLanguageModule(LightningModule):
         if self.weights is not None and self.stage is None:
             check_finished(self)
         check_new(self, sources, added=added)
+        if self.stage is not None:
+            references(self)
 
     def assemble(self) -> set[str]:
         """Builds the network without values: parts, surgery, what is trained, recomputation.
@@ -215,7 +275,10 @@ class VisionLanguageModule(LightningModule):
         for part, network in self.build_parts().items():
             self.add_module(part, network)
         plain = {name for name, _ in self.named_parameters()}
-        self.surgery = combine(self, inherited_surgery(self), self.surgery)
+        inherited = inherited_surgery(self)
+        if not self.quantized:
+            inherited = [(origin, operation.unquantized()) for origin, operation in inherited]
+        self.surgery = combine(self, inherited, self.surgery)
         for operation in self.surgery:
             operation.apply(self)
         self.ties = find_ties(self)
@@ -224,6 +287,9 @@ class VisionLanguageModule(LightningModule):
             self.stage.set_trainable(self)
             if both := sorted(self.trained_names() & moving):
                 raise UserError(f"stage.train: {both[0]} moves without a gradient; leave it out of the patterns")
+            earlier = [operation for _, operation in inherited]
+            for operation in self.surgery:
+                operation.check_trained(self, is_new=operation not in earlier)
         else:
             self.requires_grad_(False).eval()
         for part, description in self.arguments.items():
@@ -234,7 +300,9 @@ class VisionLanguageModule(LightningModule):
     # -- training
 
     def configure_optimizers(self) -> Any:
-        assert self.stage is not None, "StageTransition sets the stage before optimizers are made"
+        assert self.stage is not None  # `configure_model` has seen to it
+        if not self.stage.train:
+            raise UserError(f"stage {self.stage.name!r} trains nothing; name parts under stage.train")
         schedule, finished = self.stage.schedule, self.finished_steps()
 
         def factor(step: int) -> float:
@@ -312,11 +380,8 @@ class VisionLanguageModule(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
-        total: Any = 0.0
-        for name, value in self.running.items():
-            self._log_sum(f"train/{name}", value)
-            total = total + self.term_weights.get(name, 1.0) * value
-        self._log_sum("train/loss", total, prog_bar=True)
+        for name, value in with_loss(self.running, self.term_weights).items():
+            self._log_sum(f"train/{name}", value, prog_bar=name == "loss")
         for name in (event for event in EVENTS if event in batch.counts):  # of the whole step: alike on every rank
             self.log(f"train/{name}", batch.counts[name], batch_size=1)
         self.running = {}
@@ -347,6 +412,10 @@ class VisionLanguageModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         self.on_validation_epoch_end()
 
+    def predict_step(self, batch: Sequence[Sample | SampleError], batch_idx: int) -> list[str | SampleError]:
+        """An answer to each sample of a list of `predict_dataloader`, or why there is none."""
+        return answer_each(self, batch, decoding=self.decoding, batch_size=max(1, len(batch)))
+
     @property
     def is_sharded(self) -> bool:
         """Whether every rank holds a part of every tensor, so that all ranks have to run the network together."""
@@ -362,39 +431,70 @@ class VisionLanguageModule(LightningModule):
 
     # -- use
 
+    @overload
     def generate(
-        self, samples: Sequence[Sample], *, decoding: Decoding | None = None, batch_size: int = 8
-    ) -> list[str]:
-        """An answer to each sample's conversation; its last assistant message, if any, is left out.
+        self, asked: Asked, *, decoding: Decoding | None = ..., batch_size: int = ..., **options: Any
+    ) -> str: ...
+    @overload
+    def generate(
+        self, asked: Sequence[Asked], *, decoding: Decoding | None = ..., batch_size: int = ..., **options: Any
+    ) -> list[str]: ...
 
-        One that is only begun (`Message.begun`) stays, and what comes back is what follows it. The ranks of a sharded
-        system call it together, each with its own samples, as many as it has.
+    def generate(
+        self,
+        asked: Asked | Sequence[Asked],
+        *,
+        decoding: Decoding | None = None,
+        batch_size: int = 8,
+        **options: Any,
+    ) -> str | list[str]:
+        """An answer to a question or conversation, or to each of a list of them (`vlm.data.sources.asked`).
+
+        The last message of the assistant, if any, is left out. One that is only begun (`Message.begun`) stays, and what
+        comes back is what follows it. The ranks of a sharded system call it together, each with its own samples, as
+        many as it has.
+
+        Args:
+            decoding: how answers are searched for.
+            **options: of `Decoding`, such as `max_new_tokens=64`.
+
+        Raises:
+            UserError: a record of another form, an image that cannot be read, an unknown option.
         """
+        search, samples = decoding_of(decoding, options), as_samples(asked)
         chunks = chunks_in_step(self, samples, batch_size)
-        return [answer for chunk in chunks for answer in self._generate(chunk, decoding or Decoding())]
+        answers = [answer for chunk in chunks for answer in self._generate(chunk, search)]
+        return answers[0] if isinstance(asked, Sample | Mapping) else answers
 
     def _generate(self, samples: Sequence[Sample], decoding: Decoding) -> list[str]:
         with evaluating(self):
             return self.answers(as_pack(self, samples, generate=True), decoding)[: len(samples)]
 
-    def score(self, samples: Sequence[Sample], *, batch_size: int = 8) -> list[Tensor]:
-        """Log-probability of each trained token of each sample: float32[labels of the sample].
+    @overload
+    def score(self, asked: Asked, *, batch_size: int = ...) -> Tensor: ...
+    @overload
+    def score(self, asked: Sequence[Asked], *, batch_size: int = ...) -> list[Tensor]: ...
+
+    def score(self, asked: Asked | Sequence[Asked], *, batch_size: int = 8) -> Tensor | list[Tensor]:
+        """Log-probability of each trained token of a conversation, or of each of a list: float32[labels of the sample].
 
         The ranks of a sharded system call it together, each with its own samples, as many as it has.
         """
-        return [scores for chunk in chunks_in_step(self, samples, batch_size) for scores in self._score(chunk)]
+        chunks = chunks_in_step(self, as_samples(asked), batch_size)
+        scores = [found for chunk in chunks for found in self._score(chunk)]
+        return scores[0] if isinstance(asked, Sample | Mapping) else scores
 
     def _score(self, samples: Sequence[Sample]) -> list[Tensor]:
         with evaluating(self):
             batch = as_pack(self, samples, generate=False)
             return label_scores(self.label_logits(batch), self.label_row(batch), len(samples))
 
-    def embed(self, samples: Sequence[Sample], *, batch_size: int = 8) -> Embeddings:
-        """Embeddings of the images and texts of samples; `owner` counts the samples.
+    def embed(self, asked: Asked | Sequence[Asked], *, batch_size: int = 8) -> Embeddings:
+        """Embeddings of the images and texts of a sample or of several; `owner` counts the samples.
 
         The ranks of a sharded system call it together, each with its own samples, as many as it has.
         """
-        chunks = chunks_in_step(self, samples, batch_size)
+        chunks = chunks_in_step(self, as_samples(asked), batch_size)
         return concat_embeddings([(self._embed(chunk), len(chunk)) for chunk in chunks])
 
     def _embed(self, samples: Sequence[Sample]) -> Embeddings:
@@ -417,10 +517,18 @@ class VisionLanguageModule(LightningModule):
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Resume checkpoints hold what training changes; frozen tensors are referred to by content."""
+        """Checkpoints hold what training changes, and what else it takes to look at it (`stage.json`).
+
+        Frozen tensors are referred to by content.
+        """
         changing = changing_names(self)
         checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in changing}
         checkpoint["frozen"] = dict(self.frozen_hashes)
+        if self.averages:
+            checkpoint["averages"] = dict(self.averages)
+        if self.stage is not None:
+            step = self.finished_steps() + self.trainer.global_step
+            checkpoint[RECORD] = stage_record(self, self.trainer.default_root_dir, global_step=step)
         checkpoint["total_steps"] = self._total_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -438,6 +546,25 @@ class VisionLanguageModule(LightningModule):
                 "or take it out, as it was at the start"
             )
         self._total_steps = checkpoint["total_steps"]
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, map_location: Any = None, **arguments: Any) -> Self:  # type: ignore[override]
+        """`vlm.load`: a checkpoint says how its network is built, and around what.
+
+        Raises:
+            UserError: it holds another system, or further arguments are given, which it has already.
+        """
+        from vlm.loading import load
+
+        if arguments:
+            raise UserError(
+                f"load_from_checkpoint: {next(iter(arguments))!r} is in the checkpoint; leave it out, or build a "
+                f"{cls.__name__} and give its trainer ckpt_path={str(checkpoint_path)!r}"
+            )
+        module = load(checkpoint_path, device=map_location)
+        if not isinstance(module, cls):
+            raise UserError(f"{checkpoint_path}: holds a {type(module).__name__}; open it with vlm.load")
+        return module
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads a resume checkpoint: exactly the tensors that training changes."""

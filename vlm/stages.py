@@ -1,7 +1,8 @@
 """What one training stage trains and how: the data behind the `StageTransition` callback.
 
-Parameters are named by patterns: a part (`connector`), a prefix (`language.model.layers`) or a glob over full names
-(`vision.trunk.blocks.*.norm1.*`). A pattern that matches nothing, and a parameter matched by two, are errors.
+Parameters are named by patterns: a part (`connector`), a prefix (`language.model.layers`), a glob over full names
+(`vision.trunk.blocks.*.norm1.*`), or the word `adapters` for all that LoRA and its kin lay over linear layers. A
+pattern that matches nothing, and a parameter matched by two, are errors.
 """
 
 import re
@@ -37,19 +38,21 @@ class Trained:
 
 @dataclass(frozen=True)
 class InitFrom:
-    """An artefact that the stage starts from.
+    """An artefact, or a published system, that the stage starts from.
 
     Attributes:
-        artefact: its folder.
+        artefact: its folder, the run folder of a finished stage, or a published folder or hub id.
         parts: {our prefix: its prefix}; empty: every tensor it holds, under its own name.
         leave_out: patterns, in its names, of what is dropped on purpose (the text side of BLIP-2's Q-Former).
         fresh: patterns, in our names, of what may start new in these parts; all else that it lacks is an error.
+        merge: its adapter becomes part of the weights it lies over; without it, the adapter is inherited and goes on.
     """
 
     artefact: str
     parts: Mapping[str, str] = field(default_factory=dict)
     leave_out: Sequence[str] = ()
     fresh: Sequence[str] = ()
+    merge: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Stage:
     Attributes:
         name: as in the recipe (`1_align`).
         train: {pattern: how}; everything else is frozen.
-        follows: artefacts it starts from.
+        follows: artefacts and published systems it starts from.
         continues: artefact of the stage whose schedule, step counter and optimizer moments go on here.
         modes: {pattern: `train` | `eval`} over modules, for published exceptions. Without one, a module is in train
             mode iff it holds a trained parameter.
@@ -147,11 +150,21 @@ class Stage:
         names = list(names)
         owner: dict[str, str] = {}
         for pattern in self.train:
-            matched = [name for name in names if matches(pattern, name)]
+            matched = [name for name in names if _trains(pattern, name)]
+            if not matched and pattern == ADAPTERS:
+                raise UserError(
+                    "stage.train: there are no adapters to train; add callbacks.LoRAInjection under trainer.callbacks+"
+                )
             if not matched:
                 known = sorted({name.split(".")[0] for name in names})
                 raise UserError(f"stage.train: {pattern!r} matches no parameter; the parts are {', '.join(known)}")
             for name in matched:
+                if name in owner and ADAPTERS in (pattern, owner[name]):
+                    whole = next(other for other in (owner[name], pattern) if other != ADAPTERS)
+                    raise UserError(
+                        f"stage.train: {whole!r} trains {name.split('.')[0]} as a whole and its adapter with it; leave "
+                        f"one of {ADAPTERS!r} and {whole!r} out"
+                    )
                 if name in owner:
                     raise UserError(
                         f"stage.train: {owner[name]!r} and {pattern!r} both match {name}; make them disjoint"
@@ -212,6 +225,20 @@ class Stage:
         optimizer = self.optimizer.make(self.optimizer_groups(module), scales_gradients=scales_gradients)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+ADAPTERS = "adapters"
+"""In `stage.train`: every tensor of an adapter of peft, in whatever part."""
+_OF_ADAPTER = re.compile(r".*\.lora_(A|B|magnitude_vector)\..+")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a tensor is an adapter's."""
+    return _OF_ADAPTER.fullmatch(name) is not None
+
+
+def _trains(pattern: str, name: str) -> bool:
+    return is_adapter(name) if pattern == ADAPTERS else matches(pattern, name)
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -1,7 +1,10 @@
 """The command line: what a person does wrong ends in one line that names file, key or sample and the remedy."""
 
 import json
+import signal
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +13,12 @@ import yaml
 from PIL import Image
 
 import cli
+import vlm
 from callbacks import StageTransition
+from callbacks.stop_signals import StopSignals
 from tests.conftest import GOLDEN
 from tests.support.systems import LLAMA, TOWER
+from vlm.checkpoints.published.open import find_weights
 from vlm.recipes.run_folder import RunFolder
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "llava_1_5"
@@ -54,7 +60,9 @@ class World:
                     "tokenizer": {"init_args": {"path": str(GOLDEN / "_shared" / "llama_sp_tokenizer.model")}},
                 }
             },
-            "data": {"init_args": {"sources": [source], "batch": {"size": 3}, "num_workers": 0}},
+            "data": {
+                "init_args": {"sources": [source], "batch": {"size": 3}, "micro_batch_size": None, "num_workers": 0}
+            },
             "trainer": {
                 "precision": "32-true",
                 "accelerator": "cpu",
@@ -217,16 +225,26 @@ def test_lora_by_yaml(world: World, capfd: pytest.CaptureFixture[str]) -> None:
     assert f"in {first / 'artefact'} and in this run, with other settings (rank: 128 and 64" in capfd.readouterr().err
 
 
-def test_other_settings_on_resume_are_refused(
-    world: World, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(self, trainer, *_) -> None:
-        trainer.should_stop = True
+@pytest.fixture
+def interrupts() -> Iterator[Any]:
+    """Ctrl-C as in a terminal, also where these tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
 
-    monkeypatch.setattr(StageTransition, "on_train_batch_end", stop)
-    assert world.fit("--checkpoint.every_n_train_steps=1") == 0
+
+def test_other_settings_on_resume_are_refused(
+    world: World, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, interrupts: Any
+) -> None:
+    monkeypatch.setattr(StageTransition, "on_train_batch_end", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as stopped:
+        world.fit()
     monkeypatch.undo()
-    assert "stopped at step 1" in capfd.readouterr().out
+    said = capfd.readouterr().err
+    assert stopped.value.code == 128 + signal.SIGINT
+    assert "saves after this step, then stops; Ctrl-C again ends at once" in said
+    assert "vlm: stopped by Ctrl-C; the same command goes on" in said
+    assert signal.getsignal(signal.SIGINT) == interrupts
     assert not RunFolder(world.run).finished
     assert world.fit("--stage.schedule.warmup=0.5") == 2
     assert "stage.schedule.warmup: 0.03 -> 0.5" in capfd.readouterr().err
@@ -267,3 +285,63 @@ def test_out_of_memory_says_what_would_take_less(
         "`vlm plan`",
     ):
         assert remedy in line
+
+
+def test_an_interrupt_before_the_first_step_has_its_status(
+    world: World, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, interrupts: Any
+) -> None:
+    monkeypatch.setattr(StageTransition, "on_fit_start", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert world.fit() == 128 + signal.SIGINT
+    assert "vlm: interrupted" in capfd.readouterr().err
+
+
+def test_a_second_interrupt_ends_at_once(monkeypatch: pytest.MonkeyPatch, interrupts: Any) -> None:
+    ended: list[Any] = []
+    monkeypatch.setattr("callbacks.stop_signals.os._exit", ended.append)
+    launcher = SimpleNamespace(kill=ended.append)
+    trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=launcher), is_global_zero=False)
+    signals, terminate = StopSignals(), signal.getsignal(signal.SIGTERM)
+    signals.listen(trainer)
+    signal.raise_signal(signal.SIGINT)
+    assert (signals.received, ended) == (signal.SIGINT, [])
+    signal.raise_signal(signal.SIGINT)
+    assert ended == [signal.SIGKILL, 130], "the other ranks with it"
+    signal.signal(signal.SIGTERM, terminate)
+
+
+def test_a_trial_leaves_nothing_behind(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    assert world.fit("--trainer.fast_dev_run=1", "--trainer.logger=true") == 0
+    assert "was tried with trainer.fast_dev_run; nothing was written" in capfd.readouterr().out
+    assert not world.run.exists()
+
+
+def test_early_stopping_ends_a_stage_and_a_finished_one_is_compared(
+    world: World, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (world.folder / "val.json").write_text(json.dumps(world.records))
+    source = {
+        "class_path": "vlm.data.LlavaJson",
+        "init_args": {"path": str(world.folder / "val.json"), "image_root": str(world.folder)},
+    }
+    stopper = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val/loss"}}
+    stopper["init_args"] |= {"patience": 1, "min_delta": 100.0}
+    options = [
+        f"--data.init_args.val_sources={json.dumps([source])}",
+        "--checkpoint.monitor=val/loss",
+        "--trainer.max_epochs=9",
+    ]
+    stopping = f"--trainer.callbacks+={json.dumps(stopper)}"
+    assert world.fit(*options, stopping) == 0
+    assert "shortened (EarlyStopping on val/loss stopped it after step 4)" in capfd.readouterr().out
+    stored = json.loads((world.run / "artefact/stage.json").read_text())
+    assert (stored["global_step"], "EarlyStopping" in stored["shortened"]) == (4, True)
+    assert find_weights(f"{world.run}@last").endswith("checkpoints/step=4.ckpt")
+    best = json.loads((world.run / "checkpoints/best/score.json").read_text())
+    opened = vlm.load(f"{world.run}@best")
+    assert opened.weights == str(world.run / f"checkpoints/best/step={best['step']}.ckpt")
+    assert world.fit(*options) == 2, "without EarlyStopping it is another run"
+    refusal = capfd.readouterr().err
+    assert "this run was finished with other settings" in refusal
+    assert "EarlyStopping.monitor: val/loss -> null" in refusal
+    assert world.fit(*options, stopping, "--data.init_args.num_workers=1", "--trainer.log_every_n_steps=3") == 2
+    assert "this stage is finished" in capfd.readouterr().err, "how it runs may differ"

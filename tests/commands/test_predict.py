@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from random import Random
 
 import vlm
 import pytest
@@ -9,6 +10,9 @@ from PIL import Image, ImageFont
 
 import cli
 from tests.checkpoints.test_export import finished
+from vlm.demo.scenes import make_scene
+from vlm.demo.sprites import WORDS
+from vlm.demo.tasks import caption, questions
 from vlm.language import Decoding
 from vlm.drawing import fonts
 from vlm.drawing.fonts import typeset, wrap
@@ -238,5 +242,25 @@ def test_a_character_without_a_font_is_written_as_its_code(monkeypatch) -> None:
     monkeypatch.setattr(fonts, "FONTS", ("no-such-font.ttf",))
     assert typeset(text, size=16, width=400, max_lines=9).lines == ["A cat (\\u732b)  !"]
     monkeypatch.undo()
-    if fonts._font("wqy-microhei.ttc", 16) is not None:  # a font of the system
-        assert typeset(text, size=16, width=400, max_lines=9).lines == ["A cat (\u732b)  !"]
+    assert typeset(text, size=16, width=400, max_lines=9).lines == ["A cat (\u732b)  !"]
+
+
+def test_a_machine_without_fonts_writes_chinese_japanese_and_korean(monkeypatch) -> None:
+    monkeypatch.setattr(fonts, "FONTS", fonts.FONTS[-1:])  # the one that comes with the project
+    scenes = [make_scene(Random(f"fonts {number}"), split="train", size=96) for number in range(50)]
+    told = [
+        text for scene in scenes for turn in questions(scene, "zh", Random(0)) for text in (turn.question, turn.answer)
+    ]
+    written = [caption(scene, "zh") for scene in scenes]
+    for text in (
+        *told,
+        *written,
+        *WORDS,
+        "\u732b: 'Katze', r\u00e9sum\u00e9",
+        "\u8cb7\u3044\u7269\u304b\u3054",
+        "\u9577\u57ce",
+        "\uc7a5\ubc14\uad6c\ub2c8",
+    ):
+        assert fonts.font_for(text, size=16)[1] == frozenset(), text
+    two = [fonts.font_for(text, size=16)[0].getmask(text) for text in ("\u732b", "\u72d7")]
+    assert bytes(two[0]) != bytes(two[1]), "they are not both the sign for a missing character"

@@ -179,7 +179,7 @@ def test_bad_parquet_is_refused_in_one_line(tmp_path, monkeypatch):
         "no files": (tmp_path / "y-*.parquet", "no parquet file there"),
         "not parquet": (lines(tmp_path / "t.parquet", HF), "cannot be read"),
         "no samples": (tmp_path / "empty.parquet", "holds no samples"),
-        "columns": (tmp_path / "c.parquet", "neither a column 'messages' nor 'conversations'; found id, label"),
+        "columns": (tmp_path / "c.parquet", "has none of the columns messages, conversations, texts; found id, label"),
     }
     pq.write_table(pq.read_table(good).slice(0, 0), tmp_path / "empty.parquet")
     pq.write_table(rows({"id": 1, "label": 2}), tmp_path / "c.parquet")

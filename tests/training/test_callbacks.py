@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from PIL import Image, ImageColor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, distributed
 
-from callbacks import Health, Predictions, Progress, ResumeCheckpoint, Throughput
+from callbacks import Health, LogCadence, Predictions, Progress, ResumeCheckpoint, Throughput
 from callbacks.progress import wrapped
 from tests.support.ranks import run_ranks
 from tests.support.samples import samples
@@ -196,7 +196,7 @@ def test_the_first_steps_are_summed_up(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def _norm(gradients: dict[str, Tensor], part: str) -> float:
-    squares = [g.double().square().sum() for name, g in gradients.items() if name.split(".")[0] == part]
+    squares = [g.double().square().sum() for name, g in gradients.items() if part in ("", name.split(".")[0])]
     return torch.stack(squares).sum().sqrt().item()
 
 
@@ -227,9 +227,10 @@ def _measured(folder: Path, run: str, fsdp: str | None, **options: Any) -> list[
 
 
 def _check_scalars(found: dict[str, dict[int, float]], gradients: list[dict[str, Tensor]]) -> None:
-    for part in ("connector", "language"):
-        expected = {step: _norm(gradients[step], part) for step in (1, 3, 5)}
+    for part in ("connector", "language", "total"):
+        expected = {step: _norm(gradients[step], "" if part == "total" else part) for step in (1, 3, 5)}
         assert found[f"grad_norm/{part}"] == pytest.approx(expected, rel=2e-4)  # float32 sums: 6e-5 measured
+    for part in ("connector", "language"):
         assert found[f"lr/{part}"] == {
             step: pytest.approx(Stage("", {}).schedule.factor(step, 6) * 1e-2, rel=1e-6) for step in (1, 3, 5)
         }
@@ -372,8 +373,60 @@ def test_a_log_file_gets_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str
     _fit(tmp_path, _made(), recorder, Progress(), log_every_n_steps=3, enable_progress_bar=True)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("test: ")]
     for line, step in zip(lines, (3, 6), strict=True):
-        assert line.startswith(f"test: step {step} of 6, loss {recorder.losses[step - 2]:.4g}, "), line
+        assert line.startswith(f"test: step {step} of 6, loss {recorder.losses[step - 1]:.4g}, "), line
         assert re.search(r"\d steps/s, \d\d:\d\d left$", line)
+
+
+@pytest.mark.parametrize(
+    ("options", "logged"), [((), range(20)), (("--trainer.log_every_n_steps=7",), (6, 13, 19))], ids=["own", "set"]
+)
+def test_a_short_run_shows_how_it_goes(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], options: tuple[str, ...], logged: Sequence[int]
+) -> None:
+    """Every one of 20 steps, or those that the user wants and the last; what validation found; how far a test is."""
+    world = World(tmp_path)
+    source = {"path": str(tmp_path / "data.json"), "image_root": str(tmp_path)}
+    sources = json.dumps([{"class_path": "vlm.data.LlavaJson", "init_args": source}])
+    shown = ["--trainer.enable_progress_bar=true", "--trainer.logger=true", "--predictions.enabled=false"]
+    rates = '{"connector": {"lr": 0.01}, "language.lm_head": {"lr": 0.02}, "language.model": {"lr": 0.03}}'
+    training = [f"--data.init_args.val_sources={sources}", "--trainer.max_epochs=10", f"--stage.train={rates}"]
+    assert world.fit(*shown, *training, *options) == 0
+    out = capfd.readouterr().out
+    scalars = _scalars(world.run / "tensorboard")
+    for name in ("train/loss", "grad_norm/total", "lr/connector", "lr/language.lm_head", "lr/language.model"):
+        assert list(scalars[name]) == list(logged), name
+    assert list(scalars["speed/steps_per_s"]) == [step for step in logged if step > 0]  # the first one does not count
+    highest = {
+        name: max(scalars[f"lr/{name}"].values()) for name in ("connector", "language.lm_head", "language.model")
+    }
+    assert sorted(highest, key=highest.__getitem__) == ["connector", "language.lm_head", "language.model"]
+    assert not {"train/lm", "val/lm"} & scalars.keys()
+    lines = [line for line in out.splitlines() if line.startswith("1_align: ")]
+    told = [int(re.match(r"1_align: step (\d+) of 20, ", line)[1]) - 1 for line in lines if ": step" in line]
+    assert told == list(logged)
+    loss, norm = (scalars[name][19] for name in ("train/loss", "grad_norm/total"))
+    assert f"step 20 of 20, loss {loss:.4g}, lr " in out
+    assert f", norm {norm:.4g}, val loss " in next(line for line in lines if "step 20 of 20" in line)
+    assert f"1_align: validation after step 20: loss {scalars['val/loss'][19]:.4g}\n" in out
+    if options:
+        return
+    world.command = "test"
+    asked = [f"--data.init_args.test_sources={sources}", "--data.init_args.val_batch_size=2"]
+    assert world.fit(*shown, *asked, f"--weights={world.run}") == 0
+    found = re.findall(r"^test: batch (\d) of 3, \d\d:\d\d left$", capfd.readouterr().out, re.M)
+    assert found == ["1", "2", "3"]
+
+
+def test_a_stage_that_a_validation_ends_has_its_last_step_in_the_log(tmp_path: Path) -> None:
+    module = _made()
+    source = ListSource(samples(tmp_path))
+    data = InstructionData([source], val_sources=[source], batch=BatchSpec(2))
+    logger = TensorBoardLogger(tmp_path, name="", version="ended")
+    never = L.pytorch.callbacks.EarlyStopping("val/loss", patience=1, min_delta=1e9)
+    run = trainer(tmp_path, callbacks=[LogCadence(adapt=False), Throughput(), never], logger=logger, max_epochs=9)
+    run.fit(module, datamodule=data)
+    assert run.global_step == 6  # two epochs of three steps
+    assert list(_scalars(tmp_path / "ended")["train/loss"]) == [5]
 
 
 def test_lines_fit_a_terminal() -> None:

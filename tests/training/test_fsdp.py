@@ -16,6 +16,7 @@ from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
+import vlm
 import vlm.checkpoints.resume.sharded
 import vlm.checkpoints.files.weights
 from callbacks import MixedPrecisionFSDP
@@ -262,6 +263,9 @@ def test_resume_under_any_number_of_ranks(tmp_path: Path) -> None:
     names = {key for file in middle.glob("*.safetensors") for key, _ in WeightFiles(file).items()}
     assert not [name for name in names if "vision" in name]  # frozen
     assert [name for name in names if name.startswith("state_dict/")]
+    opened = vlm.load(folder / "step=4.ckpt").state_dict()
+    assert all(torch.equal(opened[name], whole[name]) for name in opened.keys() & whole.keys())
+    assert {name for name in whole if "moment " not in name} <= opened.keys(), "put together from the ranks' rows"
     for world in (1, 3):
         resumed = run_ranks(_run, world, tmp_path, tmp_path / str(world), "tied", "fp32", resume=middle)
         for ours in resumed:

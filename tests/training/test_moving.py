@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+import vlm
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -110,6 +111,16 @@ def test_copies_start_as_what_they_copy_and_move(one: tuple[Path, dict]) -> None
     assert torch.equal(again.queue.image, tensors["queue.image"])
     assert int(end["queue.place"]) == STEPS * 8 % 16
     assert one[1]["epochs"] == pytest.approx(1 + 1 / 3)  # when the fifth step began
+
+
+def test_a_checkpoint_is_opened_with_its_averages(one: tuple[Path, dict]) -> None:
+    folder, expected = one[0] / "one", one[1]["tensors"]
+    opened = vlm.load(folder / f"step={STEPS}.ckpt")
+    averaged = {name.removeprefix("average of "): value for name, value in expected.items() if "average of" in name}
+    assert averaged
+    expected = {name: value for name, value in expected.items() if "average of" not in name} | averaged
+    assert equal(weights(opened), expected)
+    assert equal(weights(vlm.load(folder / "artefact")), expected)
 
 
 def _ranks(folder: Path, how: str) -> dict:

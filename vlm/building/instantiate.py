@@ -11,6 +11,7 @@ from typing import Any
 from torch.distributed.fsdp import FSDPModule
 
 from vlm.checkpoints.artefact import Artefact
+from vlm.checkpoints.references import relocated
 from vlm.errors import UserError
 
 
@@ -72,8 +73,14 @@ def instantiate(value: Any) -> Any:
 
 
 def model_of(artefact: Artefact) -> dict[str, Any]:
-    """`class_path` and `init_args` of the system an artefact belongs to; its own tokenizer before any other."""
-    model = copy.deepcopy(artefact.meta["model"])
+    """`class_path` and `init_args` of the system an artefact belongs to, with its files where they lie now.
+
+    Its own tokenizer comes before any other.
+
+    Raises:
+        UserError: some are nowhere.
+    """
+    model = relocated(copy.deepcopy(artefact.meta["model"]), artefact)
     if any((artefact.folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         model["init_args"]["tokenizer"]["init_args"]["path"] = str(artefact.folder)
     return model

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm.checkpoints.files.weights import WeightSource, assign, hash_tensor
+from vlm.checkpoints.files.weights import Change, WeightSource, assign, hash_tensor
 from vlm.checkpoints.report import LoadReport, Resized
 from vlm.errors import UserError
 from vlm.seeding import seed_from
@@ -63,9 +63,14 @@ def tie(module: nn.Module, ties: Mapping[str, str]) -> None:
 
 
 def allocate(module: nn.Module, device: torch.device) -> None:
-    """Gives memory to everything on the meta device and moves the rest; the values are still undefined."""
+    """Gives memory to everything on the meta device and moves the rest; the values are still undefined.
+
+    What is marked `stays_empty` gets its memory when its layer is given the value, in another form.
+    """
 
     def move(tensor: Tensor) -> Tensor:
+        if getattr(tensor, "stays_empty", False):
+            return tensor
         return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
 
     module._apply(move)
@@ -117,6 +122,7 @@ def load_or_init(
         UserError: a source has a tensor that the network does not, one of another shape, or two for one of the network.
     """
     tensors = dict(module.state_dict(keep_vars=True))
+    device = next((tensor.device for tensor in tensors.values() if not tensor.is_meta), torch.device("cpu"))
     aliases = find_ties(module)
     provider = {name: source for source in sources for name in source.names}
     copied: dict[str, list[str]] = {}
@@ -125,11 +131,16 @@ def load_or_init(
             copied.setdefault(aliases.get(origin, origin), []).append(name)
     report, hashes = LoadReport(), {}
 
-    def fill(name: str, value: Tensor) -> None:
+    def fill(name: str, value: Tensor, changes: Sequence[Change] = ()) -> None:
         target = tensors[name]
-        assign(target, value)
         if not target.requires_grad and name not in moving:
-            hashes[name] = hash_tensor(_as_read(value))
+            content = hash_tensor(_as_read(value))  # of what was read, however it is changed and kept
+            for change in changes:
+                content = change.content(content)
+            hashes[name] = content
+        for change in changes:
+            value = change(value)
+        _put(module, name, target, value, device)
         for copy in copied.get(name, ()):
             fill(copy, value)
             report.copied.append(copy)
@@ -156,7 +167,7 @@ def load_or_init(
                 raise UserError(
                     f"{source.label}: {name} has shape {tuple(value.shape)}, the network {tuple(target.shape)}"
                 )
-            fill(name, value)
+            fill(name, value, source.changes.get(name, ()))
             if method is None:
                 report.loaded.append(name)
             else:
@@ -193,8 +204,8 @@ def _as_read(value: Tensor) -> Tensor:
 def _adopted(module: nn.Module, name: str, value: Tensor) -> tuple[Tensor, str | None]:
     """What the nearest module above a tensor makes of a value for it, and how; the value itself where none does.
 
-    A module with a method `adopt(name, value)`, whose name is the tensor's as seen from it, may bring a value to the
-    form that it keeps: stretched to another resolution, or quantised. It returns None for what it takes as it is.
+    A module with a method `adopt(name, value)`, whose name is the tensor's as seen from it, may bring a value to its
+    own shape: stretched to another resolution. It returns None for what it takes as it is.
     """
     path, inner = name, ""
     while path:
@@ -204,6 +215,15 @@ def _adopted(module: nn.Module, name: str, value: Tensor) -> tuple[Tensor, str |
         if adopt is not None and (found := adopt(inner, value)) is not None:
             return found
     return value, None
+
+
+def _put(module: nn.Module, name: str, target: Tensor, value: Tensor, device: torch.device) -> None:
+    """Gives a tensor its value, in the form in which its layer keeps it (`FourBitLinear.keep`)."""
+    path, _, leaf = name.rpartition(".")
+    layer = module.get_submodule(path)
+    keep = getattr(getattr(layer, "base_layer", layer), "keep", None)
+    if keep is None or not keep(leaf, value, device):
+        assign(target, value)
 
 
 def _draw(module: nn.Module, own: Mapping[str, Tensor], initialise: Initialiser, seed: int) -> dict[str, Tensor]:

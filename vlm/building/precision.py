@@ -42,7 +42,9 @@ def keep_frozen_in(module: nn.Module, dtype: torch.dtype) -> None:
     for layer in layers:
         if isinstance(layer, _ROUNDED):
             for name, parameter in layer._parameters.items():
-                if parameter is not None and id(parameter) not in kept and parameter.is_floating_point():
+                if parameter is None or getattr(parameter, "stays_empty", False):  # kept in a form of its own
+                    continue
+                if id(parameter) not in kept and parameter.is_floating_point():
                     layer._parameters[name] = nn.Parameter(parameter.to(dtype), requires_grad=False)
 
 

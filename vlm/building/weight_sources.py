@@ -4,12 +4,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vlm.building.followed import open_followed, open_reference
+from vlm.building.merging import merged, merges_of, with_changes
 from vlm.checkpoints.artefact import Artefact, read_artefact
 from vlm.checkpoints.files.locate import preview
 from vlm.checkpoints.files.weights import WeightFiles, WeightSource, fingerprint_of
 from vlm.checkpoints.published.base_entries import check_base
 from vlm.checkpoints.published.open import is_artefact, published_source
 from vlm.checkpoints.resume.moments import WEIGHT
+from vlm.checkpoints.resume.opened import read_trained
 from vlm.checkpoints.tables.base import read_same_names
 from vlm.errors import UserError
 from vlm.moving import changing_names
@@ -17,21 +20,34 @@ from vlm.stages import InitFrom, matches
 
 DRAWN = "drawn from seed"
 """How an artefact names the source of frozen tensors that were new."""
+FOLLOWED = "what it follows"
+"""The same of those that no base weights brought."""
 
 
 def weight_sources(module: Any) -> list[WeightSource]:
     """All sources of a module's tensors, in the order in which later ones win: base weights, then artefacts."""
-    if module.weights is not None and not is_artefact(module.weights):
-        return [published_source(module.weights)]
-    sources = [
+    later = _later_sources(module)
+    brought = frozenset[str]().union(*(source.names for source in later))
+    bases = [
         base_source(part, description, getattr(module, part))
         for part, description in module.arguments.items()
-        if getattr(description, "weights", None)
+        if getattr(description, "weights", None) and not _is_within(module, part, brought)
     ]
+    return with_changes(bases + later)
+
+
+def _is_within(module: Any, part: str, names: Collection[str]) -> bool:
+    """Whether names have every tensor of a part, whose base weights then need not be there."""
+    return all(f"{part}.{name}" in names for name in getattr(module, part).state_dict())
+
+
+def _later_sources(module: Any) -> list[WeightSource]:
+    """What comes after the base weights."""
     if module.weights is not None:
-        return sources + artefact_chain(read_artefact(module.weights), Selection())
+        return _chain(open_followed(module.weights), Selection())
     if module.stage is None:
-        return sources
+        return []
+    sources: list[WeightSource] = []
     resuming = is_resuming(module)
     changing = changing_names(module) if resuming else set()
     for follow in module.stage.sources:
@@ -121,8 +137,8 @@ def followed_sources(follow: InitFrom, *, covers: bool) -> list[WeightSource]:
     Raises:
         UserError: a part or a pattern fits nothing of the artefact.
     """
-    artefact = read_artefact(follow.artefact)
-    chain = artefact_chain(artefact, Selection(follow.parts, follow.leave_out))
+    followed = open_followed(follow.artefact)
+    chain = _chain(followed, Selection(follow.parts, follow.leave_out))
     for mine, theirs in follow.parts.items():
         if not any(matches(mine, name) for source in chain for name in source.names):
             raise UserError(f"stage.follows: {follow.artefact} holds nothing of {theirs!r}; correct parts.{mine}")
@@ -131,21 +147,26 @@ def followed_sources(follow: InitFrom, *, covers: bool) -> list[WeightSource]:
             raise UserError(
                 f"stage.follows: {follow.artefact} holds nothing that leave_out {pattern!r} fits; correct or remove it"
             )
+    if follow.merge:
+        chain = _merged(chain, followed, Selection(follow.parts, follow.leave_out))
     if not covers:
         return chain
-    whole = _whole_parts(artefact)
+    whole = _whole_parts(followed)
     prefixes = follow.parts or {part: part for part in {name.split(".")[0] for s in chain for name in s.names}}
     covered = tuple(mine for mine, theirs in prefixes.items() if theirs.split(".")[0] in whole)
     return [*chain[:-1], replace(chain[-1], covers=covered, fresh=tuple(follow.fresh))]
 
 
-def _whole_parts(artefact: Artefact) -> set[str]:
-    """The parts of which an artefact and those it follows hold everything, or say where the rest comes from."""
-    meta = artefact.meta
+def _whole_parts(followed: Artefact | str) -> set[str]:
+    """The parts of which an artefact and those it follows hold everything, or say where the rest comes from; of a
+    published folder all."""
+    if isinstance(followed, str):
+        return {name.split(".")[0] for name in published_source(followed).names}
+    meta = followed.meta
     drawn = {part for part, entry in meta["frozen"].items() if str(entry["source"]).startswith(DRAWN)}
     whole = {name.split(".")[0] for name in meta["tensors"]} - drawn
     for reference in meta["follows"]:
-        earlier = _whole_parts(read_artefact(artefact.folder / reference["path"]))
+        earlier = _whole_parts(open_reference(followed, reference))
         earlier -= {pattern.split(".")[0] for pattern in reference.get("leave_out", ())}
         parts = reference["parts"] or {part: part for part in earlier}
         whole |= {mine for mine, theirs in parts.items() if theirs in earlier and "." not in mine}
@@ -156,21 +177,35 @@ def artefact_chain(artefact: Artefact, selection: Selection) -> list[WeightSourc
     """An artefact after those it follows: each holds only what its own stage trained."""
     chain: list[WeightSource] = []
     for reference in artefact.meta.get("follows", []):
-        earlier = read_artefact(artefact.folder / reference["path"])
-        if earlier.fingerprint != reference["fingerprint"]:
-            raise UserError(
-                f"{artefact.folder}: it follows {earlier.folder}, whose content has changed since; "
-                "restore it or train this stage again"
-            )
-        chain += artefact_chain(earlier, Selection(reference["parts"], reference.get("leave_out", ()), selection))
-    names = {name: renamed for name in artefact.meta["tensors"] if (renamed := selection.rename(name)) is not None}
-    source = WeightSource(
-        f"artefact {artefact.meta.get('stage', artefact.folder.name)} ({artefact.folder})",
-        frozenset(names.values()),
-        lambda: ((names[name], tensor) for name, tensor in artefact.items() if name in names),
-        dropped=tuple(name for name in artefact.meta["tensors"] if selection.drops(name)),
+        taken = Selection(reference["parts"], reference.get("leave_out", ()), selection)
+        earlier = open_reference(artefact, reference)
+        found = _chain(earlier, taken)
+        chain += _merged(found, earlier, taken) if reference.get("merge") else found
+    label = f"artefact {artefact.meta.get('stage', artefact.folder.name)} ({artefact.folder})"
+    return [*chain, _selected(WeightSource(label, frozenset(artefact.meta["tensors"]), artefact.items), selection)]
+
+
+def _chain(followed: Artefact | str, selection: Selection) -> list[WeightSource]:
+    if isinstance(followed, Artefact):
+        return artefact_chain(followed, selection)
+    return [_selected(published_source(followed), selection)]
+
+
+def _selected(source: WeightSource, selection: Selection) -> WeightSource:
+    """What is taken of a source, under our names."""
+    names = {name: renamed for name in source.names if (renamed := selection.rename(name)) is not None}
+    return replace(
+        source,
+        names=frozenset(names.values()),
+        items=lambda: ((names[name], tensor) for name, tensor in source.items() if name in names),
+        dropped=tuple(sorted(name for name in source.names if selection.drops(name))),
     )
-    return [*chain, source]
+
+
+def _merged(chain: Sequence[WeightSource], followed: Artefact | str, selection: Selection) -> list[WeightSource]:
+    if isinstance(followed, str):
+        raise UserError(f"{followed}: is a published folder without an adapter, so there is nothing to merge")
+    return merged(chain, followed, merges_of(followed, artefact_chain(followed, Selection())), selection.rename)
 
 
 def check_new(module: Any, sources: Sequence[WeightSource], *, added: Collection[str]) -> None:
@@ -201,9 +236,12 @@ def check_new(module: Any, sources: Sequence[WeightSource], *, added: Collection
 def frozen_parts(module: Any) -> dict[str, dict[str, str]]:
     """{part: where its frozen tensors came from and what they were}, as an artefact refers to them."""
     parts: dict[str, dict[str, str]] = {}
+    new = set(module.load_report.new)
     for part in sorted({name.split(".")[0] for name in module.frozen_hashes}):
         hashes = {name: value for name, value in module.frozen_hashes.items() if name.startswith(f"{part}.")}
-        source = getattr(module.arguments.get(part), "weights", None) or f"{DRAWN} {module.seed}"
+        source = getattr(module.arguments.get(part), "weights", None)
+        if source is None:
+            source = FOLLOWED if new.isdisjoint(hashes) else f"{DRAWN} {module.seed}"
         parts[part] = {"source": source, "fingerprint": fingerprint_of(hashes)}
     return parts
 
@@ -217,7 +255,7 @@ def check_finished(module: Any) -> None:
     Raises:
         UserError: the base weights have changed since, or the folder does not hold everything.
     """
-    verified = check_frozen(module, read_artefact(module.weights)) if is_artefact(module.weights) else frozenset()
+    verified = check_frozen(module, read_trained(module.weights)) if is_artefact(module.weights) else frozenset()
     if lost := [name for name in module.load_report.new if name.split(".")[0] not in verified]:
         raise UserError(
             f"{module.weights}: holds nothing for {preview(lost)}, which would be random; fetch or make it again, or "

@@ -45,10 +45,13 @@ META_KEYS = {
     "averaged": "whether these are moving averages; the moments then come with what training goes on with",
     "frozen": "part -> {source, fingerprint}: tensors that are not in this folder",
     "ties": "alias -> owner: one tensor under two names, stored once",
-    "follows": "list of {path, fingerprint, parts, leave_out} of the artefacts it started from",
+    "follows": "list of {path, absolute, fingerprint, parts, leave_out, merge} of the artefacts it started from",
+    "shortened": "what cut the training short, null for one of its whole length",
+    "paths": "path in `model` as it is written -> the same, relative to this folder and absolute",
 }
 _REQUIRED = ("system", "stage", "global_step", "model")
-_DEFAULTS: dict[str, Any] = {"surgery": [], "trained": [], "frozen": {}, "ties": {}, "follows": []}
+DEFAULTS: Mapping[str, Any] = {"surgery": [], "trained": [], "frozen": {}, "ties": {}, "follows": []}
+"""What a key of `stage.json` is where a stage has nothing to say."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,16 @@ class Artefact:
 
     folder: Path
     meta: Mapping[str, Any]
+
+    @property
+    def base(self) -> Path:
+        """Folder that the paths in `meta` are relative to."""
+        return self.folder
+
+    @property
+    def run(self) -> Path:
+        """Folder of the run that made it."""
+        return self.folder.parent
 
     @property
     def fingerprint(self) -> str:
@@ -177,7 +190,7 @@ def fill_artefact(
     if moments is not None:
         write_safetensors(folder / _MOMENTS, _hashing(moments, moment_hashes), max_shard_bytes=_MOMENTS_SHARD_BYTES)
     content = {
-        **_DEFAULTS,
+        **DEFAULTS,
         **meta,
         "format": FORMAT,
         "tensors": hashes,
@@ -215,15 +228,10 @@ def read_artefact(folder: str | Path, *, system: str | Collection[str] | None = 
         raise UserError(
             f"{file}: has format {meta.get('format')!r}, this version reads {FORMAT}; update or make it again"
         )
-    if lost := [key for key in (*_REQUIRED, *_DEFAULTS, "tensors", "carried") if key not in meta]:
+    if lost := [key for key in (*_REQUIRED, *DEFAULTS, "tensors", "carried") if key not in meta]:
         raise UserError(f"{file}: lacks {preview(lost)}; make the artefact again")
-    allowed = {system} if isinstance(system, str) else set(system or ())
-    if allowed and meta["system"] not in allowed:
-        raise UserError(
-            f"{folder}: is an artefact of {meta['system']!r}, expected {' or '.join(sorted(allowed))}; "
-            "a recipe has to name another system it starts from"
-        )
     artefact = Artefact(folder, meta)
+    check_system(artefact, system)
     if meta["tensors"].keys() != set(artefact.weights.keys()):
         different = meta["tensors"].keys() ^ set(artefact.weights.keys())
         raise UserError(
@@ -232,6 +240,16 @@ def read_artefact(folder: str | Path, *, system: str | Collection[str] | None = 
     if meta["carried"] and not (folder / CARRIED).exists():
         raise UserError(f"{folder}: {CARRIED} is missing; make the artefact again")
     return artefact
+
+
+def check_system(artefact: Artefact, system: str | Collection[str] | None) -> None:
+    """Refuses an artefact of a system that is not asked for; None asks for any."""
+    allowed = {system} if isinstance(system, str) else set(system or ())
+    if allowed and artefact.meta["system"] not in allowed:
+        raise UserError(
+            f"{artefact.folder}: is an artefact of {artefact.meta['system']!r}, expected "
+            f"{' or '.join(sorted(allowed))}; a recipe has to name another system it starts from"
+        )
 
 
 def _hashing(tensors: Iterable[tuple[str, Tensor]], hashes: dict[str, str]) -> Iterator[tuple[str, Tensor]]:

@@ -1,10 +1,14 @@
 """Which commands there are."""
 
+from collections.abc import Sequence
+
 USAGE = """usage: vlm COMMAND ...
 
   fit --recipe SYSTEM [--demo]     train every stage of a published recipe, one process each; continues where it stopped
   fit -c FILE [-c FILE ...]        train one stage
   validate | test -c FILE ... --weights ARTEFACT
+  predict -c FILE ... --weights ARTEFACT
+                                   answers to data.predict_sources in one file, on any number of devices
   scores NAME=FOLDER ...           what several evaluations found, side by side
   predict --weights ARTEFACT --image FILE|FOLDER ... --prompt TEXT | --questions FILE [--out FILE] [--pictures FOLDER]
   check-data -c FILE ...           look at every sample before a run does; a report, and a list of the bad ones
@@ -35,5 +39,32 @@ TOOLS = {
 TAKE_STAGES = ("check-data", "plan", "show-data")
 """The tools that look at a stage: they take the options of `vlm fit`, and who turns these into a `StageView`."""
 
-STAGE_COMMANDS = ("fit", "validate", "test")
+STAGE_COMMANDS = ("fit", "validate", "test", "predict")
 """Commands of the trainer on one stage."""
+
+
+OPTIONS = (
+    *("seed_everything", "weights", "config", "print_config"),
+    *("ckpt_path", "weights_only", "verbose", "return_predictions"),
+)
+"""What else stands at the top of a configuration, beside model, data, trainer and the callbacks of every stage."""
+
+HELP = {
+    "prog": "vlm",
+    "usage": "vlm fit | validate | test | predict  -c FILE [-c FILE ...] [--KEY VALUE ...]",
+    "epilog": "A class is named by its last name or whole path, and tells its own options: --data.help InstructionData,"
+    " --data.init_args.sources.help LlavaJson, --model.help LLaVA15, --trainer.callbacks.help EarlyStopping. Later"
+    " files and options come over earlier ones. --print_config prints all of it, as a file that -c takes.",
+}
+"""What the help of the stage commands says besides its options."""
+
+
+def is_stage_command(command: str, options: Sequence[str]) -> bool:
+    """Whether the trainer runs it: `predict` is quick about some images, unless it is asked about a stage's data."""
+    names = [option.split("=")[0] for option in options]
+    asked = any(
+        name in ("-c", "--config", "--data", "--print_config") or "." in name.lstrip("-.")
+        for name in names
+        if name.startswith("-")
+    )
+    return command in STAGE_COMMANDS and (command != "predict" or asked)

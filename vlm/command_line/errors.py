@@ -23,6 +23,15 @@ def memory_error(error: BaseException) -> UserError | None:
     return UserError("; ".join([f"out of memory: {said.rstrip('.')}", *getattr(error, "__notes__", ())]))
 
 
+def innermost(error: BaseException) -> str:
+    """What the configuration parser found at the bottom of what it says, behind the key at the top."""
+    key = str(error).partition(":")[0]
+    while error.__cause__ is not None:
+        error = error.__cause__
+    reason = " ".join(str(error).split())
+    return reason if reason.startswith(key) else f"{key}: {reason}"
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """What the configuration parser and the trainer refuse."""
@@ -38,12 +47,18 @@ def one_line_errors() -> Iterator[None]:
 
 
 @contextmanager
-def status_of_sigterm() -> Iterator[None]:
-    """Lightning ends a terminated training with status 0, as if it were finished."""
+def status_of_signals() -> Iterator[None]:
+    """Lightning ends a terminated training with status 0, as if it were finished, and an interrupted one with 1."""
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     try:
         yield
-    except SIGTERMException:
-        print("vlm: stopped by SIGTERM; the same command goes on", file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
+    except SIGTERMException as stop:
+        number = stop.args[0] if stop.args else signal.SIGTERM
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        print(f"vlm: stopped by {name}; the same command goes on", file=sys.stderr)
+        sys.exit(128 + number)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # before or after the training, in a validation or test
+            raise stop.__context__ from None
+        raise

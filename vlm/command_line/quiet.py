@@ -13,5 +13,6 @@ def silence() -> None:
         "Found .* module.s. in eval mode",
         "Total length of .list. across ranks is zero",
         ".*LeafSpec",
+        ".*smaller than the logging interval",  # `LogCadence` sees to it
     ):
         warnings.filterwarnings("ignore", message)

@@ -13,6 +13,10 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID
 """What torchrun, SLURM and Lightning's own launcher tell a process about its place; the first one has 0 in all."""
 
 
+class StageFinished(UserError):
+    """A stage is finished, with the settings that are asked for."""
+
+
 def is_first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in RANK_VARIABLES)
 
@@ -29,9 +33,14 @@ def enter_run(
 
     Returns:
         The checkpoint to go on from; None at a start.
+
+    Raises:
+        StageFinished: there is nothing to do.
+        UserError: other settings, or another process works in the folder.
     """
     if folder.finished:
-        raise UserError(
+        folder.check_config(settings())
+        raise StageFinished(
             f"{folder.path}: this stage is finished; choose another trainer.default_root_dir to train it again"
         )
     if is_first := is_first_process():

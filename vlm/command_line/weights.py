@@ -12,8 +12,8 @@ UNTRAINED = "untrained"
 def options_from_weights(options: Sequence[str]) -> list[str]:
     """What weights know about themselves, as options that configuration files and other options come after."""
     from vlm.building.instantiate import model_of
-    from vlm.checkpoints.artefact import read_artefact
     from vlm.checkpoints.published.open import describe_published, find_weights, is_artefact
+    from vlm.checkpoints.resume.opened import read_trained
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--weights")
@@ -25,8 +25,8 @@ def options_from_weights(options: Sequence[str]) -> list[str]:
         return ["--stage.name", UNTRAINED, "--stage.train", "{}"]
     found = find_weights(weights)
     if is_artefact(found):
-        artefact = read_artefact(found)
-        model, stage, folder = model_of(artefact), artefact.meta["stage"], artefact.folder.parent
+        artefact = read_trained(found)
+        model, stage, folder = model_of(artefact), artefact.meta["stage"], artefact.run
     else:
         model, stage = describe_published(found).model, "published"
         folder = Path("runs") / Path(found).name

@@ -108,8 +108,8 @@ def convert(
 def refuse_surgery(family: "Family", artefact: str | Path) -> None:
     """Refuses an artefact that was changed in a way that its system's published folders have no place for."""
     from vlm.building.instantiate import instantiate
-    from vlm.checkpoints.artefact import read_artefact
+    from vlm.checkpoints.resume.opened import read_trained
     from vlm.language.surgery import refuse_changed
 
     if not family.holds_surgery:
-        refuse_changed(instantiate(read_artefact(artefact).meta["surgery"]), artefact)
+        refuse_changed(instantiate(read_trained(artefact).meta["surgery"]), artefact)

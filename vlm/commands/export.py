@@ -50,16 +50,16 @@ def export(src: str | Path, dst: str | Path, *, dtype: str | None = None) -> "Lo
         raise UserError(f"{dst}: exists already; remove it or give another folder")
     import torch
 
-    from vlm.checkpoints.artefact import read_artefact
     from vlm.checkpoints.files.atomic import atomic_directory
     from vlm.checkpoints.published.family import get_family
     from vlm.checkpoints.published.open import family_of, find_weights, is_artefact
+    from vlm.checkpoints.resume.opened import read_trained
     from vlm.commands.convert import refuse_surgery
     from vlm.loading import load
     from vlm.registry import published_systems
 
     weights = find_weights(src)
-    system = read_artefact(weights).meta["system"] if is_artefact(weights) else family_of(weights).system
+    system = read_trained(weights).meta["system"] if is_artefact(weights) else family_of(weights).system
     known = [name for name in published_systems() if get_family(name).hub_class is not None]
     if system not in known:
         raise UserError(f"{system}: has no class of its own in Hugging Face's tools; {', '.join(known)} have")

@@ -184,9 +184,14 @@ def _answers(
     """(position, answer, or why there is none), in the order of the questions."""
     import torch
 
+    from vlm.evaluation.inference import unreadable
+
     positions = list(questions)
     for start in range(0, len(positions), batch_size):
-        chunk = {at: _readable(module, questions[at]) for at in positions[start : start + batch_size]}
+        chunk = {at: questions[at] for at in positions[start : start + batch_size]}
+        for at, question in chunk.items():
+            if isinstance(question, Question):
+                chunk[at] = unreadable(module.codec, question.sample) or question
         good = [question.sample for question in chunk.values() if isinstance(question, Question)]
         terminal = _Terminal(module.codec.template.stop) if stream and good else None
         search = decoding if terminal is None else _followed(decoding, module.codec, terminal)
@@ -201,19 +206,6 @@ def _answers(
         remaining = iter(answers)
         for at, question in chunk.items():
             yield at, next(remaining) if isinstance(question, Question) else question
-
-
-def _readable(module: Any, question: Question | SampleError) -> Question | SampleError:
-    """The question, or what is wrong with it: one bad image must not take its batch along."""
-    if isinstance(question, SampleError):
-        return question
-    try:
-        module.codec.encode(question.sample, generate=True)
-        for image in question.sample.images:
-            image.read(question.sample)
-    except SampleError as error:
-        return error
-    return question
 
 
 def _followed(decoding: Any, codec: Any, terminal: "_Terminal") -> Any:

@@ -3,19 +3,16 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlm.data.sources.base import IMAGE_MARK, content_parts
+from vlm.data.sources.asked import IMAGE_KEYS, read_question
 from vlm.data.sources.folder import SUFFIXES
 from vlm.data.sources.json_records import RecordFile
 from vlm.errors import SampleError, UserError
-from vlm.sample import ImageFile, Sample, parse_sample
+from vlm.sample import Sample
 
-_PROMPT_KEYS = ("prompt", "question", "text")
 _ID_KEYS = ("id", "question_id")
-_IMAGE_KEYS = ("image", "images")
 _SHOWN = 5
 
 
@@ -72,14 +69,7 @@ def about_pictures(paths: Sequence[str], prompt: str) -> tuple[list[Question | S
 
 
 def from_file(path: Path, image_root: Path | None) -> list[Question | SampleError]:
-    """The questions of a JSON list or JSONL file; a bad one as its error.
-
-    ::
-
-        {"id": 7, "image": "a.png", "prompt": "What is this?"}    an image
-        {"image": ["a.png", "b.png"], "prompt": "What differs?"}  several; or {"prompt": "<image> and <image>?"}
-        {"prompt": "Hello"}                                       none
-        {"image": "a.png", "prompt": "Read.", "ocr": ["Exit"]}    with texts found in it, as Mini-Gemini is told them
+    """The questions of a JSON list or JSONL file (`vlm.data.sources.asked`); a bad one as its error.
 
     `question_id` for `id`, `question` or `text` for `prompt`, and `images` for `image` are read as well.
 
@@ -118,41 +108,9 @@ def _question(
     record: Mapping[str, Any], default: Any, *, source: str, root: Path | None, name: str | None = None
 ) -> Question:
     identity = next((record[key] for key in _ID_KEYS if record.get(key) is not None), default)
-    error = partial(SampleError, sample_id=str(identity), source=source)
-    prompt = _one_of(record, _PROMPT_KEYS, error)
-    if not isinstance(prompt, str) or not prompt.strip():
-        keys = f"the record has the keys {sorted(record)}, a question is {{'image', 'prompt'}}"
-        raise error(f"key 'prompt' must be a text, found {prompt!r}; {keys}")
-    text = prompt if record.get("ocr") is None else _with_ocr(prompt, record["ocr"], error)
-    image = _one_of(record, _IMAGE_KEYS, error)
-    files = [] if image is None else image if isinstance(image, list) else [image]
-    if IMAGE_MARK in text:
-        content = content_parts(text)
-    else:  # as the systems were trained: every image on a line of its own, in front
-        content = [part for _ in files for part in ({"type": "image"}, {"type": "text", "text": "\n"})]
-        content = [*content[:-1], {"type": "text", "text": f"\n{text}" if files else text}]
-    pictures = [ImageFile(name=file, path=Path(file)) for file in files] if root is None else files
-    sample = parse_sample(
-        {"id": str(identity), "images": pictures, "messages": [{"role": "user", "content": content}]},
-        source=source,
-        image_root=root,
-    )
+    prompt, sample = read_question(record, identity, source=source, root=root)
+    image = next((record[key] for key in IMAGE_KEYS if record.get(key) is not None), None)
     return Question(identity, image, prompt, str(identity) if name is None else name, sample)
-
-
-def _with_ocr(prompt: str, ocr: Any, error: Any) -> str:
-    from vlm.prompts.mini_gemini import asked  # imports torch
-
-    if not isinstance(ocr, list) or not all(isinstance(text, str) for text in ocr):
-        raise error(f"'ocr' must be a list of texts, found {ocr!r}")
-    return asked(prompt, ocr=ocr)
-
-
-def _one_of(record: Mapping[str, Any], keys: Sequence[str], error: Any) -> Any:
-    found = [key for key in keys if record.get(key) is not None]
-    if len(found) > 1:
-        raise error(f"has both {found[0]!r} and {found[1]!r}; keep one of them")
-    return record[found[0]] if found else None
 
 
 def _some(names: Sequence[str]) -> str:

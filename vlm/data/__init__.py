@@ -16,6 +16,7 @@ _HOMES = {
     "GQA": "benchmarks",
     "Grouped": "wrappers.grouped",
     "GroundedCaptions": "sources.captions",
+    "HubDataset": "sources.hub",
     "ImageFolder": "sources.folder",
     "ImagePairs": "sources.questions",
     "InstructionData": "modules.instruction",
@@ -58,8 +59,14 @@ _HOMES = {
     "WithResolution": "wrappers.resolution",
 }
 
+__all__ = sorted(_HOMES)
+
 
 def __getattr__(name: str):
     if name in _HOMES:  # on first use: sources need no torch, the data modules import lightning
         return getattr(import_module(f"vlm.data.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'vlm.data' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -5,6 +5,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import ImageFont
@@ -23,8 +24,13 @@ FONTS = (
     "Arial Unicode.ttf",
     "msyh.ttc",
     "simsun.ttc",
+    str(Path(__file__).with_name("MicroHeiSubset.ttf")),
 )
-"""Files in which Linux, macOS and Windows have many scripts; tried where Pillow's own font lacks a character."""
+"""Files in which Linux, macOS and Windows have many scripts; tried where Pillow's own font lacks a character.
+
+The last comes with the project, for machines without any: the 10,700 most common characters of Chinese, Japanese and
+Korean, and Latin.
+"""
 _NO_CHARACTER = "\uffff"
 
 

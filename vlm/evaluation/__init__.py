@@ -12,6 +12,8 @@ _HOMES = {
     "VizWizServer": "submissions",
 }
 
+__all__ = list(_HOMES)
+
 
 def __getattr__(name: str):
     if name in _HOMES:  # on first use: `vlm scores` needs no torch

@@ -1,8 +1,9 @@
 """Running a system on samples outside of training."""
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from vlm.batch import Batch, Row
 from vlm.building.precision import autocast
 from vlm.codec import Codec, step_counts
+from vlm.errors import SampleError, UserError
+from vlm.language import Decoding
 from vlm.sample import ImageFile, ImagePart, Message, Sample, TextPart
 
 
@@ -54,6 +57,39 @@ def as_pack(module: Any, samples: Sequence[Sample], *, generate: bool) -> Batch:
     counts = step_counts(items)
     counts["images"] = module.over_ranks(counts["images"], "sum")
     return module.codec.collate(items, counts=counts).to(next(module.parameters()).device)
+
+
+def unreadable(codec: Codec, sample: Sample) -> SampleError | None:
+    """What is wrong with a sample that is to be asked about: one bad image must not take its batch along."""
+    try:
+        codec.encode(sample, generate=True)
+        for image in sample.images:
+            image.read(sample)
+    except SampleError as error:
+        return error
+    return None
+
+
+def answer_each(
+    module: Any, samples: Sequence[Sample | SampleError], *, decoding: Any, batch_size: int
+) -> list[str | SampleError]:
+    """An answer to each sample, or why there is none. The ranks of a sharded system call it together."""
+    found = [s if isinstance(s, SampleError) else unreadable(module.codec, s) or s for s in samples]
+    good = [sample for sample in found if isinstance(sample, Sample)]
+    answers = iter(module.generate(good, decoding=decoding, batch_size=batch_size))
+    return [sample if isinstance(sample, SampleError) else next(answers) for sample in found]
+
+
+def decoding_of(decoding: Decoding | None, options: Mapping[str, Any]) -> Decoding:
+    """How answers are searched for, with options of it given by name.
+
+    Raises:
+        UserError: there is no such option.
+    """
+    known = [field.name for field in fields(Decoding)]
+    if unknown := sorted(options.keys() - set(known)):
+        raise UserError(f"generate: there is no option {unknown[0]!r}; there are {', '.join(known)}")
+    return replace(decoding or Decoding(), **options)
 
 
 def label_scores(logits: Tensor, row: Row, num_samples: int) -> list[Tensor]:

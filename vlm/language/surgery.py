@@ -35,6 +35,30 @@ class Surgery(ABC):
             UserError: it has no place for the change.
         """
 
+    def check_trained(self, module: nn.Module, *, is_new: bool) -> None:  # noqa: B027  (most allow any stage)
+        """Refuses a stage that cannot be meant.
+
+        Args:
+            module: changed, with gradients for what the stage trains.
+            is_new: this stage makes the change; it inherits it otherwise.
+
+        Raises:
+            UserError: the stage trains too much, or nothing, of what was changed.
+        """
+
+    def summary(self, module: nn.Module) -> list[str]:
+        """What was done to a module, for people."""
+        return [str(self)]
+
+    def unquantized(self) -> "Surgery":
+        """The same change, with every weight kept as it is published."""
+        return self
+
+    @property
+    def cannot_shard(self) -> str | None:
+        """Why a changed network cannot be sharded, and what to do instead; None: it can."""
+        return None
+
     @property
     def cannot_merge(self) -> str | None:
         """Why no weights of the unchanged network compute the same; None: there are such weights."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vlm.checkpoints.files.weights import hash_tensor
+from vlm.checkpoints.files.weights import CHANGED, hash_tensor
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -54,14 +54,15 @@ class FrozenTensors:
     def differing(self, hashes: Mapping[str, str], *, is_judge: bool = True) -> list[str]:
         """Names of those whose content is not the one of `hashes`.
 
-        What is kept in another type than float32, in which hashes are taken, has its checksum alone.
+        What is kept in another type than float32, in which hashes are taken, or was changed after it was read, has its
+        checksum alone.
 
         Args:
             is_judge: compare here. All ranks call it, since shards are gathered; one of them is enough to compare.
         """
         names = []
         for name, tensor in self.tensors.items():
-            if name in hashes and tensor.dtype == torch.float32:
+            if name in hashes and tensor.dtype == torch.float32 and not hashes[name].startswith(CHANGED):
                 full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
                 if is_judge and hash_tensor(full.detach().cpu()) != hashes[name]:
                     names.append(name)

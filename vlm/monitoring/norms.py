@@ -18,12 +18,10 @@ def trained_parts(optimizer: Optimizer) -> dict[str, list[Tensor]]:
 
 
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:
-    """{part: the highest rate in it}: with layer-wise decay, that of its top."""
+    """{pattern of `stage.train`: the highest rate of its groups}: with layer-wise decay, that of the top."""
     rates: dict[str, float] = {}
     for group in optimizer.param_groups:
-        for name in group["param_names"]:
-            part = name.split(".")[0]
-            rates[part] = max(rates.get(part, 0.0), float(group["lr"]))
+        rates[group["part"]] = max(rates.get(group["part"], 0.0), float(group["lr"]))
     return rates
 
 

@@ -43,7 +43,7 @@ class DocumentTemplate(Template):
         spans: list[Span] = []
         for part in messages[0].content:
             assert isinstance(part, TextPart | ImagePart), "regions are written out before a message is rendered"
-            written = TextSpan(part.text, trained=not generate) if isinstance(part, TextPart) else ImageMark()
+            written = TextSpan(part.text, not generate, literal=True) if isinstance(part, TextPart) else ImageMark()
             spans.append(_unmarked(written) if self.unmark else written)
         return [spans] if generate else [[*spans, TextSpan(self.end, trained=True)]]
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from vlm.errors import UserError
+from vlm.hub import is_reachable
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -22,7 +23,14 @@ def find_file(path: str, name: str, expected: str) -> Path:
         found = download(path, name)
         if found is not None:
             return found
-        raise UserError(f"tokenizer {path!r}: neither on this disk nor to be had from the hub; expected {expected}")
+        how = (
+            "is the name right, and may this account read it?"
+            if is_reachable()
+            else f"the hub cannot be reached: fetch it where it can (`hf download {path}`), or give the path of a folder"
+        )
+        raise UserError(
+            f"tokenizer {path!r}: neither on this disk nor to be had from the hub; expected {expected}; {how}"
+        )
     raise UserError(f"tokenizer {path!r}: {file} does not exist; expected {expected}")
 
 
@@ -32,6 +40,6 @@ def download(repository: str, name: str) -> Path | None:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repository, name))
+        return Path(hf_hub_download(repository, name, local_files_only=not is_reachable()))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
         return None

@@ -23,6 +23,7 @@ _MARKS = {"box": ("<0x00>", "<0x01>"), "point": ("<0x02>", "<0x03>")}
 _SPECIAL = (BOS, ANSWER, END, *(mark for pair in _MARKS.values() for mark in pair))
 _PLACE = re.compile(r"<(box|point)>(\d+(?:, \d+)+)</\1>")
 _NUMBER = re.compile(r"\d+")
+_CONTROL = re.compile(r"[\x00-\x04]")  # the vocabulary names their bytes <0x00> to <0x04>
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class FuyuTokenizer(HubTokenizer):
             shutil.copyfile(self._file, Path(folder) / "tokenizer.json")
 
     def encode(self, text: str, *, literal: Sequence[tuple[int, int]] = ()) -> tuple[list[int], list[tuple[int, int]]]:
+        if control := _CONTROL.search(text):
+            raise UserError(f"text holds the character {control[0]!a}, whose byte is a mark of Fuyu's; remove it")
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         end = 0
@@ -67,7 +70,8 @@ class FuyuTokenizer(HubTokenizer):
             spans.append((start, stop))
 
         def add_text(start: int, stop: int) -> None:
-            found, places = super(FuyuTokenizer, self).encode(text[start:stop])
+            inside = [(max(a, start) - start, min(b, stop) - start) for a, b in literal if a < stop and start < b]
+            found, places = super(FuyuTokenizer, self).encode(text[start:stop], literal=inside)
             ids.extend(found)
             spans.extend((start + a, start + b) for a, b in places)
 

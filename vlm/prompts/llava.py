@@ -38,13 +38,13 @@ class TurnCountedTemplate(Template):
         if generate:
             return Tokenized(ids, labels)
         opening, *turns, _ = self.turns(messages)
-        roles = [message.role for message in messages if message.role != "system"]
+        said = [message for message in messages if message.role != "system"]
         start = len(tokenize(opening, tokenizer).ids)
         labels = [IGNORE if at < start or token == IMAGE else token for at, token in enumerate(ids)]
-        for role, spans in zip(roles, turns, strict=True):
+        for message, spans in zip(said, turns, strict=True):
             end = start + len(tokenize(spans, tokenizer).ids)
-            if role == "user":
-                for at in range(start + 2, min(end, len(ids))):
+            if message.role == "user" or not message.weight:
+                for at in range(start + 2 * (message.role == "user"), min(end, len(ids))):
                     labels[at] = IGNORE
             start = end
         return Tokenized(ids, labels)

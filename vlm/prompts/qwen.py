@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from vlm.errors import UserError
 from vlm.prompts.documents import DocumentTemplate
 from vlm.prompts.regions import REGION_FORMS
-from vlm.prompts.template import Form, Span, Template, TextSpan, merge
+from vlm.prompts.template import Form, Span, Template, TextSpan
 from vlm.prompts.tiktoken import END
 from vlm.sample import DOCUMENT, ImagePart, Message
 
@@ -36,7 +36,8 @@ class ContinuedTemplate(DocumentTemplate):
     def turns(self, messages: Sequence[Message], *, generate: bool = False) -> list[list[Span]]:
         if any(message.role == DOCUMENT and ImagePart() in message.content for message in messages):
             raise UserError(f"template {self.name!r}: a document with pictures; it was trained on plain ones alone")
-        written = [merge(spans) for spans in super().turns(messages, generate=generate)]
+        turns = super().turns(messages, generate=generate)
+        written = [[span for span in spans if not isinstance(span, TextSpan) or span.text] for spans in turns]
         for before, after in itertools.pairwise(written):
             last, first = before[-1] if before else None, after[0] if after else None
             joined = isinstance(last, TextSpan) and last.text.endswith(("</ref>", "<box>", "<quad>"))
@@ -62,12 +63,7 @@ _CHAT = Form(
 )
 
 
-def _literal(form: tuple[TextSpan, ...]) -> tuple[TextSpan, ...]:
-    return tuple(replace(span, literal="{}" in span.text) for span in form)
-
-
-# `make_context` lets no message end its own turn; training does
-_CHAT_PROMPT = replace(_CHAT, opening=_literal(_OPENING), user=_literal(_TURN), assistant=_literal(_CUE))
+_CHAT_PROMPT = replace(_CHAT, assistant=_CUE)
 _CHAT_TEMPLATE = Template(
     "qwen_vl_chat",
     system="You are a helpful assistant.",

@@ -1,6 +1,6 @@
 """Pieces of a rendered text: what is trained and what is not, and where the images are."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -11,7 +11,7 @@ class TextSpan:
 
     Attributes:
         apart: tokenized apart from the text before it, where the published code joins ids instead of texts.
-        literal: control tokens that it spells are text, as far as the tokenizer tells them apart.
+        literal: it comes from data: control tokens that it spells are text.
     """
 
     text: str
@@ -29,7 +29,7 @@ Span = TextSpan | ImageMark
 
 
 def merge(spans: Iterable[Span]) -> list[Span]:
-    """The same text with neighbouring spans of one kind joined and empty ones dropped."""
+    """The same text with neighbouring spans of one kind joined and empty ones dropped; what is literal is forgotten."""
     merged: list[Span] = []
     apart = False  # an empty span keeps the texts around it apart, too
     for span in spans:
@@ -40,47 +40,42 @@ def merge(spans: Iterable[Span]) -> list[Span]:
             continue
         apart = apart or span.apart
         if span.text:
-            if isinstance(last, TextSpan) and _alike(last, span) and not apart:
+            if isinstance(last, TextSpan) and last.trained == span.trained and not apart:
                 merged[-1] = replace(last, text=last.text + span.text)
             else:
-                merged.append(replace(span, apart=apart and isinstance(last, TextSpan)))
+                merged.append(TextSpan(span.text, span.trained, apart=apart and isinstance(last, TextSpan)))
             apart = False
     return merged
 
 
-def _alike(left: TextSpan, right: TextSpan) -> bool:
-    return (left.trained, left.literal) == (right.trained, right.literal)
-
-
 def format_spans(form: Iterable[TextSpan], content: Iterable[Span]) -> list[Span]:
-    """Spans of one turn with the content in the place of `{}`, trained and literal where the place is."""
+    """Spans of one turn with the content in the place of `{}`, trained where the place is."""
     spans: list[Span] = []
     for span in form:
         before, place, after = span.text.partition("{}")
-        spans.append(replace(span, text=before, literal=False))
+        spans.append(replace(span, text=before))
         if place:
-            spans += [
-                replace(c, trained=span.trained, literal=span.literal) if isinstance(c, TextSpan) else c
-                for c in content
-            ]
+            spans += [replace(c, trained=span.trained) if isinstance(c, TextSpan) else c for c in content]
             spans.append(TextSpan(after, span.trained))
     return spans
 
 
 def tight(spans: Iterable[Span]) -> list[Span]:
     """The spans of a turn without the white space beside its images."""
-    merged = merge(spans)
+    bare = _strip_behind_images(spans, str.lstrip)
+    return _strip_behind_images(bare[::-1], str.rstrip)[::-1]
+
+
+def _strip_behind_images(spans: Iterable[Span], strip: Callable[[str], str]) -> list[Span]:
     bare: list[Span] = []
-    for index, span in enumerate(merged):
+    behind = False
+    for span in spans:
         if isinstance(span, TextSpan):
-            text = span.text
-            if index and isinstance(merged[index - 1], ImageMark):
-                text = text.lstrip()
-            if index + 1 < len(merged) and isinstance(merged[index + 1], ImageMark):
-                text = text.rstrip()
-            bare.append(replace(span, text=text))
+            span = replace(span, text=strip(span.text) if behind else span.text)
+            behind = behind and not span.text
         else:
-            bare.append(span)
+            behind = True
+        bare.append(span)
     return bare
 
 

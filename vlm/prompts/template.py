@@ -31,7 +31,7 @@ class Tokenized(NamedTuple):
 def tokenize(spans: Iterable[Span], tokenizer: Tokenizer) -> Tokenized:
     """Labelled tokens of rendered spans, BOS first if the tokenizer adds one.
 
-    Text that only looks like an image mark stays text. The space before an answer belongs to the trained span:
+    Text of data that spells an image mark or a control token is text. The space before an answer belongs to the trained span:
     SentencePiece joins it with the first word.
     """
     ids: list[int] = []
@@ -113,8 +113,9 @@ class Template:
 
     - The single image of a turn moves to its front, followed by a newline; the text around it is stripped. A form may
       say another place.
+    - An answer of weight 0 is written and not trained.
     - Several images stay where they are, each on its own line unless the text beside it brings a blank or newline.
-    - Text parts are joined as they are. Text that spells an image mark is text.
+    - Text parts are joined as they are. Text that spells an image mark or a control token is text.
     - A system message replaces the template's system text; it may only come first.
     - Answers to nothing at the start are left out, or kept where there is one (`keeps_greeting`). After that, user and
       assistant take turns and the assistant has the last word; with `generate` its last message is left out and the
@@ -149,7 +150,7 @@ class Template:
 
     def tokenize(self, messages: Sequence[Message], tokenizer: Tokenizer, *, generate: bool = False) -> Tokenized:
         """Labelled tokens of a conversation."""
-        return tokenize(self.render(messages, generate=generate), tokenizer)
+        return tokenize(itertools.chain.from_iterable(self.turns(messages, generate=generate)), tokenizer)
 
     def turns(self, messages: Sequence[Message], *, generate: bool = False) -> list[list[Span]]:
         """Spans of the opening, of each turn that is written, and of the closing."""
@@ -160,7 +161,7 @@ class Template:
             turns = [(where, _trimmed(message)) for where, message in turns]
         text = form.opening if system else form.bare
         around = (TextSpan(text),) if isinstance(text, str) else text
-        opening = [span for span in format_spans(around, [TextSpan(system)]) if span != TextSpan("")]
+        opening = [span for span in format_spans(around, [_said(system)]) if span != TextSpan("")]
         num_images = 0
         written: list[list[Span]] = [[] if form.opening_in_turn else opening]
         for index, (where, message) in enumerate(turns):
@@ -174,13 +175,14 @@ class Template:
                 num_images += sum(isinstance(span, ImageMark) for span in spans)
                 written.append([TextSpan(form.between), *spans] if index else spans)
                 continue
-            answer = TextSpan(_text_of(message, where=where))
-            written.append(format_spans(_up_to_content(form.assistant) if message.begun else form.assistant, [answer]))
+            answer = _said(_text_of(message, where=where))
+            spans = format_spans(_up_to_content(form.assistant) if message.begun else form.assistant, [answer])
+            written.append(spans if message.weight else _untrained(spans))
         if generate:
             if not turns[-1][1].begun:
                 cue = next((i for i, span in enumerate(form.assistant) if span.trained), len(form.assistant))
                 written.append(list(form.assistant[:cue]))
-            return [[replace(s, trained=False) if isinstance(s, TextSpan) else s for s in spans] for spans in written]
+            return [_untrained(spans) for spans in written]
         return [*written, list(form.closing)]
 
     def _user_content(self, message: Message, form: Form, *, where: int, generate: bool) -> list[Span]:
@@ -191,9 +193,9 @@ class Template:
         if not images:
             if not text:
                 raise UserError(f"message {where}: the user's turn is empty; fill it in or drop the exchange")
-            return [TextSpan(text)]
+            return [_said(text)]
         if form.place == "given":
-            return [TextSpan(part.text) if isinstance(part, TextPart) else ImageMark() for part in _written(message)]
+            return [_said(part.text) if isinstance(part, TextPart) else ImageMark() for part in _written(message)]
         if form.place == "listed":
             return _listed(message)
         if form.place == "numbered":
@@ -203,15 +205,24 @@ class Template:
             if not text:
                 return [ImageMark()]
             front = form.place == "front"
-            return [ImageMark(), TextSpan(f"\n{text}")] if front else [TextSpan(f"{text}\n"), ImageMark()]
+            return [ImageMark(), _said(f"\n{text}")] if front else [_said(f"{text}\n"), ImageMark()]
         content: list[Span] = []
         previous: TextPart | ImagePart | None = None
         for part in _written(message):
             if previous is not None and _touch(previous, part):
-                content.append(TextSpan("\n"))
-            content.append(TextSpan(part.text) if isinstance(part, TextPart) else ImageMark())
+                content.append(_said("\n"))
+            content.append(_said(part.text) if isinstance(part, TextPart) else ImageMark())
             previous = part
         return content
+
+
+def _said(text: str) -> TextSpan:
+    """Text of a message."""
+    return TextSpan(text, literal=True)
+
+
+def _untrained(spans: Iterable[Span]) -> list[Span]:
+    return [replace(span, trained=False) if isinstance(span, TextSpan) else span for span in spans]
 
 
 def _up_to_content(form: Sequence[TextSpan]) -> list[TextSpan]:
@@ -240,7 +251,7 @@ def _listed(message: Message) -> list[Span]:
     behind = False
     for part in _written(message):
         if isinstance(part, TextPart):
-            content.append(TextSpan(part.text.removeprefix("\n") if behind else part.text))
+            content.append(_said(part.text.removeprefix("\n") if behind else part.text))
         else:
             content.append(ImageMark())
         behind = isinstance(part, ImagePart)
@@ -254,8 +265,8 @@ def _numbered(message: Message, *, strip: bool) -> list[Span]:
     text = text.strip() if strip or isinstance(parts[-1], ImagePart) else text.lstrip()
     num_images = sum(isinstance(part, ImagePart) for part in parts)
     heads = [f"Image {number}:" if num_images > 1 else "" for number in range(1, num_images + 1)]
-    content: list[Span] = [span for head in heads for span in (TextSpan(head), ImageMark(), TextSpan("\n"))]
-    return [*content, TextSpan(text)] if text else content[:-1]
+    content: list[Span] = [span for head in heads for span in (_said(head), ImageMark(), _said("\n"))]
+    return [*content, _said(text)] if text else content[:-1]
 
 
 def _touch(left: TextPart | ImagePart, right: TextPart | ImagePart) -> bool:

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from vlm.errors import UserError
 from vlm.prompts.files import find_file
-from vlm.prompts.tokenizer import LoadedTokenizer, Tokenizer, add_special, encode_with
+from vlm.prompts.tokenizer import LoadedTokenizer, Tokenizer, add_special
 
 END = "<|endoftext|>"
 TURNS = ("<|im_start|>", "<|im_end|>")
@@ -34,8 +34,8 @@ class QwenTokenizer(Tokenizer):
 
     Text is brought to Unicode's composed form (NFC), as published; the spans that `encode` gives still count the
     characters of the text as it came. The special tokens follow the ranks of the file: with the published 151,643 of
-    them `<|endoftext|>` is 151643 and `<imgpad>` 151859. Embeddings have more rows, 151,936 of them. In literal
-    ranges the marks of places alone are tokens.
+    them `<|endoftext|>` is 151643 and `<imgpad>` 151859. Embeddings have more rows, 151,936 of them. Text of data
+    that spells the marks of places makes these tokens, for so it is asked for a place.
 
     Args:
         path: folder that holds `qwen.tiktoken`, the file itself, or a Hugging Face repository.
@@ -89,38 +89,6 @@ class QwenTokenizer(Tokenizer):
         backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in PLACES])
         add_special(backend, [*IMAGES, *new, *self.added_tokens])
         return LoadedTokenizer(backend, None, END, pad)
-
-    @cached_property
-    def _control(self) -> re.Pattern[str]:
-        """Finds special tokens, but for those of places."""
-        added = self._opened.backend.get_added_tokens_decoder().values()
-        marks = sorted((token.content for token in added if token.special), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, marks)))
-
-    @cached_property
-    def _plain_backend(self) -> tokenizers.Tokenizer:
-        """Takes special tokens as text, but for those of places."""
-        backend = tokenizers.Tokenizer.from_str(self._opened.backend.to_str())
-        backend.encode_special_tokens = True
-        return backend
-
-    def encode(self, text: str, *, literal: Sequence[tuple[int, int]] = ()) -> tuple[list[int], list[tuple[int, int]]]:
-        marks = [found.span() for found in self._control.finditer(text)] if literal else []
-        real = [mark for mark in marks if not any(start <= mark[0] < end for start, end in literal)]
-        if len(real) == len(marks):
-            return super().encode(text)
-        ids: list[int] = []
-        spans: list[tuple[int, int]] = []
-        end = 0
-        for start, stop in [*real, (len(text), len(text))]:
-            piece, offsets = encode_with(self._plain_backend, text[end:start])
-            ids += piece
-            spans += [(end + a, end + b) for a, b in offsets]
-            if start < stop:
-                ids.append(self.token_id(text[start:stop]))
-                spans.append((start, stop))
-            end = stop
-        return ids, spans
 
     def save(self, folder: str | Path) -> None:
         super().save(folder)

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from vlm.errors import UserError
+from vlm.errors import SetupError, UserError
 from vlm.prompts.files import download, find_file
+from vlm.prompts.literal import LiteralBackend, encode_with
 
 _BLANK = "▁"  # how SentencePiece writes a space
 
@@ -40,7 +41,7 @@ class Tokenizer(ABC):
     """Text to ids and back. Subclasses are frozen dataclasses: pickling carries the description, never the vocabulary.
 
     Raises:
-        UserError: at first use, when the files are missing or not of the expected kind.
+        SetupError: at first use, when the files are missing or not of the expected kind.
     """
 
     path: str
@@ -59,7 +60,10 @@ class Tokenizer(ABC):
 
     @cached_property
     def _opened(self) -> LoadedTokenizer:
-        return self._open()
+        try:
+            return self._open()
+        except UserError as error:
+            raise SetupError(str(error)) from error
 
     def encode(self, text: str, *, literal: Sequence[tuple[int, int]] = ()) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of `text` and the (start, end) characters each one stands for; no BOS.
@@ -68,10 +72,25 @@ class Tokenizer(ABC):
         prefix blank that has no character of its own.
 
         Args:
-            literal: ranges of characters in which control tokens are text. Only the tokenizers of systems that were
-                published so tell them apart; the others take a control token as one wherever it stands.
+            literal: ranges of characters that come from data: control tokens that these spell are text.
         """
+        if literal:
+            marks = [found.span() for found in self._control.finditer(text)]
+            real = [mark for mark in marks if not any(mark[0] < end and start < mark[1] for start, end in literal)]
+            if len(real) < len(marks):
+                return self._literal.encode(text, real)
         return encode_with(self._opened.backend, text)
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        """Finds control tokens."""
+        added = self._opened.backend.get_added_tokens_decoder().values()
+        marks = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, marks)) or r"(?!)")
+
+    @cached_property
+    def _literal(self) -> "LiteralBackend":
+        return LiteralBackend(self._opened.backend)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         return self._opened.backend.decode(list(ids), skip_special_tokens=skip_special)
@@ -259,19 +278,6 @@ class HubTokenizer(Tokenizer):
         eos = self.eos_token or marks.get("eos_token")
         add_special(backend, [token for token in (pad, eos, *self.added_tokens) if token is not None])
         return LoadedTokenizer(backend, marks.get("bos_token"), eos, pad)
-
-
-def encode_with(backend: tokenizers.Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids and the (start, end) characters each one stands for.
-
-    Raises:
-        UserError: the text is none.
-    """
-    try:
-        encoding = backend.encode(text, add_special_tokens=False)
-    except (TypeError, UnicodeEncodeError):
-        raise UserError(f"text holds half a surrogate pair, which is no character: {text[:80]!a}") from None
-    return encoding.ids, encoding.offsets
 
 
 def add_special(backend: tokenizers.Tokenizer, tokens: Sequence[str]) -> None:

@@ -66,6 +66,11 @@ def main(arguments: list[str]) -> int:
     return _run_node(ProcedureFolder(options.node), options.writes, options.procedure)
 
 
+def compare_finished(folder: ProcedureFolder, procedure: Sequence[str]) -> None:
+    """Refuses a command line for a finished node that differs from the one it was run with."""
+    folder.check_config(_settings(procedure), how_it_runs=HOW_IT_RUNS)
+
+
 def _run_node(folder: ProcedureFolder, writes: str, procedure: list[str]) -> int:
     if folder.finished:
         raise UserError(f"{folder.path}: this node is finished; choose another run folder to run it again")

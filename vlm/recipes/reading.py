@@ -11,6 +11,7 @@ from vlm.errors import UserError
 from vlm.procedures import PROCEDURES
 from vlm.recipes.graph import Node, Procedure, Recipe, StageRef, TrainingStage, in_order
 from vlm.recipes.inputs import places
+from vlm.recipes.unique_keys import UniqueKeys
 
 _STAGE_KEYS = frozenset({"configs", "needs", "follows", "continues"})
 _PROCEDURE_KEYS = frozenset({"run", "needs", "writes", "arguments", "demo"})
@@ -51,7 +52,7 @@ class _Reader:
 
     def read(self) -> Any:
         try:
-            return yaml.load(self.path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+            return yaml.load(self.path.read_text(encoding="utf-8"), Loader=UniqueKeys)
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{self.path}: cannot be read ({error})") from error
         except yaml.YAMLError as error:
@@ -224,14 +225,3 @@ class _Reader:
 
 def _is_procedure(value: Any) -> bool:
     return isinstance(value, dict) and "run" in value
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys; a stage written twice would vanish without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep=deep)

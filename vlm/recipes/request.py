@@ -22,6 +22,8 @@ class Request:
         name: the recipe as the command line called it.
         stage: the only node to run, None for all.
         given: artefacts and data that need not be made, by `system/stage`.
+        configs: files over those of every training stage.
+        weights: what the stage starts from instead of what it follows.
         options: for every training stage.
         stage_options: for one node, by its name; they come last and win.
     """
@@ -33,6 +35,8 @@ class Request:
     stage: str | None
     dry_run: bool
     given: Mapping[str, Path]
+    configs: tuple[str, ...]
+    weights: str | None
     options: tuple[str, ...]
     stage_options: Mapping[str, tuple[str, ...]]
 
@@ -50,7 +54,18 @@ class Request:
         given = self.given.get(f"{self.recipe.system}/{node.name}")
         if given is not None:
             return f"not needed, given as {given}"
-        return f"finished, skipped ({self.product(node)})" if self.folder(node).finished else None
+        folder = self.folder(node)
+        if not folder.finished or self.is_trial:
+            return None
+        if isinstance(node, TrainingStage) and (shortened := folder.shortened):
+            return f"finished, though shortened ({shortened}), skipped ({self.product(node)})"
+        return f"finished, skipped ({self.product(node)})"
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether stages are only tried (`trainer.fast_dev_run`) and leave nothing behind."""
+        words = [*self.options, *(word for words in self.stage_options.values() for word in words)]
+        return any(word.split("=")[0].replace("-", "_") == "__trainer.fast_dev_run" for word in words)
 
     def arguments(self, node: Node) -> list[str]:
         """What follows `vlm` in the command of a node.
@@ -66,23 +81,32 @@ class Request:
         arguments = ["fit"]
         for file in fill_configs(files, self._needs(node), folder, write=not self.dry_run):
             arguments += ["-c", from_here(file)]
+        arguments += [word for file in self.configs for word in ("-c", file)]
         arguments += ["--trainer.default_root_dir", str(self.run / node.name), "--stage.name", node.name]
-        if node.follows:
+        if self.weights is not None:
+            arguments += ["--weights", self.weights]
+        elif node.follows:
             arguments += ["--stage.follows", json.dumps([self._follow(followed) for followed in node.follows])]
-        if node.continues is not None:
+        if node.continues is not None and self.weights is None:
             arguments += ["--stage.continues", str(self._artefact(StageRef(self.recipe.system, node.continues)))]
         if any(isinstance(other, TrainingStage) and other.continues == node.name for other in self.recipe.nodes):
             arguments += ["--stage.keep_optimizer", "true"]
         return [*arguments, *self.options, *self.stage_options.get(node.name, ())]
 
     def _run_arguments(self, node: Procedure) -> list[str]:
+        return ["run", "--node", str(self.run / node.name), "--writes", node.writes, *self.procedure(node)]
+
+    def procedure(self, node: Procedure) -> list[str]:
+        """The procedure of a node and its words.
+
+        Raises:
+            UserError: it has no demo, or something that it needs is not there.
+        """
         words = node.demo if self.demo else node.arguments
         if words is None:
             raise UserError(f"--demo: {self.recipe.path}: stages.{node.name}.demo is missing")
         paths = {**self._needs(node), "writes": self.product(node)}
-        arguments = ["run", "--node", str(self.run / node.name), "--writes", node.writes, node.run]
-        arguments += [fill_places(word, paths) for word in words]
-        return [*arguments, *self.stage_options.get(node.name, ())]
+        return [node.run, *(fill_places(word, paths) for word in words), *self.stage_options.get(node.name, ())]
 
     def _needs(self, node: Node) -> dict[str, Path]:
         return {name: self._artefact(StageRef(self.recipe.system, name)) for name in node.needs}

@@ -9,7 +9,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,7 +18,7 @@ from vlm.recipes.catalogue import find_recipe
 from vlm.recipes.child import run_child
 from vlm.recipes.configs import default_run
 from vlm.recipes.graph import Node, Procedure, Recipe, TrainingStage
-from vlm.recipes.node import ProcedureFolder
+from vlm.recipes.node import ProcedureFolder, compare_finished
 from vlm.recipes.reading import load_recipe
 from vlm.recipes.request import Request
 
@@ -31,19 +31,25 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"fit --recipe: {message}; options of the stages themselves go behind --")
 
 
-def run_recipe(arguments: Sequence[str], *, command: Sequence[str] = (sys.executable, "-m", "cli")) -> int:
+def run_recipe(
+    arguments: Sequence[str],
+    *,
+    command: Sequence[str] = (sys.executable, "-m", "cli"),
+    compare: Callable[[Sequence[str]], None] | None = None,
+) -> int:
     """Runs the unfinished nodes of a recipe in order, one process at a time.
 
     Args:
         arguments: what follows `vlm fit`.
         command: the program that works on one node; `fit -c ...` or `run ...` is appended.
+        compare: refuses options of `vlm fit` for a finished stage that differ from those it was trained with.
 
     Returns:
         0 when everything asked for is finished, the exit status of the stage that failed, 128 plus the signal that
         stopped it, or `UNFINISHED`.
 
     Raises:
-        UserError: an option, the recipe, or an artefact that is not there.
+        UserError: an option, the recipe, an artefact that is not there, or other settings than a finished node's.
     """
     request = _parse(list(arguments))
     recipe = request.recipe
@@ -51,6 +57,11 @@ def run_recipe(arguments: Sequence[str], *, command: Sequence[str] = (sys.execut
     waiting = [node for node in chosen if not request.skipped(node)]
     # all errors before the start
     commands = {node.name: [*command, *request.arguments(node)] for node in waiting}
+    if request.is_trial and len(waiting) > 1:
+        raise UserError("fit --recipe: trainer.fast_dev_run leaves nothing for a next stage; try one, with --stage")
+    for node in () if request.dry_run else chosen:
+        if node not in waiting and request.folder(node).finished:
+            _compare(request, node, compare)
     for number, node in enumerate(chosen, start=1):
         label = f"[{number}/{len(chosen)}] {recipe.system} {node.name}"
         if node.name not in commands:
@@ -67,10 +78,26 @@ def run_recipe(arguments: Sequence[str], *, command: Sequence[str] = (sys.execut
         if status != 0:
             _say(f"{label}: failed with exit status {status}; {again}")
             return status
-        if not request.folder(node).finished:
+        if not request.folder(node).finished and not request.is_trial:
             _say(f"{label}: stopped before its end; {again}")
             return UNFINISHED
     return 0
+
+
+def _compare(request: Request, node: Node, compare: Callable[[Sequence[str]], None] | None) -> None:
+    """Refuses to take a finished node for what is asked now if it was made with other settings."""
+    if f"{request.recipe.system}/{node.name}" in request.given:
+        return
+    folder = request.folder(node)
+    if isinstance(folder, ProcedureFolder):
+        compare_finished(folder, request.procedure(node))
+    elif compare is not None and folder.config_file.is_file():
+        try:
+            arguments = request.arguments(node)
+        except UserError as error:  # what it started from may be gone since
+            _say(f"{node.name}: finished, and not compared with what is asked now: {error}")
+            return
+        compare(arguments[1:])
 
 
 def _parse(arguments: list[str]) -> Request:
@@ -87,6 +114,10 @@ def _parse(arguments: list[str]) -> Request:
     parser.add_argument("--demo", action="store_true", help="the same stages at laptop size on the embedded data")
     parser.add_argument("--run", type=Path, help="run folder; runs/SYSTEM or runs/SYSTEM_demo by default")
     parser.add_argument("--stage", metavar="NAME", help="this stage alone; under torchrun and SLURM there must be one")
+    parser.add_argument(
+        "-c", "--config", action="append", default=[], metavar="FILE", help="over the files of every training stage"
+    )
+    parser.add_argument("--weights", metavar="X", help="with --stage: start that stage from X, as `vlm fit -c` does")
     parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="an ablation: without it")
     parser.add_argument("--dry-run", "--dry_run", action="store_true", help="print the commands and start nothing")
     parser.add_argument(
@@ -103,6 +134,8 @@ def _parse(arguments: list[str]) -> Request:
         recipe = recipe.without(name)
     for name in of_stages:
         recipe.node(name)
+    if options_read.weights is not None and (options_read.stage is None or options_read.given):
+        raise UserError("fit --recipe: --weights says what one stage starts from; name it with --stage, without --from")
     if options_read.stage is None and not options_read.dry_run and _is_distributed():
         names = ", ".join(node.name for node in recipe.nodes)
         raise UserError(
@@ -117,6 +150,8 @@ def _parse(arguments: list[str]) -> Request:
         stage=options_read.stage,
         dry_run=options_read.dry_run,
         given=_given(options_read.given, recipe),
+        configs=tuple(options_read.config),
+        weights=options_read.weights,
         options=options,
         stage_options=of_stages,
     )

@@ -10,6 +10,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import socket
 import weakref
@@ -146,6 +147,11 @@ class RunFolder:
         """Whether the stage ran to its end: the artefact is complete once it has its `stage.json`."""
         return (self.artefact / "stage.json").is_file()
 
+    @property
+    def shortened(self) -> str | None:
+        """What cut a finished stage short, None for one of its whole length."""
+        return json.loads((self.artefact / "stage.json").read_text(encoding="utf-8")).get("shortened")
+
     def lock(self) -> RunLock:
         """Takes the folder for this process. One process of a distributed run calls it: rank 0.
 
@@ -187,9 +193,9 @@ class RunFolder:
             file.write(text.encode())
 
     def check_config(self, resolved: Mapping[str, Any], *, how_it_runs: Sequence[str] = HOW_IT_RUNS) -> None:
-        """Refuses to go on with settings that compute something else than the run so far. Writes nothing.
+        """Refuses settings that compute something else than the run so far, or than the finished one. Writes nothing.
 
-        Two spellings of one existing path are the same.
+        Two spellings of one existing path are the same, and so are two places of what was moved along with the run.
 
         Args:
             how_it_runs: keys that may differ.
@@ -211,21 +217,24 @@ class RunFolder:
             ABSENT | dict(_flatten(_named_callbacks(yaml.safe_load(yaml.safe_dump(_plain(side))))))
             for side in (stored, resolved)
         )
+        roots = _root(stored), _root(resolved)
         # a key that is not there counts as null: an option added since with no value changes nothing
         differences = [
             f"  {key}: {_show(old.get(key))} -> {_show(new.get(key))}"
             for key in [*old, *(key for key in new if key not in old)]
-            if not any(fnmatchcase(key, pattern) for pattern in how_it_runs) and not _same(old.get(key), new.get(key))
+            if not any(fnmatchcase(key, pattern) for pattern in how_it_runs)
+            and not _same(old.get(key), new.get(key), roots)
         ]
         if not differences:
             return
         lines = differences[:_MAX_DIFF_LINES]
         if len(differences) > _MAX_DIFF_LINES:
             lines.append(f"  and {len(differences) - _MAX_DIFF_LINES} more")
+        begun, on = ("finished", "take it as it is") if self.finished else ("started", "go on")
         raise UserError(
-            f"{self.config_file}: this run was started with other settings (old -> new):\n"
+            f"{self.config_file}: this run was {begun} with other settings (old -> new):\n"
             + "\n".join(lines)
-            + "\nPut the old values back to go on, or start afresh in another run folder."
+            + f"\nPut the old values back to {on}, or start afresh in another run folder."
         )
 
     def last_checkpoint(self) -> Path | None:
@@ -271,13 +280,23 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from _flatten(item, f"{prefix}.{key}" if prefix else str(key))
 
 
-def _same(old: Any, new: Any) -> bool:
+def _root(config: Mapping[str, Any]) -> str | None:
+    """The folder that a run lies in, together with the stages it follows and the data it needs."""
+    trainer = config.get("trainer")
+    folder = trainer.get("default_root_dir") if isinstance(trainer, Mapping) else None
+    return None if folder is None else os.path.dirname(os.path.abspath(folder))
+
+
+def _same(old: Any, new: Any, roots: tuple[str | None, str | None] = (None, None)) -> bool:
     if isinstance(old, bool) != isinstance(new, bool):
         return False
     if old == new:
         return True
     if isinstance(old, str) and isinstance(new, str) and os.path.exists(old) and os.path.exists(new):
         return os.path.samefile(old, new)
+    if isinstance(old, str) and isinstance(new, str) and None not in roots:
+        inside = [os.path.relpath(path, root) for path, root in zip((old, new), roots, strict=True)]
+        return inside[0] == inside[1] and not inside[0].startswith(os.pardir) and os.sep in inside[0]
     return False
 
 

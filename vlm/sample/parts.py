@@ -76,11 +76,13 @@ class Message:
 
     Attributes:
         begun: of the last one, the assistant's: an answer that is only begun, for `generate` to go on with.
+        weight: of the assistant's: factor on the loss of its tokens; 0: it is not trained.
     """
 
     role: str
     content: tuple[Part, ...]
     begun: bool = False
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from vlm.batch import IGNORE, Batch, TokenSequence, Views, next_token_targets
 from vlm.codec import Codec, Encoded, pack_rows
-from vlm.errors import UserError
+from vlm.errors import SetupError, UserError
 from vlm.functional import splice, token_loss, zero_from
 from vlm.geometry import Box, View
 from vlm.language import Decoding, LanguagePart, NewTokens
@@ -66,6 +66,8 @@ class RowCodec(Codec):
         sample = self.render_regions(sample, seed=seed)
         try:
             tokens = self.template.tokenize(sample.messages, self.tokenizer, generate=generate)
+        except SetupError:
+            raise
         except UserError as error:
             raise sample.error(str(error), kind=error.kind) from error
         limit = None if generate else self.max_tokens  # the end of a prompt is what is to be continued
@@ -84,7 +86,27 @@ class RowCodec(Codec):
             template = f"no token is trained under this template ({self.template.name})"
             raise sample.error(f"{template}; is there an answer?", kind="no label")
         text = self.sequence(sample, ids, targets, slots)
-        return Encoded(sample, (text,), counts={"lm": float(num_labels), **events}, seed=seed, places=places)
+        count = float(num_labels)
+        if not generate and (factors := {message.weight for message in sample.messages} - {0.0, 1.0}):
+            weight = self._weights(sample, sorted(factors), widths)
+            text = replace(text, weight=weight)
+            count = weight[targets != IGNORE].double().sum().item()
+        return Encoded(sample, (text,), counts={"lm": count, **events}, seed=seed, places=places)
+
+    def _weights(self, sample: Sample, factors: Sequence[float], image_tokens: Sequence[int]) -> Tensor:
+        """float32[n], how much each position counts: those that are trained for answers of a weight, and no others."""
+
+        def trained(factor: float) -> Tensor:
+            chosen = [replace(message, weight=float(message.weight == factor)) for message in sample.messages]
+            tokens = self.template.tokenize(chosen, self.tokenizer)
+            _, labels, _ = self.reserve(tokens.ids, tokens.labels, image_tokens)
+            return next_token_targets(torch.tensor(labels)) != IGNORE
+
+        always = trained(-1.0)  # marks that are trained whoever speaks
+        weights = torch.ones(len(always), dtype=torch.float32)
+        for factor in factors:
+            weights[trained(factor) & ~always] = factor
+        return weights
 
     def image_tokens(self, sample: Sample, *, seed: int | None = None) -> list[int]:
         """How many tokens each image of a sample takes; `seed` is that of `encode`."""

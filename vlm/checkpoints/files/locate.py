@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vlm.errors import UserError
+from vlm.hub import is_reachable
 
 CARRIED = "carried.safetensors"
 """Tensors a published layout has and the computation never uses; beside the weights, never one of them."""
@@ -59,13 +60,20 @@ def download(hub_id: str, revision: str | None) -> Path:
         raise UserError(f"{hub_id}: no such file or folder")
     from huggingface_hub import snapshot_download
 
+    reachable = is_reachable()
     try:
         for weights in (["*.safetensors"], ["*.bin", "*.pth"]):  # not both: a repository often holds the same twice
-            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=weights + _SMALL_FILES))
+            folder = Path(
+                snapshot_download(
+                    hub_id, revision=revision, allow_patterns=weights + _SMALL_FILES, local_files_only=not reachable
+                )
+            )
             if any(True for pattern in weights for _ in folder.glob(pattern)):
                 return folder
     except Exception as error:  # the hub client raises many kinds: offline, unknown, gated, no network
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        if not reachable:
+            reason = f"no connection, or HF_HUB_OFFLINE is set; fetch it where there is one: `hf download {hub_id}`"
         raise UserError(f"{hub_id}: neither a folder here nor reachable on the hub ({reason})") from error
     raise UserError(f"{hub_id}: the repository holds no weight files")
 

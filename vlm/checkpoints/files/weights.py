@@ -8,9 +8,9 @@ import hashlib
 import json
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors
 import torch
@@ -40,6 +40,7 @@ _DTYPES = {
 }
 SHARD_BYTES = 5_000_000_000
 """Size of the files that a large checkpoint is written in."""
+_LOOKED_AT, _BLOCK = 1 << 20, 1 << 12
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -78,6 +79,10 @@ class WeightFiles:
 
     def keys(self) -> list[str]:
         return list(self._file_of)
+
+    def files(self) -> list[Path]:
+        """Where the tensors lie, in order."""
+        return list(dict.fromkeys(self._file_of.values()))
 
     def __contains__(self, name: object) -> bool:
         return name in self._file_of
@@ -134,6 +139,23 @@ def fingerprint_of(hashes: Mapping[str, str]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(hashes):
         digest.update(f"{name}\0{hashes[name]}\0".encode())
+    return digest.hexdigest()
+
+
+def fingerprint_of_files(files: Iterable[Path]) -> str:
+    """Identity of weight files that name no hashes: of each its size, its beginning and blocks evenly over it.
+
+    Reads some 5 MB a file, whatever its size; of frozen tensors every bit is known by their hashes.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        size = file.stat().st_size
+        digest.update(size.to_bytes(8, "big"))
+        with file.open("rb") as opened:
+            digest.update(opened.read(_LOOKED_AT))
+            for place in range(_LOOKED_AT, size, max(_BLOCK, size // 1024)):
+                opened.seek(place)
+                digest.update(opened.read(_BLOCK))
     return digest.hexdigest()
 
 
@@ -263,6 +285,19 @@ def _explain(file: Path) -> Iterator[None]:
         raise UserError(f"{file}: is truncated or no weight file ({reason}); fetch it again") from error
 
 
+CHANGED = "changed-"
+"""Begins the identity of a tensor known by what it is made of: its own last bits may differ between machines."""
+
+
+class Change(Protocol):
+    """What becomes of a tensor after it is read, such as an adapter that is merged into it."""
+
+    def __call__(self, tensor: Tensor) -> Tensor: ...
+
+    def content(self, of: str) -> str:
+        """Identity of the changed tensor, from that of the tensor: `CHANGED` and a hash."""
+
+
 @dataclass(frozen=True)
 class WeightSource:
     """Somewhere weights come from.
@@ -275,6 +310,8 @@ class WeightSource:
         carried: our names of what is there and never computed with.
         covers: patterns of our names of what is expected to come whole, from here or from another source.
         fresh: patterns of what may start new all the same.
+        changes: {our name: what becomes of its tensor}, in order; of tensors that the source does not provide, those of
+            the sources before it.
     """
 
     label: str
@@ -284,6 +321,7 @@ class WeightSource:
     carried: tuple[str, ...] = ()
     covers: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
+    changes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
 
 
 @torch.no_grad()

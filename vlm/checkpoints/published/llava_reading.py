@@ -16,6 +16,8 @@ from vlm.checkpoints.published.family import OpenedCheckpoint, Stream, chained
 from vlm.checkpoints.published.llava_config import LlavaConfig, check_config, read_config, with_tower
 from vlm.checkpoints.published.llava_entries import check_known_tower, refuse_class_token
 from vlm.checkpoints.published.vila import PartFolders, has_part_folders
+from vlm.checkpoints.references import followed, locate
+from vlm.checkpoints.resume.opened import read_trained
 from vlm.checkpoints.tables.clip import clip_table
 from vlm.checkpoints.tables.llava import (
     HF,
@@ -108,7 +110,7 @@ def open_llava_artefact(
     src: str | Path, kind: Kind, *, vision: str | Path | None = None, target: str = "official"
 ) -> OpenedLlava:
     """The same of an artefact of ours."""
-    return _with_tower(_open_artefact(read_artefact(src, system=kind.system)), src, vision=vision, target=target)
+    return _with_tower(_open_artefact(read_trained(src, system=kind.system)), src, vision=vision, target=target)
 
 
 def _with_tower(model: OpenedLlava, src: str | Path, *, vision: str | Path | None, target: str) -> OpenedLlava:
@@ -177,7 +179,7 @@ def _open_artefact(artefact: Artefact) -> OpenedLlava:
     for part, entry in artefact.meta["frozen"].items():
         if any(name.startswith(f"{part}.") for name in artefact.meta["tensors"]) or entry["fingerprint"] is None:
             continue  # a published checkpoint without its tower only says where the tower comes from
-        part_shapes, part_stream = _frozen(part, entry, config)
+        part_shapes, part_stream = _frozen(part, {**entry, "source": locate(artefact, entry["source"])}, config)
         shapes, stream = shapes | part_shapes, chained(stream, part_stream)
     return OpenedLlava(shapes, stream, artefact.meta["system"], config, artefact.folder, artefact.meta)
 
@@ -186,9 +188,8 @@ def _description(artefact: Artefact) -> dict[str, Any]:
     """The published config, which an artefact has from the one it started from."""
     if "published" in artefact.meta:
         return artefact.meta["published"]
-    for entry in artefact.meta["follows"]:
-        if (Path(entry["path"]) / STAGE_FILE).exists():
-            return _description(read_artefact(entry["path"]))
+    if artefact.meta["follows"]:
+        return _description(followed(artefact, artefact.meta["follows"][0]))
     raise UserError(
         f"{artefact.folder}: neither it nor an artefact it follows comes from a published checkpoint, so there is no "
         "config.json to write; start the recipe from weights made by `vlm convert ... --to ours`"

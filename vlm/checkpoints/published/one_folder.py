@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vlm.checkpoints.artefact import fill_artefact, read_artefact
+from vlm.checkpoints.artefact import fill_artefact
 from vlm.checkpoints.files.locate import CARRIED
 from vlm.checkpoints.files.weights import SHARD_BYTES, WeightFiles, divert, write_safetensors
 from vlm.checkpoints.published.entries import read_config_json
@@ -26,6 +26,7 @@ from vlm.checkpoints.published.family import (
     chained,
 )
 from vlm.checkpoints.report import LoadReport
+from vlm.checkpoints.resume.opened import read_trained
 from vlm.checkpoints.tables.table import Table
 from vlm.errors import UserError
 from vlm.language.surgery import refuse_changed
@@ -147,7 +148,7 @@ class OneFolderFamily(Family):
         self._check_whole(vision)
         if target == "ours":
             raise UserError(f"{path}: is an artefact of ours already; name a published layout with --to")
-        artefact = read_artefact(path, system=self.system)
+        artefact = read_trained(path, system=self.system)
         model = artefact.meta["model"]
         if published := artefact.meta.get("published"):
             config = self.translated(published["config"], source=published["layout"], target=target)

@@ -9,6 +9,8 @@ from vlm.checkpoints.files.locate import find_files
 from vlm.checkpoints.files.weights import WeightFiles, WeightSource
 from vlm.checkpoints.published.family import Family, find_family, look_into
 from vlm.checkpoints.published.vila import PartFolders, has_part_folders
+from vlm.checkpoints.resume.opened import is_checkpoint
+from vlm.checkpoints.resume.pointer import BEST, LAST, find_checkpoint
 from vlm.errors import UserError
 
 
@@ -28,10 +30,17 @@ class PublishedSystem:
 def find_weights(path: str | Path) -> str:
     """What `--weights` may name: an artefact, a run folder (its last finished stage), a published folder or hub id.
 
+    And checkpoints: `RUN@200`, `RUN@last`, `RUN@best`, or the path of one.
+
     Raises:
         UserError: nothing of that kind is there, or several last stages (`2_chat`, `2_science_qa`).
     """
     folder = Path(path).expanduser()
+    if is_checkpoint(folder):
+        return str(folder)
+    run, at, which = str(path).rpartition("@")
+    if at and (which in (LAST, BEST) or which.isdecimal()) and not folder.exists():
+        return _find_checkpoint(Path(run).expanduser(), which)
     for candidate in (folder, folder / "artefact"):
         if (candidate / STAGE_FILE).is_file():
             return str(candidate)
@@ -39,7 +48,7 @@ def find_weights(path: str | Path) -> str:
     if folder.is_file():
         raise UserError(f"{folder}: is a file; give the folder it lies in: {kinds}")
     if not folder.exists():
-        if len(folder.parts) == 2 and not folder.is_absolute() and not folder.parent.exists():  # a hub id
+        if is_hub_id(path):
             return str(path)
         raise UserError(f"{folder}: no such folder; give {kinds}")
     if finished := sorted(folder.glob(f"*/artefact/{STAGE_FILE}")):
@@ -49,7 +58,10 @@ def find_weights(path: str | Path) -> str:
             raise UserError(f"{folder}: ends in several stages; name one of them: {', '.join(map(str, last))}")
         return str(finished[-1].parent)
     if begun := sorted(file.parent for file in (*folder.glob("config.yaml"), *folder.glob("*/config.yaml"))):
-        raise UserError(f"{begun[-1]}: this stage is not finished (no artefact); start its `vlm fit` again to go on")
+        raise UserError(
+            f"{begun[-1]}: this stage is not finished (no artefact); start its `vlm fit` again to go on, or look "
+            f"at its newest checkpoint as {begun[-1]}@{LAST}"
+        )
     if has_part_folders(folder):
         return str(folder)
     try:
@@ -59,8 +71,26 @@ def find_weights(path: str | Path) -> str:
     return str(folder)
 
 
+def is_hub_id(path: str | Path) -> bool:
+    """Whether a path that does not exist may be the name of a repository on the hub."""
+    folder = Path(path)
+    return len(folder.parts) == 2 and not folder.is_absolute() and not folder.parent.exists()
+
+
+def _find_checkpoint(run: Path, which: str) -> str:
+    if not run.is_dir():
+        raise UserError(f"{run}@{which}: there is no folder {run}; give the run folder of a stage")
+    begun = sorted(file.parent for file in run.glob("*/config.yaml"))
+    stage = begun[-1] if begun and not (run / "config.yaml").exists() else run
+    is_done = (stage / "artefact" / STAGE_FILE).is_file() and not (stage / "checkpoints" / LAST).exists()
+    if which == LAST and is_done:
+        return str(stage / "artefact")
+    return str(find_checkpoint(stage, which))
+
+
 def is_artefact(path: str | Path) -> bool:
-    return (Path(path) / STAGE_FILE).is_file()
+    """Whether these are weights of ours: an artefact or a checkpoint, which `read_trained` opens."""
+    return (Path(path) / STAGE_FILE).is_file() or is_checkpoint(path)
 
 
 def family_of(path: str | Path) -> Family:
@@ -69,8 +99,16 @@ def family_of(path: str | Path) -> Family:
     Raises:
         UserError: none of them claims it, or several do.
     """
-    files = PartFolders(path) if has_part_folders(path) else WeightFiles(path)
-    return find_family(look_into(path, files))
+    return find_family(look_into(path, _open_files(path)))
+
+
+def weight_files(path: str | Path) -> list[Path]:
+    """The files of a published folder or hub id that hold tensors."""
+    return _open_files(path).files()
+
+
+def _open_files(path: str | Path) -> WeightFiles:
+    return PartFolders(path) if has_part_folders(path) else WeightFiles(path)
 
 
 def describe_published(path: str) -> PublishedSystem:

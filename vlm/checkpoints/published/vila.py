@@ -66,6 +66,9 @@ class PartFolders(WeightFiles):
     def keys(self) -> list[str]:
         return list(self._parts)
 
+    def files(self) -> list[Path]:
+        return list(dict.fromkeys(file for files, _ in self._parts.values() for file in files.files()))
+
     def __contains__(self, name: object) -> bool:
         return name in self._parts
 

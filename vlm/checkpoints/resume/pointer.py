@@ -1,9 +1,12 @@
-"""Which checkpoint of a folder is the newest complete one."""
+"""Which checkpoint of a folder is the newest complete one, and which one a name like `RUN@200` means."""
 
 from pathlib import Path
 
 from vlm.checkpoints.files.atomic import atomic_file
 from vlm.errors import UserError
+
+BEST = "best"
+"""Folder in the checkpoint folder: the checkpoint that `checkpoint.monitor` found best."""
 
 LAST = "last"
 """Small text file in the checkpoint folder: name of the newest complete checkpoint."""
@@ -34,3 +37,28 @@ def read_last(folder: str | Path) -> Path | None:
             "another one into the file, or remove the file to start from step 0"
         )
     return path
+
+
+def find_checkpoint(run: Path, which: str) -> Path:
+    """A checkpoint of a stage's run by what stands behind the `@`.
+
+    Args:
+        which: a step, `last` or `best`.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    folder = run / "checkpoints"
+    if which == LAST:
+        found = read_last(folder)
+    elif which == BEST:
+        found = read_last(folder / BEST)
+    else:
+        places = (folder / f"step={which}.ckpt", folder / BEST / f"step={which}.ckpt")
+        found = next((place for place in places if place.exists()), None)
+    if found is not None:
+        return found
+    names = [file.stem.removeprefix("step=") for file in folder.glob("step=*.ckpt")]
+    names = [*sorted(names, key=lambda name: (len(name), name)), *([BEST] if (folder / BEST).is_dir() else [])]
+    there = f"there are {', '.join(names)}" if names else "there is none"
+    raise UserError(f"{run}@{which}: no such checkpoint in {folder}; {there}")

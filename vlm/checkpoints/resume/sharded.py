@@ -86,6 +86,26 @@ def read_sharded(folder: str | Path, mesh: DeviceMesh | None = None) -> dict[str
         return _restore(stored["checkpoint"], restore)
 
 
+class ShardedFile:
+    """A checkpoint whose tensors are put together one at a time, when they are asked for.
+
+    Attributes:
+        content: the checkpoint, a mark in the place of each sharded tensor.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        stored = _read_state(Path(folder))
+        self.content: dict[str, Any] = stored["checkpoint"]
+        self._rows = _Rows(Path(folder), stored["world"])
+
+    def read(self, value: Any) -> Tensor:
+        """The tensor in the place of a mark; a plain tensor is itself."""
+        return _restore(value, lambda key, shape: self._rows.read(key, 0, shape[0], shape))
+
+
 def cut_like(value: Any, parameter: Tensor) -> Any:
     """This rank's part of a full tensor that belongs to a sharded parameter; everything else as it is."""
     if not isinstance(value, Tensor) or not isinstance(parameter, DTensor) or value.shape != parameter.shape:

@@ -13,6 +13,27 @@ from vlm.checkpoints.resume.pointer import LAST, point_last
 from vlm.errors import UserError
 
 
+def read_file(path: str | Path, *, map_location: Any = None, mmap: bool = False) -> dict[str, Any]:
+    """A checkpoint of one file.
+
+    Args:
+        mmap: leave the tensors on the disk until they are looked at.
+
+    Raises:
+        UserError: no such file, a damaged one, or one with other objects in it.
+    """
+    try:
+        return torch.load(path, map_location=map_location or "cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such checkpoint; see the file {LAST!r} of its folder for the newest") from error
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path}: holds more than tensors and plain data, so it is not opened ({reason})") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path}: is damaged or no checkpoint ({reason}); take another one") from error
+
+
 class AtomicCheckpointIO(CheckpointIO):
     """Single-file checkpoints for Lightning that survive `kill -9` and a full disk.
 
@@ -45,20 +66,7 @@ class AtomicCheckpointIO(CheckpointIO):
             from vlm.checkpoints.resume.sharded import read_sharded
 
             return read_sharded(path)
-        try:
-            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{path}: no such checkpoint; see the file {LAST!r} of its folder for the newest"
-            ) from error
-        except pickle.UnpicklingError as error:
-            reason = str(error).split("\n")[0]
-            raise UserError(
-                f"{path}: holds more than tensors and plain data, so it is not opened ({reason})"
-            ) from error
-        except (RuntimeError, EOFError, OSError) as error:
-            reason = str(error).split("\n")[0]
-            raise UserError(f"{path}: is damaged or no checkpoint ({reason}); resume from another one") from error
+        return read_file(path, map_location=map_location)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Removes a file or folder; when `last` names it, `last` goes to the newest that remains."""

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 from vlm.data.benchmarks.base import Benchmark
 from vlm.data.sources.fields import Fields, read_object
-from vlm.data.sources.parquet import RowImage, read_table
+from vlm.data.sources.parquet import read_table
 from vlm.data.sources.requests import LETTER, SHORT
+from vlm.data.sources.rows import RowImage
 from vlm.errors import SampleError, UserError
 from vlm.metrics.choice import LETTERS
 from vlm.sample import ImageFile

@@ -6,6 +6,7 @@ steps at the wrong packs, and an epoch with another number of steps would be cut
 """
 
 import lightning as L
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
@@ -68,6 +69,36 @@ def is_finished(trainer: L.Trainer) -> bool:
     loop = trainer.fit_loop
     last_epoch = trainer.max_epochs not in (None, -1) and loop.epoch_progress.current.ready >= trainer.max_epochs
     return last_epoch and _current(loop.epoch_loop).processed >= loop.max_batches
+
+
+def is_ended_early(trainer: L.Trainer) -> bool:
+    """Whether something decided that the training is done, as EarlyStopping does; False where its time was over."""
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+    is_over = any(left is not None and left <= 0 for left in (timer.time_remaining() for timer in timers))
+    return trainer.strategy.broadcast(trainer.should_stop and not is_over)  # of clocks the first rank's counts
+
+
+def cuts(trainer: L.Trainer) -> list[str]:
+    """Settings by which a training sees less than its data and epochs say."""
+    found = []
+    loader, packs = trainer.train_dataloader, int(trainer.num_training_batches)
+    for name in ("overfit_batches", "limit_train_batches"):
+        value = getattr(trainer, name)
+        if value and loader is not None and packs < len(loader):
+            found.append(f"trainer.{name}: {value}, {packs:,} of {len(loader):,} micro-batches of an epoch")
+            break
+    epochs, steps = trainer.max_epochs, -(-packs // trainer.accumulate_grad_batches)
+    if epochs not in (None, -1) and 0 <= trainer.max_steps < steps * epochs:
+        found.append(f"trainer.max_steps: {trainer.max_steps:,} of {steps * epochs:,} steps")
+    return found
+
+
+def why_stopped(trainer: L.Trainer) -> str:
+    """What `is_ended_early` saw."""
+    stoppers = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
+    found = next((stopper for stopper in stoppers if stopper.stopping_reason.value), None)
+    who = f"EarlyStopping on {found.monitor}" if found is not None else "a callback"
+    return f"{who} stopped it after step {trainer.global_step:,}"
 
 
 def _current(loop: _TrainingEpochLoop) -> _ProcessedTracker:

@@ -1,6 +1,11 @@
 """How loader processes are started."""
 
 import multiprocessing
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -21,4 +26,22 @@ def worker_context(num_workers: int, *travels: Any) -> BaseContext | None:
     context.set_forkserver_preload(
         ["vlm.data.loading.loader", *dict.fromkeys(type(value).__module__ for value in travels)]
     )
+    with _without_interrupts():
+        forkserver.ensure_running()
     return context
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """A process that is started meanwhile ignores Ctrl-C, and so do its children.
+
+    A terminal sends it to all processes of the command; the training needs its workers until it has saved.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

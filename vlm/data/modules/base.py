@@ -1,7 +1,7 @@
 """What the three kinds of training data have in common."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from vlm.data.modules.passes import split
 from vlm.data.modules.trainer_checks import check_packs_of_epoch, check_trainer
 from vlm.data.sampling.batches import BatchSpec, batch_draws
 from vlm.data.sampling.mixture import DrawGroups, Mixture, rank_orders, ranks_together
-from vlm.data.sampling.order import shuffled
+from vlm.data.sampling.order import shuffled, with_blocks
 from vlm.data.sampling.packs import Packing
 from vlm.data.sampling.sharing import check_negatives, check_owner, micro_batches, packing_of
 from vlm.data.sources.base import Concat, Source
+from vlm.data.wrappers.held_out import HoldOut
 from vlm.data.wrappers.quarantine import Kept, Quarantine, fingerprint
 from vlm.data.wrappers.shuffled_images import ShuffledImages
 from vlm.errors import UserError
@@ -34,6 +35,9 @@ from vlm.evaluation.judges import Judges
 
 class VisionLanguageData(L.LightningDataModule):
     """Sources, the published batch, and loaders that keep it on any number of devices.
+
+    Attributes:
+        answered: positions in `predict_sources` that predict leaves out, because an earlier start has their answers.
 
     Args:
         sources: what is trained on; evaluation alone needs none.
@@ -50,6 +54,8 @@ class VisionLanguageData(L.LightningDataModule):
         drop_last: leave out the last step of an epoch when it is not full; always so with `batch.negatives`.
         shuffle_images: in validation and test show every sample the images of another one, to see what a system
             answers without looking.
+        val_split: share of the samples of `sources` that is held out as validation, behind `val_sources`; samples with
+            an image or a group in common are never on both sides (`vlm.data.wrappers.held_out`).
         quarantine: list of samples to leave out of training and validation (`vlm check-data` writes one).
         max_bad_samples: how many different bad samples a run may meet. A bad one is noted and left out of its
             step; one more than this ends the run.
@@ -71,6 +77,7 @@ class VisionLanguageData(L.LightningDataModule):
         seed: int = 0,
         drop_last: bool = False,
         shuffle_images: bool = False,
+        val_split: float | None = None,
         quarantine: str | Path | None = None,
         max_bad_samples: int = 0,
     ) -> None:
@@ -88,6 +95,13 @@ class VisionLanguageData(L.LightningDataModule):
         if quarantine is not None:
             self._kept = Quarantine(quarantine, [*sources, *val_sources]).kept()
             self.sources, self.val_sources = list(self._kept[: len(sources)]), list(self._kept[len(sources) :])
+        if val_split is not None:
+            held_out = HoldOut(val_split, self.sources)
+            self.sources, self.val_sources = (
+                list(held_out.parts("training")),
+                [*self.val_sources, *held_out.parts("validation")],
+            )
+        self.val_split = val_split
         self.test_sources = list(test_sources)
         self.predict_sources = list(predict_sources)
         self.batch = batch
@@ -108,6 +122,7 @@ class VisionLanguageData(L.LightningDataModule):
         self.shuffle_images = shuffle_images
         self.quarantine = quarantine
         self.max_bad_samples = max_bad_samples
+        self.answered: Set[int] = frozenset()
         self._samples: Concat | None = None
 
     @property
@@ -181,13 +196,16 @@ class VisionLanguageData(L.LightningDataModule):
     def draws(self, epoch: int) -> Sequence[int]:
         """The epoch in order (see `vlm.data.loading.loader.Plan` for what a draw is)."""
         if self.mixture is None:
-            return shuffled(len(self.samples), seed=self.seed, epoch=epoch)
+            order = shuffled(len(self.samples), seed=self.seed, epoch=epoch)
+            blocks, ends = [source.blocks() for source in self.sources], self.samples.ends.tolist()
+            return with_blocks(order, ends, blocks, seed=self.seed, epoch=epoch)
         sizes = {source.name: len(source) for source in self.sources}
         if self.mixture.ranks is not None:
             each = {"rank_batch": self.batch.size // self.mixture.ranks}
             orders = rank_orders(list(sizes.values()), ranks=self.mixture.ranks, seed=self.seed, epoch=epoch, **each)
             return ranks_together(orders, **each)
-        samples, visits = self.mixture.draws(sizes, seed=self.seed, epoch=epoch, turns=self.turns())
+        fetched = {source.name: source.blocks() for source in self.sources}
+        samples, visits = self.mixture.draws(sizes, seed=self.seed, epoch=epoch, turns=self.turns(), blocks=fetched)
         return (samples + visits * len(self.samples)).tolist()
 
     def steps(self, epoch: int, *, encoder: Encoder) -> list[list[int]]:
@@ -210,6 +228,7 @@ class VisionLanguageData(L.LightningDataModule):
             "data.mixture": None if self.mixture is None else dataclasses.asdict(self.mixture),
             "data.seed": self.seed,
             "data.drop_last": self.drop_last,
+            "data.val_split": self.val_split,
             "data.quarantine": fingerprint(self._kept[: len(self.sources)]),
             "the number of training samples": len(self.samples),
         }
@@ -312,14 +331,15 @@ class VisionLanguageData(L.LightningDataModule):
         return self._eval_loaders(self.test_sources, "data.test_sources")
 
     def predict_dataloader(self) -> DataLoader:
-        """Lists of at most `val_batch_size` samples, every sample once over all ranks.
+        """Lists of at most `val_batch_size` samples, every sample once over all ranks; a bad one as its `SampleError`.
 
         All ranks get the same number of lists, the last of a rank may be empty: generation of a sharded model needs
         every rank in every step.
         """
-        samples = Concat(self.predict_sources, key="data.predict_sources")
         self._checked_trainer()
-        dataset = PredictDataset(samples, size=self.val_batch_size, **self._ranks())
+        dataset = PredictDataset(
+            self.predict_samples(), size=self.val_batch_size, answered=self.answered, **self._ranks()
+        )
         return DataLoader(
             dataset,
             batch_size=None,
@@ -327,6 +347,9 @@ class VisionLanguageData(L.LightningDataModule):
             multiprocessing_context=worker_context(self.num_workers),
             generator=torch.Generator(),
         )
+
+    def predict_samples(self) -> Concat:
+        return Concat(self.predict_sources, key="data.predict_sources")
 
     def _eval_loaders(self, sources: Sequence[Source], key: str) -> list[StepLoader]:
         trainer = self._checked_trainer()
@@ -352,8 +375,7 @@ class VisionLanguageData(L.LightningDataModule):
         ]
 
     def _codec(self) -> Codec:
-        assert self.trainer is not None
-        return self.trainer.lightning_module.codec  # type: ignore[return-value]
+        return self._checked_trainer().lightning_module.codec  # type: ignore[return-value]
 
     def _ranks(self) -> dict[str, int]:
         # not the trainer's world size: ranks that hold parts of one model (tensor parallel) see the same data
@@ -362,6 +384,10 @@ class VisionLanguageData(L.LightningDataModule):
         return {"world": ranks["num_replicas"], "rank": ranks["rank"]}
 
     def _checked_trainer(self) -> L.Trainer:
-        assert self.trainer is not None
+        if self.trainer is None:
+            raise UserError(
+                "a trainer says how many ranks there are, and its module how it sees images; without one ask for "
+                "data.train_loader(module.codec) or data.eval_loader(source, module.codec)"
+            )
         check_trainer(self.trainer)
         return self.trainer

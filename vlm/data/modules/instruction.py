@@ -111,9 +111,18 @@ class InstructionData(VisionLanguageData):
     def preparation(self) -> Prepare | None:
         return partial(instruct, instructions=self.instructions) if self.instructions else None
 
+    def _refuse_streams(self, key: str) -> None:
+        for source in self.sources:
+            if source.blocks() is not None:
+                raise UserError(
+                    f"data.{key} picks samples from all over {source.name!r}, which comes in blocks; leave streaming "
+                    "and groups_at_once out of the source, or this out of the data"
+                )
+
     def draws(self, epoch: int) -> Sequence[int]:
         if self.text_share is None:
             return super().draws(epoch)
+        self._refuse_streams("text_share")
         pictured = self.samples.image_mask()
         groups = [np.flatnonzero(pictured), np.flatnonzero(~pictured)]
         counts = [len(groups[0]), round(len(groups[0]) * self.text_share / (1 - self.text_share))]
@@ -132,6 +141,7 @@ class InstructionData(VisionLanguageData):
     def steps(self, epoch: int, *, encoder: Encoder) -> list[list[int]]:
         if not self.group_by_modality:
             return super().steps(epoch, encoder=encoder)
+        self._refuse_streams("group_by_modality")
         if self.ranks is not None:
             order = modality_length_grouped(
                 self._signed_words,

@@ -9,11 +9,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
 
-from vlm.data.sampling.order import shuffled
+from vlm.data.sampling.order import Blocks, shuffled, shuffled_blocks
 from vlm.errors import UserError
 from vlm.seeding import seed_from
 
@@ -167,9 +168,18 @@ class Mixture:
         return turns.sizes(found, num_draws).tolist()
 
     def draws(
-        self, sizes: Mapping[str, int], *, seed: int, epoch: int, turns: "DrawGroups | None" = None
+        self,
+        sizes: Mapping[str, int],
+        *,
+        seed: int,
+        epoch: int,
+        turns: "DrawGroups | None" = None,
+        blocks: Mapping[str, Blocks | None] = MappingProxyType({}),
     ) -> tuple[np.ndarray, np.ndarray]:
         """The epoch in order, as (sample, visit).
+
+        Args:
+            blocks: of sources whose samples are fetched in blocks.
 
         Returns:
             int64[num_draws] index of each draw's sample, counted over all sources, and int64[num_draws] how often the
@@ -188,11 +198,10 @@ class Mixture:
                 starts = [start + count for start, count in zip(starts, found, strict=True)]
         samples, visits = np.empty(len(picks), dtype=np.int64), np.empty(len(picks), dtype=np.int64)
         first = 0
-        for which, size in enumerate(sizes.values()):
+        for which, (name, size) in enumerate(sizes.items()):
             places = np.flatnonzero(picks == which)
-            samples[places], visits[places] = shuffled_walk(
-                size, start=starts[which], count=len(places), seed=seed_from(seed, which)
-            )
+            walk = {"start": starts[which], "count": len(places), "seed": seed_from(seed, which)}
+            samples[places], visits[places] = shuffled_walk(size, blocks=blocks.get(name), **walk)
             samples[places] += first
             first += size
         return samples, visits
@@ -275,8 +284,13 @@ def interleave_evenly(counts: Sequence[int]) -> np.ndarray:
     return kinds
 
 
-def shuffled_walk(size: int, *, start: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def shuffled_walk(
+    size: int, *, start: int, count: int, seed: int, blocks: Blocks | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Stops start .. start + count of an endless walk over `size` samples.
+
+    Args:
+        blocks: of samples that are fetched together.
 
     Returns:
         int64[count] samples, and int64[count] rounds since the one that `start` lies in.
@@ -287,7 +301,9 @@ def shuffled_walk(size: int, *, start: int, count: int, seed: int) -> tuple[np.n
     stops = np.arange(start, start + count)
     rounds = stops // size
     for number in range(rounds[0], rounds[-1] + 1):
-        order = np.asarray(shuffled(size, seed=seed_from(seed, int(number)), epoch=0), dtype=np.int64)
+        mixed = seed_from(seed, int(number))
+        walk = shuffled(size, seed=mixed, epoch=0) if blocks is None else shuffled_blocks(blocks, seed=mixed, epoch=0)
+        order = np.asarray(walk, dtype=np.int64)
         here = rounds == number
         samples[here] = order[stops[here] % size]
     return samples, rounds - rounds[0]

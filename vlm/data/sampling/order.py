@@ -7,12 +7,50 @@ with `modality` a global batch holds either samples with images or text alone.
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+
+from vlm.seeding import seed_from
 
 
 def shuffled(n: int, *, seed: int, epoch: int) -> list[int]:
     """A permutation of range(n)."""
     return torch.randperm(n, generator=_generator(seed, epoch)).tolist()
+
+
+Blocks = tuple[np.ndarray, int]
+"""Where samples that are fetched together end, int64[blocks], and how many blocks are shuffled together."""
+
+
+def shuffled_blocks(blocks: Blocks, *, seed: int, epoch: int) -> list[int]:
+    """A permutation of all samples that comes back to no block: blocks in random order, the samples of a few of them
+    shuffled together. For files that are far away, of which a whole block is fetched to get at one sample."""
+    ends, together = blocks
+    starts = np.concatenate([[0], ends[:-1]])
+    generator = _generator(seed, epoch)
+    order: list[int] = []
+    for window in _chunks(torch.randperm(len(ends), generator=generator).tolist(), together):
+        samples = np.concatenate([np.arange(starts[block], ends[block]) for block in window])
+        order += samples[torch.randperm(len(samples), generator=generator).numpy()].tolist()
+    return order
+
+
+def with_blocks(
+    order: Sequence[int], ends: Sequence[int], blocks: Sequence[Blocks | None], *, seed: int, epoch: int
+) -> list[int]:
+    """An order over several sources in which those with blocks take the same places, filled by `shuffled_blocks`.
+
+    Args:
+        ends: number of samples up to and with each source.
+        blocks: of each source.
+    """
+    found = np.asarray(order, dtype=np.int64)
+    for which, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        if (own := blocks[which]) is not None:
+            places = np.flatnonzero((found >= start) & (found < end))
+            walk = shuffled_blocks(own, seed=seed_from(seed, which), epoch=epoch)
+            found[places] = np.asarray(walk, dtype=np.int64) + start
+    return found.tolist()
 
 
 def length_grouped(

@@ -1,5 +1,6 @@
 """Files of samples, in the forms people publish them."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
@@ -8,17 +9,21 @@ from typing import Any
 
 import numpy as np
 
+from vlm.data.sources.forms import read_with
 from vlm.data.sources.json_records import RecordFile
 from vlm.data.sources.llava_boxes import mark_places, says_again
-from vlm.errors import SampleError, UserError
+from vlm.errors import SampleError, UserError, quoted
 from vlm.sample import MAX_PIXELS, Sample, parse_sample
+from vlm.sample.keys import TURN_EXTRAS, MakeError, check_record, check_turn, names_images
 from vlm.sample.paths import located
 
 IMAGE_MARK = "<image>"
 _LLAVA_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 _TURNS = ("conversations", "messages")
+_QWEN_IMAGE = re.compile(r"<img>[^<>\n]+</img>")
 EXTRA_KEYS = ("task", "group", "answers", "choices")
 """Of the form of `vlm.sample`; other forms hand them on as they are."""
+_LLAVA_KEYS = frozenset({"id", "image", "images", "conversations", "system", *EXTRA_KEYS})
 
 
 class Source(ABC):
@@ -49,6 +54,13 @@ class Source(ABC):
         """bool[len(self)], `has_image` of every sample."""
         return np.fromiter((self.has_image(i) for i in range(len(self))), dtype=bool, count=len(self))
 
+    def blocks(self) -> tuple[np.ndarray, int] | None:
+        """Where samples that are fetched together end, int64[blocks], and how many such blocks are shuffled together.
+
+        None: samples are as quickly read in any order.
+        """
+        return None
+
 
 class JsonSource(Source):
     """A JSON list or JSONL file. The file is scanned once, when something first asks about its samples.
@@ -58,7 +70,12 @@ class JsonSource(Source):
         image_root: folder that image paths start at and that none may leave; by default the folder of the file.
         name: by default the file's name without its ending.
         max_pixels: limit on decode.
+
+    Attributes:
+        reader: the class in `vlm.data` that people name, where it is another one.
     """
+
+    reader: str | None = None
 
     def __init__(
         self,
@@ -80,13 +97,15 @@ class JsonSource(Source):
         return len(self._records)
 
     def __getitem__(self, index: int) -> Sample:
-        return parse_sample(
-            self._schema(self._records[index], index),
-            source=str(self.path),
-            position=index,
-            image_root=self.image_root,
-            max_pixels=self.max_pixels,
-        )
+        record = self._records[index]
+        with read_with(self.reader or type(self).__name__, record):
+            return parse_sample(
+                self._schema(record, index),
+                source=str(self.path),
+                position=index,
+                image_root=self.image_root,
+                max_pixels=self.max_pixels,
+            )
 
     def has_image(self, index: int) -> bool:
         return bool(self._records.flags[index])
@@ -96,7 +115,7 @@ class JsonSource(Source):
 
     @staticmethod
     def _flag(record: Mapping[str, Any]) -> bool:
-        return bool(record.get("images"))
+        return bool(record.get("images")) or names_images(record.get("messages"))
 
     def _schema(self, record: Mapping[str, Any], index: int) -> Mapping[str, Any]:
         """The record in the form of `vlm.sample`."""
@@ -116,7 +135,9 @@ class LlavaJson(JsonSource):
                                                          {"from": "gpt", "value": "A boat."}]}]
 
     Each `<image>` becomes an image part where it stands; the text around it is kept to the last blank, because what
-    to strip is the template's business and differs between the systems. `image` (or `images`) is a path or a list.
+    to strip is the template's business and differs between the systems. `image` (or `images`) is a path or a list;
+    `system` beside the turns is the system's text. A `value` may be a list of parts as in `ChatJson`, in which text
+    that spells `<image>` is text. A turn may say `weight` (or `loss`, `train`, `loss_weight`).
 
     Args:
         path: as in `JsonSource`.
@@ -132,7 +153,7 @@ class LlavaJson(JsonSource):
 
     @staticmethod
     def _flag(record: Mapping[str, Any]) -> bool:
-        return bool(record.get("image") or record.get("images"))
+        return bool(record.get("image") or record.get("images")) or names_images(record.get("conversations"))
 
     def _schema(self, record: Mapping[str, Any], index: int) -> Mapping[str, Any]:
         error = partial(SampleError, sample_id=str(record.get("id", index)), source=str(self.path))
@@ -145,11 +166,16 @@ class LlavaJson(JsonSource):
             raise error("has both 'image' and 'images'; keep one of them")
         images = record.get("image") or record.get("images") or []
         if not isinstance(images, (str, list)):
-            raise error(f"'image' must be a path or a list of paths, found {images!r}")
+            raise error(f"'image' must be a path or a list of paths, found {quoted(images)}")
+        check_record(record, read=_LLAVA_KEYS, has_images=bool(images) or names_images(turns), error=error)
         converted = {
             "id": record.get("id", index),
             "images": [images] if isinstance(images, str) else images,
-            "messages": [_message(turn, f"conversations[{i}]", error) for i, turn in enumerate(turns)],
+            "messages": with_system(
+                [_message(turn, f"conversations[{i}]", error) for i, turn in enumerate(turns)],
+                record.get("system"),
+                error=error,
+            ),
         }
         extra = {key: record[key] for key in EXTRA_KEYS if key in record}
         if self.places and images:
@@ -163,27 +189,56 @@ def without_turns(record: Mapping[str, Any]) -> str:
     """What to do about a record that holds no conversation."""
     for key, value in record.items():
         if isinstance(value, list) and value and isinstance(value[0], Mapping) and {*_TURNS} & value[0].keys():
-            return f"the file is one object; make it the list that is under {key!r}"
+            return f"the file is one object; make it the list that is under {quoted(key)}"
         if isinstance(value, Mapping) and {*_TURNS} & value.keys():
-            return f"the file is an object by id ({key!r}, ...); make it a list of its values"
-    if "messages" in record:
-        return "read the file with vlm.data.MessagesJson, which knows 'messages'"
+            return f"the file is an object by id ({quoted(key)}, ...); make it a list of its values"
     return (
-        f"found keys {sorted(map(str, record))}; a record needs 'conversations': "
+        f"found keys {quoted(sorted(map(str, record)))}; a record needs 'conversations': "
         "[{'from': 'human', 'value': ...}, {'from': 'gpt', 'value': ...}]"
     )
 
 
-def _message(turn: Any, key: str, error) -> dict[str, Any]:
+def _message(turn: Any, key: str, error: MakeError) -> dict[str, Any]:
     if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
-        spelled = " (MessagesJson reads 'role' and 'content')" if isinstance(turn, Mapping) and "role" in turn else ""
-        raise error(f"{key} must be an object with 'from' and 'value'{spelled}")
+        raise error(f"{key} must be an object with 'from' and 'value'")
+    check_turn(turn, read=("from", "value"), where=key, error=error)
     role, value = turn["from"], turn["value"]
     if not isinstance(role, str) or role not in _LLAVA_ROLES:
-        raise error(f"{key}: unknown role 'from': {role!r}; use one of {', '.join(_LLAVA_ROLES)}")
+        raise error(f"{key}: unknown role 'from': {quoted(role)}; use one of {', '.join(_LLAVA_ROLES)}")
+    return {"role": _LLAVA_ROLES[role], "content": content_of(value, f"{key}: 'value'", error), **turn_extras(turn)}
+
+
+def turn_extras(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """What a turn says besides role and content."""
+    return {key: turn[key] for key in TURN_EXTRAS if turn.get(key) is not None}
+
+
+def with_system(messages: list[dict[str, Any]], system: Any, *, error: MakeError) -> list[dict[str, Any]]:
+    """Messages with the system text that the record has beside them."""
+    if system is not None and not isinstance(system, str):
+        raise error(f"'system' must be a string, found {quoted(system)}")
+    if not system:
+        return messages
+    if any(message["role"] == "system" for message in messages):
+        raise error("has both a key 'system' and a turn of the system; keep one of them")
+    return [{"role": "system", "content": [{"type": "text", "text": system}]}, *messages]
+
+
+def content_of(value: Any, key: str, error: MakeError) -> list[Any]:
+    """The parts of a turn: those of a string, in which `<image>` is an image; or parts, in which text is text."""
+    if isinstance(value, list):
+        return value
+    if value is None:
+        raise error(f"{key} is null; write its text, or drop the turn")
     if not isinstance(value, str):
-        raise error(f"{key}: 'value' must be a string, found {value!r}")
-    return {"role": _LLAVA_ROLES[role], "content": content_parts(value)}
+        raise error(f"{key} must be a string or a list of parts, found {quoted(value)}")
+    if _QWEN_IMAGE.search(value):
+        raise error(
+            f"{key} names an image as Qwen-VL does, <img>path</img>; read the file with vlm.data.QwenJson, or put text "
+            "that is no image into a part: {'type': 'text', 'text': ...}",
+            kind="marks",
+        )
+    return content_parts(value)
 
 
 def content_parts(text: str) -> list[dict[str, str]]:

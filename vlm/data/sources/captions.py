@@ -16,7 +16,7 @@ from vlm.data.sources.record_sources import (
     exchange,
     text,
 )
-from vlm.errors import UserError
+from vlm.errors import UserError, quoted
 
 
 class CocoCaptions(ObjectSource):
@@ -42,9 +42,10 @@ class CocoCaptions(ObjectSource):
         self.prompt = prompt
 
     def records(self) -> Iterator[Record]:
+        annotations = read_list(self.path, "annotations")
         images = by_unique(self.path, read_list(self.path, "images"), "id")
         captions: defaultdict[Any, list[str]] = defaultdict(list)
-        for at, entry in enumerate(read_list(self.path, "annotations")):
+        for at, entry in enumerate(annotations):
             fields = Fields(
                 entry if isinstance(entry, dict) else {}, identity=f"annotation {at}", source=str(self.path)
             )
@@ -87,7 +88,11 @@ class KarpathyCaptions(ObjectSource):
         self.split, self.prompt = split, prompt
 
     def records(self) -> Iterator[Record]:
-        for identity, image in by_unique(self.path, read_list(self.path, "images"), "imgid").items():
+        images = read_list(self.path, "images")
+        if images and "sentences" not in images[0]:
+            remedy = "; the file is of the form that vlm.data.CocoCaptions reads" if "file_name" in images[0] else ""
+            raise UserError(f"{self.path}: images[0] has no 'sentences'; found {quoted(sorted(images[0]))}{remedy}")
+        for identity, image in by_unique(self.path, images, "imgid").items():
             if image.get("split") == self.split:
                 yield {**image, "id": str(identity)}
 

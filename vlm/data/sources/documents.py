@@ -9,9 +9,10 @@ import numpy as np
 
 from vlm.data.sources.base import Source
 from vlm.data.sources.fields import Fields, Record
+from vlm.data.sources.forms import read_with
 from vlm.data.sources.interleave import MAX_IMAGES, interleave
 from vlm.data.sources.record_sources import IMAGE, Part, RecordSource, text
-from vlm.errors import SampleError, UserError
+from vlm.errors import SampleError, UserError, quoted
 from vlm.sample import DOCUMENT, Sample, parse_sample
 from vlm.sample.paths import located
 
@@ -57,8 +58,13 @@ class Mmc4(RecordSource):
         return [
             (info.text("image_name"), info.need("matched_text_index", int, "the number of a sentence"))
             for info in fields.objects("image_info")
-            if info.record.get("matched_sim", 1.0) >= self.min_similarity
+            if self._similarity(info) >= self.min_similarity
         ]
+
+    @staticmethod
+    def _similarity(info: Fields) -> float:
+        found: float = info.need("matched_sim", (int, float), "a number") if "matched_sim" in info.record else 1.0
+        return found
 
     def chat(self, fields: Fields) -> dict[str, Any]:
         sentences = fields.texts("text_list")
@@ -88,8 +94,14 @@ class Mmc4Pairs(Mmc4):
     @cached_property
     def _ends(self) -> np.ndarray:
         """int64[records], samples up to the end of each record."""
-        records = (Fields(self._records[at], identity=at, source=str(self.path)) for at in range(len(self._records)))
-        return np.cumsum([min(len(self.matched(fields)), self.max_images) for fields in records])
+        return np.cumsum([self._num_pieces(at) for at in range(len(self._records))])
+
+    def _num_pieces(self, at: int) -> int:
+        try:
+            fields = Fields(self._records[at], identity=at, source=str(self.path))
+            return min(len(self.matched(fields)), self.max_images)
+        except SampleError:
+            return 1  # which is the one that is bad
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -99,6 +111,10 @@ class Mmc4Pairs(Mmc4):
             raise IndexError(f"{self.name} has {len(self)} samples, asked for number {index}")
         at = int(np.searchsorted(self._ends, index, side="right"))
         record = self._records[at]
+        with read_with(type(self).__name__, record):
+            return self._piece(record, at, index)
+
+    def _piece(self, record: Record, at: int, index: int) -> Sample:
         fields = Fields(record, identity=record.get("id", at), source=str(self.path))
         sentences = fields.texts("text_list")
         number = index - (int(self._ends[at - 1]) if at else 0)
@@ -151,7 +167,9 @@ class Obelics(RecordSource):
         content: list[Part] = []
         for at, (image, words) in enumerate(zip(images, texts, strict=True)):
             if (image is None) == (words is None):
-                raise fields.error(f"place {at} must have either an image or a text, found {image!r} and {words!r}")
+                raise fields.error(
+                    f"place {at} must have either an image or a text, found {quoted(image)} and {words!r}"
+                )
             content.append(IMAGE if image is not None else text(words))
         return {"images": [image for image in images if image is not None], "messages": document(content)}
 

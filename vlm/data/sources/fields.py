@@ -1,13 +1,34 @@
 """Records and JSON files, checked: errors name the file, the sample and the key."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm.errors import Fault, SampleError, UserError
+from vlm.data.sources.forms import reader_of
+from vlm.errors import Fault, SampleError, UserError, quoted, shorten
+from vlm.sample.keys import check_record
 
 Record = Mapping[str, Any]
+_LARGEST = 1e9  # of a number that counts pixels or samples
+
+
+class _Noted(Mapping[str, Any]):
+    """A record that notes which of its keys were looked at."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return self.record[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.record)
+
+    def __len__(self) -> int:
+        return len(self.record)
 
 
 class Fields:
@@ -26,7 +47,12 @@ class Fields:
         self.identity, self.source = str(identity), str(source)
         if not isinstance(record, Mapping):
             raise self.error(f"expected a JSON object, found {type(record).__name__}")
-        self.record: Record = record
+        self.record = _Noted(record)
+
+    def check_unread(self, *, has_images: bool) -> None:
+        """Refuses keys that mean something and that nobody looked at (`vlm.sample.keys`)."""
+        read = self.record.read | {"id"}
+        check_record(self.record.record, read=read, has_images=has_images, error=self.error)
 
     def error(self, message: str, *, kind: Fault | None = None) -> SampleError:
         return SampleError(message, sample_id=self.identity, source=self.source, kind=kind)
@@ -37,13 +63,13 @@ class Fields:
 
     def value(self, key: str) -> Any:
         if key not in self.record:
-            raise self.error(f"key {key!r} is missing; found {sorted(map(str, self.record))}")
+            raise self.error(f"key {key!r} is missing; found {quoted(sorted(map(str, self.record)))}")
         return self.record[key]
 
     def need(self, key: str, kind: type | tuple[type, ...], what: str) -> Any:
         value = self.value(key)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise self.error(f"{key!r} must be {what}, found {value!r}")
+            raise self.error(f"{key!r} must be {what}, found {quoted(value)}")
         return value
 
     def text(self, key: str) -> str:
@@ -56,13 +82,15 @@ class Fields:
         """A text that may be empty, missing or null."""
         value = self.record.get(key)
         if value is not None and not isinstance(value, str):
-            raise self.error(f"{key!r} must be a text, found {value!r}")
+            raise self.error(f"{key!r} must be a text, found {quoted(value)}")
         return value or ""
 
     def texts(self, key: str) -> list[str]:
         values = self.need(key, list, "a list of texts")
         if not values or not all(isinstance(value, str) and value.strip() for value in values):
-            raise self.error(f"{key!r} must be a list of at least one text and none of them empty, found {values!r}")
+            raise self.error(
+                f"{key!r} must be a list of at least one text and none of them empty, found {quoted(values)}"
+            )
         return values
 
     def number(self, key: str) -> int:
@@ -71,15 +99,15 @@ class Fields:
 
     def numbers(self, key: str, count: int) -> list[float]:
         values = self.need(key, list, f"a list of {count} numbers")
-        if len(values) != count or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-            raise self.error(f"{key!r} must be a list of {count} numbers, found {values!r}")
+        if len(values) != count or not all(_is_number(value) for value in values):
+            raise self.error(f"{key!r} must be a list of {count} numbers, found {quoted(values)}")
         return [float(value) for value in values]
 
     def objects(self, key: str) -> list["Fields"]:
         values = self.need(key, list, "a list of objects")
         for at, value in enumerate(values):
             if not isinstance(value, Mapping):
-                raise self.error(f"{key}[{at}] must be an object, found {value!r}")
+                raise self.error(f"{key}[{at}] must be an object, found {quoted(value)}")
         return [Fields(value, identity=self.identity, source=self.source) for value in values]
 
     def file_name(self, pattern: str, key: str) -> str:
@@ -89,14 +117,14 @@ class Fields:
             return pattern.format(value)
         except (IndexError, KeyError, ValueError) as error:
             raise self.error(
-                f"image_pattern {pattern!r} makes no file name of {value!r} ({error}); give another pattern"
+                f"image_pattern {pattern!r} makes no file name of {quoted(value)} ({error}); give another pattern"
             ) from error
 
     def answers(self, key: str) -> list[str]:
         """Answers of several people, as texts or as {"answer": text}."""
         entries = self.need(key, list, "a list of answers")
         if not entries:
-            raise self.error(f"{key!r} must be a list of answers, found {entries!r}")
+            raise self.error(f"{key!r} must be a list of answers, found {quoted(entries)}")
         return [
             entry
             if isinstance(entry, str)
@@ -110,9 +138,13 @@ class Fields:
         if type(answer) is not int or not 0 <= answer < min(len(choices), len(letters)):
             raise self.error(
                 f"'answer' must be the place of one of the {len(choices)} 'choices' (at most {len(letters)}), "
-                f"found {answer!r}"
+                f"found {quoted(answer)}"
             )
         return choices, letters[answer]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -122,16 +154,29 @@ def read_object(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, or is none.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
     except ValueError as error:
-        raise UserError(f"{path}: broken JSON ({error}); fetch it again") from error
+        remedy = "fetch it again"
+        if "Extra data" in str(error) and (reader := _reader_of_lines(text)):
+            remedy = f"its lines have the form that vlm.data.{reader} reads"
+        raise UserError(f"{path}: broken JSON ({shorten(str(error))}); {remedy}") from error
     except RecursionError as error:
         raise UserError(f"{path}: nested too deeply; fetch it again") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: must be a JSON object, found a {type(content).__name__}")
+        reader = reader_of(content[0]) if isinstance(content, list) and content else None
+        remedy = f"; its records have the form that vlm.data.{reader} reads" if reader else ""
+        raise UserError(f"{path}: must be a JSON object, found a {type(content).__name__}{remedy}")
     return content
+
+
+def _reader_of_lines(text: str) -> str | None:
+    try:
+        return reader_of(json.loads(text.lstrip().partition("\n")[0]))
+    except ValueError:
+        return None
 
 
 def read_list(path: Path, key: str) -> list[Any]:
@@ -141,6 +186,11 @@ def read_list(path: Path, key: str) -> list[Any]:
         UserError: it cannot be read, or there is no list.
     """
     content = read_object(path)
-    if not isinstance(content.get(key), list):
-        raise UserError(f"{path}: key {key!r} must hold a list; found keys {sorted(content)[:8]}")
-    return content[key]
+    found = content.get(key)
+    if not isinstance(found, list) or (found and not isinstance(found[0], Mapping)):
+        reader = reader_of(content)
+        remedy = f"; the file has the form that vlm.data.{reader} reads" if reader else ""
+        raise UserError(
+            f"{path}: key {key!r} must hold a list of objects; found keys {quoted(sorted(content))}{remedy}"
+        )
+    return found

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from vlm.data.sources.fields import Fields, Record
-from vlm.data.sources.folder import SUFFIXES
 from vlm.data.sources.record_sources import IMAGE, Part, RecordSource, exchange, text
-from vlm.errors import UserError
+from vlm.errors import UserError, quoted
 from vlm.sample import ImageFile, Sample
+from vlm.sample.keys import SUFFIXES
 
 MAX_IMAGES = 8
 """VILA's limit; so many are the frames of a video."""
@@ -75,10 +75,12 @@ class VisualFlan(RecordSource):
         return any(record.get(key) for key in _KEYS["images"])
 
     def chat(self, fields: Fields) -> dict[str, Any]:
-        question = (fields.record.get("instruction") or "") + _first(fields, "question")
+        question = fields.words("instruction") + _first(fields, "question")
         question, answer = question.rstrip(), _first(fields, "answer").rstrip()
         key = next((key for key in _KEYS["images"] if fields.record.get(key)), None)
         entries = fields.record[key] if key is not None else []
+        if not isinstance(entries, str | list):
+            raise fields.error(f"{key!r} must be a path or a list of paths, found {quoted(entries)}")
         images = [self._image(entry, fields) for entry in ([entries] if isinstance(entries, str) else entries)]
         if len(images) > MAX_IMAGES:
             raise fields.error(f"{len(images)} pictures, and {MAX_IMAGES} are the limit; leave some out")
@@ -96,7 +98,7 @@ class VisualFlan(RecordSource):
 
     def _image(self, entry: Any, fields: Fields) -> Any:
         if not isinstance(entry, str) or not entry:
-            raise fields.error(f"an image must be a path or a file in base64, found {entry!r}", kind="image")
+            raise fields.error(f"an image must be a path or a file in base64, found {quoted(entry)}", kind="image")
         if Path(entry[-8:]).suffix.lower() in SUFFIXES:
             return entry
         try:

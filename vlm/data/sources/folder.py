@@ -1,6 +1,7 @@
 """Folders of images with captions."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from vlm.data.sources.base import JsonSource, Source
-from vlm.errors import SampleError, UserError
+from vlm.errors import SampleError, UserError, quoted
 from vlm.sample import MAX_PIXELS, Sample, parse_sample
+from vlm.sample.keys import SUFFIXES
 
 METADATA = "metadata.jsonl"
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-"""Endings of files that count as images."""
 
 
 class ImageFolder(Source):
@@ -80,6 +80,8 @@ class ImageFolder(Source):
 class _Listed(JsonSource):
     """The lines of a `metadata.jsonl`."""
 
+    reader = "ImageFolder"
+
     def __init__(self, path: Path, *, caption: str, prompt: str, max_pixels: int) -> None:
         super().__init__(path, max_pixels=max_pixels)
         self.caption = caption
@@ -94,12 +96,21 @@ class _Listed(JsonSource):
         for key in ("file_name", self.caption):
             if not isinstance(record.get(key), str):
                 raise SampleError(
-                    f"line {index + 1}: key {key!r} must be a string, found {record.get(key)!r}; "
+                    f"line {index + 1}: key {key!r} must be a string, found {quoted(record.get(key))}; "
                     f"the line has the keys {sorted(record)}",
                     sample_id=str(identity),
                     source=str(self.path),
                 )
         return _record(str(identity), record["file_name"], record[self.caption], self.prompt)
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All files, those in linked folders too, each folder once; without what macOS leaves beside files (`._a.jpg`)."""
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(place))
+        folders[:] = [name for name in sorted(folders) if os.path.realpath(os.path.join(place, name)) not in seen]
+        yield from (Path(place, name) for name in names if not name.startswith("._"))
 
 
 class _Beside:
@@ -109,7 +120,7 @@ class _Beside:
         self.folder = folder
         self.prompt = prompt
         self.max_pixels = max_pixels
-        files = (file.relative_to(folder) for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+        files = (file.relative_to(folder) for file in _files_below(folder) if file.suffix.lower() in SUFFIXES)
         self.files = sorted(file.as_posix() for file in files)
         if not self.files:
             raise UserError(f"{folder}: holds no pictures ({', '.join(sorted(SUFFIXES))}); check the path")

@@ -5,7 +5,9 @@ byte offsets: workers share it and read each record by seeking.
 """
 
 import codecs
+import itertools
 import json
+import re
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,12 +15,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from vlm.errors import UserError
+from vlm.errors import SampleError, UserError
 from vlm.sample.paths import located
 
 CHUNK = 1 << 20
 _SPACE = " \t\r\n"
-_DECODER = json.JSONDecoder()
+_MAX_DIGITS = 4300  # Python's own limit
+_TOO_DEEP = object()
+_NESTING = re.compile(r'"(?:[^"\\]|\\.)*("|\Z)|[\[\]{}]', re.DOTALL)
 # An error this near to the end of what has been read may only mean that the rest of the record is still unread.
 _TAIL = 16
 
@@ -34,26 +38,26 @@ class RecordFile:
         flags: bool[n], `flag` of every record.
 
     Raises:
-        UserError: no such file, broken JSON (with line and column), no list, a record that is no object, no record.
+        UserError: no such file, broken JSON (with line and column), no list, no record that is an object.
     """
 
     def __init__(self, path: str | Path, *, flag: Callable[[dict[str, Any]], bool]) -> None:
         self.path = located(path)
         bounds, flags = array("q"), array("B")
+        any_object = False
         try:
             with self.path.open("rb") as file:
                 for start, end, record in _Scanner(str(self.path), file).records():
-                    if not isinstance(record, dict):
-                        raise UserError(
-                            f"{self.path}: record {len(flags)} is a {type(record).__name__}; "
-                            f"every record must be a JSON object (starts at {_place(str(self.path), start)})"
-                        )
+                    is_object = isinstance(record, dict)
+                    any_object |= is_object or record is _TOO_DEEP
                     bounds.extend((start, end))
-                    flags.append(flag(record))
+                    flags.append(is_object and flag(record))
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror or error}); check the path") from error
         if not flags:
             raise UserError(f"{self.path}: holds no samples; remove it from the sources or fill it")
+        if not any_object:
+            raise UserError(f"{self.path}: none of its {len(flags)} records is a JSON object; every record must be one")
         self._bounds = np.frombuffer(bounds, dtype=np.int64).reshape(-1, 2)
         self.flags = np.frombuffer(flags, dtype=np.uint8).astype(bool)
 
@@ -61,16 +65,55 @@ class RecordFile:
         return len(self.flags)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        """Raises `SampleError` for a record that is no object, or too deep to be read."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path} has {len(self)} records, asked for number {index}")
         start, end = self._bounds[index].tolist()
         try:
             with self.path.open("rb") as file:  # opened anew: a handle does not survive the way to a worker
                 file.seek(start)
-                record = json.loads(file.read(end - start))
+                record = _decode(file.read(end - start).decode())[0]
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path}: changed or vanished while in use (record {index}); start again") from error
+        except RecursionError:
+            record = _TOO_DEEP
+        if not isinstance(record, dict):
+            found = "is nested too deeply" if record is _TOO_DEEP else f"is a {type(record).__name__}"
+            reason = f"record {index} {found}; every record must be a JSON object, drop it"
+            raise SampleError(reason, sample_id=str(index), source=str(self.path))
         return record
+
+
+def first_records(path: str | Path, count: int) -> list[Any]:
+    """Records at the beginning of a file, of any type.
+
+    Raises:
+        UserError: as `RecordFile`, of the part that is read.
+    """
+    path = located(path)
+    try:
+        with path.open("rb") as file:
+            return [record for _, _, record in itertools.islice(_Scanner(str(path), file).records(), count)]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+
+
+def _decode(text: str, start: int = 0) -> tuple[Any, int]:
+    """A value and where it ends. Whole numbers that are too long for Python become floats."""
+    try:
+        return _DECODER.raw_decode(text, start)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        return _LONG_NUMBERS.raw_decode(text, start)
+
+
+def _whole(digits: str) -> int | float:
+    return int(digits) if len(digits) < _MAX_DIGITS else float(digits)
+
+
+_DECODER = json.JSONDecoder()
+_LONG_NUMBERS = json.JSONDecoder(parse_int=_whole)
 
 
 class _Scanner:
@@ -135,9 +178,10 @@ class _Scanner:
         start = self.byte
         while True:
             try:
-                value, end = _DECODER.raw_decode(self.text, self.pos)
+                value, end = _decode(self.text, self.pos)
             except RecursionError:
-                raise self.error("nested too deeply") from None
+                self._skip()
+                return start, self.byte, _TOO_DEEP
             except json.JSONDecodeError as error:
                 unread = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - _TAIL
                 if self.ended or not unread:
@@ -150,6 +194,21 @@ class _Scanner:
                     continue
                 self._take(end - self.pos)
                 return start, self.byte, value
+
+    def _skip(self) -> None:
+        """Passes a list or object that is nested too deeply to be decoded."""
+        while True:
+            depth = 0
+            for found in _NESTING.finditer(self.text, self.pos):
+                if found[1] == "":
+                    break  # inside of a string
+                depth += (found[0] in "[{") - (found[0] in "]}")
+                if depth == 0:
+                    self._take(found.end() - self.pos)
+                    return
+            if self.ended:
+                raise self.error("nested too deeply, and never closed")
+            self._read()
 
     def _take(self, count: int) -> None:
         self.byte += len(self.text[self.pos : self.pos + count].encode())

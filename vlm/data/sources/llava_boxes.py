@@ -21,8 +21,9 @@ def mark_places(messages: Sequence[dict[str, Any]]) -> bool:
         parts: list[dict[str, Any]] = []
         marked = False
         for part in message["content"]:
-            if part["type"] == "image":
-                shown, seen = seen, seen + 1
+            if not isinstance(part, Mapping) or not isinstance(part.get("text"), str) or part.get("type") != "text":
+                if isinstance(part, Mapping) and part.get("type") == "image":
+                    shown, seen = seen, seen + 1
                 parts.append(part)
                 continue
             end = 0

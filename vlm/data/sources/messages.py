@@ -1,15 +1,17 @@
 """Chats as Hugging Face and ShareGPT tools keep them, told by their keys and brought to the form of `vlm.sample`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from vlm.data.sources.base import EXTRA_KEYS, JsonSource, content_parts, without_turns
-from vlm.errors import SampleError
+from vlm.data.sources.base import EXTRA_KEYS, JsonSource, content_of, turn_extras, with_system, without_turns
+from vlm.errors import SampleError, quoted
 from vlm.sample import ImageFile
+from vlm.sample.keys import MakeError, check_record, check_turn, names_images
 
 TURN_KEYS = ("messages", "conversations")
 IMAGE_KEYS = ("images", "image")
+_KEYS = frozenset({"id", "system", *TURN_KEYS, *IMAGE_KEYS, *EXTRA_KEYS})
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
@@ -24,21 +26,21 @@ class MessagesJson(JsonSource):
          "system": "Be brief.", "image": "a.png"}
 
     Content is a list of parts, as in `ChatJson`, or a string; in a string `<image>` is the place of an image. An
-    image is a path. Roles are `system`, `user` or `human`, `assistant` or `gpt`.
+    image is a path, in the record or in its part (`{"type": "image", "image": "a.png"}`). Roles are `system`, `user` or
+    `human`, `assistant` or `gpt`. A turn may say `weight` (or `loss`, `train`, `loss_weight`).
     """
 
     @staticmethod
     def _flag(record: Mapping[str, Any]) -> bool:
-        return any(record.get(key) for key in IMAGE_KEYS)
+        listed = any(record.get(key) for key in IMAGE_KEYS)
+        return listed or any(names_images(record.get(key)) for key in TURN_KEYS)
 
     def _schema(self, record: Mapping[str, Any], index: int) -> Mapping[str, Any]:
         error = partial(SampleError, sample_id=str(record.get("id", index)), source=str(self.path))
         return chat_record(record, index, error=error, max_pixels=self.max_pixels)
 
 
-def chat_record(
-    record: Mapping[str, Any], index: int, *, error: Callable[..., SampleError], max_pixels: int
-) -> dict[str, Any]:
+def chat_record(record: Mapping[str, Any], index: int, *, error: MakeError, max_pixels: int) -> dict[str, Any]:
     """A record in the form of `vlm.sample`; see `MessagesJson`.
 
     An image may also be `{"bytes": ..., "path": ...}`, as in rows of the `datasets` library.
@@ -53,13 +55,10 @@ def chat_record(
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
         raise error(f"{key!r} must be a list of at least one turn")
     messages = [_message(turn, f"{key}[{at}]", error) for at, turn in enumerate(turns)]
-    system = record.get("system")
-    if system is not None and not isinstance(system, str):
-        raise error(f"'system' must be a string, found {system!r}")
-    if system:
-        messages.insert(0, {"role": "system", "content": system})
+    messages = with_system(messages, record.get("system"), error=error)
     images = _one_of(record, IMAGE_KEYS, error)
     images = [] if images is None else images if isinstance(images, list) else [images]
+    check_record(record, read=_KEYS, has_images=bool(images) or names_images(turns), error=error)
     identity = record.get("id")
     return {
         "id": index if identity is None else identity,
@@ -69,23 +68,30 @@ def chat_record(
     }
 
 
-def _one_of(record: Mapping[str, Any], keys: Sequence[str], error: Callable[..., SampleError]) -> Any:
+def _one_of(record: Mapping[str, Any], keys: Sequence[str], error: MakeError) -> Any:
     found = [key for key in keys if record.get(key) is not None]
     if len(found) > 1:
         raise error(f"has both {found[0]!r} and {found[1]!r}; keep one of them")
     return record[found[0]] if found else None
 
 
-def _message(turn: Any, key: str, error: Callable[..., SampleError]) -> dict[str, Any]:
+def _message(turn: Any, key: str, error: MakeError) -> dict[str, Any]:
+    if isinstance(turn, Mapping):
+        check_turn(turn, read=("role", "content", "from", "value"), where=key, error=error)
     if not isinstance(turn, Mapping) or not ({"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys()):
         raise error(f"{key} must be an object with 'role' and 'content', or with 'from' and 'value'")
-    role, content = (turn["role"], turn["content"]) if "role" in turn else (turn["from"], turn["value"])
+    names = ("role", "content") if "role" in turn and "content" in turn else ("from", "value")
+    role, content = turn[names[0]], turn[names[1]]
     if not isinstance(role, str) or role not in _ROLES:
-        raise error(f"{key}: unknown role {role!r}; use one of {', '.join(_ROLES)}")
-    return {"role": _ROLES[role], "content": content_parts(content) if isinstance(content, str) else content}
+        raise error(f"{key}: unknown role {quoted(role)}; use one of {', '.join(_ROLES)}")
+    return {
+        "role": _ROLES[role],
+        "content": content_of(content, f"{key}: {names[1]!r}", error),
+        **turn_extras(turn),
+    }
 
 
-def _image(entry: Any, error: Callable[..., SampleError], max_pixels: int) -> Any:
+def _image(entry: Any, error: MakeError, max_pixels: int) -> Any:
     if not isinstance(entry, Mapping):
         return entry
     data, path = entry.get("bytes"), entry.get("path")
@@ -95,5 +101,7 @@ def _image(entry: Any, error: Callable[..., SampleError], max_pixels: int) -> An
         return path
     if not isinstance(data, bytes):
         what = type(data).__name__
-        raise error(f"the 'bytes' of image {path!r} are a {what}; JSON cannot hold them, use a path", kind="image")
+        raise error(
+            f"the 'bytes' of image {quoted(path)} are a {what}; JSON cannot hold them, use a path", kind="image"
+        )
     return ImageFile(name=path or "<bytes>", data=data, max_pixels=max_pixels)

@@ -1,23 +1,18 @@
-"""Chats in parquet files, images among the columns: what the `datasets` library writes and the hub serves.
-
-Images are read when they are decoded, not with the text: every rank looks at the text of a whole step, but only at
-the images of its own packs.
-"""
+"""Chats in parquet files, images among the columns: what the `datasets` library writes and the hub serves."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from vlm.data.sources.base import Source
-from vlm.data.sources.messages import IMAGE_KEYS, TURN_KEYS, chat_record
-from vlm.errors import Fault, SampleError, UserError
-from vlm.sample import MAX_PIXELS, ImageFile, Sample, parse_image, parse_sample
+from vlm.data.sources.messages import IMAGE_KEYS
+from vlm.data.sources.rows import Rows, check_columns
+from vlm.errors import UserError
+from vlm.sample import MAX_PIXELS
 from vlm.sample.paths import located
 
 MAX_GROUP_BYTES = 1 << 30
@@ -25,21 +20,24 @@ MAX_GROUP_BYTES = 1 << 30
 _CACHED_GROUPS = 2
 
 
-class Parquet(Source):
-    """Rows with `messages` or `conversations`, and `images` or `image`; the forms of `MessagesJson`. Or,
-    with `caption`, rows of an image and its caption (web pairs).
+class Parquet(Rows):
+    """Rows with `messages`, `conversations` or `texts`, and `images` or `image`; the forms of `MessagesJson`, and
+    `the_cauldron`'s. Or, with `caption`, rows of an image and its caption (web pairs).
 
-    An image is bytes, a path, or `{bytes, path}`. Memory holds two row groups of text and two of images, whatever
-    the size of the files. A row group is read as a whole to get at one row, so files with small row groups are faster:
-    100 rows, as `datasets` writes them where there are images, not the 1,000,000 of other writers.
+    An image is bytes, a path, or `{bytes, path}`. Memory holds a few row groups of text and of images, whatever the
+    size of the files. A row group is read as a whole to get at one row, so files with small row groups are faster: 100
+    rows, as `datasets` writes them where there are images, not the 1,000,000 of other writers.
 
     Args:
-        path: a file, a folder with `*.parquet` files, or a pattern (`data/train-*.parquet`).
+        path: a file, a folder with `*.parquet` files, or a pattern (`data/train-*.parquet`); URLs too.
         image_root: folder that image paths start at and that none may leave; by default the folder of the file.
         name: by default the file's or folder's name without its ending.
         max_pixels: limit on decode.
         caption: column of the caption.
         prompt: the user's text beside a captioned image.
+        groups_at_once: for files that are far away: an epoch goes through the row groups in random order and shuffles
+            the rows of so many of them together, so that each is fetched once by a worker. By default all rows are
+            shuffled.
 
     Raises:
         UserError: at first use; pyarrow is missing, no such file, not parquet, no such columns, or row groups beyond
@@ -54,12 +52,14 @@ class Parquet(Source):
         max_pixels: int = MAX_PIXELS,
         caption: str | None = None,
         prompt: str = "",
+        groups_at_once: int | None = None,
     ) -> None:
-        self.caption, self.prompt = caption, prompt
+        if groups_at_once is not None and groups_at_once < 1:
+            raise UserError(f"groups_at_once must be at least 1, found {groups_at_once}")
         self.path = located(path)
-        self.image_root = located(image_root) if image_root is not None else None
-        self.name = name if name is not None else self.path.stem
-        self.max_pixels = max_pixels
+        root = located(image_root) if image_root is not None else None
+        super().__init__(root, name if name is not None else self.path.stem, max_pixels, caption, prompt)
+        self.groups_at_once = groups_at_once
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_groups"}
@@ -67,62 +67,45 @@ class Parquet(Source):
     def __len__(self) -> int:
         return int(self._index.ends[-1])
 
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name} has {len(self)} samples, asked for number {index}")
-        group = int(np.searchsorted(self._index.ends, index, side="right"))
-        row = index - (int(self._index.ends[group - 1]) if group else 0)
+    def files(self) -> list[Path]:
+        """The files in order.
+
+        Raises:
+            UserError: there are none.
+        """
+        return _files(self.path)
+
+    def image_key(self, index: int) -> str | None:
+        columns = self._columns_of(index).pictures
+        return columns[0].split(".")[0] if columns else None
+
+    def root(self, index: int) -> Path | None:
+        return self.image_root if self.image_root is not None else self._index.groups[self._place(index)[0]][0].parent
+
+    def text(self, index: int) -> tuple[dict[str, Any], str, int]:
+        group, row = self._place(index)
         file, first_row, number = self._index.groups[group]
-        columns = self._index.columns[file]
-        record = self._read(file, number, columns.text).slice(row, 1).to_pylist()[0]
-        position = first_row + row
+        record = self._read(file, number, self._index.columns[file].text).slice(row, 1).to_pylist()[0]
+        return record, str(file), first_row + row
 
-        def error(message: str, *, kind: Fault | None = None) -> SampleError:
-            identity = record.get("id")
-            name = position if identity is None else identity
-            return SampleError(f"row {position}: {message}", sample_id=str(name), source=str(file), kind=kind)
-
-        if columns.pictures:
-            key = columns.pictures[0].split(".")[0]
-            entries = record.get(key)
-            places = [None] if isinstance(entries, dict) else range(len(entries or []))
-            record[key] = []
-            for place in places if entries is not None else []:
-                path = (entries if place is None else entries[place])["path"]
-                name = f"{path or key} of row {position}"
-                load = partial(self._picture, file, number, row, place, name, error)
-                record[key].append(RowImage(name=name, max_pixels=self.max_pixels, load=load))
-        if self.caption is not None:
-            record = self._captioned(record, error)
-        chat = chat_record(record, position, error=error, max_pixels=self.max_pixels)
-        try:
-            return parse_sample(
-                chat,
-                source=str(file),
-                position=position,
-                image_root=self._root(file),
-                max_pixels=self.max_pixels,
-            )
-        except SampleError as found:
-            raise error(found.reason, kind=found.kind) from found
-
-    def _captioned(self, record: dict[str, Any], error: Callable[..., SampleError]) -> dict[str, Any]:
-        assert self.caption is not None
-        caption = record.get(self.caption)
-        if not isinstance(caption, str) or not caption.strip():
-            raise error(f"column {self.caption!r} must hold a caption, found {caption!r}")
-        question = f"<image>\n{self.prompt}" if self.prompt else "<image>"
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": caption.strip()}]
-        return {key: record[key] for key in ("id", *IMAGE_KEYS) if key in record} | {
-            "messages": turns,
-            "task": "caption",
-        }
-
-    def has_image(self, index: int) -> bool:
-        return bool(self.image_mask()[index])
+    def images(self, index: int) -> Any:
+        group, row = self._place(index)
+        file, _, number = self._index.groups[group]
+        return self._read(file, number, self._index.columns[file].pictures).column(0)[row].as_py()
 
     def image_mask(self) -> np.ndarray:
         return self._mask
+
+    def blocks(self) -> tuple[np.ndarray, int] | None:
+        return None if self.groups_at_once is None else (self._index.ends, self.groups_at_once)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Row group and row in it."""
+        group = int(np.searchsorted(self._index.ends, index, side="right"))
+        return group, index - (int(self._index.ends[group - 1]) if group else 0)
+
+    def _columns_of(self, index: int) -> "_Columns":
+        return self._index.columns[self._index.groups[self._place(index)[0]][0]]
 
     @cached_property
     def _mask(self) -> np.ndarray:
@@ -138,10 +121,7 @@ class Parquet(Source):
 
     @cached_property
     def _index(self) -> "_Index":
-        return _Index(self.path, TURN_KEYS if self.caption is None else (self.caption,))
-
-    def _root(self, file: Path) -> Path:
-        return self.image_root if self.image_root is not None else file.parent
+        return _Index(self.path, self.files(), self.caption)
 
     @cached_property
     def _groups(self) -> OrderedDict[tuple, Any]:
@@ -157,33 +137,9 @@ class Parquet(Source):
         if cached:
             self._groups[key] = table
             same = [other for other in self._groups if other[2] == columns]
-            for old in same[:-_CACHED_GROUPS]:
+            for old in same[: -max(_CACHED_GROUPS, self.groups_at_once or 0)]:
                 del self._groups[old]
         return table
-
-    def _picture(
-        self, file: Path, number: int, row: int, place: int | None, name: str, error: Callable[..., SampleError]
-    ) -> ImageFile:
-        columns = self._index.columns[file].pictures
-        value = self._read(file, number, columns).column(0)[row].as_py()
-        entry = value if place is None else value[place]
-        if entry["bytes"] is None:
-            if entry["path"] is None:
-                raise error("an image has neither 'bytes' nor 'path'", kind="image")
-            found = parse_image(entry["path"], error=error, image_root=self._root(file), max_pixels=self.max_pixels)
-            return replace(found, name=name)
-        return ImageFile(name=name, data=entry["bytes"], max_pixels=self.max_pixels)
-
-
-@dataclass(frozen=True)
-class RowImage(ImageFile):
-    """An image that still lies in its row; `load` fetches it."""
-
-    _: KW_ONLY
-    load: Callable[[], ImageFile]
-
-    def _open(self, sample: Sample) -> Image.Image:
-        return self.load()._open(sample)
 
 
 @dataclass(frozen=True)
@@ -210,13 +166,13 @@ class _Index:
         columns: of each file.
     """
 
-    def __init__(self, path: Path, needed: Sequence[str]) -> None:
+    def __init__(self, path: Path, files: Sequence[Path], caption: str | None) -> None:
         self.columns: dict[Path, _Columns] = {}
         self.groups: list[tuple[Path, int, int]] = []
         counts: list[int] = []
-        for file in _files(path):
+        for file in files:
             schema, sizes = _explained(file, _describe)
-            self.columns[file] = _columns(file, schema, needed)
+            self.columns[file] = _columns(file, schema, caption)
             start = 0
             for number, (rows, num_bytes) in enumerate(sizes):
                 if num_bytes > MAX_GROUP_BYTES:
@@ -252,12 +208,8 @@ def _describe(parquet: Any) -> tuple[list[str], list[tuple[int, int]]]:
     return leaves, [(group.num_rows, group.total_byte_size) for group in groups]
 
 
-def _columns(file: Path, leaves: Sequence[str], needed: Sequence[str]) -> _Columns:
-    names = list(dict.fromkeys(leaf.split(".")[0] for leaf in leaves))
-    if not any(key in names for key in needed):
-        wanted = " nor ".join(map(repr, needed)) if len(needed) > 1 else repr(needed[0])
-        missing = f"neither a column {wanted}" if len(needed) > 1 else f"no column {wanted}"
-        raise UserError(f"{file}: has {missing}; found {', '.join(names)}")
+def _columns(file: Path, leaves: Sequence[str], caption: str | None) -> _Columns:
+    check_columns(file, list(dict.fromkeys(leaf.split(".")[0] for leaf in leaves)), caption)
     for key in IMAGE_KEYS:
         mine = [leaf for leaf in leaves if leaf.split(".")[0] == key]
         ends = {leaf.rsplit(".", 1)[-1]: leaf for leaf in mine if "." in leaf}

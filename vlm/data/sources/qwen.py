@@ -1,21 +1,27 @@
 """Conversations as Qwen-VL publishes them for fine-tuning, and its files of questions and referring expressions."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlm.data.sources.base import EXTRA_KEYS, turn_extras, with_system
 from vlm.data.sources.fields import Fields
 from vlm.data.sources.record_sources import IMAGE, Part, RecordSource, after_image, exchange, text
 from vlm.data.sources.requests import asked
+from vlm.errors import UserError, quoted, shorten
+from vlm.sample.keys import check_turn
 
 _PART = re.compile(
     r"(?:Picture \d+: ?)?<img>(?P<img>.*?)</img>|<ref>(?P<ref>.*?)</ref>"
     r"|<box>(?P<box>.*?)</box>|<quad>(?P<quad>.*?)</quad>",
     re.DOTALL,
 )
-_POINT = r"\((0|[1-9]\d{0,2}),(0|[1-9]\d{0,2})\)"
-_POINTS = {"box": re.compile(f"{_POINT},{_POINT}"), "quad": re.compile(",".join([_POINT] * 4))}
+_NUMBERS = re.compile(r"(?=.*\d)[\s\d.,;()\[\]-]+", re.DOTALL)
+_POINT = re.compile(r"\(\s*(\d{1,9})\s*,\s*(\d{1,9})\s*\)")
+_POINTS = re.compile(rf"\s*{_POINT.pattern}(?:\s*,\s*{_POINT.pattern})*\s*")
+_NUM_POINTS = {"box": 2, "quad": 4}
+_THOUSAND = 1000
 _ROLES = ("system", "user", "assistant")
 
 
@@ -27,10 +33,13 @@ def parse_text(content: str, *, first_image: int = 0) -> tuple[list[Part], list[
         Image 1: <img>a.jpg</img>\\n<ref>the dog</ref><box>(120,300),(550,800)</box>
 
     `Picture 1: ` goes: the template of the chat model writes it. Places belong to the last image before them.
-    Where there is none, and where a place is no box (swapped corners, numbers over 999), its text stays text.
+    Where there is none, and around words, their text stays text.
 
     Args:
         first_image: number of images before this text.
+
+    Raises:
+        UserError: numbers between the marks of a place in an image that are none.
     """
     parts: list[Part] = []
     paths: list[str] = []
@@ -46,15 +55,13 @@ def parse_text(content: str, *, first_image: int = 0) -> tuple[list[Part], list[
         add(content[end : match.start()])
         end = match.end()
         kind, value = str(match.lastgroup), match[str(match.lastgroup)]
-        shown = first_image + len(paths)
-        place = _place(kind, value, image=shown - 1) if kind in _POINTS and shown else None
         if kind == "img":
             parts.append(IMAGE)
             paths.append(value)
         elif kind == "ref" and value.strip():
             parts.append({"type": "ref", "text": value})
-        elif place is not None:
-            parts.append(place)
+        elif kind in _NUM_POINTS and _NUMBERS.fullmatch(value) and first_image + len(paths):
+            parts.append(_place(kind, value, image=first_image + len(paths) - 1))
         else:
             add(match.group())
     add(content[end:])
@@ -70,7 +77,8 @@ class QwenJson(RecordSource):
             {"from": "user", "value": "Picture 1: <img>a.jpg</img>\\n框出图中的格子衬衫"},
             {"from": "assistant", "value": "<ref>格子衬衫</ref><box>(588,499),(725,789)</box>"}]}]
 
-    Images are numbered anew by the template, over the whole conversation; see `parse_text`.
+    Images are numbered anew by the template, over the whole conversation; see `parse_text`. A `value` may be a list of
+    parts as in `ChatJson`, in which text that spells `<img>` is text.
     """
 
     def _flag(self, record: Mapping[str, Any]) -> bool:  # type: ignore[override]
@@ -82,13 +90,21 @@ class QwenJson(RecordSource):
         messages: list[dict[str, Any]] = []
         paths: list[str] = []
         for at, turn in enumerate(fields.objects("conversations")):
-            role, value = turn.text("from"), turn.need("value", str, "a text")
+            where = f"conversations[{at}]"
+            check_turn(turn.record, read=("from", "value"), where=where, error=fields.error)
+            role, content = turn.text("from"), turn.need("value", (str, list), "a text or a list of parts")
             if role not in _ROLES:
-                raise fields.error(f"conversations[{at}]: unknown role {role!r}; use one of {', '.join(_ROLES)}")
-            content, found = parse_text(value, first_image=len(paths))
-            messages.append({"role": role, "content": content})
-            paths += found
-        return {"images": paths, "messages": messages}
+                raise fields.error(f"{where}: unknown role {quoted(role)}; use one of {', '.join(_ROLES)}")
+            if isinstance(content, str):
+                try:
+                    content, found = parse_text(content, first_image=len(paths))
+                except UserError as error:
+                    raise fields.error(f"{where}: {error}", kind=error.kind) from error
+                paths += found
+            messages.append({"role": role, "content": content, **turn_extras(turn.record)})
+        messages = with_system(messages, fields.record.get("system"), error=fields.error)
+        extra = {key: fields.record[key] for key in EXTRA_KEYS if fields.record.get(key) is not None}
+        return {"images": paths, "messages": messages, **extra}
 
 
 class QwenQuestions(RecordSource):
@@ -160,12 +176,15 @@ class QwenReferring(RecordSource):
         }
 
 
-def _place(kind: str, value: str, *, image: int) -> Part | None:
-    """A place in thousandths as a part of a message; None where the text is none that would be written so."""
-    match = _POINTS[kind].fullmatch(value)
-    if match is None:
-        return None
-    values: Sequence[float] = [int(number) / 1000 for number in match.groups()]
-    if kind == "box" and not (values[0] < values[2] and values[1] < values[3]):
-        return None
-    return {"type": kind, kind: list(values), "image": image}
+def _place(kind: str, value: str, *, image: int) -> Part:
+    """A place in thousandths of an image as a part of a message."""
+    found = f"<{kind}>{shorten(value)}</{kind}>"
+    points = [tuple(map(int, point)) for point in _POINT.findall(value)]
+    if len(points) != _NUM_POINTS[kind] or not _POINTS.fullmatch(value):
+        form = ",".join(["(x,y)"] * _NUM_POINTS[kind])
+        raise UserError(f"{found} is no {kind}; write <{kind}>{form}</{kind}> in whole numbers", kind="region")
+    if max(map(max, points)) > _THOUSAND:
+        raise UserError(f"{found} lies outside of its image; places are counted in 0..{_THOUSAND}", kind="region")
+    if kind == "box" and not (points[0][0] < points[1][0] and points[0][1] < points[1][1]):
+        raise UserError(f"{found} is empty or inverted; give left, top, right, bottom", kind="region")
+    return {"type": kind, kind: [number / _THOUSAND for point in points for number in point], "image": image}

@@ -11,7 +11,7 @@ import numpy as np
 
 from vlm.data.sources.base import JsonSource
 from vlm.data.sources.fields import Fields, Record
-from vlm.errors import UserError
+from vlm.errors import UserError, quoted
 from vlm.sample import Sample, parse_sample
 
 Part = dict[str, Any]
@@ -52,7 +52,9 @@ class RecordSource(JsonSource):
 
     def _schema(self, record: Record, index: int) -> dict[str, Any]:
         identity = record.get("id", index)
-        made = self.chat(Fields(record, identity=identity, source=str(self.path)))
+        fields = Fields(record, identity=identity, source=str(self.path))
+        made = self.chat(fields)
+        fields.check_unread(has_images=bool(made.get("images")))
         return {"id": identity, "task": self.task, **made}
 
 
@@ -85,7 +87,9 @@ class ObjectSource(JsonSource):
             raise IndexError(f"{self.name} has {len(self)} samples, asked for number {index}")
         content, ends = self._kept
         record = json.loads(content[ends[index] : ends[index + 1]])
-        made = self.chat(Fields(record, identity=record["id"], source=str(self.path)))
+        fields = Fields(record, identity=record["id"], source=str(self.path))
+        made = self.chat(fields)
+        fields.check_unread(has_images=bool(made.get("images")))
         return parse_sample(
             {"id": record["id"], "task": self.task, **made},
             source=str(self.path),
@@ -122,7 +126,7 @@ def by_unique(path: Path, entries: Iterable[Any], key: str) -> dict[Any, Mapping
     found: dict[Any, Mapping[str, Any]] = {}
     for at, entry in enumerate(entries):
         if not isinstance(entry, Mapping) or not isinstance(entry.get(key), int | str):
-            raise UserError(f"{path}: entry {at} has no {key!r}; it is {str(entry)[:80]}")
+            raise UserError(f"{path}: entry {at} has no {key!r}; it is {quoted(entry)}")
         if entry[key] in found:
             raise UserError(f"{path}: {key} {entry[key]!r} stands there twice (entry {at}); remove one of them")
         found[entry[key]] = entry

@@ -9,7 +9,7 @@ import numpy as np
 
 from vlm.data.sources.base import Source
 from vlm.data.sources.fields import Fields, read_object
-from vlm.errors import UserError
+from vlm.errors import UserError, quoted
 from vlm.sample import MAX_PIXELS, Sample, parse_sample
 
 TASK = "science_qa"
@@ -105,7 +105,7 @@ class ScienceQA(Source):
         texts = {key: fields.words(key) for key in ("question", "hint", "lecture", "solution")}
         options_needed = f"a list of 2 to {len(LETTERS)} texts"
         if not 1 < len(found := fields.need("choices", list, options_needed)) <= len(LETTERS):
-            raise fields.error(f"'choices' must be {options_needed}, found {found!r}")
+            raise fields.error(f"'choices' must be {options_needed}, found {quoted(found)}")
         choices, letter = fields.choice(LETTERS)
         lecture, solution = (texts[key].replace("\\n", "\n") for key in ("lecture", "solution"))
         options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))

@@ -54,6 +54,10 @@ class Grouped(Wrapped):
     def place(self, index: int) -> tuple[str, int]:
         return self.source.place(index * self.size)
 
+    def blocks(self) -> tuple[np.ndarray, int] | None:
+        found = self.source.blocks()
+        return None if found is None else (np.minimum(-(-found[0] // self.size), len(self)), found[1])
+
 
 def _documents(sample: Sample) -> tuple[Message, ...]:
     roles = [message.role for message in sample.messages]

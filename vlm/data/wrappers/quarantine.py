@@ -199,6 +199,10 @@ class Kept(Wrapped):
     def image_mask(self) -> np.ndarray:
         return np.delete(self.source.image_mask(), self.left_out)
 
+    def blocks(self) -> tuple[np.ndarray, int] | None:
+        found = self.source.blocks()
+        return None if found is None else (found[0] - np.searchsorted(self.left_out, found[0]), found[1])
+
 
 def fingerprint(sources: Iterable[Kept]) -> str | None:
     """What the sources leave out, as one word; None where it is nothing."""

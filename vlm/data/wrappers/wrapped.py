@@ -27,3 +27,6 @@ class Wrapped(Source):
 
     def image_mask(self) -> np.ndarray:
         return self.source.image_mask()
+
+    def blocks(self) -> tuple[np.ndarray, int] | None:
+        return self.source.blocks()
