@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlm.building.blocks import stacked_blocks
+from vlm.language.quantized import packed_bytes
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,10 @@ def _parts(module: Any) -> Iterable[tuple[str, nn.Module]]:
 
 
 def stored(tensors: Iterable[Tensor]) -> int:
-    """Bytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    """Bytes; of an empty place for a weight in 4 bits, those of the weight."""
+    return sum(
+        packed_bytes(t.numel()) if getattr(t, "stays_empty", False) else t.numel() * t.element_size() for t in tensors
+    )
 
 
 def optimizer_bytes(module: Any) -> int:
