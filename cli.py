@@ -272,7 +272,7 @@ def _compare_finished(options: Sequence[str]) -> None:
 def _open_stage(options: Sequence[str]) -> Any:
     """Model, data and trainer of the stage that `vlm fit` would run; no run folder is entered."""
     with one_line_errors():
-        return _stage_cli()(list(options), run=False)
+        return _stage_cli()(read_options(options).options, run=False)
 
 
 def _describe(options: Sequence[str]) -> Any:
@@ -289,7 +289,7 @@ def _describe(options: Sequence[str]) -> Any:
             """Weights are not looked for."""
 
     asked = read_options(options)
-    print(*asked.summary, sep="\n", end="\n" if asked.summary else "", flush=True)
+    print(*asked.summary, sep="\n", end="\n" if asked.summary else "", file=sys.stderr, flush=True)
     with one_line_errors():
         made = Description(asked.options, run=False).config_init
     for callback in made.trainer.callbacks or []:

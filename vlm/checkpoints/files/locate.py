@@ -22,6 +22,7 @@ def find_files(path: Path) -> tuple[list[Path], list[str] | None]:
     Raises:
         UserError: no weight files, a broken index, or a missing shard.
     """
+    refuse_peft_folder(path)
     if path.is_file():
         return ([path], None) if not path.name.endswith(".index.json") else _indexed(path)
     indices = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.bin.index.json"))
@@ -35,6 +36,27 @@ def find_files(path: Path) -> tuple[list[Path], list[str] | None]:
     if not files:
         raise UserError(f"{path}: no *.safetensors, *.bin, *.pth or *.pt file in it; is it the right folder?")
     return files, None
+
+
+def refuse_peft_folder(path: Path) -> None:
+    """Refuses a folder that holds an adapter and not the model that it is laid over.
+
+    Raises:
+        UserError: it is one.
+    """
+    file = path / "adapter_config.json"
+    if not file.is_file() or any(not name.name.startswith("adapter_") for name in path.glob("*.safetensors")):
+        return
+    if any(path.glob("*.index.json")) or any(path.glob("pytorch_model*.bin")):
+        return
+    try:
+        base = json.loads(file.read_text()).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        base = None
+    raise UserError(
+        f"{path}: is an adapter of peft (adapter_config.json) and no model; its base is {base or 'not named there'}: "
+        "merge it with peft (merge_and_unload, then save_pretrained) and give that folder"
+    )
 
 
 def _indexed(index: Path) -> tuple[list[Path], list[str]]:
