@@ -116,9 +116,9 @@ BAD: dict[str, tuple[Any, list[str]]] = {
     "over the limit": (lambda w: _turn(w, 1, value="a b " * 2000), ["'s2'", "limit of 2048", "max_tokens"]),
     "unknown config key": (
         lambda w: w.options.append("--model.init_args.tokeniser=x"),
-        ["tokeniser", "not accepted"],
+        ["tokeniser", "did you mean tokenizer?"],
     ),
-    "unknown option": (lambda w: w.options.append("--trainer.max_stepz=3"), ["max_stepz"]),
+    "unknown option": (lambda w: w.options.append("--trainer.max_stepz=3"), ["max_stepz", "did you mean max_steps?"]),
     "unknown template": (lambda w: w.options.append("--model.init_args.template=v9"), ["v9", "vicuna_v1"]),
     "pattern that matches nothing": (
         lambda w: w.options.append('--stage.train={"conector": {"lr": 1}}'),
