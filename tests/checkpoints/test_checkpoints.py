@@ -180,7 +180,7 @@ def test_an_adapter_is_no_model(tmp_path, tensors):
     (tmp_path / "config.json").write_text("{}")
     for use in (find_weights, WeightFiles):
         with pytest.raises(
-            UserError, match=r"an adapter of peft .* over 'liuhaotian/llava-v1.5-7b' and no model; merge"
+            UserError, match=r"an adapter of peft .* and no model; its base is liuhaotian/llava-v1.5-7b: merge"
         ):
             use(tmp_path)
 

@@ -225,6 +225,25 @@ def test_lora_by_yaml(world: World, capfd: pytest.CaptureFixture[str]) -> None:
     assert f"in {first / 'artefact'} and in this run, with other settings (rank: 128 and 64" in capfd.readouterr().err
 
 
+def test_qlora_by_the_overlay_for_every_system(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    """It trains the adapter alone, and predict opens it; new weights have nothing that it could be merged into."""
+    world.stage = "2_finetune"
+    assert world.fit(f"--config={CONFIGS.parent / 'finetune' / 'qlora.yaml'}", "--trainer.precision=bf16-mixed") == 0
+    first, banner = world.run, capfd.readouterr().out
+    assert "14 linear layers of language" in banner
+    assert "surgery      14 linear layers are kept in 4 bits" in banner
+    stored = json.loads((first / "artefact" / "stage.json").read_text())
+    assert len(stored["tensors"]) == 2 * 7 * 2
+    assert all(".lora_" in name for name in stored["tensors"])
+    image = str(world.folder / "1.png")
+    assert cli.main(["predict", "--weights", str(first), "--image", image, "--prompt", "What?"]) == 0
+    assert capfd.readouterr().out.startswith(image)
+    world.run = world.folder / "second"
+    merged = f"--stage.follows=[{{artefact: {first / 'artefact'}, merge: true}}]"
+    assert world.fit(merged, "--stage.train={connector: {lr: 1}}") == 2
+    assert "comes from no weights, so there is nothing to merge the adapter into" in capfd.readouterr().err
+
+
 @pytest.fixture
 def interrupts() -> Iterator[Any]:
     """Ctrl-C as in a terminal, also where these tests run in the background."""

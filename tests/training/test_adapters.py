@@ -1,20 +1,37 @@
 """Adapters after their stage: merged into what follows, written for other tools, refused where they have no place."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlavaForConditionalGeneration
 
+import cli
 import vlm
+from callbacks import LoRAInjection, StageTransition
 from callbacks.stage_transition import write_stage
-from tests.support.systems import RATE, llava_1_5
-from tests.systems.test_contract import disturb
-from tests.training.test_surgery import BLOCKS, TOWER, logits, make
+from tests.support.samples import samples
+from tests.support.systems import LLAMA, RATE, ROOT, SYSTEMS, llava_1_5
+from tests.support.training import trainer
+from tests.systems.test_contract import Planned, collate, disturb, values
+from tests.training.test_surgery import BLOCKS, DECODING, TOWER, logits, make
+from vlm import registry
+from vlm.building.blocks import stacked_blocks
+from vlm.codec import step_counts
+from vlm.commands.convert import convert
+from vlm.commands.export import export
 from vlm.errors import UserError
-from vlm.language import CausalLM, PeftAdapter
-from vlm.stages import InitFrom, Stage
+from vlm.language import CausalLM, PeftAdapter, adapters
+from vlm.schedules import Schedule
+from vlm.stages import InitFrom, Stage, Trained
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +83,65 @@ def test_a_stage_starts_from_the_merged_weights(dora: bool, base: CausalLM, tmp_
     }
 
 
+BOTH = PeftAdapter(rank=2, alpha=4, parts="both")
+WRITTEN = {
+    "lora on both, connector": (BOTH, ("connector", "adapters")),
+    "dora on both": (replace(BOTH, dora=True), ("adapters",)),
+    "qlora": (PeftAdapter(rank=2, alpha=4, quantize="language"), ("adapters",)),
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_transformers_and_peft_open_what_is_written(case: str, base: CausalLM, tmp_path: Path) -> None:
+    adapter, train = WRITTEN[case]
+    trained(base, tmp_path / "run", adapter, train)
+    for what in ("merged", "adapter", "base"):
+        assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / what), "--write", what]) == 0
+    written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any("multi_modal_projector" in n for n in written) == ("connector" in train)
+
+    ours = vlm.load(tmp_path / "run", quantized=False)
+    merged, plain = (LlavaForConditionalGeneration.from_pretrained(tmp_path / n).eval() for n in ("merged", "base"))
+    sample = samples(tmp_path)[0]
+    item = ours.codec.encode(sample)
+    batch = ours.codec.collate([item], counts=step_counts([item]))
+    ids = batch.text.ids.clone()
+    ids[batch.text.slots["image"]] = merged.config.image_token_id
+    asked = {"input_ids": ids[None], "pixel_values": batch.views["image"].pixels}
+    with torch.no_grad():
+        expected = ours.label_logits(batch)
+        before = plain(**asked).logits[0, batch.text.label_positions, : expected.shape[1]]
+        theirs = merged(**asked).logits[0, batch.text.label_positions, : expected.shape[1]]
+        adapted = PeftModel.from_pretrained(plain, tmp_path / "adapter")
+        adapted = adapted(**asked).logits[0, batch.text.label_positions, : expected.shape[1]]
+    assert (before - expected).abs().max() > 0.05
+    # float32 noise between eager CLIP attention and timm's fused one, and merged weights rounded elsewhere; 1e-6 seen
+    torch.testing.assert_close(theirs, expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(adapted, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_a_merge_that_computes_something_else_is_not_written(
+    base: CausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = trained(base, tmp_path / "run", PeftAdapter(rank=2, alpha=4), ("adapters",))
+    assert any(
+        "adapter merged: no logit" in note for note in export(tmp_path / "run", tmp_path / "16", dtype="bfloat16").notes
+    )
+    write_stage(tmp_path / "plain", make(base, train=("connector",)), global_step=1)
+    with pytest.raises(UserError, match="has no adapter; leave out --write base"):
+        export(tmp_path / "plain", tmp_path / "out", write="base")
+    with torch.no_grad():
+        module.get_parameter("language.model.layers.0.mlp.up_proj.lora_B.default.weight").mul_(1e6)
+    write_stage(tmp_path / "run", module, global_step=1)
+    with pytest.raises(UserError, match="in float16 the merged weights compute something else"):
+        export(tmp_path / "run", tmp_path / "out", dtype="float16")
+    plain = adapters.merged_weight
+    monkeypatch.setattr(adapters, "merged_weight", lambda weight, a, b, scale, m: plain(weight, a, b, 0.99 * scale, m))
+    with pytest.raises(UserError, match="the merged weights do not compute what the adapter does"):
+        export(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_merged_is_said(base: CausalLM, tmp_path: Path) -> None:
     write_stage(tmp_path / "plain", make(base, train=("connector",)), global_step=1)
     with pytest.raises(UserError, match=r"trained without an adapter, so there is nothing to merge"):
@@ -104,3 +180,135 @@ def test_a_stage_that_cannot_be_meant_is_refused(base: CausalLM) -> None:
 
 def _plain(base: CausalLM) -> Any:
     return make(base, train=("connector",))
+
+
+# -- every system
+
+OFFERED = [name for name in SYSTEMS if name in registry.SYSTEMS]
+
+
+@pytest.mark.parametrize("name", OFFERED)
+def test_every_system_takes_adapters(name: str, tmp_path: Path) -> None:
+    """On the language model and, where there is one, on the tower: that alone is trained, stored and opened again."""
+    system = SYSTEMS[name]
+    pool = system.pool(tmp_path, 8)
+    plain = system.make()
+    plain.configure_model()
+    parts = "both" if hasattr(plain, "vision") else "language"
+    batch = collate(plain, pool[:4])
+    with torch.no_grad():
+        before = plain.label_logits(batch)
+
+    module = system.make()
+    injection = LoRAInjection(rank=2, alpha=4, parts=parts)
+    injection.setup(None, module, "fit")  # type: ignore[arg-type]
+    module.stage = Stage("identity", {"adapters": RATE})
+    module.configure_model()
+    with torch.no_grad():
+        assert torch.equal(module.label_logits(batch), before)
+    added = {name for name, _ in module.named_parameters()} - {name for name, _ in plain.named_parameters()}
+    assert {name.split(".")[0] for name in added} == ({"language", "vision"} if parts == "both" else {"language"})
+    blocks = len(list(stacked_blocks(module.language)))
+    assert len([name for name in added if name.startswith("language.")]) >= 2 * 4 * blocks
+
+    module, found = system.make(), values(module)
+    stage = StageTransition("lora", {"adapters": Trained(lr=1e-2)}, schedule=Schedule("constant"))
+    run = trainer(tmp_path, max_epochs=1, accumulate_grad_batches=2, callbacks=[injection, stage])
+    run.fit(module, Planned(pool, [range(8)] * 3, system.batch))
+    assert {name for name, tensor in values(module).items() if not torch.equal(tensor, found[name])} == added
+    stored = json.loads((tmp_path / "artefact" / "stage.json").read_text())
+    assert set(stored["tensors"]) == added
+    loaded = vlm.load(tmp_path / "artefact")
+    with torch.no_grad():
+        assert torch.equal(loaded.label_logits(batch), module.eval().label_logits(batch))
+    assert loaded.generate(pool[:2], decoding=DECODING) == module.generate(pool[:2], decoding=DECODING)
+
+    packed = system.make()
+    packed.surgery = [PeftAdapter(rank=2, alpha=4, parts=parts, quantize=parts)]
+    packed.configure_model()
+    with torch.no_grad():
+        assert 0 < (packed.label_logits(batch) - before).std() < before.std()
+
+
+def test_what_is_not_adapted_is_said() -> None:
+    mixtral = CausalLM(config=LLAMA | {"model_type": "mixtral", "num_local_experts": 4})
+    module = SYSTEMS["mini_gemini"].make(language=mixtral)
+    module.surgery = [PeftAdapter(rank=2, alpha=4, parts=["language", "vision_high"])]
+    module.stage = Stage("lora", {"adapters": RATE})
+    module.configure_model()
+    (done, beside) = module.surgery[0].summary(module)
+    assert "8 linear layers of language and 10 linear layers of vision_high" in done
+    for name in (
+        "language.model.layers.*.mlp.experts.gate_up_proj",
+        "vision_high.trunk.stages.*.blocks.*.conv_dw.weight",
+    ):
+        assert name in beside
+
+
+def test_layers_whose_weight_is_read_by_others_are_asked() -> None:
+    """timm's attention of BEiT and EVA multiplies with the weight of `qkv` by itself."""
+    system = nn.Module()
+    system.vision = nn.Sequential(nn.Sequential(timm.models.beit.Attention(32, num_heads=2, qkv_bias=True)))
+    x = torch.randn(1, 5, 32)
+    before = system.vision(x)
+    PeftAdapter(rank=2, alpha=4, parts="vision", targets=["qkv"]).apply(system)
+    for name, parameter in system.named_parameters():
+        if "lora_" in name:
+            nn.init.ones_(parameter)
+    assert (system.vision(x) - before).abs().max() > 0.1
+
+
+def test_an_adapter_of_peft_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "llava-hf/llava-1.5-7b-hf"}))
+    save_file({"base_model.model.x.lora_A.weight": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(
+        UserError, match=r"is an adapter of peft .* and no model; its base is llava-hf/llava-1\.5-7b-hf"
+    ):
+        vlm.load(tmp_path)
+    with pytest.raises(UserError, match="is an adapter of peft"):
+        convert(tmp_path, tmp_path / "out", system="llava_1_5", target_layout="ours")
+
+
+@pytest.mark.parametrize("name", ["qwen_vl", "fuyu"])
+def test_convert_merges(name: str, tmp_path: Path) -> None:
+    system = SYSTEMS[name]
+    module = system.make()
+    module.surgery = [PeftAdapter(rank=2, alpha=4)]
+    module.stage = Stage("lora", {"adapters": RATE})
+    module.configure_model()
+    disturb(module, module.trained_names())
+    write_stage(tmp_path / "run", module, global_step=1)
+    report = convert(tmp_path / "run", tmp_path / "official", system=name, target_layout="official")
+    assert report.notes[0].startswith("adapter merged: no logit of a probe differs")
+    batch = collate(module, system.pool(tmp_path, 4))
+    with torch.no_grad():
+        ours, theirs = module.label_logits(batch), vlm.load(tmp_path / "official").label_logits(batch)
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-4)  # merged weights are rounded elsewhere; 1e-6 seen
+
+
+def test_convert_merges_into_the_published_layout_of_llava(base: CausalLM, tmp_path: Path) -> None:
+    trained(base, tmp_path / "first", PeftAdapter(rank=2, alpha=4), ("connector", "adapters"))
+    export(tmp_path / "first", tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "ours", system="llava_1_5", target_layout="ours")
+    module = vlm.load(tmp_path / "ours")  # as its artefact describes it
+    again = type(module)(**module.arguments)
+    again.surgery = [PeftAdapter(rank=2, alpha=4, parts="both")]
+    again.stage = Stage("lora", {"adapters": RATE}, follows=[InitFrom(str(tmp_path / "ours"))])
+    again.configure_model()
+    disturb(again, again.trained_names())
+    write_stage(tmp_path / "run", again, global_step=1)
+    convert(tmp_path / "run", tmp_path / "official", system="llava_1_5", target_layout="official")
+    ours, theirs = logits(again, tmp_path), logits(vlm.load(tmp_path / "official"), tmp_path)
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-4)  # merged weights are rounded elsewhere; 1e-6 seen
+
+
+def test_the_overlays_are_what_they_say() -> None:
+    for file in sorted((ROOT / "configs/finetune").glob("*.yaml")):
+        content = yaml.safe_load(file.read_text())
+        assert content["stage"]["name"] == file.stem
+        assert content["stage"]["train"].keys() == {"adapters"}
+        (callback,) = content["trainer"]["callbacks+"]
+        adapter = LoRAInjection(**callback["init_args"]).surgery
+        assert adapter.dora == (file.stem == "dora")
+        assert adapter.quantize == (("language",) if file.stem == "qlora" else ())
+        assert adapter.parts == (("language", "vision") if file.stem == "lora_tower" else ("language",))

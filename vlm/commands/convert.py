@@ -1,14 +1,14 @@
 """`vlm convert`: published checkpoints into artefacts of ours, and back.
 
 Official and Hugging Face folders are rewritten tensor by tensor through the table of `vlm.checkpoints.tables.llava`, or
-of the system's family (`vlm.checkpoints.published.family`). Nothing
-is computed, no dtype changes, and what one layout has no place for lies in `carried.safetensors` beside it, so that
-every way round ends with the same bits.
+of the system's family (`vlm.checkpoints.published.family`). No dtype changes, and nothing is computed, but for the
+adapter of a stage, which is merged into the weights it lies over. What one layout has no place for lies in
+`carried.safetensors` beside it, so that every way round ends with the same bits.
 """
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlm.errors import UserError
 from vlm.registry import published_systems
@@ -16,6 +16,7 @@ from vlm.registry import published_systems
 if TYPE_CHECKING:
     from vlm.checkpoints.published.family import Family
     from vlm.checkpoints.report import LoadReport
+    from vlm.language import Surgery
 
 TARGETS = ("official", "hf", "ours")
 
@@ -83,13 +84,20 @@ def convert(
     from vlm.checkpoints.artefact import STAGE_FILE
     from vlm.checkpoints.files.atomic import atomic_directory
     from vlm.checkpoints.published.family import get_family
-    from vlm.loading import load
+    from vlm.commands.merged import load_merged
     from vlm.prompts import get_template
 
     if template is not None:
         get_template(template)
         if target_layout != "ours":
             raise UserError(f"--template {template}: only our artefacts say how a model is talked to; use --to ours")
+    notes: list[str] = []
+
+    def load_plain(path: str | Path) -> Any:
+        module, found = load_merged(path)
+        notes.extend(found)
+        return module
+
     family = get_family(system)
     if target_layout != "ours" and target_layout not in family.layouts:
         known = " or ".join(f"--to {name}" for name in (*family.layouts, "ours"))
@@ -98,18 +106,36 @@ def convert(
         if base is not None:
             raise UserError(f"{src}: is an artefact of ours, and only published weights are deltas; leave out --base")
         refuse_surgery(family, src)
-        opened = family.open_artefact(src, target=target_layout, vision=vision, load=load)
+        opened = family.open_artefact(src, target=target_layout, vision=vision, load=load_plain)
     else:
         opened = family.open(src, layout=source_layout, target=target_layout, vision=vision, base=base)
     with atomic_directory(dst) as folder:
-        return family.fill(folder, opened, target=target_layout, template=template)
+        report = family.fill(folder, opened, target=target_layout, template=template)
+        report.notes += notes
+        return report
 
 
 def refuse_surgery(family: "Family", artefact: str | Path) -> None:
-    """Refuses an artefact that was changed in a way that its system's published folders have no place for."""
-    from vlm.building.instantiate import instantiate
-    from vlm.checkpoints.resume.opened import read_trained
+    """Refuses an artefact that was changed in a way that its system's published folders have no place for.
+
+    Adapters have one: the weights they are merged into.
+    """
+    from vlm.language import PeftAdapter
     from vlm.language.surgery import refuse_changed
 
     if not family.holds_surgery:
-        refuse_changed(instantiate(read_trained(artefact).meta["surgery"]), artefact)
+        refuse_changed([other for other in _surgery(artefact) if not isinstance(other, PeftAdapter)], artefact)
+
+
+def has_adapter(artefact: str | Path) -> bool:
+    """Whether an artefact was trained with an adapter."""
+    from vlm.language import PeftAdapter
+
+    return any(isinstance(operation, PeftAdapter) for operation in _surgery(artefact))
+
+
+def _surgery(artefact: str | Path) -> "list[Surgery]":
+    from vlm.building.instantiate import instantiate
+    from vlm.checkpoints.resume.opened import read_trained
+
+    return instantiate(read_trained(artefact).meta["surgery"])

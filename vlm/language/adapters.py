@@ -187,16 +187,17 @@ def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude:
 
 
 @torch.no_grad()
-def merge_adapters(module: nn.Module) -> None:
-    """Puts plain linear layers, with the merged weights, in the place of adapted ones."""
+def replace_adapters(module: nn.Module, *, merge: bool) -> None:
+    """Puts plain linear layers in the place of adapted ones, with the merged weights or with those of before."""
     for name, found in list(module.named_modules()):
         layer: Any = found
         if not hasattr(layer, "lora_A"):
             continue
-        down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-        magnitude = layer.lora_magnitude_vector[ADAPTER].weight if ADAPTER in layer.lora_magnitude_vector else None
         linear = layer.base_layer
-        linear.weight.copy_(merged_weight(linear.weight, down, up, layer.scaling[ADAPTER], magnitude))
+        if merge:
+            down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+            magnitude = layer.lora_magnitude_vector[ADAPTER].weight if ADAPTER in layer.lora_magnitude_vector else None
+            linear.weight.copy_(merged_weight(linear.weight, down, up, layer.scaling[ADAPTER], magnitude))
         parent, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(parent), leaf, linear)
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm.errors import UserError
@@ -52,13 +53,13 @@ class FourBitLinear(nn.Linear):
     @property
     def num_bytes(self) -> int:
         """Of the weight with its scales and tables."""
-        state = self._state_beside_weight()
-        tensors = (self.weight, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
-        return sum(tensor.nbytes for tensor in tensors)
+        return packed_bytes(self.in_features * self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.state is None:  # a network that is counted and never filled
+            return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         state = self._state_beside_weight()
         state.dtype = x.dtype  # of the weight that the backward pass makes for a moment
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -77,6 +78,12 @@ def full_size(parameter: Tensor) -> int:
     """How many numbers a parameter stands for, however it is packed."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
+
+
+def packed_bytes(size: int) -> int:
+    """What a weight of so many numbers takes: 4 bits each, a byte for 64 of them, a float for 256 of these, tables."""
+    blocks = -(-size // 64)
+    return -(-size // 2) + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1)
 
 
 def _bitsandbytes() -> Any:

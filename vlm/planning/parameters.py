@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlm.building.blocks import stacked_blocks
+from vlm.language.quantized import packed_bytes
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,27 @@ def _parts(module: Any) -> Iterable[tuple[str, nn.Module]]:
 
 
 def stored(tensors: Iterable[Tensor]) -> int:
-    """Bytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    """Bytes; of an empty place for a weight in 4 bits, those of the weight."""
+    return sum(
+        packed_bytes(t.numel()) if getattr(t, "stays_empty", False) else t.numel() * t.element_size() for t in tensors
+    )
 
 
 def optimizer_bytes(module: Any) -> int:
-    """Of the moments of what is trained: two numbers for each, of the parameter's type."""
-    return 2 * stored(p for p in module.parameters() if p.requires_grad)
+    """Of the moments of what a system's stage trains, in a GPU's memory."""
+    kind = module.stage.optimizer.kind
+    if kind == "paged_adamw_8bit":  # moved to the host when there is no room
+        return 0
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if kind == "adamw":
+        return 2 * stored(trained)
+    return sum(
+        2 * p.numel() * 4 if p.numel() < _WHOLE else 2 * (p.numel() + -(-p.numel() // _BLOCK) * 4) for p in trained
+    )
+
+
+_WHOLE, _BLOCK = 4096, 256
+"""Of bitsandbytes: smaller tensors have moments in float32; elements of a block share a factor in float32."""
 
 
 @dataclass(frozen=True)

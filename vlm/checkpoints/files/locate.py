@@ -22,7 +22,7 @@ def find_files(path: Path) -> tuple[list[Path], list[str] | None]:
     Raises:
         UserError: no weight files, a broken index, or a missing shard.
     """
-    refuse_adapter(path)
+    refuse_peft_folder(path)
     if path.is_file():
         return ([path], None) if not path.name.endswith(".index.json") else _indexed(path)
     indices = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.bin.index.json"))
@@ -38,19 +38,24 @@ def find_files(path: Path) -> tuple[list[Path], list[str] | None]:
     return files, None
 
 
-def refuse_adapter(path: Path) -> None:
-    """Raises a `UserError` for a folder that holds what was trained beside a model, and not the model."""
-    described = path / "adapter_config.json"
-    if not described.is_file() or any(path.glob("model*.safetensors")) or any(path.glob("pytorch_model*.bin")):
+def refuse_peft_folder(path: Path) -> None:
+    """Refuses a folder that holds an adapter and not the model that it is laid over.
+
+    Raises:
+        UserError: it is one.
+    """
+    file = path / "adapter_config.json"
+    if not file.is_file() or any(not name.name.startswith("adapter_") for name in path.glob("*.safetensors")):
+        return
+    if any(path.glob("*.index.json")) or any(path.glob("pytorch_model*.bin")):
         return
     try:
-        base = json.loads(described.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = json.loads(file.read_text()).get("base_model_name_or_path")
     except (ValueError, AttributeError):
         base = None
-    over = f" over {base!r}" if base else ""
     raise UserError(
-        f"{path}: is an adapter of peft (LoRA or its kin){over} and no model; merge it there (peft's merge_and_unload, "
-        "then save_pretrained) and give the folder of the whole model"
+        f"{path}: is an adapter of peft (adapter_config.json) and no model; its base is {base or 'not named there'}: "
+        "merge it with peft (merge_and_unload, then save_pretrained) and give that folder"
     )
 
 

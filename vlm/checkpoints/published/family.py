@@ -14,6 +14,7 @@ from vlm import registry
 from vlm.checkpoints.files.weights import WeightFiles
 from vlm.checkpoints.published.entries import read_json
 from vlm.checkpoints.report import LoadReport
+from vlm.checkpoints.tables.table import Table
 from vlm.errors import UserError
 
 Stream = Callable[[], Iterable[tuple[str, Tensor]]]
@@ -125,6 +126,14 @@ class Family(ABC):
     @abstractmethod
     def export(self, folder: Path, path: str, *, dtype: torch.dtype | None, load: Load) -> LoadReport:
         """Writes a finished stage for `hub_class`."""
+
+    def memory_table(self, module: Any) -> tuple[Table, Mapping[str, Tensor]]:
+        """The names that `hub_class` has in memory, and tensors that it has and our module does not.
+
+        Raises:
+            UserError: the class computes something else.
+        """
+        raise UserError(f"{self.system}: has no class of its own in Hugging Face's tools")
 
     def surgery(self, opened: Any) -> list[dict[str, Any]]:
         """`class_path` and `init_args` of the surgery that an opened folder's network was trained with."""

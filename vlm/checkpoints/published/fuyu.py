@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from vlm.checkpoints.published.entries import BOOKKEEPING, Entries, read_json, refusal
 from vlm.checkpoints.published.one_folder import OneFolderFamily
 from vlm.checkpoints.tables.rules import rename
@@ -135,6 +137,9 @@ class FuyuFamily(OneFolderFamily):
             "tie_word_embeddings": False,
             "torch_dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
         }
+
+    def memory_table(self, module: Any) -> tuple[Table, Mapping[str, Tensor]]:
+        return self.table("hf", self.config(module, "hf")), {}
 
     def write_files(self, folder: Path, module: Any) -> None:
         super().write_files(folder, module)

@@ -1,10 +1,11 @@
 """LLaVA and its kin: folders of the official code, of Hugging Face's tools, and VILA-1.5's with one for each part."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from vlm.checkpoints.published.family import Family, Load, PublishedFolder
 from vlm.checkpoints.published.llava_chat import (
@@ -15,12 +16,13 @@ from vlm.checkpoints.published.llava_chat import (
     read_chat_settings,
     write_view,
 )
-from vlm.checkpoints.published.llava_export import fill_exported
+from vlm.checkpoints.published.llava_export import check_exportable, fill_exported
 from vlm.checkpoints.published.llava_reading import (
     Kind,
     OpenedLlava,
     open_checkpoint,
     open_llava_artefact,
+    open_llava_module,
     table_of,
 )
 from vlm.checkpoints.published.llava_writing import fill_layout, fill_llava_artefact
@@ -28,8 +30,10 @@ from vlm.checkpoints.published.preprocessor import says_view
 from vlm.checkpoints.published.tokenizer_entries import describe_tokenizer
 from vlm.checkpoints.published.vila import has_part_folders
 from vlm.checkpoints.report import LoadReport
-from vlm.checkpoints.tables.llava import HF, HF_MEMORY, OFFICIAL, check_connector, detect_connector
+from vlm.checkpoints.resume.opened import read_trained
+from vlm.checkpoints.tables.llava import HF, HF_MEMORY, OFFICIAL, check_connector, detect_connector, llava_table
 from vlm.checkpoints.tables.mini_gemini import MARK
+from vlm.checkpoints.tables.table import Table
 from vlm.errors import UserError
 
 
@@ -79,6 +83,8 @@ class LLaVAFamily(Family):
     def open_artefact(
         self, path: str | Path, *, target: str, load: Load, vision: str | Path | None = None
     ) -> OpenedLlava:
+        if read_trained(path).meta["surgery"]:  # an adapter, which `load` merges; all else was refused
+            return open_llava_module(load(path), path, target=target, vision=vision)
         return open_llava_artefact(path, self.kind, target=target, vision=vision)
 
     def open_complete(self, path: str) -> OpenedLlava:
@@ -120,6 +126,22 @@ class LLaVAFamily(Family):
 
     def export(self, folder: Path, path: str, *, dtype: torch.dtype | None, load: Load) -> LoadReport:
         return fill_exported(folder, load(path), dtype=dtype)
+
+    def memory_table(self, module: Any) -> tuple[Table, Mapping[str, Tensor]]:
+        check_exportable(module)
+        language = module.language.config
+        table = llava_table(
+            HF_MEMORY,
+            connector="mlp2x_gelu",
+            num_blocks=module.tower.num_blocks,
+            vocab_rows=language.vocab_size,
+            tied=language.tie_word_embeddings,
+            newline=getattr(module, "tiles", None) is not None,
+            num_experts=getattr(language, "num_local_experts", 0),
+        )
+        norm = torch.empty(module.tower.dim)  # above the features that are taken
+        made = {f"vision.trunk.norm.{kind}": norm for kind in ("weight", "bias")}
+        return table, {name: tensor for name, tensor in made.items() if name not in dict(module.named_parameters())}
 
     def chat_template(self, opened: OpenedLlava) -> str:
         """Name of the template that a folder is talked to with."""

@@ -113,6 +113,22 @@ def open_llava_artefact(
     return _with_tower(_open_artefact(read_trained(src, system=kind.system)), src, vision=vision, target=target)
 
 
+def open_llava_module(
+    module: Any, src: str | Path, *, vision: str | Path | None = None, target: str = "official"
+) -> OpenedLlava:
+    """The same of a system in memory that was trained from a published one.
+
+    Args:
+        src: its artefact.
+    """
+    artefact = read_trained(src)
+    tensors = {name: tensor.detach() for name, tensor in module.named_parameters()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    config = LlavaConfig(**_description(artefact))
+    model = OpenedLlava(shapes, tensors.items, module.system, config, artefact.folder, {})
+    return _with_tower(model, src, vision=vision, target=target)
+
+
 def _with_tower(model: OpenedLlava, src: str | Path, *, vision: str | Path | None, target: str) -> OpenedLlava:
     if target == "hf":
         check_connector(HF, model.config.connector)

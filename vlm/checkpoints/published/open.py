@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.checkpoints.artefact import STAGE_FILE
-from vlm.checkpoints.files.locate import find_files, refuse_adapter
+from vlm.checkpoints.files.locate import find_files, refuse_peft_folder
 from vlm.checkpoints.files.weights import WeightFiles, WeightSource
 from vlm.checkpoints.published.family import Family, find_family, look_into
 from vlm.checkpoints.published.vila import PartFolders, has_part_folders
@@ -64,7 +64,7 @@ def find_weights(path: str | Path) -> str:
         )
     if has_part_folders(folder):
         return str(folder)
-    refuse_adapter(folder)
+    refuse_peft_folder(folder)
     try:
         find_files(folder)
     except UserError as error:
