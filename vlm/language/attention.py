@@ -93,22 +93,22 @@ def packed_attention(
 
 def _kernel_dtype(query: Tensor, value: Tensor) -> torch.dtype | None:
     """What the variable-length kernel computes these in; None where it cannot."""
-    head_dim = query.shape[-1]
-    if (
-        head_dim % 8
-        or head_dim > 256
-        or value.shape[-1] != head_dim
-        or not (_planned.get() or _has_kernel(query.device))
-    ):
+    head_dim, is_planned = query.shape[-1], _planned.get()
+    if head_dim % 8 or head_dim > 256 or value.shape[-1] != head_dim:
+        return None
+    if not (is_planned or _has_kernel(query.device)):
         return None
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-    return dtype if dtype in (torch.float16, torch.bfloat16) else None
+    return dtype if is_planned or dtype in (torch.float16, torch.bfloat16) else None
 
 
 @contextmanager
 def planned_for_a_gpu() -> Iterator[None]:
-    """Inside, tensors are fake ones (`vlm.planning`), and the path is the one that a GPU with the kernel takes."""
+    """Inside, tensors are fake ones (`vlm.planning`), and the path is the one that a GPU with the kernel takes.
+
+    In float32 too, where SDPA does the same work and keeps the same tensors, but has to know the lengths.
+    """
     before = _planned.set(True)
     try:
         yield

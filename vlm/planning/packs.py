@@ -9,6 +9,7 @@ import torch
 
 from vlm.codec import Encoded, step_counts
 from vlm.data import VisionLanguageData
+from vlm.planning.depth import along, at_full_depth
 from vlm.planning.samples import Samples, per_step
 from vlm.planning.step import PackCost, cost_of_pack
 
@@ -107,7 +108,12 @@ class PackCosts:
         if count not in self._known:
             items = self.items[:count]
             batch = self.module.codec.collate(items, counts=step_counts(items))
-            cost = cost_of_pack(self.module, batch, autocast=self.precision.autocast, weights=self.precision.weights)
+            cost = at_full_depth(
+                self.module,
+                lambda: cost_of_pack(
+                    self.module, batch, autocast=self.precision.autocast, weights=self.precision.weights
+                ),
+            )
             self._known[count] = sum(item.num_tokens for item in items), cost
         return self._known[count]
 
@@ -129,9 +135,4 @@ def _extended(small: tuple[int, PackCost], large: tuple[int, PackCost], tokens: 
     (n, a), (m, b) = small, large
     if n == m:
         n, a = 0, PackCost({}, {}, {})
-
-    def line(left: Mapping[Any, int], right: Mapping[Any, int]) -> dict[Any, int]:
-        rise = {key: (right.get(key, 0) - left.get(key, 0)) / (m - n) for key in (*left, *right)}
-        return {key: max(0, round(right.get(key, 0) + rise[key] * (tokens - m))) for key in rise}
-
-    return PackCost(line(a.flops, b.flops), line(a.alive, b.alive), line(a.kept, b.kept))
+    return along(a, b, (tokens - n) / (m - n))

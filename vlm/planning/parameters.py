@@ -60,8 +60,20 @@ def stored(tensors: Iterable[Tensor]) -> int:
 
 
 def optimizer_bytes(module: Any) -> int:
-    """Of the moments of what is trained: two numbers for each, of the parameter's type."""
-    return 2 * stored(p for p in module.parameters() if p.requires_grad)
+    """Of the moments of what a system's stage trains, in a GPU's memory."""
+    kind = module.stage.optimizer.kind
+    if kind == "paged_adamw_8bit":  # moved to the host when there is no room
+        return 0
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if kind == "adamw":
+        return 2 * stored(trained)
+    return sum(
+        2 * p.numel() * 4 if p.numel() < _WHOLE else 2 * (p.numel() + -(-p.numel() // _BLOCK) * 4) for p in trained
+    )
+
+
+_WHOLE, _BLOCK = 4096, 256
+"""Of bitsandbytes: smaller tensors have moments in float32; elements of a block share a factor in float32."""
 
 
 @dataclass(frozen=True)

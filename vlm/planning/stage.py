@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vlm.building.precision import AUTOCAST, keep_frozen_in
 from vlm.data import VisionLanguageData
 from vlm.planning.downloads import Download, downloads_of
 from vlm.planning.machine import Machine
@@ -17,7 +18,6 @@ from vlm.planning.samples import LOOKED_AT, Samples, per_step, samples_of
 from vlm.planning.system import Described, described
 from vlm.stages import Stage
 
-AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 WHOLE = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
@@ -118,7 +118,8 @@ class Planner:
     def build(self, machine: Machine, **changes: Any) -> PackCosts:
         """The network, ready to be asked what packs cost."""
         network = self.what.build(**changes)
-        return PackCosts(network, self.samples, self._precision(network, machine))
+        precision = self._precision(network, machine)
+        return PackCosts(network, self.samples, precision)
 
     def plan_built(self, costs: PackCosts, machine: Machine, packing: Packing | None = None) -> StagePlan:
         network, run = costs.module, self.run
@@ -152,7 +153,10 @@ class Planner:
         if (dtype := WHOLE.get(self.run.precision)) is not None:
             network.to(dtype)
             return Precision()
-        return Precision(autocast=AUTOCAST.get(self.run.precision))
+        dtype = AUTOCAST.get(self.run.precision)
+        if dtype is not None:
+            keep_frozen_in(network, dtype)
+        return Precision(autocast=dtype)
 
     def _missing_tokenizer(self) -> list[str]:
         path = self.what.tokenizer_path

@@ -7,8 +7,7 @@ planned as a GPU computes it, by the variable-length kernel.
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
 from transformers import PreTrainedModel
 
 from vlm.batch import Batch
@@ -40,13 +38,19 @@ class PackCost:
 
     Attributes:
         flops: {(region, pass): floating-point operations}; a multiplication and an addition are two.
-        alive: {region, `COPIES` or `PASSING`: bytes} when most is alive. Weights and gradients are not among it.
+        moments: {(region, whether in the backward pass): what was alive when most was, while the region ran}, each
+            {region, `COPIES` or `PASSING`: bytes}. Weights and gradients are not among it.
         kept: {region or `COPIES`: bytes} that the forward pass leaves for the backward pass.
     """
 
     flops: Mapping[tuple[str, Pass], int]
-    alive: Mapping[str, int]
+    moments: Mapping[tuple[str, bool], Mapping[str, int]]
     kept: Mapping[str, int]
+
+    @property
+    def alive(self) -> Mapping[str, int]:
+        """What is alive at the worst moment."""
+        return max(self.moments.values(), key=lambda alive: sum(alive.values()))
 
     @property
     def total_flops(self) -> int:
@@ -74,7 +78,7 @@ def cost_of_pack(
                 loss.backward()
             del loss
     module.running = {}
-    return PackCost(dict(watch.flops), watch.alive, kept)
+    return PackCost(dict(watch.flops), watch.moments, kept)
 
 
 class _Watch(TorchDispatchMode):
@@ -93,11 +97,13 @@ class _Watch(TorchDispatchMode):
         self.live: dict[int, tuple[int, str]] = {}  # {storage: bytes, kind}
         self.sums: Counter[str] = Counter()
         self.bytes = 0
-        self.most = -1
-        self.alive: dict[str, int] = {}
+        self.most: dict[tuple[str, bool], int] = {}
+        self.moments: dict[tuple[str, bool], dict[str, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if not isinstance(out, (Tensor, tuple, list)):  # sizes and devices that are asked for
+            return out
         if count := count_flops(func, args, kwargs or {}, out):
             self.flops[self.region(), _pass(func)] += count
         kind = ""
@@ -105,8 +111,9 @@ class _Watch(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 kind = kind or self._kind(func, args)
                 self._note(tensor.untyped_storage(), kind)
-        if self.bytes > self.most:
-            self.most, self.alive = self.bytes, dict(self.sums)
+        moment = self.region(), _pass(func) != "forward"
+        if self.bytes > self.most.get(moment, -1):
+            self.most[moment], self.moments[moment] = self.bytes, dict(self.sums)
         return out
 
     def _kind(self, func: Any, args: Any) -> str:
