@@ -174,10 +174,10 @@ def test_a_stage_runs_once_and_the_next_follows_it(world: World, capfd: pytest.C
     first, world.run, world.stage = world.run, world.folder / "second", "2_finetune"
     follows = [{"artefact": str(first / "artefact"), "parts": {"connector": "connector"}}]
     assert world.fit(f"--stage.follows={json.dumps(follows)}") == 0
-    foreign = [{"artefact": str(first), "parts": {"connector": "connector"}}]
+    foreign = [{"artefact": str(world.folder), "parts": {"connector": "connector"}}]
     world.run = world.folder / "third"
     assert world.fit(f"--stage.follows={json.dumps(foreign)}") == 2
-    assert "no artefact of a stage" in capfd.readouterr().err
+    assert "neither stage.json nor weight files in it" in capfd.readouterr().err
     world.command = "validate"
     assert world.fit() == 2
     assert "validate needs --weights" in capfd.readouterr().err

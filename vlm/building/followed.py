@@ -24,7 +24,8 @@ def open_followed(path: str | Path) -> Artefact | str:
     Raises:
         UserError: it is neither.
     """
-    if not Path(path).exists() and "@" not in str(path) and not is_hub_id(path):
+    is_named = is_hub_id(path) and Path(path).name != "artefact"
+    if not Path(path).exists() and "@" not in str(path) and not is_named:
         return read_artefact(path)  # says which stage comes first
     found = find_weights(path)
     return read_trained(found) if is_artefact(found) else found
