@@ -13,7 +13,7 @@ from vlm.planning.depth import along, at_full_depth
 from vlm.planning.samples import Samples, per_step
 from vlm.planning.step import PackCost, cost_of_pack
 
-MOST_IMAGES = 24
+MOST_IMAGES = 8
 """Of a pack that is run through the network; larger ones follow from two that are."""
 
 
