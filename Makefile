@@ -1,4 +1,4 @@
-# make setup | demo | demo-scores | test | lint. Everything runs in .venv, which the first of them makes.
+# make setup | demo | demo-scores | notebooks | test | lint. Everything runs in .venv, which the first of them makes.
 PYTHON ?= python3
 
 bin := .venv/bin
@@ -15,7 +15,7 @@ WORKERS ?= 2
 # list, so that most files, and what they share, stay with one
 pytest := OMP_NUM_THREADS=1 $(bin)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: setup demo demo-scores test test-slow lint clean
+.PHONY: setup demo demo-scores notebooks test test-slow lint clean
 setup: $(stamp)
 
 # One pip command with all pins: a later one that is not pinned may replace torch by one that torchvision was not made for.
@@ -56,6 +56,10 @@ demo: $(stamp)
 # goes on. SYSTEMS="fuyu vila" takes these alone. Nothing else should run meanwhile.
 demo-scores: $(stamp)
 	$(bin)/python -m benchmarks.demo_scores $(SYSTEMS)
+
+# Executes the notebooks and writes what they show into docs/notebooks; they themselves stay without outputs.
+notebooks: $(stamp)
+	OMP_NUM_THREADS=1 $(bin)/python -m notebooks.render $(NOTEBOOKS)
 
 test: $(stamp)
 	$(pytest)

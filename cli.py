@@ -3,22 +3,30 @@
 `python cli.py ...`, `python -m cli ...` and `vlm ...` are the same.
 """
 
-import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import vlm
 from vlm.command_line.classes import import_classes
 from vlm.command_line.commands import HELP, OPTIONS, STAGE_COMMANDS, TAKE_STAGES, TOOLS, USAGE, is_stage_command
 from vlm.command_line.config_faults import Section, find_fault, find_lost_key
-from vlm.command_line.errors import innermost, memory_error, one_line_errors, status_of_signals, user_error
+from vlm.command_line.errors import (
+    innermost,
+    memory_error,
+    one_line_errors,
+    refused_trainer,
+    status_of_signals,
+    user_error,
+)
 from vlm.command_line.layers import read_layers
 from vlm.command_line.quiet import silence
+from vlm.command_line.trainer_flags import check_seed, check_trainer_settings, keep_in_run, log_of_run
 from vlm.command_line.weights import UNTRAINED, options_from_weights
 from vlm.errors import UserError
 from vlm.finetuning import read_options
@@ -86,22 +94,9 @@ def _stage_cli() -> Any:
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import ProgressBar
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-    from lightning.pytorch.loggers import TensorBoardLogger
     import yaml
 
-    from callbacks import (
-        AnswerWriter,
-        BadSamples,
-        Evaluation,
-        Health,
-        LogCadence,
-        OutOfMemory,
-        Predictions,
-        Progress,
-        ResumeCheckpoint,
-        StageTransition,
-    )
-    from callbacks import Throughput
+    import callbacks
     from vlm.checkpoints.published.open import find_weights
     from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
     from vlm.command_line.run_entry import enter_run
@@ -110,13 +105,13 @@ def _stage_cli() -> Any:
     from vlm.recipes.run_folder import RunFolder
 
     groups = {
-        "stage": StageTransition,
-        "checkpoint": ResumeCheckpoint,
-        "health": Health,
-        "throughput": Throughput,
-        "predictions": Predictions,
-        "evaluation": Evaluation,
-        "answers": AnswerWriter,
+        "stage": callbacks.StageTransition,
+        "checkpoint": callbacks.ResumeCheckpoint,
+        "health": callbacks.Health,
+        "throughput": callbacks.Throughput,
+        "predictions": callbacks.Predictions,
+        "evaluation": callbacks.Evaluation,
+        "answers": callbacks.AnswerWriter,
     }
     sections = {key: Section(kind) for key, kind in groups.items()} | {
         "trainer": Section(Trainer),
@@ -158,7 +153,7 @@ def _stage_cli() -> Any:
                 trainer_defaults={
                     "use_distributed_sampler": False,
                     "enable_model_summary": False,
-                    "callbacks": [BadSamples(), OutOfMemory()],
+                    "callbacks": [callbacks.BadSamples(), callbacks.OutOfMemory()],
                 },
                 parser_kwargs=one_line | (dict.fromkeys(self.subcommands(), one_line) if run else {}),
                 args=args,
@@ -184,6 +179,7 @@ def _stage_cli() -> Any:
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             options = [str(word) for word in (sys.argv[1:] if args is None else args)]
             layers = read_layers(options)
+            check_seed(layers)
             if fault := find_lost_key(layers, sections, OPTIONS):
                 raise UserError(fault)
             try:
@@ -198,6 +194,7 @@ def _stage_cli() -> Any:
 
         def before_instantiate_classes(self) -> None:
             settings = self.settings
+            check_trainer_settings(settings, trains=self.subcommand == "fit")
             settings.trainer.default_root_dir = settings.trainer.default_root_dir or f"runs/{settings.stage.name}"
             self.ckpt_path = settings.get("ckpt_path")
             if self.subcommand == "fit" and not settings.trainer.fast_dev_run:  # which leaves nothing behind
@@ -221,28 +218,22 @@ def _stage_cli() -> Any:
             if self.subcommand not in ("fit", None) and config.logger in (None, True):
                 kwargs["logger"] = False  # the table and scores.json say it; the log of the training stays as it is
             elif config.logger in (None, True):
-                step = re.search(r"step=(\d+)", str(self.ckpt_path or ""))
-                kwargs["logger"] = TensorBoardLogger(
-                    config.default_root_dir,
-                    name="",
-                    version="tensorboard",
-                    purge_step=int(step[1]) if step else 0,  # drop what a killed run logged after its checkpoint
-                )
-            plugins = made.plugins or []
-            kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
-            own = made.callbacks or []
-            own = [*(own if isinstance(own, list) else [own]), LogCadence(adapt=config.log_every_n_steps is None)]
+                kwargs["logger"] = log_of_run(config.default_root_dir, self.ckpt_path)
+            plugins, own = _as_list(made.plugins), _as_list(made.callbacks)
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+            own.append(callbacks.LogCadence(adapt=config.log_every_n_steps is None))
             if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in own):
-                own.append(Progress())
+                own.append(callbacks.Progress())
             kwargs["callbacks"] = own
+            kwargs["profiler"] = keep_in_run(own, made.profiler, Path(config.default_root_dir))
+            if self.subcommand != "fit":
+                kwargs["enable_checkpointing"] = None  # nothing is saved, and Lightning refuses `checkpoint` without it
             try:
                 return super().instantiate_trainer(**kwargs)
             except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
                 if user_error(error) is not None:
                     raise
-                given = ", ".join(f"{key}={config[key]}" for key in ("accelerator", "devices", "strategy"))
-                reason = " ".join(str(error).split()).rstrip(".!")
-                raise UserError(f"trainer ({given}): {reason}; correct it, or leave it at auto") from error
+                raise refused_trainer(error, config) from error
 
         def after_instantiate_classes(self) -> None:
             weights = self.settings.weights
@@ -255,6 +246,10 @@ def _stage_cli() -> Any:
             return super()._prepare_subcommand_kwargs(subcommand) | own | {"ckpt_path": self.ckpt_path}
 
     return StageCLI
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else [*value] if isinstance(value, list) else [value]
 
 
 def _run_stage(command: str, options: Sequence[str], *, tell: Callable[[str], None] | None = None) -> int:
@@ -277,7 +272,7 @@ def _compare_finished(options: Sequence[str]) -> None:
 def _open_stage(options: Sequence[str]) -> Any:
     """Model, data and trainer of the stage that `vlm fit` would run; no run folder is entered."""
     with one_line_errors():
-        return _stage_cli()(list(options), run=False)
+        return _stage_cli()(read_options(options).options, run=False)
 
 
 def _describe(options: Sequence[str]) -> Any:
@@ -294,7 +289,7 @@ def _describe(options: Sequence[str]) -> Any:
             """Weights are not looked for."""
 
     asked = read_options(options)
-    print(*asked.summary, sep="\n", end="\n" if asked.summary else "", flush=True)
+    print(*asked.summary, sep="\n", end="\n" if asked.summary else "", file=sys.stderr, flush=True)
     with one_line_errors():
         made = Description(asked.options, run=False).config_init
     for callback in made.trainer.callbacks or []:

@@ -37,6 +37,9 @@ class AnswerWriter(Callback):
     Args:
         out: the JSONL file; by default `answers.jsonl` in `trainer.default_root_dir`.
         decoding: how answers are searched for, or which texts are chosen from.
+
+    Attributes:
+        failed: how many samples could not be answered; known to the first rank.
     """
 
     def __init__(self, out: Path | None = None, decoding: Decoding = Decoding()) -> None:  # noqa: B008  (frozen)
@@ -138,8 +141,8 @@ class AnswerWriter(Callback):
         bad = "".join(f"{json.dumps([position, reason])}\n" for position, reason in self._bad.items())
         (self._parts / f"{BAD}-{trainer.global_rank}.jsonl").write_text(bad)
         trainer.strategy.barrier("answers")  # all parts are written
-        merged = self._merge() if trainer.is_global_zero else 0
-        self.failed = trainer.strategy.broadcast(merged)
+        if trainer.is_global_zero:  # and it alone ends in status 1: Lightning would kill it if another rank did
+            self.failed = self._merge()
 
     def _merge(self) -> int:
         """One file of all parts; returns how many samples could not be answered."""

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from callbacks.progress import warn
 from callbacks.stop_signals import StopSignals
 from vlm.checkpoints.files.atomic import remove
 from vlm.checkpoints.resume.best import Mode, is_better, mode_of, write_score
@@ -116,8 +117,12 @@ class ResumeCheckpoint(Checkpoint):
             self._save(trainer, trainer.global_step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero or not self._saves(trainer):
+            return
         folder = RunFolder(trainer.default_root_dir)
-        if trainer.is_global_zero and self._saves(trainer) and folder.finished and folder.shortened is None:
+        if self.monitor is not None and not (folder.checkpoints / BEST).is_dir():
+            warn(f"checkpoint.monitor: no validation has run, so no state is known as the best by {self.monitor}")
+        if folder.finished and folder.shortened is None:
             for path in (folder.checkpoints / LAST, *folder.checkpoints.glob("step=*.ckpt")):
                 remove(path)
 

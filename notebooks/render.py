@@ -58,7 +58,8 @@ def write_page(notebook: Any, name: str, folder: Path) -> Path:
             parts.append(_for_the_docs(cell.source))
             continue
         parts.append(f"```python\n{cell.source}\n```")
-        parts += [shown for output in cell.outputs if (shown := _shown(output, images))]
+        shown = "\n\n".join(found for output in cell.outputs if (found := _shown(output, images)))
+        parts += [shown.replace("\n```\n\n```text\n", "\n")] if shown else []
     title, *rest = parts
     note = f"This page is what `notebooks/{name}.ipynb` shows; `make notebooks` makes it."
     page = folder / f"{name}.md"
@@ -76,7 +77,7 @@ def _shown(output: Any, images: Path) -> str | None:
     if output.output_type == "stream":
         if output.name == "stderr":
             return None
-        text = _SPEED.sub("", _ESCAPES.sub("", output.text)).rstrip()
+        text = _SPEED.sub("", _ESCAPES.sub("", output.text)).replace(f"{ROOT}/", "").rstrip()
         return f"```text\n{text}\n```" if text else None
     data = output.get("data", {})
     if "image/png" in data:

@@ -19,7 +19,10 @@ from vlm.checkpoints.files.atomic import atomic_directory, atomic_file, remove_l
 from vlm.checkpoints.files.locate import CARRIED
 from vlm.checkpoints.report import LoadReport, Resized
 from vlm.checkpoints.files.weights import WeightFiles, hash_tensor, write_safetensors
+from vlm.checkpoints.published.open import find_weights
 from vlm.errors import UserError
+from vlm.hub import is_reachable
+from vlm.prompts import LlamaTokenizer
 
 META = {"system": "llava", "stage": "1_align", "global_step": 7, "model": {"class_path": "x", "init_args": {}}}
 
@@ -141,6 +144,45 @@ def test_hub_id_from_the_local_cache(tmp_path, tensors, monkeypatch):
     same(dict(WeightFiles("some/model", revision="main").items()), tensors)
     with pytest.raises(UserError, match=r"other/model: neither a folder here nor reachable"):
         WeightFiles("other/model")
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    """Its client would try again for half a minute, file by file."""
+    tried = []
+
+    def refuse(address, timeout):
+        tried.append(address)
+        raise OSError
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.create_connection", refuse)
+    for name in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    is_reachable.cache_clear()
+    try:
+        start = time.monotonic()
+        for _ in range(3):
+            with pytest.raises(UserError, match=r"`hf download other/model`"):
+                WeightFiles("other/model")
+            with pytest.raises(UserError, match=r"`hf download other/model`"):
+                LlamaTokenizer("other/model").encode("a")
+        assert len(tried) == 1
+        assert time.monotonic() - start < 20
+    finally:
+        is_reachable.cache_clear()
+
+
+def test_an_adapter_is_no_model(tmp_path, tensors):
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "liuhaotian/llava-v1.5-7b"}')
+    (tmp_path / "non_lora_trainables.bin").write_bytes(b"x")
+    (tmp_path / "config.json").write_text("{}")
+    for use in (find_weights, WeightFiles):
+        with pytest.raises(
+            UserError, match=r"an adapter of peft .* and no model; its base is liuhaotian/llava-v1.5-7b: merge"
+        ):
+            use(tmp_path)
 
 
 # --- artefacts

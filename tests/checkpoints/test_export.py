@@ -5,9 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import vlm
+import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+from PIL import Image
+from transformers import (
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    LlavaImageProcessorPil,
+    LlavaNextForConditionalGeneration,
+)
 
 import cli
 from callbacks.stage_transition import write_stage
@@ -15,14 +22,15 @@ from tests.support.samples import picture
 from tests.support.systems import LLAMA, TOKENIZER, TOWER, llava_1_5, llava_next
 from vlm.batch import Batch
 from vlm.commands.export import export
-from vlm.checkpoints.published.hf_processor import sizes_cut_otherwise
+from vlm.checkpoints.published.hf_processor import OTHER_PIXELS, _image_processor, sizes_cut_otherwise
 from vlm.codec import step_counts
 from vlm.connectors import MLP, Linear
 from vlm.errors import UserError
 from vlm.language import CausalLM, Decoding
-from vlm.sample import ImagePart, Message, Sample, TextPart
+from vlm.sample import ImageFile, ImagePart, Message, Sample, TextPart
 from vlm.stages import InitFrom, Stage, Trained
 from vlm.vision import TimmTower
+from vlm.vision.preprocess import ImageTransform
 from vlm.vision.tiling import AnyRes
 
 
@@ -146,9 +154,43 @@ def test_transformers_computes_the_same_from_the_same_input(case: str, tmp_path:
         assert vlm.load(tmp_path / "hf").generate([sample], decoding=Decoding(max_new_tokens=4)) == answer
 
 
+SHADES = np.linspace(0, 255, 32 * 32).reshape(32, 32).astype(np.uint8)
+SHOWN = {
+    "grey": Image.fromarray(SHADES),
+    "black and white": Image.fromarray(SHADES).convert("1"),
+    "palette": Image.fromarray(SHADES).convert("P"),
+    "four colours of ink": Image.fromarray(SHADES).convert("CMYK"),
+    "transparent": Image.merge("RGBA", [Image.fromarray(SHADES)] * 3 + [Image.fromarray(SHADES.T)]),
+    "transparent grey": Image.merge("LA", [Image.fromarray(SHADES), Image.fromarray(SHADES.T)]),
+    "palette with a hole": Image.fromarray(SHADES).convert("P"),
+    "16 bits": Image.fromarray(SHADES.astype(np.uint16) * 257),
+}
+
+
+@pytest.mark.parametrize("kind", SHOWN)
+def test_the_images_that_a_processor_sees_otherwise_are_the_named_ones(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / ("a.tif" if kind == "four colours of ink" else "a.png")
+    SHOWN[kind].save(file, **({"transparency": 100} if kind == "palette with a hole" else {}))
+    transform = ImageTransform(size=32, mode="pad")
+    settings = _image_processor(transform, None)
+    processor = LlavaImageProcessorPil(**{k: v for k, v in settings.items() if not k.endswith(("_class", "_type"))})
+    sample = Sample("a", (), (ImageFile(file.name, file),))
+    ours = transform(sample.images[0].read(sample))
+    theirs = torch.as_tensor(processor(images=Image.open(file), return_tensors="pt")["pixel_values"][0])
+    named = "transparent" in kind or "hole" in kind or "16 bits" in kind
+    if not named:
+        torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=0)
+        return
+    assert (theirs - ours).abs().max() > 1
+    eight = Image.fromarray(SHADES) if kind == "16 bits" else Image.open(file).convert("RGBA").convert("RGB")
+    cured = torch.as_tensor(processor(images=eight, return_tensors="pt")["pixel_values"][0])
+    torch.testing.assert_close(cured, ours, atol=1e-6, rtol=0)
+
+
 def test_the_sizes_that_transformers_unpads_otherwise_are_named(tmp_path: Path) -> None:
     """Against transformers' own count at the published size, for every picture up to 200 x 200."""
-    (note,) = export(finished(tmp_path / "run", system=llava_next), tmp_path / "hf").notes
+    note, pixels = export(finished(tmp_path / "run", system=llava_next), tmp_path / "hf").notes
+    assert pixels == OTHER_PIXELS
     assert "features there that they do not get here (47x188, 49x588" in note
     tiles = AnyRes(336, 24)
     processor = AutoProcessor.from_pretrained(tmp_path / "hf", local_files_only=True)

@@ -45,6 +45,12 @@ def box(*numbers: float, **more: Any) -> dict[str, Any]:
     return {"type": "box", "box": list(numbers), **more}
 
 
+def _weighted(name: str, weight: float) -> dict[str, Any]:
+    record = chat(name)
+    record["messages"][1]["weight"] = weight
+    return record
+
+
 def _huge(folder: Path) -> str:
     Image.new("1", (20000, 20000)).save(folder / "huge.png")
     return "huge.png"
@@ -83,6 +89,13 @@ def test_everything_that_can_be_wrong(world: World, capfd: pytest.CaptureFixture
         "long": (chat("long", answer="a b " * 2000), "too long: 4062 tokens (16 of them"),
         "label": ({"id": "label", "messages": [{"role": "user", "content": "x"}]}, "no label: message 0: the user's"),
         "good box": (chat("good box", {"type": "ref", "text": "it"}, box(0.1, 0.1, 0.5, 0.9)), None),
+        "nul": (chat("nul", images=("a\0.png",)), "image: image 'a\\x00.png' has a character that no path has"),
+        "content": (chat("content", images=("/9j/" + "A" * 6000,)), "image: image '/9j/AAAA"),
+        "film": (chat("film") | {"videos": ["a.mp4"]}, "schema: key 'videos': nothing here reads it"),
+        "name": (chat("name", images=()) | {"img": "0.png"}, "schema: key 'img': did you mean 'images'?"),
+        "half": (chat("half", answer="\ud800"), "encoding: text holds half a surrogate pair"),
+        "switched off": (_weighted("switched off", 0), "no label: no answer is trained"),
+        "halved": (_weighted("halved", 0.5), None),
         "two": (chat("two", images=("0.png", "2.png")), "image: image '2.png' cannot be decoded"),
     }
     data = write(world.folder / "chat.jsonl", [record for record, _ in broken.values()])
@@ -101,7 +114,8 @@ def test_everything_that_can_be_wrong(world: World, capfd: pytest.CaptureFixture
     assert report["summaries"][0]["bad by kind"] == {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
     assert report["bad"] == len(expected) == report["summaries"][0]["bad"]
     out = capfd.readouterr().out
-    assert "bad: 6 image missing, broken or too large" in out
+    assert "bad: 8 image missing, broken or too large" in out
+    assert max(map(len, out.splitlines())) < 300
     assert f"--data.init_args.quarantine={world.folder / 'out' / 'quarantine.jsonl'}" in out
     page = (world.folder / "out" / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page
@@ -112,7 +126,23 @@ def test_everything_that_can_be_wrong(world: World, capfd: pytest.CaptureFixture
     world.command, world.options = "fit", world.options[2:]
     assert world.fit("--data.init_args.batch.size=2") == 2
     assert world.fit(f"--data.init_args.quarantine={world.folder / 'out' / 'quarantine.jsonl'}") == 0
-    assert "quarantine: 15 samples are left out of the training" in capfd.readouterr().out
+    assert "quarantine: 21 samples are left out of the training" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["check-data", "show-data", "fit"])
+def test_a_missing_tokenizer_is_one_line_and_no_samples_fault(
+    world: World, command: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = f"--out={world.folder / ('page.html' if command == 'show-data' else 'out')}"
+    world.command, world.options = command, {"check-data": ["--workers=0", out], "show-data": [out]}.get(command, [])
+    for path, remedy in (("nobody/nothing", "`hf download nobody/nothing`"), ("./nowhere", "does not exist")):
+        assert (
+            world.fit(f"--model.init_args.tokenizer.init_args.path={path}", "--data.init_args.max_bad_samples=9") == 2
+        )
+        errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("vlm: error: ")]
+        assert len(errors) == 1
+        assert remedy in errors[0]
+        assert "sample" not in errors[0]
 
 
 def test_readers_say_what_kind_of_fault_it_is(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_the_command_line_says_it(case: str, tmp_path: Path, capfd: pytest.Captu
     ("text", "words"),
     [
         (None, "no such file"),
-        ("a: [1", "mine.yaml: line 1, column 7: is no YAML"),
+        ("a: [1", "mine.yaml: line 1, column 6: is no YAML"),
         ("- a", "holds no keys"),
         ("trainer: {max_steps: 1}\ntrainer: {max_epochs: 1}", "the key 'trainer' stands twice"),
     ],

@@ -26,7 +26,7 @@ from vlm.stages import Stage
 
 QUIET = ("--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false")
 NEVER_SHOWN = "--predictions.enabled=false"
-PUBLISHED = ("fuyu", "llava", "llava_1_5", "llava_next", "mini_gemini", "qwen_vl", "vila")
+QUICK, SLOW = ("fuyu", "llava_next", "qwen_vl"), ("llava", "llava_1_5", "mini_gemini", "vila")
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_one_line_trains_a_published_folder_and_the_result_opens_again(
     assert opened.load_report.new == []
     for name, tensor in opened.state_dict().items():
         assert torch.equal(tensor, theirs.get(name, base.state_dict()[name])), name
-    question = ["--image", str(mine / "images/3.png"), "--prompt", "What colour?", "--max-new-tokens", "2"]
+    question = ["--image", str(mine / "images/3.png"), "--prompt", "What colour?", "--max_new_tokens", "2"]
     assert cli.main(["predict", "--weights", str(run), *question]) == 0
 
     shutil.move(run, tmp_path / "elsewhere" / "run")  # away from what it follows, which stays
@@ -121,22 +121,41 @@ def test_one_line_trains_a_published_folder_and_the_result_opens_again(
     assert len(err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+def test_an_adapter_is_one_word(official: Path, mine: Path, tmp_path: Path) -> None:
+    """Everything else stays what it was, and is not copied."""
+    words = ("--lora", "--lora.rank=4", "--trainer.max_steps=1")
+    assert fit(official, mine / "mine.json", tmp_path / "run", *words) == 0
+    (callback,) = yaml.safe_load((tmp_path / "run/finetune.yaml").read_text())["trainer"]["callbacks"]
+    assert callback["init_args"]["rank"] == 4
+    assert callback["init_args"]["alpha"] == 8, "twice the rank, as the overlay has it"
+    stored = read_artefact(tmp_path / "run/artefact").meta
+    assert all(".lora_" in name for name in stored["tensors"])
+    base, opened = vlm.load(official).state_dict(), vlm.load(tmp_path / "run").state_dict()
+    assert opened.keys() == base.keys() | stored["tensors"].keys()
+    assert all(torch.equal(opened[name], tensor) for name, tensor in base.items())
+
+    for name, words, follows in (("on", ["--lora"], {"merge": False}), ("merged", [], {"merge": True})):
+        assert fit(tmp_path / "run", mine / "mine.json", tmp_path / name, *words, "--trainer.max_steps=1") == 0
+        stored = read_artefact(tmp_path / name / "artefact").meta
+        assert stored["follows"][0].items() >= follows.items()
+        assert all(".lora_" in tensor for tensor in stored["tensors"]) == (name == "on")
+        assert vlm.load(tmp_path / name).load_report.new == []
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_every_system_is_fine_tuned_by_its_own_recipe(name: str, mine: Path, tmp_path: Path) -> None:
     module = SYSTEMS[name].make()
     module.stage = Stage("pretrained", SYSTEMS[name].last.train)
     module.configure_model()
     write_stage(tmp_path / "x" / "artefact", module, global_step=0)
     before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
-    options = ("--trainer.max_steps=1", "--val-split=0.1", "--trainer.limit_val_batches=0", "--lr=1e-2")
+    options = ("--trainer.max_steps=2", "--val-split=0.1", "--trainer.limit_val_batches=0", "--lr=1e-2")
     assert fit(tmp_path / "x", mine / "mine.json", tmp_path / "run", *options) == 0
     settings = yaml.safe_load((tmp_path / "run/finetune.yaml").read_text())
     opened = vlm.load(tmp_path / "run")
     trained = {part.split(".")[0] for part in settings["stage"]["train"]}
     changed = {key.split(".")[0] for key, value in opened.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == trained
-    sample = opened.codec  # what it is asked is encoded as it was in training
-    assert sample.max_tokens == module.codec.max_tokens
 
 
 def test_the_file_that_is_kept_gives_the_same_run(
@@ -159,13 +178,9 @@ def test_what_is_checked_and_shown_is_what_would_be_trained_on(
     monkeypatch.chdir(tmp_path)
     words = ["--weights", str(official), "--data", str(mine / "mine.json"), "--val-split", "0.25"]
     assert cli.main(["check-data", *words, "--out", "report", "--workers", "0"]) == 0
-    report = json.loads((tmp_path / "report/report.json").read_text())
-    assert "18" in json.dumps(report)
-    assert "24 records" in capsys.readouterr().out
+    assert "24 records" in capsys.readouterr().err
     assert cli.main(["show-data", *words, "--num", "2", "--out", "page.html"]) == 0
-    assert (
-        "What colour?" in (tmp_path / "page.html").read_text() or "How light?" in (tmp_path / "page.html").read_text()
-    )
+    assert "2 of 18 samples" in (tmp_path / "page.html").read_text(), "6 of the 24 are held out"
 
 
 # data told by looking at it
@@ -310,12 +325,12 @@ def test_no_image_and_no_group_is_on_both_sides(seed: int, folder: Path) -> None
         ("no data", ["gone.json", "no such file"]),
         ("empty data", ["data.json", "holds no samples"]),
         ("unknown form", ["data.json", "no form that is known"]),
-        ("two forms", ["data.json", "two forms", "--data QwenJson=", "split it"]),
+        ("two forms", ["data.json", "two forms", "--data LlavaJson=", "split it"]),
         ("two looks", ["photos", "may be for", "--data ImageFolder="]),
         ("missing images", ["images are missing", "a.png", "--images DIR"]),
         ("all bad", ["none of 1 records can be read"]),
         ("split of nothing", ["val_split=0.5", "none can be held out"]),
-        ("bad split", ["val_split must be between 0 and 1"]),
+        ("bad split", ["--val-split must be between 0 and 1"]),
         ("both methods", ["--lora and --dora"]),
         ("weights and follows", ["--weights and --stage.follows"]),
         ("other system", ["QwenVL", "LLaVA15"]),
@@ -346,7 +361,7 @@ def test_mistakes_end_in_one_line(
     elif case == "missing images":
         (folder / "photos/a.png").unlink()
     elif case == "all bad":
-        data.write_text(data.read_text().replace("gpt", "human"))
+        data.write_text(data.read_text().replace("<image>", ""))
     elif case == "split of nothing":
         options = ["--val-split=0.5"]
         data.write_text(json.dumps(json.loads(data.read_text()) * 4))

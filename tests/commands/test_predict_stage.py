@@ -61,7 +61,7 @@ def whole(asked: Asked) -> list[dict[str, Any]]:
 
 
 def _on_ranks(asked: Asked, out: str, *options: str) -> int:
-    return asked.predict(out, "--trainer.devices=2", "--trainer.strategy=ddp", *options)
+    return asked.predict(out, "--trainer.devices=2", *options)
 
 
 def test_one_file_in_the_order_of_the_data(
@@ -98,7 +98,7 @@ def test_killed_and_started_again_on_two_ranks(
     assert not (asked.folder / "killed.jsonl").exists()
     assert asked.predict("killed.jsonl", "--answers.decoding.max_new_tokens=5") == 2
     assert "its answers have other decoding" in capfd.readouterr().err
-    assert run_ranks(_on_ranks, 2, asked, "killed.jsonl") == [0, 0]
+    assert run_ranks(_on_ranks, 2, asked, "killed.jsonl", "--trainer.strategy=ddp") == [0, 0]
     assert asked.rows("killed.jsonl") == whole
     assert not part.parent.exists()
 
@@ -121,12 +121,13 @@ def test_what_cannot_be_answered_is_named_and_asked_again(
     assert asked.rows("bad.jsonl") == whole
 
 
-def test_more_ranks_than_samples_and_choices(asked: Asked, whole: list[dict[str, Any]]) -> None:
+def test_more_ranks_than_samples_of_a_sharded_system_and_choices(asked: Asked, whole: list[dict[str, Any]]) -> None:
     one = json.loads((asked.folder / "questions.json").read_text())[:1]
     (asked.folder / "one.json").write_text(json.dumps(one))
     source = [{"class_path": "vlm.data.LlavaJson", "init_args": {"path": str(asked.folder / "one.json")}}]
     options = (f"--data.init_args.predict_sources={json.dumps(source)}",)
-    assert run_ranks(_on_ranks, 2, asked, "one.jsonl", *options) == [0, 0]
+    sharded = '--trainer.callbacks={"class_path": "MixedPrecisionFSDP", "init_args": {"param_dtype": "fp32"}}'
+    assert run_ranks(_on_ranks, 2, asked, "one.jsonl", "--trainer.strategy=fsdp2", sharded, *options) == [0, 0]
     assert asked.rows("one.jsonl")[0]["answer"] == whole[0]["answer"]
     assert asked.predict("chosen.jsonl", *options, '--answers.decoding.candidates=["yes", "no"]') == 0
     assert asked.rows("chosen.jsonl")[0]["answer"] in ("yes", "no")

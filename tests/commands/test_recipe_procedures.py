@@ -177,6 +177,10 @@ def test_a_procedure_that_fails_is_not_finished(recipe: Path, capfd: pytest.Capt
     assert "requests: failed with exit status 2; the same command continues" in capfd.readouterr().out
     write(Path("captions.json"), [{"id": 1, "image": "1.png", "caption": "A dog."}])
     assert run("--stage", "requests")[0] == 0
+    with pytest.raises(UserError, match=r"(?s)requests/config\.yaml: this run was finished with other settings.*seed"):
+        run("--stage", "requests", "--stage.requests.seed=3")
+    Path("runs").rename("moved")
+    assert run("--stage", "requests", "--run", "moved/bootstrapped")[0] == 0, "moved along with its data"
     # ended well, but wrote something else
     node = ["run", "--node", "elsewhere", "--writes", "here.json", "llava-captions", "captions.json", "there.json"]
     assert cli.main(node) == 2

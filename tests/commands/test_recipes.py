@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,10 +82,10 @@ def _finish(folder: Path) -> None:
     (folder / "artefact/stage.json").write_text("{}")
 
 
-def _run(*arguments: str) -> tuple[int, list[list[str]]]:
+def _run(*arguments: str, **options: Any) -> tuple[int, list[list[str]]]:
     """Exit status and the argument lists of the processes it started."""
     Path("calls.jsonl").unlink(missing_ok=True)
-    status = run_recipe(["--recipe", "three", *arguments], command=[sys.executable, "fake.py"])
+    status = run_recipe(["--recipe", "three", *arguments], command=[sys.executable, "fake.py"], **options)
     calls = Path("calls.jsonl")
     return status, [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
 
@@ -143,6 +145,34 @@ def test_a_failing_stage_stops_the_recipe(recipe: Path, capfd: pytest.CaptureFix
     assert (status, _names(calls)) == (75, ["2_finetune"]), "a stage that ended early is not followed by the next"
     status, calls = _run()
     assert (status, _names(calls)) == (0, ["2_finetune", "3_last"])
+
+
+def test_a_finished_stage_is_compared_before_anything_starts(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    compared: list[str] = []
+
+    def compare(options: Sequence[str]) -> None:
+        compared.append(options[options.index("--stage.name") + 1])
+        if "--lr=2" in options:
+            raise UserError("lr: 1 -> 2")
+
+    assert _run("--stage", "1_align")[0] == 0
+    Path("runs/three/1_align/config.yaml").touch()
+    Path("runs/three/1_align/artefact/stage.json").write_text('{"shortened": "trainer.max_steps: 5 of 9 steps"}')
+    with pytest.raises(UserError, match="lr: 1 -> 2"):
+        _run("--stage.1_align.lr=2", compare=compare)
+    status, calls = _run(compare=compare)
+    assert (status, _names(calls), compared) == (0, ["2_finetune", "3_last"], ["1_align", "1_align"])
+    assert "1_align: finished, though shortened (trainer.max_steps: 5 of 9 steps), skipped" in capfd.readouterr().out
+    Path("runs/other/1_base").rename("gone")
+    assert _run("--stage", "2_finetune", compare=compare)[0] == 0
+
+
+def test_a_trial_is_of_one_stage(recipe: Path) -> None:
+    with pytest.raises(UserError, match="leaves nothing for a next stage; try one, with --stage"):
+        _run("--", "--trainer.fast_dev_run=1")
+    for _ in range(2):
+        status, calls = _run("--stage", "1_align", "--", "--trainer.fast_dev_run=1", "--stop=1")
+        assert (status, _names(calls)) == (0, ["1_align"])
 
 
 def test_dry_run_prints_and_starts_nothing(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:

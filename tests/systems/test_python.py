@@ -18,8 +18,9 @@ from tests.support.training import ListSource, trainer, weights
 from vlm.data import BatchSpec, InstructionData, VisionLanguageData
 from vlm.data.sources.asked import as_samples
 from vlm.errors import UserError
+from vlm.language import Decoding
 from vlm.stages import Stage, Trained
-from vlm.systems import LLaVA15
+from vlm.systems import Fuyu, LLaVA15
 
 LORA = {"connector": Trained(1e-3), "language.*.lora_*": Trained(1e-3)}
 
@@ -75,13 +76,15 @@ def test_what_is_no_question_is_said_in_one_line(opened: LLaVA15) -> None:
         (["What is this?"], "sample '0'.*found str"),
         ({"image": "cat.jpg"}, "'prompt' must be a text"),
         ({"image": "cat.jpg", "prompt": "What?"}, "image 'cat.jpg' does not exist"),
+        ({"img": "cat.jpg", "prompt": "What?"}, "'img': did you mean 'image'"),
+        ({"picture": Image.new("RGB", (9, 9)), "prompt": "What?"}, "'picture': did you mean 'image'"),
         ({"image": 7, "prompt": "What?"}, "must be a path"),
         (
             {
                 "image": "a.png",
                 "messages": [{"role": "user", "content": [{"type": "image", "path": "b.png"}]}],
             },
-            "keep one of them",
+            "image",
         ),
     ):
         with pytest.raises(UserError, match=said):
@@ -114,8 +117,18 @@ def test_plain_lightning_trains_checks_and_goes_on(tmp_path: Path) -> None:
     assert first.validate(module, data, verbose=False)[0]["val/loss"] == pytest.approx(
         first.callback_metrics["val/loss"].item(), rel=1e-6
     )
+    data.predict_sources, module.decoding = data.sources, Decoding(max_new_tokens=2)
+    answers = first.predict(module, data)
+    assert answers is not None
+    assert sum(len(batch) for batch in answers) == 4
     state = torch.load(keep.last_model_path, weights_only=True)["state_dict"]
     assert {name.split(".")[0] for name in state} == {"connector"}
+    opened = LLaVA15.load_from_checkpoint(keep.last_model_path)
+    assert all(torch.equal(tensor, weights(module)[name]) for name, tensor in weights(opened).items())
+    with pytest.raises(UserError, match="'vision' is in the checkpoint"):
+        LLaVA15.load_from_checkpoint(keep.last_model_path, vision=None)
+    with pytest.raises(UserError, match="holds a LLaVA15; open it with"):
+        Fuyu.load_from_checkpoint(keep.last_model_path)
     # the same cell again: on from these weights, with the schedule of a run of its own
     module._total_steps = 4
     trainer(tmp_path, max_epochs=1).fit(module, data)
@@ -141,8 +154,12 @@ def test_an_opened_system_is_trained_on_and_opens_again(tmp_path: Path) -> None:
     def callbacks() -> list[L.Callback]:
         return [LoRAInjection(rank=2, alpha=4, targets=[r"language\..*q_proj"]), StageTransition("2_mine", LORA)]
 
-    for _ in range(2):  # the second start trains on with the network as it is
-        trainer(tmp_path / "2", max_epochs=1, callbacks=callbacks()).fit(module, data)
+    kept = ModelCheckpoint(tmp_path / "kept elsewhere", save_last=True)
+    for more in ({}, {"callbacks": [*callbacks(), kept], "enable_checkpointing": True}):
+        # the second start trains on with the network as it is
+        trainer(tmp_path / "2", max_epochs=1, **({"callbacks": callbacks()} | more)).fit(module, data)
+    of_checkpoint = weights(vlm.load(kept.last_model_path))
+    assert all(torch.equal(tensor, of_checkpoint[name]) for name, tensor in weights(module).items())
     assert module.trained_names() >= {n for n in before if n.startswith("connector.")}
     loaded = vlm.load(tmp_path / "2")
     assert all(torch.equal(tensor, weights(loaded)[name]) for name, tensor in weights(module).items())

@@ -1,8 +1,8 @@
 """What a stage starts from, artefacts and published systems, and how its own artefact refers to them.
 
-An entry of `follows` in `stage.json` is {path, absolute, fingerprint, parts, leave_out, merge}
-(`vlm.checkpoints.references`).
-That of a published system has `published` besides: `folder`, or `hub`, whose `path` is the hub id.
+An entry of `follows` in `stage.json` is {path, absolute, fingerprint, parts, leave_out, merge}; see
+`vlm.checkpoints.references`. That of a published system has `published` besides: `folder`, or `hub`, whose `path` is
+the hub id.
 """
 
 from collections.abc import Mapping

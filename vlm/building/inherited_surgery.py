@@ -30,12 +30,13 @@ def inherited_surgery(module: Any) -> list[tuple[str, Surgery]]:
 
 
 def _surgery_of(module: Any, followed: Artefact | str, parts: Mapping[str, str]) -> list[tuple[str, Surgery]]:
-    is_ours = isinstance(followed, Artefact)
-    operations: list[Surgery] = instantiate(
-        followed.meta["surgery"] if is_ours else describe_published(followed).surgery  # type: ignore[arg-type]
-    )
+    if isinstance(followed, str):
+        origin, described = followed, describe_published(followed).surgery
+    else:
+        origin, described = str(followed.folder), followed.meta["surgery"]
+    operations: list[Surgery] = instantiate(described)
     return [
-        (str(followed.folder if is_ours else followed), operation)
+        (origin, operation)
         for operation in operations
         if not parts or any(_touches(layer, part) for layer in operation.find_layers(module) for part in parts)
     ]

@@ -128,7 +128,7 @@ def _of_class(value: Any, classes: Sequence[type], key: str, below: Any) -> Iter
         wanted = " or ".join(kind.__name__ for kind in classes)
         yield Fault(f"{key}: expects {wanted} by class_path and init_args, found {show(value)}")
         return
-    value = {"class_path": value} if isinstance(value, str) else value
+    value, below = ({"class_path": one} if isinstance(one, str) else one for one in (value, below))
     below = below if isinstance(below, Mapping) else {}
     kind = _class_of(value, classes, default=below.get("class_path"))
     if isinstance(kind, str):
@@ -183,7 +183,7 @@ def _missing_arguments(arguments: Mapping[str, Any], kind: type, key: str) -> It
         elif isinstance(value, list) and accepted.items is not None:
             for n, item in enumerate(value):
                 yield from _missing_in_class(item, Accepted.by(accepted.items).classes, f"{key}.{name}[{n}]")
-        elif isinstance(value, Mapping) and accepted.classes:
+        elif isinstance(value, (str, Mapping)) and accepted.classes:
             yield from _missing_in_class(value, accepted.classes, f"{key}.{name}")
 
 

@@ -94,7 +94,8 @@ def names_of(classes: Sequence[type]) -> dict[str, type]:
 
     def below(kind: type) -> Iterator[type]:
         yield kind
-        for subclass in kind.__subclasses__():
+        subclasses: list[type] = kind.__subclasses__()
+        for subclass in subclasses:
             yield from below(subclass)
 
     every = (kind for base in classes for kind in below(base))

@@ -1,9 +1,11 @@
 """Errors of libraries as errors of the user, where they are: one line that names key and remedy."""
 
+import re
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from vlm.errors import UserError, is_out_of_memory
 
@@ -25,25 +27,60 @@ def memory_error(error: BaseException) -> UserError | None:
 
 def innermost(error: BaseException) -> str:
     """What the configuration parser found at the bottom of what it says, behind the key at the top."""
-    key = str(error).partition(":")[0]
-    while error.__cause__ is not None:
-        error = error.__cause__
-    reason = " ".join(str(error).split())
+    key, reason = str(error).partition(":")[0], " ".join(str(_bottom(error)).split())
     return reason if reason.startswith(key) else f"{key}: {reason}"
+
+
+def refused_trainer(error: Exception, settings: Any) -> UserError:
+    """What Lightning's trainer refuses to be made with, and what it was given."""
+    given = ", ".join(f"{key}={settings[key]}" for key in ("accelerator", "devices", "strategy"))
+    reason = " ".join(str(error).split()).rstrip(".!")
+    return UserError(f"trainer ({given}): {reason}; correct it, or leave it at auto")
+
+
+_SETTINGS = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "lightning.pytorch.tuner")
+"""Modules of Lightning that raise where a setting of the user does not fit."""
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """What the configuration parser and the trainer refuse."""
+    """What the configuration parser, the trainer and Lightning's callbacks and loggers refuse."""
     from jsonargparse import ArgumentError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     try:
         yield
-    except (ArgumentError, MisconfigurationException) as error:
+    except Exception as error:
         if (cause := user_error(error)) is not None:
             raise cause from error
-        raise UserError(" ".join(str(error).split())) from error
+        bottom = _bottom(error)
+        if isinstance(bottom, ModuleNotFoundError) and bottom is not error:
+            raise UserError(_missing_package(error, bottom)) from error
+        if isinstance(error, (ArgumentError, MisconfigurationException)) or _raised_in(error).startswith(_SETTINGS):
+            raise UserError(" ".join(str(error).split())) from error
+        raise
+
+
+def _bottom(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _missing_package(error: BaseException, missing: ModuleNotFoundError) -> str:
+    """Lightning's `Requirement 'wandb>=0.12.10' not met`, and which class wants it."""
+    package = re.search(r"Requirement '([\w-]+)", str(missing)) or re.search(r"`pip install ([\w\[\]-]+)", str(missing))
+    name = package[1] if package else str(missing.name or missing)
+    wanted = re.findall(r"class_path '[\w.]*\.(\w+)'", str(error))
+    return f"{wanted[-1] if wanted else 'a class of the configuration'} needs the package {name}: pip install {name}"
+
+
+def _raised_in(error: BaseException) -> str:
+    """Name of the module that raised it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return str(trace.tb_frame.f_globals.get("__name__", "")) if trace is not None else ""
 
 
 @contextmanager

@@ -32,7 +32,9 @@ def read_layers(options: Sequence[str]) -> list[Layer]:
     """
     layers: list[Layer] = []
     for name, value in _pairs(options):
-        if name in ("-c", "--config"):
+        if name in ("-c", "--config") and value.lstrip().startswith("{"):  # the settings themselves
+            layers.append(Layer("command line", _parsed(value)))
+        elif name in ("-c", "--config"):
             layers.append(Layer(value, _read_file(Path(value).expanduser())))
         elif name.startswith("--") and not name.endswith((".help", "--help")):
             layers.append(Layer("command line", _nested(name[2:].removesuffix("+"), _parsed(value))))
@@ -85,6 +87,8 @@ def merged(below: Any, above: Any) -> Any:
     """One value over another, key by key, and entry by entry; another class starts anew."""
     if isinstance(below, list) and isinstance(above, list):
         return [merged(below[n] if n < len(below) else None, item) for n, item in enumerate(above)]
+    if isinstance(below, str) and isinstance(above, Mapping):
+        below = {"class_path": below}
     if not isinstance(below, Mapping) or not isinstance(above, Mapping):
         return above
     below = dict(below)

@@ -70,6 +70,7 @@ def export(
 
     from vlm.checkpoints.files.atomic import atomic_directory
     from vlm.checkpoints.published.family import get_family
+    from vlm.checkpoints.published.hf_processor import OTHER_PIXELS
     from vlm.checkpoints.published.open import family_of, find_weights, is_artefact
     from vlm.checkpoints.resume.opened import read_trained
     from vlm.commands.convert import has_adapter, refuse_surgery
@@ -102,7 +103,7 @@ def export(
             return module
 
         report = family.export(folder, weights, dtype=as_type, load=load_plain)
-        report.notes += notes
+        report.notes += [*notes, OTHER_PIXELS]
         return report
 
 

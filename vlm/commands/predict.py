@@ -49,8 +49,15 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vlm predict", description="Answers about pictures.")
-    weights = "artefact, run folder of a stage or recipe, or published LLaVA (official or Hugging Face folder, hub id)"
+    parser = argparse.ArgumentParser(
+        prog="vlm predict",
+        description="Answers about images. With -c FILE instead of --image or --questions: about data.predict_sources, "
+        "on any number of devices (docs/command_line.md).",
+    )
+    weights = (
+        "artefact, run folder of a stage or recipe, checkpoint (RUN@200, RUN@last, RUN@best, or a path), or published "
+        "folder (official or Hugging Face) or hub id"
+    )
     parser.add_argument("--weights", required=True, help=weights)
     asked = "a picture, several, or folders of them; repeat it or list them"
     parser.add_argument("--image", action="extend", nargs="+", default=[], metavar="PATH", help=asked)

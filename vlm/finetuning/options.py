@@ -107,7 +107,7 @@ def read_options(options: Sequence[str]) -> FineTuning:
         raise UserError(f"{given[0]} goes with --data FILE; with -c the files say it")
     if not any(_name(word) in ("-c", "--config") or _name(word).startswith("--data") for word in rest):
         raise UserError(f"--weights {own.weights}: say what to train on, with --data FILE or -c STAGE.yaml")
-    return FineTuning(["--model", json.dumps(start.model), *rest, "--stage.follows", json.dumps([start.follow])])
+    return FineTuning(["--model", json.dumps(start.model), *rest, "--stage.follows", json.dumps([start.follow()])])
 
 
 def _split_settings(options: Sequence[str]) -> tuple[list[str], dict[str, dict[str, object]]]:

@@ -11,9 +11,11 @@ from typing import Any
 import yaml
 
 import vlm.data
+from vlm.checkpoints.published.open import is_hub_id
 from vlm.data.sources.base import JsonSource, Source
 from vlm.data.sources.folder import METADATA, SUFFIXES
 from vlm.data.sources.forms import readers_of
+from vlm.data.sources.hub import is_saved
 from vlm.data.sources.json_records import first_records
 from vlm.errors import SampleError, UserError
 
@@ -48,7 +50,9 @@ def _records_of(path: Path) -> list[str]:
     if path.suffix.lower() not in (".json", ".jsonl"):
         return []
     counted: Counter[str] = Counter()
-    records = [record for record in first_records(path, _FIRST_RECORDS) if readers_of(record)]
+    if not (beginning := first_records(path, _FIRST_RECORDS)):
+        raise UserError(f"{path}: holds no samples; fill it")
+    records = [record for record in beginning if readers_of(record)]
     for record in records:
         counted.update(name for name in readers_of(record) if name != "Parquet" and name != "ImageFolder")
     fitting = [name for name, count in counted.items() if count == len(records)]
@@ -78,6 +82,7 @@ def _has_captions(path: Path) -> bool:
 
 
 LOOKS: tuple[tuple[str, Callable[[Path], bool]], ...] = (
+    ("HubDataset", lambda path: is_saved(str(path))),
     ("Parquet", _has("*.parquet", suffix=".parquet")),
     ("WebDataset", _has("*.tar", suffix=".tar")),
     ("ImageFolder", _has_captions),
@@ -87,7 +92,8 @@ LOOKS: tuple[tuple[str, Callable[[Path], bool]], ...] = (
 
 
 def recognise(word: str, *, images: Path | None, options: dict[str, dict[str, Any]]) -> Recognised:
-    """A value of `--data`: a file, a folder, a pattern of files, a YAML of sources, or `READER=` before one of these.
+    """A value of `--data`: a file, a folder, a pattern of files, a dataset's id on the hub, a YAML of sources, or
+    `READER=` before one of these.
 
     Args:
         images: image root, where it is not found by itself.
@@ -99,7 +105,9 @@ def recognise(word: str, *, images: Path | None, options: dict[str, dict[str, An
     reader, path = _split(word)
     if reader is None and path.suffix in (".yaml", ".yml"):
         return _from_yaml(path)
-    if not _exists(path):
+    if reader is None and not path.exists() and is_hub_id(path):
+        reader = "HubDataset"
+    if not _exists(path) and reader != "HubDataset":
         raise UserError(f"--data {word}: no such file or folder")
     if reader is None:
         reader = _reader_of(word, path)
@@ -127,9 +135,9 @@ def _reader_of(word: str, path: Path) -> str:
         ways = " or ".join(f"--data {name}={path}" for name in found[:2])
         raise UserError(f"--data {word}: may be for {found[0]} or for {found[1]}; say which with {ways}")
     raise UserError(
-        f"--data {word}: has no form that is known: LLaVA's, Qwen-VL's or messages as JSON or JSONL, parquet, "
-        f"folders of images with {METADATA} or captions beside them, tars of WebDataset, and a YAML of sources "
-        "(docs/data.md)"
+        f"--data {word}: has no form that is known: LLaVA's, Qwen-VL's or messages as JSON, parquet, "
+        f"folders of images with {METADATA} or captions beside, tars of WebDataset, folders that `datasets` saved, "
+        "its ids on the hub, and a YAML of sources (docs/data.md)"
     )
 
 

@@ -42,6 +42,8 @@ def make_settings(start: Start, asked: Any) -> Made:
     Raises:
         UserError: data or weights that do not do, or no recipe of the system.
     """
+    if asked.val_split is not None and not 0 < asked.val_split < 1:
+        raise UserError(f"--val-split must be between 0 and 1, found {asked.val_split}")
     recipe = _recipe_settings(start.system)
     found = [recognise(word, images=asked.images, options=_reader_options(recipe)) for word in asked.data]
     num = sum(data.num_samples for data in found)
@@ -55,6 +57,9 @@ def make_settings(start: Start, asked: Any) -> Made:
     if on_gpu:
         _recompute(model["init_args"], recipe["stage"]["train"], asked.method)
     stage, callbacks = _trained(recipe["stage"], asked)
+    goes_on = start.has_adapter and asked.method is not None and not asked.method_settings
+    if goes_on:  # with the adapter that is there, as it is
+        callbacks = []
     batch = asked.batch_size or _batch(recipe["data"]["batch"]["size"], trained_on)
     epochs = asked.epochs or (EPOCHS_OF_FEW if trained_on < FEW else 1)
     steps = -(-trained_on // batch)
@@ -62,7 +67,7 @@ def make_settings(start: Start, asked: Any) -> Made:
     settings: dict[str, Any] = {
         "seed_everything": 0,
         "model": model,
-        "stage": {**stage, "follows": [start.follow]},
+        "stage": {**stage, "follows": [start.follow(merge=start.has_adapter and not goes_on)]},
         "data": {
             "class_path": "vlm.data.InstructionData",
             "init_args": {
@@ -79,7 +84,6 @@ def make_settings(start: Start, asked: Any) -> Made:
             "max_epochs": epochs,
             "precision": "bf16-mixed" if on_gpu else "32-true",
             "gradient_clip_val": recipe["trainer"].get("gradient_clip_val"),
-            "log_every_n_steps": max(1, min(10, steps * epochs // 20)),
             **({"callbacks": callbacks} if callbacks else {}),
         },
         "checkpoint": {"every_n_train_steps": max(10, min(200, steps))},
@@ -194,8 +198,13 @@ def _summary(
 ) -> list[str]:
     stage, trainer, data = settings["stage"], settings["trainer"], settings["data"]["init_args"]
     rates = ", ".join(f"{part} at {float(how['lr']):g}" for part, how in stage["train"].items())
-    arguments = trainer["callbacks"][0]["init_args"] if asked.method else {}
-    how = f"{asked.method} of rank {arguments['rank']}: " if asked.method else "all weights of "
+    how = "all weights of "
+    if asked.method is not None and "callbacks" in trainer:
+        how = f"{asked.method} of rank {trainer['callbacks'][0]['init_args']['rank']}: "
+    elif asked.method is not None:
+        how = "the adapter that is there: "
+    if stage["follows"][0].get("merge"):
+        how = f"(its adapter becomes part of the weights) {how}"
     lines = [f"fine-tuning of {start.system}, from {start.path} ({start.stage})"]
     lines += [f"  data     {line}" for part in found for line in part.said]
     if asked.val_split is not None:

@@ -20,6 +20,7 @@ class Start:
         system: its name.
         stage: what they were trained in; `published` for a published folder.
         name: short name for run folders.
+        has_adapter: whether they were trained with LoRA or its kin.
     """
 
     given: str
@@ -28,11 +29,11 @@ class Start:
     system: str
     stage: str
     name: str
+    has_adapter: bool = False
 
-    @property
-    def follow(self) -> dict[str, Any]:
-        """An entry of `stage.follows`."""
-        return {"artefact": self.path}
+    def follow(self, *, merge: bool = False) -> dict[str, Any]:
+        """An entry of `stage.follows`; `merge` makes its adapter part of the weights."""
+        return {"artefact": self.path, **({"merge": True} if merge else {})}
 
 
 def open_start(given: str) -> Start:
@@ -46,9 +47,11 @@ def open_start(given: str) -> Start:
     from vlm.checkpoints.resume.opened import read_trained
 
     path = find_weights(given)
+    has_adapter = False
     if is_artefact(path):
         artefact = read_trained(path)
         model, system, stage = model_of(artefact), artefact.meta["system"], artefact.meta["stage"]
+        has_adapter = any(change["class_path"].endswith(".PeftAdapter") for change in artefact.meta["surgery"])
         run = artefact.run.resolve()
         name = run.name if _number(run.name) is None else f"{run.parent.name}_{run.name}"
     else:
@@ -58,7 +61,7 @@ def open_start(given: str) -> Start:
             raise UserError(f"{given}: is a {model['class_path']}, which has no recipe here")
         name = Path(path).expanduser().name
     model["init_args"].pop("seed", None)
-    return Start(given, path, model, system, stage, re.sub(r"[^\w.-]+", "_", name))
+    return Start(given, path, model, system, stage, re.sub(r"[^\w.-]+", "_", name), has_adapter)
 
 
 def _number(stage: str) -> int | None:

@@ -26,7 +26,7 @@ def find_file(path: str, name: str, expected: str) -> Path:
         how = (
             "is the name right, and may this account read it?"
             if is_reachable()
-            else f"the hub cannot be reached: fetch it where it can (`hf download {path}`), or give the path of a folder"
+            else f"the hub cannot be reached: fetch it where it can (`hf download {path}`), or give a folder"
         )
         raise UserError(
             f"tokenizer {path!r}: neither on this disk nor to be had from the hub; expected {expected}; {how}"

@@ -31,7 +31,8 @@ class Tokenized(NamedTuple):
 def tokenize(spans: Iterable[Span], tokenizer: Tokenizer) -> Tokenized:
     """Labelled tokens of rendered spans, BOS first if the tokenizer adds one.
 
-    Text of data that spells an image mark or a control token is text. The space before an answer belongs to the trained span:
+    Text of data that spells an image mark or a control token is text. The space before an answer belongs to the trained
+    span:
     SentencePiece joins it with the first word.
     """
     ids: list[int] = []

@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass

@@ -20,6 +20,7 @@ from vlm.errors import UserError
 from vlm.recipes.run_folder import RunFolder
 
 HOW_IT_RUNS = (
+    "node",
     "device.*",
     "endpoint.*",
     "key_env.*",
@@ -68,14 +69,14 @@ def main(arguments: list[str]) -> int:
 
 def compare_finished(folder: ProcedureFolder, procedure: Sequence[str]) -> None:
     """Refuses a command line for a finished node that differs from the one it was run with."""
-    folder.check_config(_settings(procedure), how_it_runs=HOW_IT_RUNS)
+    folder.check_config(_settings(folder, procedure), how_it_runs=HOW_IT_RUNS)
 
 
 def _run_node(folder: ProcedureFolder, writes: str, procedure: list[str]) -> int:
     if folder.finished:
         raise UserError(f"{folder.path}: this node is finished; choose another run folder to run it again")
     with folder.lock():
-        settings = _settings(procedure)
+        settings = _settings(folder, procedure)
         folder.check_config(settings, how_it_runs=HOW_IT_RUNS)
         folder.save_config(settings)
         status = procedures.main(procedure)
@@ -88,8 +89,8 @@ def _run_node(folder: ProcedureFolder, writes: str, procedure: list[str]) -> int
     return 0
 
 
-def _settings(procedure: Sequence[str]) -> dict[str, str | list[str]]:
-    """The words of a command line by option, so that a change is named."""
+def _settings(folder: ProcedureFolder, procedure: Sequence[str]) -> dict[str, str | list[str]]:
+    """The folder, and the words of a command line by option, so that a change is named."""
     name, *words = procedure
     settings: dict[str, list[str]] = {"arguments": []}
     option = "arguments"
@@ -100,4 +101,4 @@ def _settings(procedure: Sequence[str]) -> dict[str, str | list[str]]:
             settings.setdefault(option, []).extend([value] if equals else [])
         else:
             settings[option].append(word)
-    return {"run": name, **settings}
+    return {"node": str(folder.path), "run": name, **settings}

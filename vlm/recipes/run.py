@@ -89,15 +89,15 @@ def _compare(request: Request, node: Node, compare: Callable[[Sequence[str]], No
     if f"{request.recipe.system}/{node.name}" in request.given:
         return
     folder = request.folder(node)
+    try:
+        words = request.procedure(node) if isinstance(node, Procedure) else request.arguments(node)[1:]
+    except UserError as error:  # what it started from may be gone since
+        _say(f"{node.name}: finished, and not compared with what is asked now: {error}")
+        return
     if isinstance(folder, ProcedureFolder):
-        compare_finished(folder, request.procedure(node))
+        compare_finished(folder, words)
     elif compare is not None and folder.config_file.is_file():
-        try:
-            arguments = request.arguments(node)
-        except UserError as error:  # what it started from may be gone since
-            _say(f"{node.name}: finished, and not compared with what is asked now: {error}")
-            return
-        compare(arguments[1:])
+        compare(words)
 
 
 def _parse(arguments: list[str]) -> Request:

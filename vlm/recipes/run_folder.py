@@ -283,7 +283,7 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _root(config: Mapping[str, Any]) -> str | None:
     """The folder that a run lies in, together with the stages it follows and the data it needs."""
     trainer = config.get("trainer")
-    folder = trainer.get("default_root_dir") if isinstance(trainer, Mapping) else None
+    folder = trainer.get("default_root_dir") if isinstance(trainer, Mapping) else config.get("node")
     return None if folder is None else os.path.dirname(os.path.abspath(folder))
 
 

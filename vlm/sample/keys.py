@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+from PIL import Image
+
 from vlm.errors import SampleError, quoted
 
 MakeError = Callable[..., SampleError]
@@ -160,7 +162,7 @@ def _looks_like_image(value: Any) -> bool:
         return any(not is_empty(value.get(key)) for key in ("bytes", "path", "url"))
     if isinstance(value, str):
         return value.startswith("data:image") or PurePosixPath(value[-8:].casefold()).suffix in SUFFIXES
-    return isinstance(value, bytes)
+    return isinstance(value, bytes | Image.Image)
 
 
 def _near(name: str, known: Sequence[str]) -> str | None:

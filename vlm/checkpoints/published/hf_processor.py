@@ -20,6 +20,12 @@ from vlm.vision.tiling import AnyRes
 
 PAD_TOKEN = "<pad>"
 _BLANK = "▁"
+OTHER_PIXELS = (
+    "its processor lays images with transparency (RGBA, LA, palettes with a transparent colour) on white, where "
+    "transparency is dropped here, and cuts 16 bits of grey off to white, of which the upper 8 are taken here: give it "
+    'such images as `image.convert("RGBA").convert("RGB")`, or as 8 bits; all others come out the same'
+)
+"""What people have to know who give images to what is exported."""
 
 
 def write_tokenizer(folder: Path, codec: Any, *, num_rows: int, tiles: AnyRes | None = None) -> tuple[int, int]:

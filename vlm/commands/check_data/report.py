@@ -73,6 +73,11 @@ class Report:
         }
         return [(what, numbers.tolist()) for what, numbers in found.items() if len(numbers)]
 
+    @property
+    def left_out(self) -> list[str]:
+        """What of the files is in no sample."""
+        return [note for part in self.scan.parts for note in part.samples.notes()]
+
     def as_json(self) -> dict[str, Any]:
         return {
             "title": self.title,
@@ -82,6 +87,7 @@ class Report:
                 what: {"samples": len(numbers), "first": [self.scan.id_of(number) for number in numbers[:10]]}
                 for what, numbers in self.notes
             },
+            "left out": self.left_out,
             "summaries": [{"part": s.part, "source": s.source, **s.numbers} for s in self.summaries],
         }
 
@@ -114,6 +120,8 @@ class Report:
             ids = [repr(self.scan.id_of(number)) for number in numbers[:_MAX_EXAMPLES]]
             more = ["..."] if len(numbers) > len(ids) else []
             yield _cut(f"note: {counted(len(numbers))} {what} ({', '.join(ids + more)})")
+        for note in self.left_out:
+            yield f"note: {note}"
         if not self.bad:
             yield "nothing is wrong with any of them"
 

@@ -154,6 +154,10 @@ class VisionLanguageData(L.LightningDataModule):
                 flush=True,
             )
 
+        if stage in ("fit", "validate"):
+            for note in (note for source in (*self.sources, *self.val_sources) for note in source.notes()):
+                rank_zero_only(print)(note, flush=True)
+
     def micro_batches(
         self, codec: Codec, *, world: int = 1, given: int = 1, max_epochs: int | None = 1, max_steps: int = -1
     ) -> int:

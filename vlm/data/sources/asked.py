@@ -9,14 +9,14 @@ from vlm.data.sources.base import IMAGE_MARK, content_parts
 from vlm.data.sources.messages import TURN_KEYS, chat_record
 from vlm.errors import SampleError, UserError
 from vlm.sample import MAX_PIXELS, Sample, parse_sample
+from vlm.sample.keys import check_record
 
 Asked = Sample | Mapping[str, Any]
 """A sample, or a record of one: a question or a conversation."""
 
 IMAGE_KEYS = ("image", "images")
 _PROMPT_KEYS = ("prompt", "question", "text")
-_PART_KEYS = ("image", "path", "url")
-"""Under which a content part of the role of an image may hold it, as the Hugging Face chat tools have it."""
+_READ = (*_PROMPT_KEYS, *IMAGE_KEYS, "ocr")
 
 
 def as_samples(asked: Asked | Sequence[Asked]) -> list[Sample]:
@@ -50,9 +50,9 @@ def _as_sample(record: Any, at: int) -> Sample:
     if not isinstance(record, Mapping):
         raise SampleError(f"expected a question, found {type(record).__name__}", sample_id=str(at), source="<memory>")
     if not any(record.get(key) is not None for key in TURN_KEYS):
-        return read_question(record, str(at), source="<memory>")[1]
+        return read_question(record, record.get("id", at), source="<memory>")[1]
     error = partial(SampleError, sample_id=str(record.get("id", at)), source="<memory>")
-    made = chat_record(_with_images(record, error), at, error=error, max_pixels=MAX_PIXELS)
+    made = chat_record(record, at, error=error, max_pixels=MAX_PIXELS)
     return parse_sample(made, position=at)
 
 
@@ -83,6 +83,7 @@ def read_question(
     text = prompt if record.get("ocr") is None else _with_ocr(prompt, record["ocr"], error)
     image = _one_of(record, IMAGE_KEYS, error)
     files = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
+    check_record(record, read=_READ, has_images=bool(files), error=error)
     if IMAGE_MARK in text:
         content = content_parts(text)
     else:  # as the systems were trained: every image on a line of its own, in front
@@ -94,32 +95,6 @@ def read_question(
         image_root=root,
     )
     return prompt, sample
-
-
-def _with_images(record: Mapping[str, Any], error: Any) -> dict[str, Any]:
-    """A conversation whose content parts hold their images, with these in `images`."""
-    images: list[Any] = []
-
-    def without(part: Any) -> Any:
-        if not isinstance(part, Mapping) or part.get("type") != "image":
-            return part
-        found = [part[key] for key in _PART_KEYS if part.get(key) is not None]
-        images.extend(found[:1])
-        return {"type": "image"}
-
-    key = next(key for key in TURN_KEYS if record.get(key) is not None)
-    turns = record[key] if isinstance(record[key], list | tuple) else []
-    parted = [
-        {**turn, "content": [without(part) for part in turn["content"]]}
-        if isinstance(turn, Mapping) and isinstance(turn.get("content"), list | tuple)
-        else turn
-        for turn in turns
-    ]
-    if not images:
-        return dict(record)
-    if any(record.get(name) for name in IMAGE_KEYS):
-        raise error("has images in its messages and under 'images'; keep one of them")
-    return {**record, key: parted, "images": images}
 
 
 def _with_ocr(prompt: str, ocr: Any, error: Any) -> str:

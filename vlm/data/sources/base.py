@@ -50,6 +50,10 @@ class Source(ABC):
         """Name of the source that a sample comes from and its number there, as lists of bad samples have them."""
         return self.name, index
 
+    def notes(self) -> list[str]:
+        """What of the files is in no sample, a line each."""
+        return []
+
     def image_mask(self) -> np.ndarray:
         """bool[len(self)], `has_image` of every sample."""
         return np.fromiter((self.has_image(i) for i in range(len(self))), dtype=bool, count=len(self))
@@ -285,6 +289,9 @@ class Concat(Source):
 
     def image_mask(self) -> np.ndarray:
         return np.concatenate([source.image_mask() for source in self.sources])
+
+    def notes(self) -> list[str]:
+        return [note for source in self.sources for note in source.notes()]
 
     def _locate(self, index: int) -> tuple[Source, int]:
         if not 0 <= index < len(self):

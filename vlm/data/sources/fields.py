@@ -97,6 +97,13 @@ class Fields:
         value: int = self.need(key, int, "a whole number")
         return value
 
+    def length(self, key: str) -> float:
+        """A number of pixels, above 0."""
+        value = self.value(key)
+        if not _is_number(value) or value <= 0:
+            raise self.error(f"{key!r} must be a number of pixels above 0, found {quoted(value)}")
+        return float(value)
+
     def numbers(self, key: str, count: int) -> list[float]:
         values = self.need(key, list, f"a list of {count} numbers")
         if len(values) != count or not all(_is_number(value) for value in values):

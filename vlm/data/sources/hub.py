@@ -93,7 +93,7 @@ class HubDataset(Source):
     def _rows(self) -> Rows:
         label = " ".join(filter(None, (self.path, self.config, self.split)))
         words: dict[str, Any] = {"caption": self.caption, "prompt": self.prompt, "max_pixels": self.max_pixels}
-        if self.streaming and not _is_saved(self.path):
+        if self.streaming and not is_saved(self.path):
             files = [located(file) for file in _explained(self, _find_files)]
             other = next((file for file in files if Path(str(file).partition("?")[0]).suffix != ".parquet"), None)
             if other is not None or not files:
@@ -188,7 +188,7 @@ def _are_filled(column: Any) -> np.ndarray:
 
 
 def _open(source: HubDataset, datasets: Any) -> Any:
-    if not _is_saved(source.path):
+    if not is_saved(source.path):
         return datasets.load_dataset(source.path, source.config, split=source.split, revision=source.revision)
     found = datasets.load_from_disk(source.path)
     if not isinstance(found, datasets.DatasetDict):
@@ -206,7 +206,7 @@ def _find_files(source: HubDataset, datasets: Any) -> list[str]:
     return list(files[source.split])
 
 
-def _is_saved(path: str) -> bool:
+def is_saved(path: str) -> bool:
     return any((Path(path) / file).is_file() for file in (_STATE, _SPLITS))
 
 

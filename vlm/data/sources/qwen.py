@@ -162,8 +162,8 @@ class QwenReferring(RecordSource):
 
     def chat(self, fields: Fields) -> dict[str, Any]:
         values = fields.numbers("bbox", 4)
-        sides = [fields.need(key, (int, float), "a number of pixels") for key in ("width", "height")] * 2
-        if min(sides) <= 0 or values[0] >= values[2] or values[1] >= values[3]:
+        sides = [fields.length("width"), fields.length("height")] * 2
+        if values[0] >= values[2] or values[1] >= values[3]:
             sides = sides[:2]
             found = f"'bbox' {values} must be left, top, right, bottom in an image of {sides} pixels"
             raise fields.error(found, kind="region")

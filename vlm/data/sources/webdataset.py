@@ -4,7 +4,8 @@ import json
 import re
 import tarfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from vlm.data.sources.base import Source
-from vlm.data.sources.folder import SUFFIXES
 from vlm.data.sources.record_sources import after_image, exchange, text
-from vlm.errors import SampleError, UserError
+from vlm.errors import SampleError, UserError, quoted, shorten
 from vlm.sample import MAX_PIXELS, ImageFile, Sample, parse_sample
+from vlm.sample.keys import SUFFIXES
 from vlm.sample.paths import located
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -101,26 +102,42 @@ class WebDataset(Source):
         return [self.path]
 
     @cached_property
-    def _index(self) -> np.ndarray:
-        """int64[n, 5]: shard, then position and length of the image, then of the text."""
+    def _found(self) -> tuple[np.ndarray, list[str]]:
+        """int64[n, 5]: shard, then position and length of the image, then of the text; and what was left out."""
         rows = array("q")
+        notes: list[str] = []
+        wanted = "KEY.txt" if self.caption == "txt" else "KEY.json"
         for number, file in enumerate(self.files):
             found: list[tuple[int, ...]] = []
             facts: list[tuple[int, int] | None] = []
-            for members in _samples(file):
+            bare: list[str] = []
+            for key, members in _samples(file):
                 image = next((members[suffix] for suffix in members if suffix in SUFFIXES), None)
-                words = members.get(".txt" if self.caption == "txt" else ".json")
+                words = members.get(wanted.removeprefix("KEY"))
                 if image is not None and words is not None:
                     found.append((number, *image, *words))
                     facts.append(members.get(".json"))
+                elif image is not None or words is not None:
+                    bare.append(f"{key} ({', '.join(members)})")
+            if bare:
+                notes.append(
+                    f"{file}: {len(bare):,} of {len(bare) + len(found):,} keys lack an image or {wanted} and are left "
+                    f"out, such as {shorten(bare[0])}; write the shard again with both under one name"
+                )
             for at in range(len(found)) if self.best is None else self.best.among(_numbers(file, facts, self.best)):
                 rows.extend(found[at])
         if not rows and self.best is not None:
             raise UserError(f"{self.path}: no pair passes 'best' ({self.best}); lower it")
         if not rows:
-            wanted = "KEY.txt" if self.caption == "txt" else "KEY.json"
             raise UserError(f"{self.path}: no picture with a {wanted} in it; set 'caption' to where the captions are")
-        return np.frombuffer(rows, dtype=np.int64).reshape(-1, 5)
+        return np.frombuffer(rows, dtype=np.int64).reshape(-1, 5), notes
+
+    @property
+    def _index(self) -> np.ndarray:
+        return self._found[0]
+
+    def notes(self) -> list[str]:
+        return self._found[1]
 
     def __len__(self) -> int:
         return len(self._index)
@@ -142,10 +159,12 @@ class WebDataset(Source):
                 words = record[self.caption]
         except (KeyError, TypeError) as problem:
             raise error(f"its .json has no key {self.caption!r}; set 'caption' to one of its keys") from problem
-        except ValueError as problem:
-            raise error(f"its caption cannot be read ({problem}); write the shard again in UTF-8") from problem
+        except (ValueError, RecursionError) as problem:
+            raise error(
+                f"its caption cannot be read ({shorten(str(problem))}); write the shard again in UTF-8"
+            ) from problem
         if not isinstance(words, str) or not words.strip():
-            raise error(f"its caption is {words!r}; remove the sample or fill it in")
+            raise error(f"its caption is {quoted(words)}; remove the sample or fill it in")
         picture = MemberImage(
             name=f"picture of {identity}", path=file, max_pixels=self.max_pixels, start=image_at, length=image_size
         )
@@ -186,24 +205,29 @@ class MemberImage(ImageFile):
         return ImageFile(name=self.name, data=data, max_pixels=self.max_pixels)._open(sample)
 
 
-def _samples(file: Path) -> Iterator[dict[str, tuple[int, int]]]:
-    """Per key of a tar file, {suffix: (position, length)} of its members."""
-    key, members = None, dict[str, tuple[int, int]]()
+def _samples(file: Path) -> Iterable[tuple[str, dict[str, tuple[int, int]]]]:
+    """Key and {suffix: (position, length)} of the members of a tar file, in the order in which the keys appear.
+
+    Members of a key belong together wherever they stand: they are read by position, so a tar need not be sorted. Where
+    one comes a second time, as in tars that were joined, it begins another sample. What macOS leaves beside files
+    (`._a.jpg`) is no member.
+    """
+    found: dict[tuple[str, int], dict[str, tuple[int, int]]] = {}
+    rounds: Counter[str] = Counter()
     try:
         with file.open("rb") as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
             for member in tar:
-                if not member.isfile():
-                    continue
                 # the key ends at the first point of the name, as in WebDataset itself
                 folder, _, base = member.name.rpartition("/")
+                if not member.isfile() or base.startswith("._"):
+                    continue
                 stem, _, suffix = base.partition(".")
-                if (folder, stem) != key:
-                    if members:
-                        yield members
-                    key, members = (folder, stem), {}
-                members[f".{suffix.lower()}"] = (member.offset_data, member.size)
+                key, suffix = f"{folder}/{stem}".lstrip("/"), f".{suffix.lower()}"
+                if suffix in found.get((key, rounds[key]), {}):
+                    rounds[key] += 1
+                found.setdefault((key, rounds[key]), {})[suffix] = (member.offset_data, member.size)
             size = file.stat().st_size
-            if any(start + length > size for start, length in members.values()):
+            if any(start + length > size for members in found.values() for start, length in members.values()):
                 raise tarfile.ReadError("the last member is cut off")
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error}); check the path") from error
@@ -211,8 +235,7 @@ def _samples(file: Path) -> Iterator[dict[str, tuple[int, int]]]:
         raise UserError(
             f"{file}: is no whole tar file ({error}); fetch it again (gzipped ones have to be unpacked)"
         ) from error
-    if members:
-        yield members
+    return [(key, members) for (key, _), members in found.items()]
 
 
 def _numbers(file: Path, places: Sequence[tuple[int, int] | None], best: Best) -> list[float]:
@@ -226,7 +249,7 @@ def _numbers(file: Path, places: Sequence[tuple[int, int] | None], best: Best) -
                 opened.seek(place[0])
                 facts = json.loads(opened.read(place[1]))
                 sums.append(sum(float(facts[key]) for key in best.keys))
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise UserError(
                     f"{file}: sample {at} has no number {' or '.join(best.keys)} in its .json ({error}); leave 'best' "
                     "out or name its keys"

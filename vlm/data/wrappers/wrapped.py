@@ -28,5 +28,8 @@ class Wrapped(Source):
     def image_mask(self) -> np.ndarray:
         return self.source.image_mask()
 
+    def notes(self) -> list[str]:
+        return self.source.notes()
+
     def blocks(self) -> tuple[np.ndarray, int] | None:
         return self.source.blocks()
