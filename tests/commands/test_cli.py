@@ -174,7 +174,8 @@ def test_a_stage_runs_once_and_the_next_follows_it(world: World, capfd: pytest.C
     first, world.run, world.stage = world.run, world.folder / "second", "2_finetune"
     follows = [{"artefact": str(first / "artefact"), "parts": {"connector": "connector"}}]
     assert world.fit(f"--stage.follows={json.dumps(follows)}") == 0
-    foreign = [{"artefact": str(world.folder), "parts": {"connector": "connector"}}]
+    (world.folder / "empty").mkdir()
+    foreign = [{"artefact": str(world.folder / "empty"), "parts": {"connector": "connector"}}]
     world.run = world.folder / "third"
     assert world.fit(f"--stage.follows={json.dumps(foreign)}") == 2
     assert "neither stage.json nor weight files in it" in capfd.readouterr().err
