@@ -55,7 +55,7 @@ OWN_JSON: dict[str, tuple[Any, list[str]]] = {
     ),
     "role and content": (
         lambda w: w.records[2].update(conversations=[{"role": "user", "content": "x"}]),
-        ["'s2'", "conversations[0]", "'from' and 'value' (MessagesJson reads"],
+        ["'s2'", "conversations[0]", "vlm.data.MessagesJson reads"],
     ),
     "a list inside an object": (_as(lambda r: json.dumps({"data": r})), ["the list that is under 'data'"]),
     "an object by id": (_as(lambda r: json.dumps({x["id"]: x for x in r})), ["'s0'", "a list of its values"]),
@@ -70,7 +70,7 @@ OWN_JSON: dict[str, tuple[Any, list[str]]] = {
     "no answer": (lambda w: w.records[2]["conversations"].pop(), ["'s2'", "no answer", "add one or drop it"]),
     "null as answer": (
         lambda w: w.records[2]["conversations"][1].update(value=None),
-        ["'s2'", "conversations[1]", "'value' must be a string"],
+        ["'s2'", "conversations[1]", "'value' is null; write its text"],
     ),
     "pixels of 32 bits": (
         lambda w: Image.new("F", (4, 4)).save(w.folder / "2.png", "TIFF"),

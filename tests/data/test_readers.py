@@ -199,6 +199,10 @@ def test_bad_parquet_is_refused_in_one_line(tmp_path, monkeypatch):
 def test_a_bad_row_is_named_by_file_row_and_id(tmp_path):
     broken = {"id": "b", "messages": HF["messages"], "images": [{"bytes": b"no picture", "path": "q.png"}]}
     path = tmp_path / "x.parquet"
+    named = {"role": "user", "content": [{"type": "image", "image": "a.png"}]}
+    pq.write_table(rows({"messages": [named, {"role": "assistant", "content": [named["content"][0]]}]}), path)
+    with pytest.raises(SampleError, match=r"row 0: images are named in parts of the turns; a table has them in a col"):
+        Parquet(path)[0]
     pq.write_table(rows(broken, {**broken, "images": []}, {**broken, "id": None, "messages": []}), path)
     source = Parquet(path)
     sample = source[0]

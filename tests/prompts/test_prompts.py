@@ -481,7 +481,7 @@ def test_content_without_a_place_is_refused():
 def test_a_hub_name_is_looked_up_there(monkeypatch):
     import huggingface_hub
 
-    def only_the_model(repository, name):
+    def only_the_model(repository, name, local_files_only):
         if name != "tokenizer.model":
             raise huggingface_hub.errors.LocalEntryNotFoundError(name)
         assert repository == "some/llama"

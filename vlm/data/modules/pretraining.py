@@ -31,7 +31,9 @@ def draw_caption(sample: Sample, seeds: Seeds) -> Sample:
     answers = [i for i, message in enumerate(sample.messages) if message.role == "assistant"]
     messages = sample.messages[: answers[-1]] if answers else sample.messages
     after = sample.messages[answers[-1] + 1 :] if answers else ()
-    return dataclasses.replace(sample, messages=(*messages, Message("assistant", (TextPart(text),)), *after))
+    weight = sample.messages[answers[-1]].weight if answers else 1.0
+    caption = Message("assistant", (TextPart(text),), weight=weight)
+    return dataclasses.replace(sample, messages=(*messages, caption, *after))
 
 
 class PretrainingData(VisionLanguageData):

@@ -194,8 +194,8 @@ def read_list(path: Path, key: str) -> list[Any]:
     """
     content = read_object(path)
     found = content.get(key)
-    if not isinstance(found, list) or (found and not isinstance(found[0], Mapping)):
-        reader = reader_of(content)
+    reader = reader_of(content)
+    if not isinstance(found, list) or (reader and found and not isinstance(found[0], Mapping)):
         remedy = f"; the file has the form that vlm.data.{reader} reads" if reader else ""
         raise UserError(
             f"{path}: key {key!r} must hold a list of objects; found keys {quoted(sorted(content))}{remedy}"

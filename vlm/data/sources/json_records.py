@@ -44,12 +44,13 @@ class RecordFile:
     def __init__(self, path: str | Path, *, flag: Callable[[dict[str, Any]], bool]) -> None:
         self.path = located(path)
         bounds, flags = array("q"), array("B")
-        any_object = False
+        any_object, first = False, ""
         try:
             with self.path.open("rb") as file:
                 for start, end, record in _Scanner(str(self.path), file).records():
                     is_object = isinstance(record, dict)
                     any_object |= is_object or record is _TOO_DEEP
+                    first = first or type(record).__name__
                     bounds.extend((start, end))
                     flags.append(is_object and flag(record))
         except OSError as error:
@@ -57,7 +58,9 @@ class RecordFile:
         if not flags:
             raise UserError(f"{self.path}: holds no samples; remove it from the sources or fill it")
         if not any_object:
-            raise UserError(f"{self.path}: none of its {len(flags)} records is a JSON object; every record must be one")
+            raise UserError(
+                f"{self.path}: record 0 is a {first}, and none of the {len(flags)} is a JSON object; every record must be"
+            )
         self._bounds = np.frombuffer(bounds, dtype=np.int64).reshape(-1, 2)
         self.flags = np.frombuffer(flags, dtype=np.uint8).astype(bool)
 

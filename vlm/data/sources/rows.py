@@ -17,6 +17,7 @@ from vlm.data.sources.base import Source
 from vlm.data.sources.messages import IMAGE_KEYS, TURN_KEYS, chat_record
 from vlm.errors import Fault, SampleError, UserError, quoted
 from vlm.sample import ImageFile, Sample, parse_image, parse_sample
+from vlm.sample.keys import names_images
 
 EXCHANGES = "texts"
 """Column of questions and answers as in `the_cauldron`: [{"user": ..., "assistant": ...}]."""
@@ -85,6 +86,8 @@ class Rows(Source):
         elif record.get(EXCHANGES) is not None and not any(record.get(key) is not None for key in TURN_KEYS):
             record = _exchanged(record, error)
         chat = chat_record(record, position, error=error, max_pixels=self.max_pixels)
+        if not chat["images"] and names_images(chat["messages"]):
+            raise error("images are named in parts of the turns; a table has them in a column 'images'", kind="image")
         root, limit = self.root(index), self.max_pixels
         try:
             return parse_sample(chat, source=file, position=position, image_root=root, max_pixels=limit)

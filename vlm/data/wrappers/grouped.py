@@ -66,5 +66,7 @@ def _documents(sample: Sample) -> tuple[Message, ...]:
     if roles != ["user", "assistant"]:
         raise sample.error(f"only documents and pairs of one answer are grouped, found the roles {', '.join(roles)}")
     asked, answer = sample.messages
+    if answer.weight != 1:
+        raise sample.error(f"a document has no weight, and this answer has {answer.weight:g}; leave it out")
     pictures = tuple(part for part in asked.content if isinstance(part, ImagePart))
     return (Message(DOCUMENT, (*pictures, *answer.content)),)
