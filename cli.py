@@ -129,7 +129,7 @@ def _stage_cli() -> Any:
 
         def __init__(
             self,
-            args: Sequence[str] | None,
+            args: list[str] | None,
             *,
             run: bool,
             locks: ExitStack | None = None,

@@ -121,7 +121,7 @@ class AnswerWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        dataset = trainer.predict_dataloaders.dataset
+        dataset = getattr(trainer.predict_dataloaders, "dataset", None)
         assert isinstance(dataset, PredictDataset)
         for position, sample, answer in zip(dataset.positions(batch_idx), batch, outputs, strict=True):
             if isinstance(answer, SampleError):

@@ -22,6 +22,7 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PAGES = ROOT / "docs" / "notebooks"
+_MAX_LINES = 40
 _SPEED = re.compile(r", [\d.e+-]+ steps/s, [\d:?]+ left")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -59,12 +60,19 @@ def write_page(notebook: Any, name: str, folder: Path) -> Path:
             continue
         parts.append(f"```python\n{cell.source}\n```")
         shown = "\n\n".join(found for output in cell.outputs if (found := _shown(output, images)))
-        parts += [shown.replace("\n```\n\n```text\n", "\n")] if shown else []
+        parts += [_folded(shown.replace("\n```\n\n```text\n", "\n"))] if shown else []
     title, *rest = parts
     note = f"This page is what `notebooks/{name}.ipynb` shows; `make notebooks` makes it."
     page = folder / f"{name}.md"
     page.write_text("\n\n".join([title, note, *rest]) + "\n", encoding="utf-8")
     return page
+
+
+def _folded(shown: str) -> str:
+    """An output that would push everything else from the screen, to be opened by whoever wants to see it."""
+    if shown.count("\n") <= _MAX_LINES:
+        return shown
+    return f"<details><summary>what it prints</summary>\n\n{shown}\n\n</details>"
 
 
 def _for_the_docs(text: str) -> str:

@@ -79,6 +79,7 @@ class World:
                 "init_args": {
                     "sources": [{"class_path": "vlm.data.LlavaJson", "init_args": source}],
                     "batch": {"size": 6},
+                    "micro_batch_size": None,
                     "num_workers": 0,
                 }
             },

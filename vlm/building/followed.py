@@ -24,7 +24,8 @@ def open_followed(path: str | Path) -> Artefact | str:
     Raises:
         UserError: it is neither.
     """
-    if not Path(path).exists() and "@" not in str(path) and not is_hub_id(path):
+    is_ours = Path(path).name == "artefact"  # of a stage that is not finished, and no hub id
+    if not Path(path).exists() and "@" not in str(path) and (is_ours or not is_hub_id(path)):
         return read_artefact(path)  # says which stage comes first
     found = find_weights(path)
     return read_trained(found) if is_artefact(found) else found

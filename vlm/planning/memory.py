@@ -7,6 +7,7 @@ from typing import Any
 from vlm.planning.machine import Machine
 from vlm.planning.parameters import optimizer_bytes, sizes_of, units_of
 from vlm.planning.step import COPIES, HEAD, LOSS, PASSING, PackCost
+from vlm.stages import AdamW
 
 
 @dataclass(frozen=True)
@@ -26,27 +27,28 @@ class Memory:
         return sum(self.fixed.values()) + sum(self.pack.values())
 
 
-def memory_of(module: Any, cost: PackCost, machine: Machine) -> Memory:
+def memory_of(module: Any, cost: PackCost, machine: Machine, optimizer: AdamW | None = None) -> Memory:
     """What a rank needs for a step.
 
     Args:
         module: built on the meta device.
         cost: of its heaviest pack.
+        optimizer: in the place of the stage's own.
     """
     sharded = machine.strategy == "fsdp2" and machine.devices > 1
     sizes = sizes_of(module).values()
     weights, gradients = sum(size.weights for size in sizes), sum(size.gradients for size in sizes)
-    optimizer = optimizer_bytes(module)
+    moments = optimizer_bytes(module, optimizer or module.stage.optimizer)
     if sharded:
         fixed = {
             part: -(-size // machine.devices)
-            for part, size in {"weights": weights, "gradients": gradients, "optimizer": optimizer}.items()
+            for part, size in {"weights": weights, "gradients": gradients, "optimizer": moments}.items()
         }
         units = units_of(module)
         # two units are there at once, the next one is fetched while one runs; gradients are summed in float32
         fixed["gathered"] = 2 * (units.root + 2 * units.largest) + (2 + 4) * 2 * units.largest_trained
     else:
-        fixed = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
+        fixed = {"weights": weights, "gradients": gradients, "optimizer": moments}
         if machine.devices > 1:
             fixed["DDP's buckets"] = gradients
     return Memory(fixed, _by_part(cost, sharded=sharded))

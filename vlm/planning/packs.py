@@ -13,7 +13,7 @@ from vlm.planning.depth import along, at_full_depth
 from vlm.planning.samples import Samples, per_step
 from vlm.planning.step import PackCost, cost_of_pack
 
-MOST_IMAGES = 24
+MOST_IMAGES = 8
 """Of a pack that is run through the network; larger ones follow from two that are."""
 
 
@@ -76,6 +76,7 @@ class PackCosts:
         self.module = module
         self.precision = precision
         self.items = _spread(samples.items)
+        self.mean = sum(samples.tokens) / len(samples.items)
         self._known: dict[int, tuple[int, PackCost]] = {}
 
     def of(self, tokens: int) -> PackCost:
@@ -93,8 +94,9 @@ class PackCosts:
 
     def per_sample(self) -> Mapping[tuple[str, str], float]:
         """Floating-point operations of an average sample, {(region, pass): number}."""
-        _, cost = self._run(len(self.items))
-        return {key: count / len(self.items) for key, count in cost.flops.items()}
+        tokens, cost = self._run(len(self.items))
+        share = self.mean / tokens  # those that were run are a little longer or shorter than all
+        return {key: count * share for key, count in cost.flops.items()}
 
     def _items_for(self, tokens: int) -> int:
         total = 0
@@ -119,15 +121,10 @@ class PackCosts:
 
 
 def _spread(items: Sequence[Encoded]) -> list[Encoded]:
-    """As many as can be run, in an order in which every beginning is about as the whole."""
-    chosen: list[Encoded] = []
-    images = 0
-    for item in items:
-        images += len(item.sample.images)
-        if chosen and images > MOST_IMAGES:
-            break
-        chosen.append(item)
-    return chosen
+    """As many as can be run, evenly spread."""
+    images = max(1, sum(len(item.sample.images) for item in items))
+    count = min(len(items), max(2, MOST_IMAGES * len(items) // images))
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
 def _extended(small: tuple[int, PackCost], large: tuple[int, PackCost], tokens: int) -> PackCost:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vlm.building.blocks import stacked_blocks
 from vlm.language.quantized import packed_bytes
+from vlm.stages import AdamW
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ def stored(tensors: Iterable[Tensor]) -> int:
     )
 
 
-def optimizer_bytes(module: Any) -> int:
-    """Of the moments of what a system's stage trains, in a GPU's memory."""
-    kind = module.stage.optimizer.kind
+def optimizer_bytes(module: Any, optimizer: AdamW) -> int:
+    """Of the moments of what is trained, in a GPU's memory."""
+    kind = optimizer.kind
     if kind == "paged_adamw_8bit":  # moved to the host when there is no room
         return 0
     trained = [p for p in module.parameters() if p.requires_grad]

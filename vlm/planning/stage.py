@@ -113,7 +113,7 @@ class Planner:
 
     def plan(self, machine: Machine, **changes: Any) -> StagePlan:
         """The plan; `changes` to the system as in `Described.make`."""
-        return self.plan_built(self.build(machine, **changes), machine)
+        return self._plan_of(self.build(machine, **changes), machine)
 
     def build(self, machine: Machine, **changes: Any) -> PackCosts:
         """The network, ready to be asked what packs cost."""
@@ -121,15 +121,15 @@ class Planner:
         precision = self._precision(network, machine)
         return PackCosts(network, self.samples, precision)
 
-    def plan_built(self, costs: PackCosts, machine: Machine, packing: Packing | None = None) -> StagePlan:
+    def _plan_of(self, costs: PackCosts, machine: Machine) -> StagePlan:
         network, run = costs.module, self.run
-        packing = packing or packing_of(self.data, self.samples, devices=machine.devices, accumulate=run.accumulate)
+        packing = packing_of(self.data, self.samples, devices=machine.devices, accumulate=run.accumulate)
         trained = stored(p for p in network.parameters() if p.requires_grad)
         return StagePlan(
             name=f"{network.system} {self.stage.name}",
             samples=self.samples,
             packing=packing,
-            batch=per_step(self.data, self.samples),
+            batch=self.batch,
             steps=self._steps(),
             parts=sizes_of(network),
             flops=costs.per_sample(),
@@ -139,6 +139,11 @@ class Planner:
             downloads=downloads_of(self.what),
             notes=[*self.what.notes, *self._missing_tokenizer(), *self.samples.notes],
         )
+
+    @property
+    def batch(self) -> float:
+        """Samples of a step."""
+        return per_step(self.data, self.samples)
 
     def _steps(self) -> int | None:
         run, each = self.run, self.samples.steps

@@ -122,9 +122,10 @@ def open_llava_module(
         src: its artefact.
     """
     artefact = read_trained(src)
-    tensors = {name: tensor.detach() for name, tensor in module.named_parameters()}
+    published = _published(artefact)
+    tensors = {**published.carried, **{name: tensor.detach() for name, tensor in module.named_parameters()}}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    config = LlavaConfig(**_description(artefact))
+    config = LlavaConfig(**published.meta["published"])
     model = OpenedLlava(shapes, tensors.items, module.system, config, artefact.folder, {})
     return _with_tower(model, src, vision=vision, target=target)
 
@@ -188,8 +189,7 @@ def _open_published(files: WeightFiles, kind: Kind, layout_name: str) -> OpenedL
 
 
 def _open_artefact(artefact: Artefact) -> OpenedLlava:
-    published = _description(artefact)
-    config = LlavaConfig(**published)
+    config = LlavaConfig(**_published(artefact).meta["published"])
     shapes = artefact.weights.shapes() | {name: tuple(tensor.shape) for name, tensor in artefact.carried.items()}
     stream: Stream = chained(artefact.items, artefact.carried.items)
     for part, entry in artefact.meta["frozen"].items():
@@ -200,12 +200,12 @@ def _open_artefact(artefact: Artefact) -> OpenedLlava:
     return OpenedLlava(shapes, stream, artefact.meta["system"], config, artefact.folder, artefact.meta)
 
 
-def _description(artefact: Artefact) -> dict[str, Any]:
-    """The published config, which an artefact has from the one it started from."""
+def _published(artefact: Artefact) -> Artefact:
+    """What comes from a published checkpoint, of an artefact and those it follows: it has the published config."""
     if "published" in artefact.meta:
-        return artefact.meta["published"]
+        return artefact
     if artefact.meta["follows"]:
-        return _description(followed(artefact, artefact.meta["follows"][0]))
+        return _published(followed(artefact, artefact.meta["follows"][0]))
     raise UserError(
         f"{artefact.folder}: neither it nor an artefact it follows comes from a published checkpoint, so there is no "
         "config.json to write; start the recipe from weights made by `vlm convert ... --to ours`"

@@ -1,5 +1,6 @@
 """An adapter as a folder that `peft.PeftModel.from_pretrained` lays over the class of transformers."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,9 @@ def fill_peft_folder(
         base_model_name_or_path=base,
         inference_mode=True,
     )
-    # peft writes sets, whose order is another one in each process
-    entries = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    LoraConfig(**entries).save_pretrained(str(folder))
+    # as peft writes it, but for sets, whose order is another one in each process
+    entries = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    (folder / "adapter_config.json").write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
     file = folder / "adapter_model.safetensors"
     save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
     return LoadReport(loaded=sorted(trained))

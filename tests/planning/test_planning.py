@@ -1,0 +1,222 @@
+"""What `vlm plan` says, against networks that run."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import cli
+from tests.support.systems import LLAMA, SYSTEMS, llava_1_5
+from vlm.codec import step_counts
+from vlm.connectors import MLP
+from vlm.language import CausalLM, PeftAdapter
+from vlm.language.attention import planned_for_a_gpu
+from vlm.planning.depth import at_full_depth
+from vlm.planning.fake import fake_batch, fake_weights, fakes
+from vlm.planning.operators import ATTENTION
+from vlm.planning.parameters import optimizer_bytes, sizes_of
+from vlm.planning.samples import samples_of
+from vlm.planning.step import COPIES, cost_of_pack
+from vlm.registry import SYSTEMS as REGISTERED
+from vlm.stages import AdamW, Stage, Trained
+from vlm.vision import TimmTower
+
+STAGES = [(system, stage) for system in REGISTERED for stage in SYSTEMS[system].stages]
+
+
+def on_meta(make: Callable[..., Any], train: dict[str, Trained], **changes: Any) -> Any:
+    module = make(**changes)
+    module.stage = Stage("x", train)
+    with torch.device("meta"):
+        module.assemble()
+    return module
+
+
+def saved_bytes(module: Any, run: Callable[[], Tensor]) -> tuple[int, Tensor]:
+    """Bytes of the distinct storages that the forward pass keeps, weights left out."""
+    held = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = run()
+    return sum(-(-s.nbytes() // 512) * 512 for key, s in kept.items() if key not in held), loss
+
+
+@pytest.mark.parametrize(("name", "stage"), STAGES)
+def test_parameters_flops_and_activations_are_those_of_the_network(name: str, stage: str, tmp_path: Path) -> None:
+    """Of every system and stage, at tiny size: real tensors, torch's counter, and its hooks on what is kept."""
+    system = SYSTEMS[name]
+    train = system.stages[stage].train
+    real = system.make()
+    real.stage = Stage(stage, train)
+    real.configure_model()
+    items = [real.codec.encode(sample) for sample in system.pool(tmp_path, 6)]
+    batch = real.codec.collate(items, counts=step_counts(items))
+    extra = {packet: (lambda *a, out_val=None, f=f, **_: f(*a)) for packet, f in ATTENTION.items()}
+    for function in extra.values():
+        function._get_raw = True
+    with FlopCounterMode(display=False, custom_mapping=extra) as counter:
+        kept, loss = saved_bytes(real, lambda: real.training_step(batch, 0))
+        loss.backward()
+
+    planned = on_meta(system.make, train)
+    cost = cost_of_pack(planned, batch)
+    assert cost.total_flops == counter.get_total_flops()
+    assert sum(cost.kept.values()) == pytest.approx(kept, rel=0.1)
+
+    sizes = sizes_of(planned)
+    for part, network in real.named_children():
+        parameters = list(network.parameters())
+        trained = [p for p in parameters if p.requires_grad]
+        assert sizes[part].trained == sum(p.numel() for p in trained)
+        assert sizes[part].frozen == sum(p.numel() for p in parameters) - sizes[part].trained
+        assert sizes[part].gradients == sum(p.grad.nbytes for p in trained if p.grad is not None)
+        assert sizes[part].weights == sum(t.nbytes for t in (*parameters, *network.buffers()))
+    optimizer = torch.optim.AdamW([p for p in real.parameters() if p.requires_grad])
+    real.on_before_optimizer_step(optimizer)
+    optimizer.step()
+    moments = [t for state in optimizer.state.values() for n, t in state.items() if n != "step"]
+    assert optimizer_bytes(planned, AdamW()) == sum(t.nbytes for t in moments)
+
+
+SIX = CausalLM(config=LLAMA | {"num_hidden_layers": 6})
+TRAIN = {"connector": Trained(1e-3), "language": Trained(1e-3)}
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_deep_networks_follow_from_a_few_of_their_blocks(recomputed: bool, tmp_path: Path) -> None:
+    language = CausalLM(config=SIX.config, checkpointing=recomputed)
+    module = on_meta(llava_1_5, TRAIN, language=language)
+    items = [module.codec.encode(sample) for sample in SYSTEMS["llava_1_5"].pool(tmp_path, 6)]
+    batch = module.codec.collate(items, counts=step_counts(items))
+
+    def run() -> Any:
+        return cost_of_pack(module, batch, autocast=torch.bfloat16)
+
+    whole, followed = run(), at_full_depth(module, run)
+    assert followed == whole
+    assert ("language", "again") in whole.flops if recomputed else ("language", "again") not in whole.flops
+    assert len(module.language.model.layers) == 6
+
+
+SEVEN = {
+    "vision": TimmTower("vit_large_patch14_clip_quickgelu_336", layer=-2),
+    "connector": MLP(),
+    "max_tokens": 2048,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_activations_at_7b(adapter: bool, recomputed: bool, autocast: torch.dtype | None, tmp_path: Path) -> None:
+    """Against torch's own hooks on what the whole of LLaVA-1.5-7B keeps, under fake tensors."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 32}
+    module = llava_1_5(**SEVEN, language=CausalLM(config=LLAMA | sizes | heads, checkpointing=recomputed))
+    module.stage = Stage("x", {"connector": Trained(1e-3), "adapters": Trained(1e-3)} if adapter else TRAIN)
+    if adapter:
+        module.register_surgery(PeftAdapter(rank=64, alpha=128, parts="language"))
+    with torch.device("meta"):
+        module.assemble()
+    items = [module.codec.encode(sample) for sample in SYSTEMS["llava_1_5"].pool(tmp_path, 2)]
+    batch = module.codec.collate(items, counts=step_counts(items))
+    cost = at_full_depth(module, lambda: cost_of_pack(module, batch, autocast=autocast))
+    with (
+        fakes(),
+        fake_weights(module),
+        planned_for_a_gpu(),
+        torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None),
+    ):
+        kept, loss = saved_bytes(module, lambda: module.training_step(fake_batch(batch), 0))
+        del loss
+    assert sum(cost.kept.values()) == pytest.approx(kept, rel=0.1)
+
+
+def plan(capsys: pytest.CaptureFixture[str], *options: str) -> Any:
+    assert cli.main(["plan", *options, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_paper_size_without_files(capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither weights nor tokenizer nor data are here: sizes are exact, and what is estimated is said."""
+    (found,) = plan(capsys, "--recipe", "llava_1_5", "--stage", "1_align", "--gpu", "141", "--devices", "8")
+    assert found["parameters"] == {
+        "vision": {"trained": 0, "frozen": 290_909_184},
+        "connector": {"trained": 20_979_712, "frozen": 0},
+        "language": {"trained": 0, "frozen": 6_738_415_616},
+    }
+    assert found["samples"]["image_tokens"] == 576
+    assert (found["samples"]["epoch"], found["samples"]["measured"]) == (558_128, False)
+    assert found["batch"]["steps"] == -(-558_128 // 256)
+    assert (found["batch"]["samples_of_a_pack"] * found["batch"]["micro_batches"]) == 32
+    language = next(entry for entry in found["downloads"] if entry["part"] == "language")
+    assert (language["path"], language["bytes"], language["here"]) == (
+        "lmsys/vicuna-7b-v1.5", 2 * 6_738_415_616, False,
+    )  # fmt: skip
+    assert any("lmsys/vicuna-7b-v1.5" in note and "five letters" in note for note in found["notes"])
+    # frozen linear weights in bfloat16, tables in float32: 7B in 2 bytes, and the embeddings of 32,000 words in 4
+    assert found["memory"]["weights"] == pytest.approx(2 * 7.03e9 + 2 * 32000 * 4096 + 2 * 20_979_712, rel=0.01)
+    assert found["memory"]["optimizer"] == 2 * 4 * 20_979_712
+    total = sum(found["flops_per_sample"].values()) * 558_208
+    assert found["hours"] == pytest.approx(total / (989e12 * 0.4 * 8) / 3600, rel=0.01)
+
+
+def test_tokens_are_those_of_the_data(tmp_path: Path) -> None:
+    from vlm.data import BatchSpec, InstructionData, LlavaJson
+
+    records = [
+        {"id": str(n), "conversations": [{"from": "human", "value": "Say " + "a " * n}, {"from": "gpt", "value": "b"}]}
+        for n in range(10)
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    data = InstructionData([LlavaJson(tmp_path / "data.json")], batch=BatchSpec(4))
+    codec = llava_1_5().codec
+    found = samples_of(codec, data, system="llava_1_5", stage="x", looked_at=10)
+    exact = sum(codec.encode(sample).num_tokens for sample in data.samples)
+    assert (sum(found.tokens), found.draws, found.steps, found.measured) == (exact, 10, 3, True)
+    few = samples_of(codec, data, system="llava_1_5", stage="x", looked_at=4)
+    assert (len(few.items), few.draws) == (4, 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--recipe", "llava_1_5", "--gpu", "big"], "--gpu big: one of 24"),
+        (["--recipe", "nothing"], "--recipe nothing: no such system"),
+        (["--recipe", "llava_1_5", "--devices", "0"], "--devices must be more than 0"),
+        (
+            ["--recipe", "llava_1_5", "--stage", "1_align", "--model.init_args.language.init_args.path=a/b"],
+            "a/b is not on this disk",
+        ),
+    ],
+)
+def test_errors_are_one_line(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", *options]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_copies_of_frozen_weights_are_not_planned(tmp_path: Path) -> None:
+    """Under autocast a frozen weight in float32 is rounded anew and kept for the backward pass; one in bfloat16 not."""
+    from vlm.building.precision import keep_frozen_in
+
+    module = on_meta(llava_1_5, {"connector": Trained(1e-3)})
+    items = [module.codec.encode(sample) for sample in SYSTEMS["llava_1_5"].pool(tmp_path, 2)]
+    batch = module.codec.collate(items, counts=step_counts(items))
+    before = cost_of_pack(module, batch, autocast=torch.bfloat16).kept[COPIES]
+    keep_frozen_in(module, torch.bfloat16)
+    after = cost_of_pack(module, batch, autocast=torch.bfloat16).kept.get(COPIES, 0)
+    trained = 2 * sum(p.numel() for p in module.connector.parameters())
+    assert after <= trained + 512 * 8 < before
