@@ -204,10 +204,12 @@ class VisionLanguageModule(LightningModule):
                 "vlm.stages.Stage(name, train={'connector': vlm.stages.Trained(lr=1e-3)})"
             )
         given, used = self._built_for
-        if self.load_report is not None and (not self._is_fitting or self.stage in (given, used)):
-            if self.stage == given:
-                self.stage = used
+        if self.load_report is not None and not self._is_fitting:
             return True
+        if self.load_report is not None and given is not None and used is not None and self.stage is not None:
+            if self.stage.network in (given.network, used.network):  # rates and schedule may be others
+                self.stage = replace(self.stage, follows=used.follows)
+                return True
         if self.load_report is not None and given is not None:
             assert self.stage is not None
             raise UserError(
