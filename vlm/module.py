@@ -429,7 +429,7 @@ class VisionLanguageModule(LightningModule):
         checkpoint["frozen"] = dict(self.frozen_hashes)
         if self.averages:
             checkpoint["averages"] = dict(self.averages)
-        if self.stage is not None:
+        if self.stage is not None and self._trainer is not None:
             step = self.finished_steps() + self.trainer.global_step
             checkpoint[RECORD] = stage_record(self, self.trainer.default_root_dir, global_step=step)
         checkpoint["total_steps"] = self._total_steps
