@@ -3,6 +3,7 @@
 python -m benchmarks.memory_table
 """
 
+import argparse
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,28 +18,29 @@ from vlm.recipes.catalogue import find_recipe, systems
 from vlm.recipes.configs import stage_options
 from vlm.recipes.graph import TrainingStage
 from vlm.recipes.reading import load_recipe
+from vlm.stages import AdamW
 
 OUT = Path(__file__).parents[1] / "docs" / "memory.md"
 GPUS = {"24": "24 GB", "40": "40 GB", "80": "80 GB", "141": "141 GB"}
 UTILIZATION = 0.4
 TEXT = """# Memory and hours of fine-tuning
 
-Made by `python -m benchmarks.memory_table` with the arithmetic of `vlm plan` (`docs/planning.md`); nothing here has been
-measured on a GPU. The last stage of each recipe at paper size under `bf16-mixed`, recomputation where the recipe has it,
-one GPU, packs of one sample of the longest kind: more samples a pack take more. `full` trains what the stage trains, with
-AdamW's moments in 32 or in 8 bits; `lora` and `qlora` are `configs/finetune/lora.yaml` and `qlora.yaml` in the place of
-the language model. A GPU is named if it holds all that with what CUDA itself takes ({slack}).
+Made by `python -m benchmarks.memory_table` with the arithmetic of `vlm plan` (`docs/planning.md`); nothing here has
+been measured on a GPU. The last stage of each recipe at paper size under `bf16-mixed`, recomputation where the recipe
+has it, one GPU, packs of one sample of the longest kind: more samples a pack take more. `full` trains what the stage
+trains, AdamW's moments in 32 or in 8 bits; `lora` and `qlora` are `configs/finetune/lora.yaml` and `qlora.yaml` in
+the place of the language model. GiB; a GPU is named if it holds all that beside what CUDA itself takes (0.7 GiB, and
+4% that are lost between tensors).
 
-| system | stage | | trained | weights | gradients | moments | pack | GiB in all | smallest GPU | hours per 10,000 samples |
+| system | stage | | trained | weights | gradients | moments | pack | all | smallest GPU | hours per 10,000 samples |
 |---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
 def main() -> None:
     lines = [line for system in systems() for line in rows(system)]
-    slack = "0.7 GiB, and 4% that are lost between tensors"
-    notes = f"\nHours: one A100 at {UTILIZATION:.0%} of 312 TFLOP/s, an assumption; typical lengths of the stage's samples.\n"
-    OUT.write_text(TEXT.format(slack=slack) + "\n".join(lines) + "\n" + notes)
+    hours = f"Hours: one A100 at {UTILIZATION:.0%} of 312 TFLOP/s, an assumption; typical lengths of the samples."
+    OUT.write_text(TEXT + "\n".join(lines) + f"\n\n{hours}\n")
 
 
 def rows(system: str) -> Iterator[str]:
@@ -59,7 +61,15 @@ def rows(system: str) -> Iterator[str]:
         yield _row(system, stage.name, name, planner, costs, optimizer, machine)
 
 
-def _row(system, stage, name, planner: Planner, costs: PackCosts, optimizer, machine: Machine) -> str:
+def _row(
+    system: str,
+    stage: str,
+    name: str,
+    planner: Planner,
+    costs: PackCosts,
+    optimizer: AdamW,
+    machine: Machine,
+) -> str:
     longest = max(*planner.samples.tokens, planner.samples.longest)
     memory = memory_of(costs.module, costs.of(longest), machine, optimizer)
     fitting = [label for key, label in GPUS.items() if memory.total <= Machine(find_gpu(key)).usable]
@@ -76,9 +86,7 @@ def _row(system, stage, name, planner: Planner, costs: PackCosts, optimizer, mac
     )
 
 
-def _asked(system: str, stage: str):
-    import argparse
-
+def _asked(system: str, stage: str) -> argparse.Namespace:
     return argparse.Namespace(recipe=system, stage=stage, demo=False)
 
 

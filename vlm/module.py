@@ -204,10 +204,13 @@ class VisionLanguageModule(LightningModule):
                 "vlm.stages.Stage(name, train={'connector': vlm.stages.Trained(lr=1e-3)})"
             )
         given, used = self._built_for
-        if self.load_report is not None and (not self._is_fitting or self.stage in (given, used)):
-            if self.stage == given:
-                self.stage = used
-            return True
+        if self.load_report is not None:
+            if not self._is_fitting or self.stage is used:
+                return True
+            known = [stage.network for stage in (given, used) if stage is not None]
+            if self.stage is not None and self.stage.network in known:  # rates and schedule may be others
+                self.stage = replace(self.stage, follows=used.follows if used is not None else ())
+                return True
         if self.load_report is not None and given is not None:
             assert self.stage is not None
             raise UserError(

@@ -122,7 +122,7 @@ def test_every_record_is_found_wherever_the_file_is_cut(tmp_path, monkeypatch, f
         (b'[{"id": 1},', "the list is never closed, at line 1 column 12"),
         (b'[{"id": "1', "broken JSON: Unterminated string"),
         (b'[{"id": 1}] x', "unexpected text after the end of the list, at line 1 column 13"),
-        (b"[[2], 12]", "record 0 is a list, and none of the 2 is a JSON object"),
+        (b"[[2], 12]", "record 0 is a list; none of the 2 is a JSON object"),
         (b'{"id": 1}\nnonsense', "broken JSON: Expecting value, at line 2 column 1"),
         (b'[{"id": "\xff"}]', "not UTF-8"),
         (b"[" * 100_000, "nested too deeply"),

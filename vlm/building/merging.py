@@ -95,9 +95,11 @@ def with_changes(sources: Sequence[WeightSource]) -> list[WeightSource]:
         UserError: what is to be changed comes from no source.
     """
     found: list[WeightSource] = []
-    for source in sources:
+    for number, source in enumerate(sources):
         by_owner: dict[int, dict[str, tuple[Change, ...]]] = {}
         for name, changes in source.changes.items():
+            if any(name in later.names for later in sources[number + 1 :]):
+                continue  # trained as a whole since
             owner = next((at for at in reversed(range(len(found))) if name in found[at].names), None)
             if owner is None:
                 raise UserError(

@@ -28,7 +28,7 @@ def fake_weights(module: nn.Module, *, dtype: torch.dtype | None = None) -> Iter
     held = [(child, dict(child._parameters), dict(child._buffers)) for child in module.modules()]
     made: dict[int, Tensor] = {}
 
-    def fake(tensor: Tensor) -> Tensor:
+    def fake(tensor: Tensor) -> Any:
         if id(tensor) not in made:
             kept = dtype if dtype is not None and isinstance(tensor, nn.Parameter) else tensor.dtype
             copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kept, device="cpu")

@@ -121,12 +121,11 @@ def open_llava_module(
     Args:
         src: its artefact.
     """
-    artefact = read_trained(src)
-    published = _published(artefact)
+    published = _published(read_trained(src))
     tensors = {**published.carried, **{name: tensor.detach() for name, tensor in module.named_parameters()}}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     config = LlavaConfig(**published.meta["published"])
-    model = OpenedLlava(shapes, tensors.items, module.system, config, artefact.folder, {})
+    model = OpenedLlava(shapes, tensors.items, module.system, config, published.folder, {})
     return _with_tower(model, src, vision=vision, target=target)
 
 

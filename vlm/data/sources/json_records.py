@@ -59,7 +59,7 @@ class RecordFile:
             raise UserError(f"{self.path}: holds no samples; remove it from the sources or fill it")
         if not any_object:
             raise UserError(
-                f"{self.path}: record 0 is a {first}, and none of the {len(flags)} is a JSON object; every record must be"
+                f"{self.path}: record 0 is a {first}; none of the {len(flags)} is a JSON object, and all must be"
             )
         self._bounds = np.frombuffer(bounds, dtype=np.int64).reshape(-1, 2)
         self.flags = np.frombuffer(flags, dtype=np.uint8).astype(bool)
