@@ -22,6 +22,7 @@ from tests.support.systems import llava_1_5
 from tests.support.training import packs, trainer
 from tests.systems.test_contract import disturb, questions
 from tests.training.test_surgery import DECODING, logits, make
+from vlm.building.build import assemble
 from vlm.building.network import allocate, empty_weights
 from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
 from vlm.errors import UserError
@@ -164,7 +165,7 @@ def test_a_plan_counts_what_is_kept(base: CausalLM) -> None:
     module, planned = make(base, QLORA, train=("adapters",)), llava_1_5(language=base)
     planned.surgery, planned.stage = [QLORA], module.stage
     with torch.device("meta"):
-        planned.assemble()
+        assemble(planned)
     packed = [m.base_layer for m in module.modules() if isinstance(getattr(m, "base_layer", None), FourBitLinear)]
     inside = {id(layer.weight) for layer in packed}
     plain = sum(p.nbytes for p in module.language.parameters() if id(p) not in inside)
