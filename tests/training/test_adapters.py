@@ -320,13 +320,26 @@ def published(base: CausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def follow(published: Path, *, parts: str = "language", **changes: Any) -> Any:
+def follow(
+    published: Path, *, parts: str | None = "language", train: str = "adapters", of: str = "ours", **changes: Any
+) -> Any:
     arguments = vlm.load(published / "ours").arguments
     module = llava_1_5(**(arguments | changes))
-    module.surgery = [PeftAdapter(rank=2, alpha=4, parts=parts)]
-    module.stage = Stage("lora", {"adapters": RATE}, follows=[InitFrom(str(published / "ours"))])
+    module.surgery = [] if parts is None else [PeftAdapter(rank=2, alpha=4, parts=parts)]
+    module.stage = Stage("test", {train: RATE}, follows=[InitFrom(str(published / of))])
     module.configure_model()
     return module
+
+
+@pytest.mark.parametrize("of", ["ours", "hf"])
+def test_what_was_trained_without_adapters_is_written_as_it_is(of: str, published: Path, tmp_path: Path) -> None:
+    """What the stage left frozen comes from the artefact, or the published folder, that it follows."""
+    module = follow(published, parts=None, train="connector", of=of)
+    disturb(module, module.trained_names())
+    write_stage(tmp_path / "run", module, global_step=1)
+    report = convert(tmp_path / "run", tmp_path / "official", system="llava_1_5", target_layout="official")
+    assert report.notes == []
+    assert_written(module, tmp_path / "official", tmp_path)
 
 
 def test_what_a_layout_cannot_say_is_not_written(published: Path, tmp_path: Path) -> None:

@@ -83,8 +83,8 @@ class LLaVAFamily(Family):
     def open_artefact(
         self, path: str | Path, *, target: str, load: Load, vision: str | Path | None = None
     ) -> OpenedLlava:
-        if read_trained(path).meta["surgery"]:  # an adapter, which `load` merges; all else was refused
-            return open_llava_module(load(path), path, target=target, vision=vision)
+        if "published" not in read_trained(path).meta:  # trained, and an adapter is merged by `load`
+            return open_llava_module(load(path), path, self.kind, target=target, vision=vision)
         return open_llava_artefact(path, self.kind, target=target, vision=vision)
 
     def open_complete(self, path: str) -> OpenedLlava:
