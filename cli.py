@@ -275,8 +275,12 @@ def _open_stage(options: Sequence[str]) -> Any:
         return _stage_cli()(read_options(options).options, run=False)
 
 
-def _describe(options: Sequence[str]) -> Any:
-    """The stage that `vlm fit` would train with these options, as a `StageView`. Nothing is built."""
+def _describe(options: Sequence[str], *, on_gpu: bool | None = None) -> Any:
+    """The stage that `vlm fit` would train with these options, as a `StageView`. Nothing is built.
+
+    Args:
+        on_gpu: where it would; None: on this machine.
+    """
     from vlm.commands.check_data.stage_view import StageView
 
     class Description(_stage_cli()):  # type: ignore[misc]
@@ -288,7 +292,7 @@ def _describe(options: Sequence[str]) -> Any:
         def after_instantiate_classes(self) -> None:
             """Weights are not looked for."""
 
-    asked = read_options(options)
+    asked = read_options(options, on_gpu=on_gpu)
     print(*asked.summary, sep="\n", end="\n" if asked.summary else "", file=sys.stderr, flush=True)
     with one_line_errors():
         made = Description(asked.options, run=False).config_init

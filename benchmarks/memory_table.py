@@ -1,93 +1,173 @@
-"""Writes `docs/memory.md`: what fine-tuning each system takes, by the arithmetic of `vlm plan`.
+"""Writes `docs/memory.md`: what fine-tuning each system takes on one GPU, by the arithmetic of `vlm plan`.
 
 python -m benchmarks.memory_table
 """
 
 import argparse
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cli
-from vlm.planning.advice import LORA, QLORA, adapted
-from vlm.planning.machine import GIB, Machine, find_gpu
-from vlm.planning.memory import memory_of
-from vlm.planning.packs import PackCosts
+from vlm.finetuning.start import is_before
+from vlm.planning.advice import LORA, QLORA, Change, adapted, largest_pack
+from vlm.planning.downloads import downloads_of
+from vlm.planning.machine import CONTEXT, GIB, SLACK, Gpu, Machine, find_gpu
 from vlm.planning.stage import Planner, Run
 from vlm.recipes.catalogue import find_recipe, systems
 from vlm.recipes.configs import stage_options
 from vlm.recipes.graph import TrainingStage
 from vlm.recipes.reading import load_recipe
-from vlm.stages import AdamW
 
 OUT = Path(__file__).parents[1] / "docs" / "memory.md"
-GPUS = {"24": "24 GB", "40": "40 GB", "80": "80 GB", "141": "141 GB"}
+GPUS = ("24", "40", "80", "141")
+METHODS = ("full", "full, 8 bits", "LoRA", "QLoRA")
+PACK = 4096
 UTILIZATION = 0.4
-TEXT = """# Memory and hours of fine-tuning
+A100, RTX = find_gpu("a100"), find_gpu("4090")
+TEXT = f"""# Fine-tuning on one GPU: memory, packs, hours
 
-Made by `python -m benchmarks.memory_table` with the arithmetic of `vlm plan` (`docs/planning.md`); nothing here has
-been measured on a GPU. The last stage of each recipe at paper size under `bf16-mixed`, recomputation where the recipe
-has it, one GPU, packs of one sample of the longest kind: more samples a pack take more. `full` trains what the stage
-trains, AdamW's moments in 32 or in 8 bits; `lora` and `qlora` are `configs/finetune/lora.yaml` and `qlora.yaml` in
-the place of the language model. GiB; a GPU is named if it holds all that beside what CUDA itself takes (0.7 GiB, and
-4% that are lost between tensors).
+Made by `python -m benchmarks.memory_table` with the arithmetic of `vlm plan` ([planning.md](planning.md)); nothing here
+has been measured on a GPU. For your own data and GPU: `vlm plan --weights X --data FILE --lora --gpu 24`.
 
-| system | stage | | trained | weights | gradients | moments | pack | all | smallest GPU | hours per 10,000 samples |
-|---|---|---|---|---|---|---|---|---|---|---|
+Assumed are:
+- One GPU, `bf16-mixed`, recomputation in the language model, and in the tower where the recipe has it.
+- `full` trains what the recipe's stage trains: weights, gradients and AdamW's moments in float32. `full, 8 bits` has
+  `stage.optimizer.kind: adamw_8bit`. `LoRA` and `QLoRA` are `configs/finetune/lora.yaml` and `qlora.yaml`: rank 64 on
+  the linear layers in the blocks of the language model, all else frozen, in bfloat16 but for tables and norms; QLoRA
+  keeps those layers in 4 bits.
+- Packs, which are micro-batches: samples without padding, `data.max_tokens` in all. The step stays the published one,
+  whatever the packs.
+- Typical samples (last table), images of 640 x 480. {CONTEXT / GIB:.1f} GiB are CUDA's own, and {SLACK:.0%} of a GPU
+  are lost between tensors.
+
 """
 
 
+@dataclasses.dataclass
+class Entry:
+    """What is said of a system.
+
+    Attributes:
+        changes: {method: the network it trains}.
+    """
+
+    system: str
+    stage: str
+    planner: Planner
+    changes: dict[str, Change]
+
+    def pack_on(self, gpu: str, method: str) -> str:
+        return self._pack(self.changes[method]._replace(machine=Machine(find_gpu(gpu))))
+
+    @property
+    def shared(self) -> str:
+        """Of all that the recipe trains, on as few GPUs as hold it."""
+        change = self.changes["fsdp2"]
+        while change.machine.devices < 8 and not largest_pack(self.planner, change):
+            machine = dataclasses.replace(change.machine, devices=2 * change.machine.devices)
+            change = change._replace(machine=machine)
+        return f"{change.machine.devices} GPUs, {self._pack(change)}"
+
+    def _pack(self, change: Change) -> str:
+        tokens = largest_pack(self.planner, change)
+        return f"{tokens:,} ({tokens / self.mean:,.0f})" if tokens else "-"
+
+    @property
+    def mean(self) -> float:
+        return sum(self.planner.samples.tokens) / len(self.planner.samples.items)
+
+
 def main() -> None:
-    lines = [line for system in systems() for line in rows(system)]
-    hours = f"Hours: one A100 at {UTILIZATION:.0%} of 312 TFLOP/s, an assumption; typical lengths of the samples."
-    OUT.write_text(TEXT + "\n".join(lines) + f"\n\n{hours}\n")
+    entries = [entry_of(system) for system in systems()]
+    parts = [
+        f"## GiB with packs of {PACK:,} tokens\n",
+        *_table(entries, METHODS, lambda entry, method: f"{entry.changes[method].total(PACK) / GIB:.1f}"),
+        "\n## Largest packs\n\n`data.max_tokens` and, in brackets, how many samples that is; at most all of a step. "
+        "`-`: the longest typical\nsample does not fit.\n",
+    ]
+    for gpu in GPUS:
+        usable = Machine(find_gpu(gpu)).usable / GIB
+        parts += [
+            f"**{gpu} GB** ({usable:.1f} GiB for tensors)\n",
+            *_table(entries, METHODS, lambda entry, method, gpu=gpu: entry.pack_on(gpu, method)),
+            "",
+        ]
+    parts += [
+        "**Several GPUs of 80 GB**, with `trainer.strategy: fsdp2` and `callbacks.MixedPrecisionFSDP`\n",
+        *_table(entries, ("full",), lambda entry, _: entry.shared),
+        f"\n## Hours for 10,000 samples\n\nOn an {A100.name}, if {UTILIZATION:.0%} of its "
+        f"{_peak(A100) / 1e12:.0f} TFLOP/s are reached; with as much of a {RTX.name},\n"
+        f"{_peak(A100) / _peak(RTX):.1f} times as long. Unpacking 4 bits is not counted: QLoRA takes longer.\n",
+        *_table(entries, ("full", "LoRA", "QLoRA"), _hours),
+        "\n## Samples, parameters, downloads\n\nDownloads: base weights of the recipe's parts, as published.\n",
+        *_table(entries, tuple(_ABOUT), lambda entry, what: _ABOUT[what](entry)),
+    ]
+    OUT.write_text(TEXT + "\n".join(parts) + "\n", encoding="utf-8")
 
 
-def rows(system: str) -> Iterator[str]:
+def entry_of(system: str) -> Entry:
+    """The last stage of a recipe, the first of several, as `vlm fit --weights` fine-tunes."""
     recipe = load_recipe(find_recipe(system))
-    stage = [node for node in recipe.nodes if isinstance(node, TrainingStage)][-1]
-    view = cli._describe(stage_options(_asked(system, stage.name)))
+    names = [node.name for node in recipe.nodes if isinstance(node, TrainingStage)]
+    stage = next(name for name in names if not any(is_before(name, other) for other in names))
+    view = cli._describe(stage_options(argparse.Namespace(recipe=system, stage=stage, demo=False)))
     planner = Planner(view.module, view.trains, view.data, Run("bf16-mixed"))
-    planner.samples = dataclasses.replace(planner.samples, items=planner.samples.items[-2:])
-    machine = Machine(find_gpu("80"))
-    stage_of, what = planner.what.stage, planner.what
-    in_8_bits = dataclasses.replace(stage_of.optimizer, kind="adamw_8bit")
+    machine, optimizer = Machine(find_gpu("80")), planner.what.stage.optimizer
     full = planner.build(machine)
-    kinds = [("full", full, stage_of.optimizer), ("full, 8 bits", full, in_8_bits)]
-    for name, surgery in (("lora", LORA), ("qlora", QLORA)):
-        costs = planner.build(machine, stage=adapted(what.stage), surgery=[surgery])
-        kinds.append((name, costs, stage_of.optimizer))
-    for name, costs, optimizer in kinds:
-        yield _row(system, stage.name, name, planner, costs, optimizer, machine)
+    in_8_bits = dataclasses.replace(optimizer, kind="adamw_8bit")
+    changes = [Change("full", full, machine, optimizer), Change("full, 8 bits", full, machine, in_8_bits)]
+    for name, surgery in (("LoRA", LORA), ("QLoRA", QLORA)):
+        costs = planner.build(machine, stage=adapted(planner.what.stage), surgery=[surgery])
+        changes.append(Change(name, costs, machine, optimizer))
+    machines = dataclasses.replace(machine, devices=2, strategy="fsdp2")
+    changes.append(Change("fsdp2", planner.build(machines), machines, optimizer))
+    return Entry(system, stage, planner, {change.name: change for change in changes})
 
 
-def _row(
-    system: str,
-    stage: str,
-    name: str,
-    planner: Planner,
-    costs: PackCosts,
-    optimizer: AdamW,
-    machine: Machine,
-) -> str:
-    longest = max(*planner.samples.tokens, planner.samples.longest)
-    memory = memory_of(costs.module, costs.of(longest), machine, optimizer)
-    fitting = [label for key, label in GPUS.items() if memory.total <= Machine(find_gpu(key)).usable]
-    trained = sum(p.numel() for p in costs.module.parameters() if p.requires_grad)
-    hours = sum(costs.per_sample().values()) * 10_000 / (312e12 * UTILIZATION) / 3600
-    sizes = [memory.fixed["weights"], memory.fixed["gradients"], memory.fixed["optimizer"], sum(memory.pack.values())]
-    cells = [f"{size / GIB:.1f}" for size in (*sizes, memory.total)]
-    return (
-        "| "
-        + " | ".join(
-            [system, stage, name, f"{trained / 1e6:,.0f}M", *cells, fitting[0] if fitting else "none", f"{hours:.1f}"]
-        )
-        + " |"
-    )
+def _table(entries: list[Entry], columns: tuple[str, ...], cell: Callable[[Entry, str], str]) -> Iterator[str]:
+    yield f"| | {' | '.join(columns)} |"
+    yield "|---" * (len(columns) + 1) + "|"
+    for entry in entries:
+        yield f"| {entry.system} | {' | '.join(cell(entry, column) for column in columns)} |"
 
 
-def _asked(system: str, stage: str) -> argparse.Namespace:
-    return argparse.Namespace(recipe=system, stage=stage, demo=False)
+def _hours(entry: Entry, method: str) -> str:
+    each = sum(entry.changes[method].costs.per_sample().values())
+    return f"{each * 10_000 / (_peak(A100) * UTILIZATION) / 3600:.1f}"
+
+
+def _peak(gpu: Gpu) -> float:
+    assert gpu.flops is not None
+    return gpu.flops
+
+
+def _longest(entry: Entry) -> int:
+    return max(*entry.planner.samples.tokens, entry.planner.samples.longest)
+
+
+def _trained(entry: Entry, method: str) -> str:
+    parameters = entry.changes[method].costs.module.parameters()
+    return f"{sum(p.numel() for p in parameters if p.requires_grad) / 1e6:,.0f} M"
+
+
+def _all(entry: Entry) -> int:
+    return sum(p.numel() for p in entry.changes["full"].costs.module.parameters())
+
+
+def _gigabytes(entry: Entry) -> str:
+    return f"{(sum(d.size for d in downloads_of(entry.planner.what)) or 2 * _all(entry)) / 1e9:.1f} GB"
+
+
+_ABOUT: dict[str, Callable[[Entry], str]] = {
+    "stage": lambda entry: entry.stage,
+    "tokens a sample": lambda entry: f"{entry.mean:,.0f}",
+    "longest": lambda entry: f"{_longest(entry):,}",
+    "parameters": lambda entry: f"{_all(entry) / 1e6:,.0f} M",
+    "trained, full": lambda entry: _trained(entry, "full"),
+    "trained, LoRA": lambda entry: _trained(entry, "LoRA"),
+    "download": _gigabytes,
+}
 
 
 if __name__ == "__main__":

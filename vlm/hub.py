@@ -1,7 +1,8 @@
-"""Whether the Hugging Face hub can be asked."""
+"""Whether the Hugging Face hub can be asked, and what of it is here already."""
 
 import os
 import socket
+from collections.abc import Iterable
 from functools import cache
 from urllib.parse import urlsplit
 
@@ -27,3 +28,14 @@ def is_reachable() -> bool:
     except OSError:
         return False
     return True
+
+
+def is_cached(hub_id: str, names: Iterable[str]) -> bool:
+    """Whether one of these files of a repository has been fetched before."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return any(isinstance(try_to_load_from_cache(hub_id, name), str) for name in names)
+    except HFValidationError:  # a path that does not exist
+        return False

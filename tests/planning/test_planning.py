@@ -1,18 +1,21 @@
 """What `vlm plan` says, against networks that run."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import vlm
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import cli
 from tests.support.systems import LLAMA, SYSTEMS, llava_1_5
 from vlm.building.build import assemble
+from vlm.checkpoints.artefact import read_artefact
 from vlm.codec import step_counts
 from vlm.connectors import MLP
 from vlm.language import CausalLM, PeftAdapter
@@ -20,9 +23,12 @@ from vlm.language.attention import planned_for_a_gpu
 from vlm.planning.depth import at_full_depth
 from vlm.planning.fake import fake_batch, fake_weights, fakes
 from vlm.planning.operators import ATTENTION
+from vlm.planning.packs import PackCosts, Precision
 from vlm.planning.parameters import optimizer_bytes, sizes_of
-from vlm.planning.samples import samples_of
+from vlm.planning.samples import Samples, samples_of
 from vlm.planning.step import COPIES, cost_of_pack
+from vlm.recipes import TrainingStage, find_recipe, load_recipe, systems
+from vlm.registry import CONFIGS
 from vlm.registry import SYSTEMS as REGISTERED
 from vlm.stages import AdamW, Stage, Trained
 from vlm.vision import TimmTower
@@ -109,6 +115,19 @@ def test_deep_networks_follow_from_a_few_of_their_blocks(recomputed: bool, tmp_p
     assert len(module.language.model.layers) == 6
 
 
+def test_packs_of_other_sizes_follow_from_two(tmp_path: Path) -> None:
+    """Of like samples; of others they are average packs."""
+    module = on_meta(llava_1_5, TRAIN)
+    sample = next(sample for sample in SYSTEMS["llava_1_5"].pool(tmp_path, 8) if len(sample.images) == 1)
+    items = [module.codec.encode(sample)] * 12
+    costs = PackCosts(module, Samples(items, None, None, "", measured=True), Precision())
+    for count in (3, 12):
+        exact = cost_of_pack(module, module.codec.collate(items[:count], counts=step_counts(items[:count])))
+        found = costs.of(count * items[0].num_tokens)
+        assert sum(found.alive.values()) == pytest.approx(sum(exact.alive.values()), rel=0.02), count
+        assert found.total_flops == pytest.approx(exact.total_flops, rel=0.001), count
+
+
 SEVEN = {
     "vision": TimmTower("vit_large_patch14_clip_quickgelu_336", layer=-2),
     "connector": MLP(),
@@ -144,6 +163,33 @@ def test_activations_at_7b(adapter: bool, recomputed: bool, autocast: torch.dtyp
     assert sum(cost.kept.values()) == pytest.approx(kept, rel=0.1)
 
 
+MACHINES = [
+    (file.parent.name, file.stem, bool(named["fsdp"]))
+    for file in sorted(CONFIGS.glob("*/[0-9]*.yaml"))
+    for named in re.finditer(r"# 8 x 80 GB(?P<fsdp> with FSDP2)?;", file.read_text(encoding="utf-8"))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("system", "stage", "sharded"), MACHINES)
+def test_published_stages_fit_the_machine_they_name(
+    system: str, stage: str, sharded: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--trainer.strategy=fsdp2",) if sharded else ()
+    (found,) = plan(capsys, "--recipe", system, "--stage", stage, "--gpu=80", "--devices=8", *words)
+    assert found["fits"], found["memory"]
+
+
+def test_every_published_stage_names_a_machine() -> None:
+    named = {(system, stage) for system, stage, _ in MACHINES}
+    assert named == {
+        (name, node.name)
+        for name in systems()
+        for node in load_recipe(find_recipe(name)).nodes
+        if isinstance(node, TrainingStage)
+    }
+
+
 def plan(capsys: pytest.CaptureFixture[str], *options: str) -> Any:
     assert cli.main(["plan", *options, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
@@ -173,6 +219,22 @@ def test_paper_size_without_files(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["hours"] == pytest.approx(total / (989e12 * 0.4 * 8) / 3600, rel=0.01)
 
 
+def test_weights_that_are_here_on_own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An artefact with LoRA on two records, planned for a GPU wherever the plan is made."""
+    weights = Path(vlm.__file__).parent / "demo/assets/fuyu/artefact"
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+    (tmp_path / "mine.json").write_text(json.dumps([{"id": str(n), "conversations": turns} for n in range(2)]))
+    (found,) = plan(capsys, "--weights", str(weights), "--data", str(tmp_path / "mine.json"), "--lora", "--gpu", "24")
+    assert (found["stage"], found["fits"], found["samples"]["measured"]) == ("fuyu lora", True, True)
+    tensors = dict(read_artefact(weights).items())
+    held = sum(tensor.numel() for tensor in tensors.values())
+    assert sum(part["frozen"] for part in found["parameters"].values()) == held
+    adapters = found["parameters"]["language"]["trained"]
+    assert found["memory"]["optimizer"] == 2 * 4 * adapters > 0
+    table = tensors["language.model.embed_tokens.weight"].numel()
+    assert found["memory"]["weights"] == pytest.approx(4 * adapters + 2 * held + 2 * table, rel=0.01)
+
+
 def test_tokens_are_those_of_the_data(tmp_path: Path) -> None:
     from vlm.data import BatchSpec, InstructionData, LlavaJson
 
@@ -194,6 +256,10 @@ def test_tokens_are_those_of_the_data(tmp_path: Path) -> None:
     ("options", "said"),
     [
         (["--recipe", "llava_1_5", "--gpu", "big"], "--gpu big: one of 24"),
+        (
+            ["--weights", "some/where", "--data", "mine.json"],
+            "some/where: is not on this disk, and a plan downloads noth",
+        ),
         (["--recipe", "nothing"], "--recipe nothing: no such system"),
         (["--recipe", "llava_1_5", "--devices", "0"], "--devices must be more than 0"),
         (

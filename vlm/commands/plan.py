@@ -3,16 +3,19 @@
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+from vlm.checkpoints.published.open import is_hub_id
 from vlm.commands.check_data.stage_view import StageParser, StageView
 from vlm.errors import UserError
+from vlm.hub import is_cached
 from vlm.planning.advice import advise
 from vlm.planning.machine import GPUS, Machine, Strategy, find_gpu
 from vlm.planning.report import as_json, lines_of, table_of
 from vlm.planning.samples import LOOKED_AT
 from vlm.planning.stage import Planner, Run
-from vlm.recipes.catalogue import find_recipe
+from vlm.recipes.catalogue import find_recipe, systems
 from vlm.recipes.configs import add_stage_options, stage_options
 from vlm.recipes.graph import TrainingStage
 from vlm.recipes.reading import load_recipe
@@ -29,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="What a stage takes: tokens, parameters, FLOPs, memory of a rank, downloads, hours. Nothing is "
         "downloaded or built, and data is looked at where it is here. With --recipe and no --stage, a table.",
-        epilog="All other options, -c FILE above all, are those of `vlm fit`.",
+        epilog="All other options are those of `vlm fit`: -c FILE, or --weights X --data FILE --lora.",
     )
     add_stage_options(parser)
     parser.add_argument("--gpu", default="80", help=f"{', '.join(GPUS)}, or a number of GiB; %(default)s")
@@ -54,11 +57,12 @@ def main(arguments: Sequence[str], *, describe: StageParser) -> int:
     for name in ("devices", "utilization", "flops", "samples"):
         if getattr(own, name) is not None and getattr(own, name) <= 0:
             raise UserError(f"--{name} must be more than 0, found {getattr(own, name)}")
+    _refuse_download(others)
     gpu = find_gpu(own.gpu)
     speed = {"per_second": own.flops or gpu.flops, "utilization": own.utilization}
     plans = []
     for options in _stages(own):
-        view = describe([*options, *others])
+        view = describe([*options, *others], on_gpu=True)
         planner = Planner(view.module, view.trains, view.data, _run(view.trainer), own.samples)
         machine = Machine(gpu, own.devices or _devices(view), _strategy(view))
         plans.append((planner, planner.plan(machine)))
@@ -71,6 +75,19 @@ def main(arguments: Sequence[str], *, describe: StageParser) -> int:
     else:
         print(*table_of([plan for _, plan in plans], **speed), sep="\n")
     return 0
+
+
+def _refuse_download(options: Sequence[str]) -> None:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--weights")
+    weights = parser.parse_known_args(list(options))[0].weights
+    if weights is None or not is_hub_id(weights) or Path(weights).expanduser().exists():
+        return
+    if not is_cached(weights, ("config.json",)):
+        raise UserError(
+            f"--weights {weights}: is not on this disk, and a plan downloads nothing; fetch it with `hf download "
+            f"{weights}`, or estimate its recipe: vlm plan --recipe {{{','.join(systems())}}}"
+        )
 
 
 def _stages(own: argparse.Namespace) -> list[list[str]]:

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_options(options: Sequence[str]) -> FineTuning:
+def read_options(options: Sequence[str], *, on_gpu: bool | None = None) -> FineTuning:
     """Replaces `--weights` and what goes with it by options of a stage; without it they stay as they are.
 
     ::
@@ -78,6 +78,9 @@ def read_options(options: Sequence[str]) -> FineTuning:
           [--lora | --dora | --qlora] [--lora.rank=N]     adapters in the place of all weights
           [--lr RATE] [--epochs N] [--batch-size N]       in the place of the recipe's
           [--run DIR]                                     by default named after X and the data
+
+    Args:
+        on_gpu: what `--data` is made settings for; None: this machine.
 
     Raises:
         UserError: weights or data that are not there or not known, or words that contradict each other.
@@ -100,7 +103,7 @@ def read_options(options: Sequence[str]) -> FineTuning:
         if len(chosen) > 1:
             raise UserError(f"--{chosen[0]} and --{chosen[1]} both say what is trained; keep one")
         own.method, own.method_settings = (chosen[0], settings.get(chosen[0], {})) if chosen else (None, {})
-        made = make_settings(start, own)
+        made = make_settings(start, own, on_gpu=on_gpu)
         text = json.dumps(made.settings)
         return FineTuning(["--config", text, *rest], made.summary, made.folder)
     if given := [f"--{name.replace('_', '-')}" for name, value in vars(own).items() if name != "weights" and value]:

@@ -36,8 +36,11 @@ class Made:
     folder: Path
 
 
-def make_settings(start: Start, asked: Any) -> Made:
+def make_settings(start: Start, asked: Any, *, on_gpu: bool | None = None) -> Made:
     """What `vlm fit` trains for the short words of `vlm.finetuning.options`.
+
+    Args:
+        on_gpu: whether it will run on one; None: whether there is one here.
 
     Raises:
         UserError: data or weights that do not do, or no recipe of the system.
@@ -50,7 +53,7 @@ def make_settings(start: Start, asked: Any) -> Made:
     trained_on = num if asked.val_split is None else num - max(1, round(asked.val_split * num))
     if trained_on < 1:
         raise UserError(f"--val-split {asked.val_split}: leaves nothing of {num} records to train on")
-    on_gpu = _has_gpu()
+    on_gpu = _has_gpu() if on_gpu is None else on_gpu
     model = copy.deepcopy(start.model)
     if is_before(start.stage, recipe["stage"]["name"]):  # talked to as its last stage is
         model["init_args"] |= {key: value for key, value in recipe["model"].items() if key in ("template", "image")}

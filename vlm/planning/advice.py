@@ -32,6 +32,10 @@ class Change(NamedTuple):
     machine: Machine
     optimizer: AdamW
 
+    def total(self, tokens: int) -> int:
+        """Bytes of a rank with packs of so many tokens."""
+        return memory_of(self.costs.module, self.costs.of(tokens), self.machine, self.optimizer).total
+
 
 def advise(planner: Planner, plan: StagePlan) -> list[str]:
     """A line for each change that makes a stage fit, or for what it would lack yet; none where it fits.
@@ -63,15 +67,14 @@ def changes(planner: Planner, plan: StagePlan) -> Iterator[Change]:
             yield Change(f"configs/finetune/{name}.yaml{note}", adapters, machine, stage.optimizer)
     shared = dataclasses.replace(machine, devices=max(2, machine.devices), strategy="fsdp2")
     costs = planner.build(shared, **recomputed)
-    while shared.devices < _MOST_DEVICES and not _room(planner, Change("", costs, shared, stage.optimizer)):
+    while shared.devices < _MOST_DEVICES and not largest_pack(planner, Change("", costs, shared, stage.optimizer)):
         shared = dataclasses.replace(shared, devices=2 * shared.devices)
     yield Change(f"trainer.strategy: fsdp2 on {shared.devices} devices{note}", costs, shared, stage.optimizer)
 
 
 def adapted(stage: Stage) -> Stage:
-    """The stage with adapters in the place of its language model."""
-    train = {pattern: how for pattern, how in stage.train.items() if pattern.split(".")[0] != "language"}
-    return dataclasses.replace(stage, train={**train, "adapters": Trained(lr=2e-4)})
+    """The stage with adapters in the place of all that it trains, as `configs/finetune/` has it."""
+    return dataclasses.replace(stage, train={"adapters": Trained(lr=2e-4)})
 
 
 def _is_sharded(machine: Machine) -> bool:
@@ -88,28 +91,24 @@ def _recomputing(planner: Planner) -> dict[str, Any]:
 
 def _needs(planner: Planner, change: Change) -> str:
     longest, mean = _longest(planner), sum(planner.samples.tokens) / len(planner.samples.items)
-    most = _room(planner, change)
+    most = largest_pack(planner, change)
     if not most:
-        return f"{_total(change, longest) / GIB:,.1f} GiB with the longest sample alone: too much"
-    return f"{_total(change, most) / GIB:,.1f} GiB with data.max_tokens: {most:,} ({most / mean:,.1f} samples a pack)"
+        return f"{change.total(longest) / GIB:,.1f} GiB with the longest sample alone: too much"
+    return f"{change.total(most) / GIB:,.1f} GiB with data.max_tokens: {most:,} ({most / mean:,.1f} samples a pack)"
 
 
 def _longest(planner: Planner) -> int:
     return max(*planner.samples.tokens, planner.samples.longest)
 
 
-def _total(change: Change, tokens: int) -> int:
-    return memory_of(change.costs.module, change.costs.of(tokens), change.machine, change.optimizer).total
-
-
-def _room(planner: Planner, change: Change) -> int:
+def largest_pack(planner: Planner, change: Change) -> int:
     """Tokens of the largest pack that fits, at most those of a device's share of the step; 0: none does."""
     longest = _longest(planner)
-    if _total(change, longest) > change.machine.usable:
+    if change.total(longest) > change.machine.usable:
         return 0
     mean = sum(planner.samples.tokens) / len(planner.samples.items)
     low, high = longest, max(longest, round(mean * planner.batch / change.machine.devices)) + 1
     while high - low > 100:
         middle = (low + high) // 2
-        low, high = (middle, high) if _total(change, middle) <= change.machine.usable else (low, middle)
+        low, high = (middle, high) if change.total(middle) <= change.machine.usable else (low, middle)
     return low

@@ -68,8 +68,8 @@ class Precision:
 class PackCosts:
     """Costs of packs of a built system, by their number of tokens.
 
-    A pack's cost grows in proportion to its samples beside what it costs at all, so two packs say what larger ones
-    cost.
+    A pack's cost grows in proportion to its samples beside what it costs at all, so two packs say what others cost:
+    that of all samples and that of half of them, or of a half and a quarter where these are enough, and so on.
     """
 
     def __init__(self, module: Any, samples: Samples, precision: Precision) -> None:
@@ -81,16 +81,10 @@ class PackCosts:
 
     def of(self, tokens: int) -> PackCost:
         """Of a pack of about so many tokens."""
-        wanted = self._items_for(tokens)
-        if wanted <= len(self.items):
-            small, large = wanted, wanted
-        else:
-            small, large = max(1, len(self.items) // 2), len(self.items)
-        first, cost = self._run(large)
-        if small == large and first == tokens:
-            return cost
-        fewer = small if small != large else max(1, large // 2) if large > 1 else large
-        return _extended(self._run(fewer), (first, cost), tokens)
+        count = len(self.items)
+        while count > 3 and self._tokens(count // 2) >= tokens:
+            count //= 2
+        return _extended(self._run(max(1, count // 2)), self._run(count), tokens)
 
     def per_sample(self) -> Mapping[tuple[str, str], float]:
         """Floating-point operations of an average sample, {(region, pass): number}."""
@@ -98,13 +92,8 @@ class PackCosts:
         share = self.mean / tokens  # those that were run are a little longer or shorter than all
         return {key: count * share for key, count in cost.flops.items()}
 
-    def _items_for(self, tokens: int) -> int:
-        total = 0
-        for number, item in enumerate(self.items, start=1):
-            total += item.num_tokens
-            if total >= tokens:
-                return number
-        return len(self.items) + 1
+    def _tokens(self, count: int) -> int:
+        return sum(item.num_tokens for item in self.items[:count])
 
     def _run(self, count: int) -> tuple[int, PackCost]:
         if count not in self._known:
@@ -116,7 +105,7 @@ class PackCosts:
                     self.module, batch, autocast=self.precision.autocast, weights=self.precision.weights
                 ),
             )
-            self._known[count] = sum(item.num_tokens for item in items), cost
+            self._known[count] = self._tokens(count), cost
         return self._known[count]
 
 

@@ -92,7 +92,8 @@ def samples_of(
 
 def _typical(codec: Codec, data: VisionLanguageData, about: TypicalData, *, reason: str) -> Samples:
     without = round(_TYPICAL * about.without_image)
-    items = [codec.encode(_sample(about, i, has_image=i >= without)) for i in range(_TYPICAL)]
+    texts = [i * without // _TYPICAL != (i + 1) * without // _TYPICAL for i in range(_TYPICAL)]  # evenly spread
+    items = [codec.encode(_sample(about, i, has_image=not text)) for i, text in enumerate(texts)]
     origin = f"typical texts of {about.question} and {about.answer} tokens, images of {about.size[0]}x{about.size[1]}"
     origin += f"; number of samples: {about.source}" if about.source else ""
     draws = about.samples

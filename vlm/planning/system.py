@@ -9,6 +9,7 @@ import torch
 
 from vlm.building.build import assemble
 from vlm.errors import UserError
+from vlm.hub import is_cached
 from vlm.language import CausalLM, Surgery
 from vlm.planning.published import known_model, known_models
 from vlm.planning.tokenizer import RoughTokenizer
@@ -101,16 +102,7 @@ def _known(language: CausalLM) -> tuple[CausalLM, str]:
 
 def _is_here(path: str) -> bool:
     """Whether a tokenizer can be opened without a download."""
-    if Path(path).expanduser().exists():
-        return True
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    names = ("tokenizer.model", "tokenizer.json", "qwen.tiktoken")
-    try:
-        return any(isinstance(try_to_load_from_cache(path, name), str) for name in names)
-    except HFValidationError:  # a path that does not exist
-        return False
+    return Path(path).expanduser().exists() or is_cached(path, ("tokenizer.model", "tokenizer.json", "qwen.tiktoken"))
 
 
 def _without_missing(stage: Stage) -> tuple[Stage, list[str]]:

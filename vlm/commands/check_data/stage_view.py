@@ -1,6 +1,6 @@
 """A stage as its configuration describes it, before any network is built."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from vlm.codec import Codec
@@ -37,5 +37,5 @@ class StageView(NamedTuple):
         return self.module.codec
 
 
-StageParser = Callable[[Sequence[str]], StageView]
-"""Options of `vlm fit` as a stage; no network is built and no weights are read."""
+StageParser = Callable[..., StageView]
+"""Options of `vlm fit` as a stage, `on_gpu` or on this machine; no network is built and no weights are read."""
