@@ -9,7 +9,6 @@ from torch import nn
 
 from vlm.building.instantiate import instantiate, model_of
 from vlm.building.network import empty_weights
-from vlm.checkpoints.published.entries import BOOKKEEPING
 from vlm.checkpoints.resume.opened import read_trained
 from vlm.commands.merged import probes
 from vlm.errors import UserError
@@ -18,15 +17,20 @@ if TYPE_CHECKING:
     from vlm.batch import Batch
     from vlm.checkpoints.published.family import Family
 
-_NOT_COMPUTED = BOOKKEEPING | {
-    "max_position_embeddings",
-    "attention_dropout",
-    "max_window_layers",
-    "use_sliding_window",
-}
-"""Entries of a language model's configuration that change no number of an answer; `layer_types` has the windows."""
-_NOT_ANSWERS = frozenset({"name_or_path", "p", "attention_dropout", "grad_checkpointing", "gradient_checkpointing"})
-"""The same of what modules hold."""
+_NOT_ANSWERS = frozenset(
+    {
+        "name_or_path",
+        "p",
+        "attention_dropout",
+        "grad_checkpointing",
+        "gradient_checkpointing",
+        "vocab_size",
+        "padding_idx",
+    }
+)
+"""What modules hold and what changes no number of an answer."""
+_TABLES = ("embed_tokens", "lm_head")
+"""Layers that layouts give rows of their own, which the writer's table checks."""
 
 
 def check_written(folder: Path, family: "Family", path: str | Path) -> list[str]:
@@ -37,8 +41,8 @@ def check_written(folder: Path, family: "Family", path: str | Path) -> list[str]
     Raises:
         UserError: the folder describes another network, or other pixels.
     """
-    ours = instantiate(model_of(read_trained(path)))
     try:
+        ours = instantiate(model_of(read_trained(path)))
         theirs = instantiate(family.describe(family.open_complete(str(folder))))
     except UserError as error:
         return [f"what is written was not opened again to compare: {str(error).replace(str(folder), 'the folder')}"]
@@ -67,7 +71,7 @@ def _differences(ours: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:
     with empty_weights():
         mine, other = (nn.ModuleDict(module.build_parts()) for module in (ours, theirs))
     facts, others = dict(_facts(mine)), dict(_facts(other))
-    for what in sorted(facts.keys() | others.keys()):
+    for what in sorted(facts.keys() & others.keys()):  # classes of one layer may hold more than others
         if facts.get(what) != others.get(what):
             yield what, facts.get(what, "not there"), others.get(what, "not there")
     tables, their_tables = dict(mine.named_buffers()), dict(other.named_buffers())
@@ -78,16 +82,16 @@ def _differences(ours: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:
 
 def _facts(network: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in network.named_modules():
-        yield f"{name} (its class)", type(module).__name__
+        if name.endswith(_TABLES):
+            continue
+        if not type(module).__module__.startswith("transformers.models"):  # Mistral's layers may be opened as LLaMA's
+            yield f"{name} (its class)", type(module).__name__
         for key, value in vars(module).items():
             if key not in _NOT_ANSWERS and not key.startswith("_") and isinstance(value, (bool, int, float, str)):
                 yield f"{name}.{key}", value
-        if (config := getattr(module, "config", None)) is not None and name.count(".") == 0:
-            for key, value in config.to_dict().items():
-                if key not in _NOT_COMPUTED and not key.startswith("_"):
-                    yield f"{name}.config.{key}", value
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
-        yield f"{name} (its shape)", tuple(tensor.shape)
+        if not name.removesuffix(".weight").endswith(_TABLES):
+            yield f"{name} (its shape)", tuple(tensor.shape)
 
 
 def _batch(module: Any) -> "Batch":

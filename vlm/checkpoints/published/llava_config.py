@@ -242,11 +242,6 @@ def _from_the_end(layer: int, num_blocks: int) -> int:
     return layer if layer < 0 else layer - num_blocks - 1
 
 
-def clip_heads(width: int) -> int:
-    """Heads of a CLIP of OpenAI."""
-    return max(1, width // _CLIP_HEAD_DIM)
-
-
 def with_tower(config: LlavaConfig, shapes: Mapping[str, tuple[int, ...]], tower_folder: Path | None) -> LlavaConfig:
     """Adds what the tower's tensors (published names after `embeddings`, `encoder`) and its own config.json say."""
     stated: Mapping[str, Any] = {}
@@ -258,7 +253,7 @@ def with_tower(config: LlavaConfig, shapes: Mapping[str, tuple[int, ...]], tower
     num_patches = shapes["embeddings.position_embedding.weight"][0] - 1
     vision = {
         **CLIP,
-        "num_attention_heads": clip_heads(width),
+        "num_attention_heads": max(1, width // _CLIP_HEAD_DIM),
         **stated,
         "hidden_size": width,
         "image_size": patch * round(num_patches**0.5),

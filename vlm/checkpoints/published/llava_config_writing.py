@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vlm.checkpoints.published.llava_config import CLIP, NORM_EPS, LlavaConfig, clip_heads
+from vlm.checkpoints.published.llava_config import CLIP, NORM_EPS, LlavaConfig
 from vlm.checkpoints.tables.llava import Layout
 from vlm.errors import UserError
 
@@ -59,11 +59,6 @@ def _official(config: LlavaConfig, dtype: str) -> dict[str, Any]:
         raise UserError(
             f"the official layout says nothing about a tower's hidden_act {vision['hidden_act']!r} and layer_norm_eps "
             f"{vision['layer_norm_eps']}, and its code takes them from OpenAI's CLIP; use --to hf or --to ours"
-        )
-    if vision["num_attention_heads"] != (heads := clip_heads(vision["hidden_size"])):
-        raise UserError(
-            f"the official layout says nothing about a tower's num_attention_heads {vision['num_attention_heads']}, "
-            f"and of a CLIP of width {vision['hidden_size']} they are {heads}; use --to hf or --to ours"
         )
     return {
         **config.language,

@@ -9,20 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm.checkpoints.artefact import Artefact
+from vlm.checkpoints.artefact import STAGE_FILE, Artefact, read_artefact
 from vlm.checkpoints.files.locate import CARRIED
-from vlm.checkpoints.files.weights import WeightFiles
+from vlm.checkpoints.files.weights import WeightFiles, fingerprint_of, hash_tensor
 from vlm.checkpoints.published.delta import DeltaFiles
 from vlm.checkpoints.published.family import OpenedCheckpoint, Stream, chained
 from vlm.checkpoints.published.llava_config import LlavaConfig, check_config, read_config, with_tower
 from vlm.checkpoints.published.llava_entries import check_known_tower, refuse_class_token
 from vlm.checkpoints.published.vila import PartFolders, has_part_folders
-from vlm.checkpoints.references import followed, recorded_places
+from vlm.checkpoints.references import followed, locate, recorded_places
 from vlm.checkpoints.resume.opened import is_checkpoint, read_trained
 from vlm.checkpoints.tables.clip import clip_table
 from vlm.checkpoints.tables.llava import (
     HF,
     LAYOUTS,
+    OFFICIAL,
     Connector,
     check_connector,
     detect_connector,
@@ -30,7 +31,7 @@ from vlm.checkpoints.tables.llava import (
     llava_table,
     mlp_depth,
 )
-from vlm.checkpoints.tables.mini_gemini import MARK, high_tower
+from vlm.checkpoints.tables.mini_gemini import MARK, convnext_names, high_tower
 from vlm.checkpoints.tables.table import Table
 from vlm.errors import UserError
 
@@ -109,7 +110,7 @@ def open_checkpoint(
 def open_llava_artefact(
     src: str | Path, kind: Kind, *, vision: str | Path | None = None, target: str = "official"
 ) -> OpenedLlava:
-    """The same of an artefact of ours that holds published weights."""
+    """The same of an artefact of ours, which says by path where everything lies that it does not hold."""
     return _with_tower(_open_artefact(read_trained(src, system=kind.system)), src, vision=vision, target=target)
 
 
@@ -195,11 +196,69 @@ def _open_published(files: WeightFiles, kind: Kind, layout_name: str) -> OpenedL
 
 
 def _open_artefact(artefact: Artefact) -> OpenedLlava:
-    """Of published weights, as they are."""
-    config = LlavaConfig(**artefact.meta["published"])
+    config = LlavaConfig(**_published(artefact).meta["published"])
     shapes = artefact.weights.shapes() | {name: tuple(tensor.shape) for name, tensor in artefact.carried.items()}
     stream: Stream = chained(artefact.items, artefact.carried.items)
+    for part, entry in artefact.meta["frozen"].items():
+        if any(name.startswith(f"{part}.") for name in artefact.meta["tensors"]) or entry["fingerprint"] is None:
+            continue  # a published checkpoint without its tower only says where the tower comes from
+        part_shapes, part_stream = _frozen(part, {**entry, "source": locate(artefact, entry["source"])}, config)
+        shapes, stream = shapes | part_shapes, chained(stream, part_stream)
     return OpenedLlava(shapes, stream, artefact.meta["system"], config, artefact.folder, artefact.meta)
+
+
+def _published(artefact: Artefact) -> Artefact:
+    """What comes from a published checkpoint, of an artefact and those it follows: it has the published config."""
+    if "published" in artefact.meta:
+        return artefact
+    if artefact.meta["follows"]:
+        return _published(followed(artefact, artefact.meta["follows"][0]))
+    raise UserError(
+        f"{artefact.folder}: neither it nor an artefact it follows comes from a published checkpoint, so there is no "
+        "config.json to write; start the recipe from weights made by `vlm convert ... --to ours`"
+    )
+
+
+def _frozen(part: str, entry: Mapping[str, Any], config: LlavaConfig) -> tuple[Shapes, Stream]:
+    """A part that an artefact refers to: out of another artefact, a CLIP folder, or a folder of the language model."""
+    source = entry["source"]
+    prefix = f"{part}."
+    if (Path(source) / STAGE_FILE).exists():
+        other = _open_artefact(read_artefact(source))
+        shapes, stream = other.shapes, other.stream
+    elif part == "vision":
+        _, shapes, stream = _tower(config, source)
+    elif part == "vision_high":
+        files = WeightFiles(source)
+        names = {key: f"{prefix}trunk.{name}" for key, name in convnext_names(files.keys()).items()}
+        shapes = {names[key]: shape for key, shape in files.shapes().items() if key in names}
+
+        def stream() -> Iterator[tuple[str, Tensor]]:
+            return ((names[key], tensor) for key, tensor in files.items() if key in names)
+
+    else:
+        files = WeightFiles(source)
+        shapes = {f"{prefix}{name}": shape for name, shape in files.shapes().items()}
+
+        def stream() -> Iterator[tuple[str, Tensor]]:
+            return ((f"{prefix}{name}", tensor) for name, tensor in files.items())
+
+    table = llava_table(
+        OFFICIAL, connector=config.connector, num_blocks=config.num_blocks, vocab_rows=config.vocab_rows
+    )
+    own = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+    def verified() -> Iterator[tuple[str, Tensor]]:
+        hashes = {}
+        for name, tensor in stream():
+            if name in own:
+                if not table.is_carried(name):
+                    hashes[name] = hash_tensor(tensor)
+                yield name, tensor
+        if fingerprint_of(hashes) != entry["fingerprint"]:
+            raise UserError(f"{source}: the {part} in it is not the one the artefact was trained with; find that one")
+
+    return own, verified
 
 
 def _origin(artefact: Artefact, kind: Kind) -> OpenedLlava:
