@@ -6,7 +6,7 @@ from typing import Any
 
 from vlm.building.followed import open_followed, open_reference
 from vlm.building.merging import merged, merges_of, with_changes
-from vlm.checkpoints.artefact import Artefact, read_artefact
+from vlm.checkpoints.artefact import FOLLOWED, Artefact, read_artefact
 from vlm.checkpoints.files.locate import preview
 from vlm.checkpoints.files.weights import WeightFiles, WeightSource, fingerprint_of
 from vlm.checkpoints.published.base_entries import check_base
@@ -20,8 +20,6 @@ from vlm.stages import InitFrom, matches
 
 DRAWN = "drawn from seed"
 """How an artefact names the source of frozen tensors that were new."""
-FOLLOWED = "what it follows"
-"""The same of those that no base weights brought."""
 
 
 def weight_sources(module: Any) -> list[WeightSource]:

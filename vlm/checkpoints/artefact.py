@@ -29,6 +29,8 @@ from vlm.errors import UserError
 FORMAT = 1
 """Version of the folder's format; raised when an older reader would misread it."""
 
+FOLLOWED = "what it follows"
+"""How an artefact names the source of frozen parts that those it follows brought."""
 STAGE_FILE = "stage.json"
 _WEIGHTS = "model.safetensors"
 _MOMENTS = "optimizer/moments.safetensors"

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vlm.checkpoints.artefact import FOLLOWED
 from vlm.checkpoints.published.family import Family, Load, PublishedFolder
 from vlm.checkpoints.published.llava_chat import (
     added_tokens,
@@ -35,9 +36,6 @@ from vlm.checkpoints.tables.llava import HF, HF_MEMORY, OFFICIAL, check_connecto
 from vlm.checkpoints.tables.mini_gemini import MARK
 from vlm.checkpoints.tables.table import Table
 from vlm.errors import UserError
-
-FOLLOWED = "what it follows"
-"""How an artefact names the source of frozen parts that those it follows brought."""
 
 
 class LLaVAFamily(Family):
