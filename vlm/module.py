@@ -7,7 +7,6 @@ import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self, overload
@@ -16,15 +15,13 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 
 from vlm.batch import EVENTS, Batch, Row
-from vlm.building.blocks import recompute_blocks
-from vlm.building.inherited_surgery import inherited_surgery
-from vlm.building.network import allocate, empty_weights, find_ties, initialisers, load_or_init, tie
-from vlm.building.precision import check_precision, compute_dtype, keep_frozen_in
-from vlm.building.stage_record import references, stage_record
-from vlm.building.weight_sources import check_finished, check_new, is_resuming, weight_sources
+from vlm.building.build import assemble, fill, stands
+from vlm.building.network import empty_weights
+from vlm.building.precision import check_precision
+from vlm.building.stage_record import stage_record
+from vlm.building.weight_sources import is_resuming
 from vlm.checkpoints.artefact import read_artefact
 from vlm.checkpoints.report import LoadReport
 from vlm.checkpoints.resume.moments import restore_moments
@@ -37,11 +34,10 @@ from vlm.evaluation.judges import Judges
 from vlm.evaluation.means import EpochMeans, with_loss
 from vlm.evaluation.retrieval import Embeddings, concat_embeddings
 from vlm.language import Decoding, Surgery
-from vlm.language.surgery import combine
-from vlm.moving import changing_names, check_moving, copied_layers, copied_names
+from vlm.moving import changing_names
 from vlm.sample import Sample
 from vlm.seeding import seed_from
-from vlm.stages import InitFrom, Stage
+from vlm.stages import Stage
 
 
 class VisionLanguageModule(LightningModule):
@@ -118,7 +114,7 @@ class VisionLanguageModule(LightningModule):
         self.references: tuple[Stage | None, list[dict[str, Any]]] = (None, [])
         self._next_epoch = 0
         self._total_steps: int | None = None
-        self._built_for: tuple[Stage | None, Stage | None] = (None, None)
+        self.built_for: tuple[Stage | None, Stage | None] = (None, None)
         self.codec = self.make_codec()
 
     # -- what a system says
@@ -175,12 +171,18 @@ class VisionLanguageModule(LightningModule):
         """
         if operation in self.surgery:
             return
-        if self.load_report is not None and not (self._is_fitting and self._built_for[0] is None):
+        if self.load_report is not None and not (self.is_fitting and self.built_for[0] is None):
             raise UserError(f"surgery: {operation} comes after the network was built; register it before")
         self.surgery.append(operation)
 
     @property
-    def _is_fitting(self) -> bool:
+    def has_own_optimizers(self) -> bool:
+        """Whether a subclass says itself what is trained."""
+        return type(self).configure_optimizers is not VisionLanguageModule.configure_optimizers
+
+    @property
+    def is_fitting(self) -> bool:
+        """Whether a trainer trains it, or is about to."""
         return self._trainer is not None and self._trainer.state.fn == "fit"
 
     def setup(self, stage: str) -> None:
@@ -188,114 +190,15 @@ class VisionLanguageModule(LightningModule):
             self.running, self.epochs_done = {}, math.inf
             self._next_epoch, self._total_steps = 0, None
 
-    def _is_built(self) -> bool:
-        """Whether the network stands as this start of the trainer needs it.
-
-        One that was opened to answer (`vlm.load`) is built again to be trained, from the same weights, which the stage
-        then follows.
-
-        Raises:
-            UserError: nothing says what to train, or the network was trained in another stage.
-        """
-        own_optimizers = type(self).configure_optimizers is not VisionLanguageModule.configure_optimizers
-        if self._is_fitting and self.stage is None and not own_optimizers:
-            raise UserError(
-                "nothing says what to train; give the trainer callbacks.StageTransition, or set module.stage = "
-                "vlm.stages.Stage(name, train={'connector': vlm.stages.Trained(lr=1e-3)})"
-            )
-        given, used = self._built_for
-        if self.load_report is not None and (not self._is_fitting or self.stage in (given, used)):
-            if self.stage == given:
-                self.stage = used
-            return True
-        if self.load_report is not None and given is not None:
-            assert self.stage is not None
-            raise UserError(
-                f"this network was built for stage {given.name!r}; for stage {self.stage.name!r}, as given now, make a "
-                "new one: vlm.load opens what a stage left"
-            )
-        for part in list(self._modules):
-            delattr(self, part)
-        used = self.stage
-        if self.load_report is not None and used is not None and self.weights is not None:
-            used, self.weights = replace(used, follows=[InitFrom(self.weights), *used.follows]), None
-        self._built_for, self.stage = (self.stage, used), used
-        return False
-
     def configure_model(self) -> None:
-        """Builds the network; after it every tensor has its value and nothing is on the meta device.
-
-        The order is fixed: build on meta, surgery, what is trained, recomputation, sharding, memory, base weights,
-        artefacts.
-        """
-        if self._is_built():  # Lightning calls again for validate after fit
+        """Builds the network (`vlm.building.build`); after it every tensor has its value and nothing is on the meta
+        device."""
+        if stands(self):  # Lightning calls again for validate after fit
             check_precision(self)
             return
         with empty_weights():
-            added = self.assemble()
-        if self.device_mesh is not None:
-            if self.shard is None:
-                raise UserError("a sharding strategy needs the callback callbacks.MixedPrecisionFSDP")
-            for operation in self.surgery:
-                if (reason := operation.cannot_shard) is not None:
-                    raise UserError(f"trainer.strategy: {reason}")
-            self.shard(self, self.device_mesh)
-        elif (dtype := compute_dtype(self)) is not None:
-            keep_frozen_in(self, dtype)
-            self.frozen_dtype = dtype
-        trainer = self._trainer
-        allocate(self, trainer.strategy.root_device if trainer is not None else self.device)
-        tie(self, self.ties)
-        sources = weight_sources(self)
-        moving = check_moving(self)
-        self.load_report, self.frozen_hashes = load_or_init(
-            self,
-            sources,
-            seed=self.seed,
-            initialisers=initialisers(dict(self.named_children()), self.arguments),
-            copies=copied_names(self.state_dict().keys() - self.ties.keys(), self.copies) | copied_layers(self),
-            moving=moving,
-        )
-        # DDP would send queues from the first rank to all before each forward: every rank writes the same into its own
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, sorted(moving))
-        if self.weights is not None and self.stage is None:
-            check_finished(self)
-        check_new(self, sources, added=added)
-        if self.stage is not None:
-            references(self)
-
-    def assemble(self) -> set[str]:
-        """Builds the network without values: parts, surgery, what is trained, recomputation.
-
-        Runs under `empty_weights`, or under the meta device where nothing will be filled (`vlm.planning`).
-
-        Returns:
-            Names of the parameters that surgery added.
-        """
-        for part, network in self.build_parts().items():
-            self.add_module(part, network)
-        plain = {name for name, _ in self.named_parameters()}
-        inherited = inherited_surgery(self)
-        if not self.quantized:
-            inherited = [(origin, operation.unquantized()) for origin, operation in inherited]
-        self.surgery = combine(self, inherited, self.surgery)
-        for operation in self.surgery:
-            operation.apply(self)
-        self.ties = find_ties(self)
-        moving = check_moving(self)
-        if self.stage is not None:
-            self.stage.set_trainable(self)
-            if both := sorted(self.trained_names() & moving):
-                raise UserError(f"stage.train: {both[0]} moves without a gradient; leave it out of the patterns")
-            earlier = [operation for _, operation in inherited]
-            for operation in self.surgery:
-                operation.check_trained(self, is_new=operation not in earlier)
-        else:
-            self.requires_grad_(False).eval()
-        for part, description in self.arguments.items():
-            if getattr(description, "checkpointing", False):
-                recompute_blocks(self.get_submodule(part))
-        return dict(self.named_parameters()).keys() - plain
+            added = assemble(self)
+        fill(self, added=added)
 
     # -- training
 
@@ -526,7 +429,7 @@ class VisionLanguageModule(LightningModule):
         checkpoint["frozen"] = dict(self.frozen_hashes)
         if self.averages:
             checkpoint["averages"] = dict(self.averages)
-        if self.stage is not None:
+        if self.stage is not None and self._trainer is not None:
             step = self.finished_steps() + self.trainer.global_step
             checkpoint[RECORD] = stage_record(self, self.trainer.default_root_dir, global_step=step)
         checkpoint["total_steps"] = self._total_steps

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -140,6 +140,11 @@ class Stage:
     def sources(self) -> Sequence[InitFrom]:
         """The artefacts that weights come from; of two that hold a tensor the later one wins."""
         return [*self.follows, *([InitFrom(self.continues)] if self.continues is not None else [])]
+
+    @property
+    def network(self) -> tuple[Any, ...]:
+        """What of a stage decides how a network is built: what is trained and from what, not at which rates."""
+        return (*self.train, *map(repr, self.follows), self.continues, *sorted(self.modes.items()))
 
     def assign(self, names: Iterable[str]) -> dict[str, str]:
         """{parameter name: the pattern that trains it}.

@@ -17,6 +17,7 @@ from PIL import Image as Picture
 from tests.support.fake_codec import ByteCodec
 from vlm.data import BatchSpec, HubDataset, Mixture, Parquet, VisionLanguageData
 from vlm.data.sampling.order import shuffled_blocks
+from vlm.data.wrappers.held_out import HoldOut
 from vlm.errors import SampleError, UserError
 from vlm.sample import ImagePart, TextPart
 
@@ -197,3 +198,21 @@ def test_what_cannot_be_opened_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"needs datasets; pip install 'vlm\[hub\]'"):
         len(HubDataset("x"))
+
+
+def test_a_share_is_held_out_by_image(tmp_path: Path) -> None:
+    data = cauldron(12)
+    twice = datasets.concatenate_datasets([data, data])
+    source = HubDataset(**written(tmp_path / "w", twice, "saved"))
+    training, validation = (HoldOut(0.25, [source]).parts(side)[0] for side in ("training", "validation"))
+    assert len(validation) >= 6
+    assert len(training) + len(validation) == 24
+    shown = [
+        {image.read(sample).tobytes() for sample in part for image in sample.images} for part in (training, validation)
+    ]
+    assert shown[0]
+    assert shown[1]
+    assert not shown[0] & shown[1]
+    streamed = HubDataset(**written(tmp_path / "s", data, "streamed"))
+    with pytest.raises(UserError, match=r"'s' is streamed; name other data in data\.val_sources"):
+        len(HoldOut(0.25, [streamed]).parts("training")[0])

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cli
 from tests.support.systems import LLAMA, SYSTEMS, llava_1_5
+from vlm.building.build import assemble
 from vlm.checkpoints.artefact import read_artefact
 from vlm.codec import step_counts
 from vlm.connectors import MLP
@@ -39,7 +40,7 @@ def on_meta(make: Callable[..., Any], train: dict[str, Trained], **changes: Any)
     module = make(**changes)
     module.stage = Stage("x", train)
     with torch.device("meta"):
-        module.assemble()
+        assemble(module)
     return module
 
 
@@ -147,7 +148,7 @@ def test_activations_at_7b(adapter: bool, recomputed: bool, autocast: torch.dtyp
     if adapter:
         module.register_surgery(PeftAdapter(rank=64, alpha=128, parts="language"))
     with torch.device("meta"):
-        module.assemble()
+        assemble(module)
     items = [module.codec.encode(sample) for sample in SYSTEMS["llava_1_5"].pool(tmp_path, 2)]
     batch = module.codec.collate(items, counts=step_counts(items))
     cost = at_full_depth(module, lambda: cost_of_pack(module, batch, autocast=autocast))

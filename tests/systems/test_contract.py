@@ -398,7 +398,7 @@ def test_frozen_weights_in_half_precision_change_no_number(
 ) -> None:
     """What autocast rounds before each use is rounded once; the artefact opens in float32 over the same base."""
     module, seen = _fit_in_bf16(name, tmp_path / "half")
-    monkeypatch.setattr("vlm.module.compute_dtype", lambda module: None)
+    monkeypatch.setattr("vlm.building.build.compute_dtype", lambda module: None)
     plain, other = _fit_in_bf16(name, tmp_path / "float32")
     assert seen.losses == other.losses
     for ours, theirs in zip(seen.gradients, other.gradients, strict=True):

@@ -1,6 +1,7 @@
 """Adapters after their stage: merged into what follows, written for other tools, refused where they have no place."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -272,37 +273,100 @@ def test_an_adapter_of_peft_is_no_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["qwen_vl", "fuyu"])
 def test_convert_merges(name: str, tmp_path: Path) -> None:
-    system = SYSTEMS[name]
-    module = system.make()
+    module = SYSTEMS[name].make(**({"template": "qwen_vl"} if name == "qwen_vl" else {}))
     module.surgery = [PeftAdapter(rank=2, alpha=4)]
     module.stage = Stage("lora", {"adapters": RATE})
     module.configure_model()
     disturb(module, module.trained_names())
     write_stage(tmp_path / "run", module, global_step=1)
     report = convert(tmp_path / "run", tmp_path / "official", system=name, target_layout="official")
-    assert report.notes[0].startswith("adapter merged: no logit of a probe differs")
+    (note,) = report.notes
+    assert note.startswith("adapter merged: no logit of a probe differs")
+    assert_written(module, tmp_path / "official", tmp_path)
+
+
+def assert_written(module: Any, folder: Path, data: Path) -> None:
+    """A folder opens as a module with its adapter merged, and computes what that does."""
+    opened, expected = vlm.load(folder), logits(module, data)
+    # W x + B A x and (W + B A) x: rounded elsewhere; 2e-7 seen
+    torch.testing.assert_close(logits(opened, data), expected, atol=2e-6, rtol=1e-5)
     replace_adapters(module, merge=True)
-    theirs = dict(vlm.load(tmp_path / "official").named_parameters())
-    assert theirs.keys() == dict(module.named_parameters()).keys()
-    ours = {n: parameter for n, parameter in module.named_parameters() if n.startswith(("language.", "connector."))}
-    assert [n for n, parameter in ours.items() if not torch.equal(theirs[n], parameter)] == []
+    theirs, ours = dict(opened.named_parameters()), dict(module.named_parameters())
+    assert theirs.keys() == ours.keys()
+    assert [name for name, parameter in ours.items() if not torch.equal(theirs[name], parameter)] == []
 
 
-def test_convert_merges_into_the_published_layout_of_llava(base: CausalLM, tmp_path: Path) -> None:
-    trained(base, tmp_path / "first", PeftAdapter(rank=2, alpha=4), ("connector", "adapters"))
-    export(tmp_path / "first", tmp_path / "hf")
-    convert(tmp_path / "hf", tmp_path / "ours", system="llava_1_5", target_layout="ours")
-    module = vlm.load(tmp_path / "ours")  # as its artefact describes it
-    again = type(module)(**module.arguments)
-    again.surgery = [PeftAdapter(rank=2, alpha=4, parts="both")]
-    again.stage = Stage("lora", {"adapters": RATE}, follows=[InitFrom(str(tmp_path / "ours"))])
-    again.configure_model()
+def test_convert_merges_into_the_published_layout_of_llava(published: Path, tmp_path: Path) -> None:
+    again = follow(published, parts="both")
     disturb(again, again.trained_names())
     write_stage(tmp_path / "run", again, global_step=1)
-    convert(tmp_path / "run", tmp_path / "official", system="llava_1_5", target_layout="official")
-    replace_adapters(again, merge=True)
-    theirs = dict(vlm.load(tmp_path / "official").named_parameters())
-    assert [n for n, parameter in again.named_parameters() if not torch.equal(theirs[n], parameter)] == []
+    report = convert(tmp_path / "run", tmp_path / "official", system="llava_1_5", target_layout="official")
+    (note,) = report.notes
+    assert note.startswith("adapter merged: no logit of a probe differs")
+    assert_written(again, tmp_path / "official", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def published(base: CausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`hf`, a folder of Hugging Face's with a tower that the official layout can say, and `ours`, made of it."""
+    folder = tmp_path_factory.mktemp("published")
+    tower = llava_1_5().arguments["vision"]
+    module = llava_1_5(language=base, vision=replace(tower, options=tower.options | {"num_heads": 1}))
+    module.stage = Stage("x", {"connector": RATE})
+    module.configure_model()
+    write_stage(folder / "run", module, global_step=1)
+    export(folder / "run", folder / "hf")
+    convert(folder / "hf", folder / "ours", system="llava_1_5", target_layout="ours")
+    return folder
+
+
+def follow(
+    published: Path, *, parts: str | None = "language", train: str = "adapters", of: str = "ours", **changes: Any
+) -> Any:
+    arguments = vlm.load(published / "ours").arguments
+    module = llava_1_5(**(arguments | changes))
+    module.surgery = [] if parts is None else [PeftAdapter(rank=2, alpha=4, parts=parts)]
+    module.stage = Stage("test", {train: RATE}, follows=[InitFrom(str(published / of))])
+    module.configure_model()
+    return module
+
+
+@pytest.mark.parametrize("of", ["ours", "hf"])
+def test_what_was_trained_without_adapters_is_written_as_it_is(of: str, published: Path, tmp_path: Path) -> None:
+    """What the stage left frozen comes from the artefact, or the published folder, that it follows."""
+    module = follow(published, parts=None, train="connector", of=of)
+    disturb(module, module.trained_names())
+    write_stage(tmp_path / "run", module, global_step=1)
+    report = convert(tmp_path / "run", tmp_path / "official", system="llava_1_5", target_layout="official")
+    assert report.notes == []
+    assert_written(module, tmp_path / "official", tmp_path)
+
+
+def test_what_a_layout_cannot_say_is_not_written(published: Path, tmp_path: Path) -> None:
+    def written(module: Any, name: str) -> Any:
+        write_stage(tmp_path / name, module, global_step=1)
+        return convert(tmp_path / name, tmp_path / "official" / name, system=module.system, target_layout="official")
+
+    with pytest.raises(UserError, match="shown as image: crop, and the files of this layout say pad"):
+        written(follow(published, image="crop"), "crop")
+    (_, note) = written(follow(published, template="v0"), "v0").notes
+    assert note.startswith("trained with template v0 and LlamaTokenizer")
+
+    shutil.copytree(published / "hf", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config["vision_config"]["num_attention_heads"] = 4
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    convert(tmp_path / "hf", tmp_path / "ours", system="llava_1_5", target_layout="ours")
+    with pytest.raises(UserError, match=r"attn\.head_dim is 8 here, and the files of this layout say 32"):
+        written(follow(tmp_path), "heads")
+
+    tower = SYSTEMS["qwen_vl"].make().arguments["vision"]
+    module = SYSTEMS["qwen_vl"].make(template="qwen_vl", vision=replace(tower, norm_eps=1e-5))
+    module.stage = Stage("x", {"connector": RATE})
+    module.configure_model()
+    with pytest.raises(UserError, match=r"norm1\.eps is 1e-05 here, and the files of this layout say 1e-06"):
+        written(module, "qwen")
+    assert [path.name for path in (tmp_path / "official").iterdir()] == ["v0"]
 
 
 def test_the_overlays_are_what_they_say() -> None:

@@ -22,6 +22,7 @@ from tests.support.systems import llava_1_5
 from tests.support.training import packs, trainer
 from tests.systems.test_contract import disturb, questions
 from tests.training.test_surgery import DECODING, logits, make
+from vlm.building.build import assemble
 from vlm.building.network import allocate, empty_weights
 from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
 from vlm.errors import UserError
@@ -103,7 +104,7 @@ def test_only_the_adapter_is_trained_and_stored(dora: bool, base: CausalLM, tmp_
     assert torch.equal(logits(unquantized, tmp_path), logits(published, tmp_path))
 
 
-def _fit(folder: Path, data: Path, base: CausalLM, resume: Path | None = None) -> Any:
+def _fit(folder: Path, data: Path, base: CausalLM, resume: Path | None = None, **more: Any) -> Any:
     module = llava_1_5(language=base)
     injection = LoRAInjection(rank=2, alpha=4, dropout=0.1, quantize="language")
     stage = StageTransition(
@@ -116,6 +117,7 @@ def _fit(folder: Path, data: Path, base: CausalLM, resume: Path | None = None) -
         enable_checkpointing=True,
         callbacks=[injection, stage, saved],
         plugins=[AtomicCheckpointIO()],
+        **more,
     )
     run.fit(module, packs(module, data, (((0, 1, 2, 3),),) * 2), ckpt_path=resume)
     assert run.global_step == 8
@@ -138,12 +140,32 @@ def test_only_the_adapter_moves_and_a_resume_is_exact(base: CausalLM, tmp_path: 
     assert all(torch.equal(tensor, after[name]) for name, tensor in again.items())
 
 
+def test_under_autocast_the_four_bits_are_those_of_the_published_weights(base: CausalLM, tmp_path: Path) -> None:
+    """Other frozen weights are rounded to bfloat16 once; these are quantized from what was read."""
+    pool = samples(tmp_path)
+    fresh = make(base, QLORA, train=("adapters",))
+    module = _fit(tmp_path / "run", tmp_path, base, precision="bf16-mixed")
+    assert module.frozen_dtype == torch.bfloat16
+    layers = {n: m.base_layer for n, m in module.named_modules() if hasattr(m, "base_layer")}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        before = fresh.get_submodule(name).base_layer
+        assert isinstance(layer, FourBitLinear)
+        assert torch.equal(layer.weight, before.weight)
+        assert layer.weight.dtype == torch.uint8
+    assert module.get_parameter("vision.trunk.blocks.0.mlp.fc1.weight").dtype == torch.bfloat16
+    assert module.frozen_hashes == fresh.frozen_hashes
+    assert all(p.dtype == torch.float32 for name, p in module.named_parameters() if ".lora_" in name)
+    first, last = (-torch.cat(m.score(pool)).mean() for m in (fresh, module))
+    assert last < first - 0.1  # 10.41 to 10.18 seen
+
+
 def test_a_plan_counts_what_is_kept(base: CausalLM) -> None:
     """On the meta device, where nothing is quantized."""
     module, planned = make(base, QLORA, train=("adapters",)), llava_1_5(language=base)
     planned.surgery, planned.stage = [QLORA], module.stage
     with torch.device("meta"):
-        planned.assemble()
+        assemble(planned)
     packed = [m.base_layer for m in module.modules() if isinstance(getattr(m, "base_layer", None), FourBitLinear)]
     inside = {id(layer.weight) for layer in packed}
     plain = sum(p.nbytes for p in module.language.parameters() if id(p) not in inside)

@@ -16,3 +16,5 @@ def silence() -> None:
         ".*smaller than the logging interval",  # `LogCadence` sees to it
     ):
         warnings.filterwarnings("ignore", message)
+    # a kernel for weights in 4 bits on some CPUs, which would come from the hub
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda said: "gemm_4bit_forward" not in str(said.msg))

@@ -84,7 +84,9 @@ def convert(
     from vlm.checkpoints.artefact import STAGE_FILE
     from vlm.checkpoints.files.atomic import atomic_directory
     from vlm.checkpoints.published.family import get_family
+    from vlm.checkpoints.resume.opened import read_trained
     from vlm.commands.merged import load_merged
+    from vlm.commands.written import check_written
     from vlm.prompts import get_template
 
     if template is not None:
@@ -98,7 +100,7 @@ def convert(
         notes.extend(found)
         return module
 
-    family = get_family(system)
+    family, is_trained = get_family(system), False
     if target_layout != "ours" and target_layout not in family.layouts:
         known = " or ".join(f"--to {name}" for name in (*family.layouts, "ours"))
         raise UserError(f"{system}: no class or layout {target_layout!r} is published for it; use {known}")
@@ -107,11 +109,14 @@ def convert(
             raise UserError(f"{src}: is an artefact of ours, and only published weights are deltas; leave out --base")
         refuse_surgery(family, src)
         opened = family.open_artefact(src, target=target_layout, vision=vision, load=load_plain)
+        is_trained = "published" not in read_trained(src).meta
     else:
         opened = family.open(src, layout=source_layout, target=target_layout, vision=vision, base=base)
     with atomic_directory(dst) as folder:
         report = family.fill(folder, opened, target=target_layout, template=template)
         report.notes += notes
+        if is_trained:
+            report.notes += check_written(folder, family, src)
         return report
 
 

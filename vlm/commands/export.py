@@ -75,6 +75,7 @@ def export(
     from vlm.checkpoints.resume.opened import read_trained
     from vlm.commands.convert import has_adapter, refuse_surgery
     from vlm.commands.merged import load_merged, load_without_adapter
+    from vlm.commands.written import check_written
     from vlm.registry import published_systems
 
     weights = find_weights(src)
@@ -104,6 +105,8 @@ def export(
 
         report = family.export(folder, weights, dtype=as_type, load=load_plain)
         report.notes += [*notes, OTHER_PIXELS]
+        if is_artefact(weights):
+            report.notes += check_written(folder, family, weights)
         return report
 
 

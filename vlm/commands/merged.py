@@ -81,10 +81,10 @@ def load_without_adapter(path: str | Path) -> Any:
 def probe_logits(module: Any) -> Tensor:
     """float32[L, vocabulary]: what a system says to two samples that are always the same, one with an image."""
     with evaluating(module):
-        return module.label_logits(as_pack(module, _probes(), generate=False)).float()
+        return module.label_logits(as_pack(module, probes(), generate=False)).float()
 
 
-def _probes() -> list[Sample]:
+def probes() -> list[Sample]:
     slope = torch.linspace(0, 255, 96).expand(64, 96)
     pixels = torch.stack([slope, slope.flip(1), slope.T[:64, :64].repeat(1, 2)[:, :96]], -1).to(torch.uint8)
     file = io.BytesIO()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vlm.building.build import assemble
 from vlm.errors import UserError
 from vlm.hub import is_cached
 from vlm.language import CausalLM, Surgery
@@ -55,7 +56,7 @@ class Described:
         """The system, built on the meta device; `changes` as in `make`."""
         module = self.make(**changes)
         with torch.device("meta"):
-            module.assemble()
+            assemble(module)
         return module
 
 

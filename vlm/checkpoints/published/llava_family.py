@@ -36,6 +36,9 @@ from vlm.checkpoints.tables.mini_gemini import MARK
 from vlm.checkpoints.tables.table import Table
 from vlm.errors import UserError
 
+FOLLOWED = "what it follows"
+"""How an artefact names the source of frozen parts that those it follows brought."""
+
 
 class LLaVAFamily(Family):
     """LLaVA's first release, and what the later ones share with it.
@@ -83,8 +86,10 @@ class LLaVAFamily(Family):
     def open_artefact(
         self, path: str | Path, *, target: str, load: Load, vision: str | Path | None = None
     ) -> OpenedLlava:
-        if read_trained(path).meta["surgery"]:  # an adapter, which `load` merges; all else was refused
-            return open_llava_module(load(path), path, target=target, vision=vision)
+        meta = read_trained(path).meta
+        inherits = any(entry["source"] == FOLLOWED for entry in meta["frozen"].values())
+        if meta["surgery"] or inherits:  # an adapter, which `load` merges (all else was refused); or a part of others
+            return open_llava_module(load(path), path, self.kind, target=target, vision=vision)
         return open_llava_artefact(path, self.kind, target=target, vision=vision)
 
     def open_complete(self, path: str) -> OpenedLlava:

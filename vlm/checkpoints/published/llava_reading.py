@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vlm.checkpoints.artefact import STAGE_FILE, Artefact, read_artefact
@@ -16,8 +17,8 @@ from vlm.checkpoints.published.family import OpenedCheckpoint, Stream, chained
 from vlm.checkpoints.published.llava_config import LlavaConfig, check_config, read_config, with_tower
 from vlm.checkpoints.published.llava_entries import check_known_tower, refuse_class_token
 from vlm.checkpoints.published.vila import PartFolders, has_part_folders
-from vlm.checkpoints.references import followed, locate
-from vlm.checkpoints.resume.opened import read_trained
+from vlm.checkpoints.references import followed, locate, recorded_places
+from vlm.checkpoints.resume.opened import is_checkpoint, read_trained
 from vlm.checkpoints.tables.clip import clip_table
 from vlm.checkpoints.tables.llava import (
     HF,
@@ -109,23 +110,30 @@ def open_checkpoint(
 def open_llava_artefact(
     src: str | Path, kind: Kind, *, vision: str | Path | None = None, target: str = "official"
 ) -> OpenedLlava:
-    """The same of an artefact of ours."""
+    """The same of an artefact of ours, which says by path where everything lies that it does not hold."""
     return _with_tower(_open_artefact(read_trained(src, system=kind.system)), src, vision=vision, target=target)
 
 
 def open_llava_module(
-    module: Any, src: str | Path, *, vision: str | Path | None = None, target: str = "official"
+    module: Any, src: str | Path, kind: Kind, *, vision: str | Path | None = None, target: str = "official"
 ) -> OpenedLlava:
     """The same of a system in memory that was trained from a published one.
 
     Args:
         src: its artefact.
     """
-    published = _published(read_trained(src))
-    tensors = {**published.carried, **{name: tensor.detach() for name, tensor in module.named_parameters()}}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    config = LlavaConfig(**published.meta["published"])
-    model = OpenedLlava(shapes, tensors.items, module.system, config, published.folder, {})
+    origin = _origin(read_trained(src), kind)
+    tensors = {name: tensor.detach() for name, tensor in module.named_parameters()}
+    shapes = {**origin.shapes, **{name: tuple(tensor.shape) for name, tensor in tensors.items()}}
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        """What training left as it was in the type that it was published in."""
+        for name, tensor in origin.stream():
+            mine = tensors.get(name, tensor)
+            yield name, tensor if torch.equal(tensor.to(mine.dtype), mine) else mine
+        yield from ((name, tensor) for name, tensor in tensors.items() if name not in origin.shapes)
+
+    model = replace(origin, shapes=shapes, stream=stream, system=module.system, meta={})
     return _with_tower(model, src, vision=vision, target=target)
 
 
@@ -251,6 +259,28 @@ def _frozen(part: str, entry: Mapping[str, Any], config: LlavaConfig) -> tuple[S
             raise UserError(f"{source}: the {part} in it is not the one the artefact was trained with; find that one")
 
     return own, verified
+
+
+def _origin(artefact: Artefact, kind: Kind) -> OpenedLlava:
+    """The published checkpoint that an artefact comes from.
+
+    Raises:
+        UserError: there is none.
+    """
+    if "published" in artefact.meta:
+        return _open_artefact(artefact)
+    for reference in artefact.meta["follows"][:1]:
+        places = recorded_places(artefact, reference)
+        if "published" in reference:
+            return open_checkpoint(
+                reference["path"] if reference["published"] == "hub" else next(p for p in places if p.is_dir()), kind
+            )
+        saved = next((place for place in places if is_checkpoint(place)), None)
+        return _origin(followed(artefact, reference) if saved is None else read_trained(saved), kind)
+    raise UserError(
+        f"{artefact.folder}: neither it nor an artefact it follows comes from a published checkpoint, so there is no "
+        "config.json to write; start the recipe from weights made by `vlm convert ... --to ours`"
+    )
 
 
 def _tower(config: LlavaConfig, source: str | Path) -> tuple[LlavaConfig, Shapes, Stream]:

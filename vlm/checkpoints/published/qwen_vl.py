@@ -5,12 +5,14 @@ gate and `w1` what it opens, and `intermediate_size` counts both.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from vlm.checkpoints.published.entries import Entries, read_json
 from vlm.checkpoints.published.one_folder import OneFolderFamily
+from vlm.checkpoints.published.tokenizer_entries import starts_with_bos
 from vlm.checkpoints.tables.qwen import language_rules
 from vlm.checkpoints.tables.rules import Axes, PerHead, Rule, rename
 from vlm.checkpoints.tables.table import Table
@@ -44,8 +46,13 @@ _HARMLESS = frozenset(
     }
 )
 _VISUAL_READ = frozenset(
-    {"heads", "image_size", "layers", "mlp_ratio", "n_queries", "patch_size", "resampler_heads", "width"}
+    {
+        *("heads", "image_size", "layers", "mlp_ratio", "n_queries", "patch_size", "width"),
+        *("resampler_heads", "position_grid"),  # ours
+    }
 )
+_GRID = 16
+"""Side of the table of positions: a constant of the published code, the grid at 224 px."""
 _VISUAL = "transformer.visual."
 _BLOCK = "transformer.visual.transformer.resblocks.{i}."
 _POOL = "transformer.visual.attn_pool."
@@ -80,11 +87,14 @@ class QwenVLFamily(OneFolderFamily):
         found = next((kind for name, kind in kinds.items() if (folder / name).is_file()), None)
         if found is None:
             raise UserError(f"{folder}: has neither {' nor '.join(kinds)}; put the tokenizer's files beside")
+        tokenizer: dict[str, Any] = {"path": str(folder)}
+        if found == "HubTokenizer" and starts_with_bos(folder):
+            tokenizer["add_bos"] = True
         tower = {
             "name": "vit_gigantic_patch14_clip_224",
             "layer": -1,
             "weights": None,
-            "position_grid": 16,  # a constant of the published code: the grid at 224 px
+            "position_grid": visual.get("position_grid", _GRID),
             "norm_eps": 1e-6,
             "options": {
                 "class_token": False,
@@ -104,7 +114,7 @@ class QwenVLFamily(OneFolderFamily):
                 "vision": {"class_path": "vlm.vision.TimmTower", "init_args": tower},
                 "connector": {"class_path": "vlm.connectors.Resampler", "init_args": resampler},
                 "language": {"class_path": "vlm.language.CausalLM", "init_args": {"config": as_qwen2(config)}},
-                "tokenizer": {"class_path": f"vlm.prompts.{found}", "init_args": {"path": str(folder)}},
+                "tokenizer": {"class_path": f"vlm.prompts.{found}", "init_args": tokenizer},
                 "template": "qwen_vl_chat" if _is_chat(folder) else "qwen_vl",
                 "image": "squash",
                 "max_tokens": config.get("seq_length", 2048),
@@ -117,6 +127,8 @@ class QwenVLFamily(OneFolderFamily):
         # the published code has heads of 128 channels whatever its files say; ours asks
         num_heads = module.connector.attention.num_heads
         own = {} if num_heads == language.hidden_size // 128 else {"resampler_heads": num_heads}
+        grid = math.isqrt(trunk.pos_embed.shape[1])
+        own |= {} if grid == _GRID else {"position_grid": grid}  # the same of the positions
         return {
             "architectures": ["QWenLMHeadModel"],
             "auto_map": {

@@ -59,7 +59,7 @@ def describe_tokenizer(
     known = frozenset({*(added or {}).get("added_tokens", ()), (added or {}).get("pad_token", "<pad>")})
     strange = None if rewritten or not has_model else _strange_token(folder, known)
     if has_json and (rewritten or strange or not has_model):
-        arguments = {"path": str(folder), "add_bos": _starts_with_bos(folder)}
+        arguments = {"path": str(folder), "add_bos": starts_with_bos(folder)}
         return {"class_path": "vlm.prompts.HubTokenizer", "init_args": arguments}
     if strange:
         raise UserError(strange)
@@ -103,7 +103,7 @@ def _added(folder: Path) -> dict[str, tuple[int, Path]]:
     return {entry["content"]: (int(index), file) for index, entry in entries.items()} | found
 
 
-def _starts_with_bos(folder: Path) -> bool:
+def starts_with_bos(folder: Path) -> bool:
     """Whether a text starts with the BOS token, as the file's own rule says; without any rule it does."""
     settings = read_json(folder / "tokenizer_config.json") or {}
     bos = settings.get("bos_token")

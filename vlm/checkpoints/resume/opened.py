@@ -94,6 +94,7 @@ class Tensors:
 
 
 def _read_checkpoint(path: Path) -> OpenedCheckpoint:
+    read: Callable[[Any], Any]
     if path.is_dir():
         opened = ShardedFile(path)
         content, read = opened.content, opened.read

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vlm.data.sources.base import Source
+from vlm.data.sources.rows import RowImage
 from vlm.data.wrappers.wrapped import Wrapped
 from vlm.errors import SampleError, UserError
 from vlm.sample import ImageFile, Sample
@@ -53,6 +54,11 @@ class HoldOut:
         """bool[samples of the source] each: whether a sample is held out."""
         names: list[list[str]] = []  # what each sample has in common with others
         for source in self.sources:
+            if source.blocks() is not None:
+                raise UserError(
+                    f"data.val_split looks at every sample before the first step, and {source.name!r} is streamed; "
+                    "name other data in data.val_sources, or leave streaming and groups_at_once out"
+                )
             names += [_names(source, index) for index in range(len(source))]
         groups = _connected(names)
         members: dict[int, list[int]] = {}
@@ -129,6 +135,11 @@ def _names(source: Source, index: int) -> list[str]:
 
 
 def _name(file: ImageFile, sample: Sample) -> str:
+    if isinstance(file, RowImage):
+        try:
+            file = file.load()
+        except SampleError:
+            return f"bad {file.name} {sample.id}"
     if type(file) is ImageFile and file.path is not None:  # others lie inside of a larger file
         return f"file {file.path}"
     if type(file) is ImageFile and file.data is not None:
