@@ -96,9 +96,9 @@ def main() -> None:
     parts += [
         "**Several GPUs of 80 GB**, with `trainer.strategy: fsdp2` and `callbacks.MixedPrecisionFSDP`\n",
         *_table(entries, ("full",), lambda entry, _: entry.shared),
-        f"\n## Hours for 10,000 samples\n\nOn an {A100.name}, if {UTILIZATION:.0%} of its "
-        f"{_peak(A100) / 1e12:.0f} TFLOP/s are reached; with as much of a {RTX.name},\n"
-        f"{_peak(A100) / _peak(RTX):.1f} times as long. Unpacking 4 bits is not counted: QLoRA takes longer.\n",
+        f"\n## Hours for 10,000 samples\n\nOn an A100, if {UTILIZATION:.0%} of its {_peak(A100) / 1e12:.0f} TFLOP/s "
+        f"are reached; likewise on an RTX 4090, {_peak(A100) / _peak(RTX):.1f} times as long.\n"
+        "Unpacking 4 bits is not counted: QLoRA takes longer.\n",
         *_table(entries, ("full", "LoRA", "QLoRA"), _hours),
         "\n## Samples, parameters, downloads\n\nDownloads: base weights of the recipe's parts, as published.\n",
         *_table(entries, tuple(_ABOUT), lambda entry, what: _ABOUT[what](entry)),
