@@ -116,7 +116,7 @@ def test_a_device_that_is_not_there(world: World, capfd) -> None:
     capfd.readouterr()
     assert cli.main(["predict", "--weights", str(run), "--prompt", "x", "--device", "cuda"]) == 2
     error = capfd.readouterr().err.splitlines()[-1]
-    assert error.startswith("vlm: error: --device cuda: ")
+    assert error.startswith("vlm: error: device cuda: ")
     assert "leave it out" in error
 
 
