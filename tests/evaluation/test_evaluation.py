@@ -135,7 +135,7 @@ def test_commands_print_and_write_scores(world: World, capfd: pytest.CaptureFixt
     folder = world.run / "evaluation" / "test"
     found = json.loads((folder / "scores.json").read_text())
     assert found["counts"] == {"vqa": 2}
-    assert set(found["scores"]) == {"lm", "loss", "vqa/exact_match"}
+    assert set(found["scores"]) == {"loss", "vqa/exact_match"}
     options = ["--data.init_args.shuffle_images=true", "--evaluation.name=shuffled"]
     assert cli.main(["test", "-c", str(config), "--weights", str(world.run), *options]) == 0
     capfd.readouterr()

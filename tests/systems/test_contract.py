@@ -398,8 +398,9 @@ def test_frozen_weights_in_half_precision_change_no_number(
 ) -> None:
     """What autocast rounds before each use is rounded once; the artefact opens in float32 over the same base."""
     module, seen = _fit_in_bf16(name, tmp_path / "half")
-    monkeypatch.setattr("vlm.building.build.compute_dtype", lambda module: None)
-    plain, other = _fit_in_bf16(name, tmp_path / "float32")
+    with monkeypatch.context() as patch:
+        patch.setattr("vlm.building.build.compute_dtype", lambda module: None)
+        plain, other = _fit_in_bf16(name, tmp_path / "float32")
     assert seen.losses == other.losses
     for ours, theirs in zip(seen.gradients, other.gradients, strict=True):
         assert_equal(ours, theirs)

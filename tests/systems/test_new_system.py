@@ -116,7 +116,7 @@ def test_a_seventeenth_system_keeps_the_contract(line: None, tmp_path: Path, mon
     """Of everything that is asked of the system whose entry it has, but for ranks: processes without the entry."""
     monkeypatch.setitem(SYSTEMS, "seventeenth", ENTRY)
     monkeypatch.setattr(contract, "run_ranks", lambda *_: ())
-    given = {"name": "seventeenth", "decoding": Decoding(max_new_tokens=4)}
+    given = {"name": "seventeenth", "decoding": Decoding(max_new_tokens=4), "monkeypatch": monkeypatch}
     asked = [
         check for name, check in vars(contract).items() if name.startswith("test_") and "llava_1_5" in _names(check)
     ]
