@@ -1,4 +1,4 @@
-"""The command line: LightningCLI for fit, validate and test; a thin front end for recipes and tools.
+"""The command line: LightningCLI for fit, validate, test and predict; a thin front end for recipes and tools.
 
 `python cli.py ...`, `python -m cli ...` and `vlm ...` are the same.
 """

@@ -12,9 +12,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
 from callbacks.progress import say
-from vlm.checkpoints.artefact import read_artefact
 from vlm.checkpoints.files.atomic import atomic_file
 from vlm.checkpoints.published.open import is_artefact
+from vlm.checkpoints.resume.opened import read_trained
 from vlm.data import VisionLanguageData
 from vlm.data.loading.predict_dataset import PredictDataset
 from vlm.errors import SampleError, UserError
@@ -178,7 +178,7 @@ def _data(trainer: Trainer) -> VisionLanguageData:
 def _fingerprint(weights: str | None) -> str:
     if weights is None:
         return "untrained"
-    return read_artefact(weights).fingerprint if is_artefact(weights) else str(weights)
+    return read_trained(weights).fingerprint if is_artefact(weights) else str(weights)
 
 
 def _row(sample: Sample, answer: str) -> dict[str, Any]:

@@ -26,7 +26,8 @@ class BadSamples(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._written = []
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # of an attempt that was cut off before its first checkpoint
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            # of an attempt that was cut off before its first checkpoint
             (Path(trainer.default_root_dir) / FILE).unlink(missing_ok=True)
         self._update(trainer, told=True)
 

@@ -70,6 +70,23 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
+def test_the_data_of_a_stage_is_put_to_a_checkpoint(world: World, tmp_path: Path) -> None:
+    source = {
+        "class_path": "vlm.data.LlavaJson",
+        "init_args": {"path": str(world.folder / "data.json"), "image_root": str(world.folder)},
+    }
+    content = {
+        "data": {"class_path": "vlm.data.InstructionData", "init_args": {"predict_sources": [source]}},
+        "answers": {"out": str(tmp_path / "answers.jsonl"), "decoding": {"max_new_tokens": 2}},
+        "trainer": {"accelerator": "cpu"},
+    }
+    (tmp_path / "asked.yaml").write_text(json.dumps(content))
+    with contextlib.chdir(world.folder):
+        assert cli.main(["predict", "-c", str(tmp_path / "asked.yaml"), "--weights", "runs/2_finetune@best"]) == 0
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [answer["id"] for answer in answers] == [record["id"] for record in world.records]
+
+
 def test_the_newest_checkpoint_while_training_goes_on(world: World) -> None:
     trained, opened = Looks.seen[-1]
     assert same(trained, opened)

@@ -36,15 +36,6 @@ from vlm.schedules import Schedule
 from vlm.stages import InitFrom, Stage, Trained
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
-    folder = tmp_path_factory.mktemp("base")
-    module = llava_1_5()
-    module.configure_model()
-    module.language.save_pretrained(folder)
-    return CausalLM(path=str(folder))
-
-
 def trained(base: CausalLM, folder: Path, adapter: PeftAdapter, train: tuple[str, ...], **more: Any) -> Any:
     module = make(base, adapter, train=train, **more)
     disturb(module, module.trained_names())

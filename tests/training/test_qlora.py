@@ -35,15 +35,6 @@ from vlm.stages import AdamW, Trained
 QLORA = PeftAdapter(rank=2, alpha=4, quantize="language")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
-    folder = tmp_path_factory.mktemp("base")
-    module = llava_1_5()
-    module.configure_model()
-    module.language.save_pretrained(folder)
-    return CausalLM(path=str(folder))
-
-
 def test_a_layer_computes_with_what_bitsandbytes_keeps() -> None:
     with empty_weights():
         layer = FourBitLinear.like(nn.Linear(512, 384))

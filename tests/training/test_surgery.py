@@ -38,15 +38,6 @@ ADAPTERS = {
 DECODING = Decoding(max_new_tokens=8)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
-    folder = tmp_path_factory.mktemp("base")
-    module = llava_1_5()
-    module.configure_model()
-    module.language.save_pretrained(folder)
-    return CausalLM(path=str(folder))
-
-
 def make(
     base: CausalLM, *operations: Surgery, train: tuple[str, ...] = ("connector", "*lora_*"), follows: Any = ()
 ) -> VisionLanguageModule:

@@ -53,10 +53,8 @@ def check_trainer_settings(settings: Any, *, trains: bool) -> None:
 
 def check_seed(layers: Iterable[Layer]) -> None:
     """Refuses `seed_everything: true`, which Lightning turns into a number before anyone can see it."""
-    if (
-        next((value for layer in reversed([*layers]) if (value := layer.content.get("seed_everything")) is not None), 0)
-        is True
-    ):
+    given = [seed for layer in layers if (seed := layer.content.get("seed_everything")) is not None]
+    if given and given[-1] is True:  # of several the last one wins
         raise UserError(
             "seed_everything: true would draw another seed at every start, and a run that goes on would be another "
             "one; give a number"
