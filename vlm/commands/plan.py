@@ -4,12 +4,13 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from vlm.checkpoints.published.open import is_hub_id
 from vlm.commands.check_data.stage_view import StageParser, StageView
 from vlm.errors import UserError
 from vlm.hub import is_cached
+from vlm.options import OptionParser
 from vlm.planning.advice import advise
 from vlm.planning.machine import GPUS, Machine, Strategy, find_gpu
 from vlm.planning.report import as_json, lines_of, table_of
@@ -21,15 +22,11 @@ from vlm.recipes.graph import TrainingStage
 from vlm.recipes.reading import load_recipe
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"plan: {message}; `vlm plan --help` lists the options")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OptionParser(
+        command="plan",
+        remedy="; `vlm plan --help` lists the options",
         prog="vlm plan",
-        allow_abbrev=False,
         description="What a stage takes: tokens, parameters, FLOPs, memory of a rank, downloads, hours. Nothing is "
         "downloaded or built, and data is looked at where it is here. With --recipe and no --stage, a table.",
         epilog="All other options are those of `vlm fit`: -c FILE, or --weights X --data FILE --lora.",
@@ -78,7 +75,7 @@ def main(arguments: Sequence[str], *, describe: StageParser) -> int:
 
 
 def _refuse_download(options: Sequence[str]) -> None:
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = OptionParser(command="plan", remedy="; `vlm plan --help` lists the options", add_help=False)
     parser.add_argument("--weights")
     weights = parser.parse_known_args(list(options))[0].weights
     if weights is None or not is_hub_id(weights) or Path(weights).expanduser().exists():

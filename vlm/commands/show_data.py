@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from PIL import Image
 
@@ -22,6 +22,7 @@ from vlm.drawing.html import chip, escape, figure, write_page
 from vlm.drawing.panels import Piece, as_text, pieces_of, views_as_seen
 from vlm.errors import SampleError, UserError
 from vlm.geometry import Box, bounds, clipped
+from vlm.options import OptionParser
 from vlm.recipes.configs import add_stage_options, stage_options
 from vlm.sample import RefPart, RegionPart, Sample
 
@@ -189,15 +190,11 @@ def _body(title: str, part: Part, chosen: Sequence[int], epochs: Sequence[int]) 
 # the command
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"show-data: {message}; `vlm show-data --help` lists the options")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OptionParser(
+        command="show-data",
+        remedy="; `vlm show-data --help` lists the options",
         prog="vlm show-data",
-        allow_abbrev=False,
         description="Writes a page with samples exactly as `vlm fit` with the same options trains on them: pictures as "
         "the system sees them, boxes, and the text token by token with the trained ones in colour.",
         epilog="All other options, -c FILE above all, are those of `vlm fit`.",

@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import yaml
 
@@ -13,6 +12,7 @@ from vlm.checkpoints.files.atomic import atomic_file
 from vlm.command_line.run_entry import is_first_process
 from vlm.errors import UserError
 from vlm.finetuning.start import Start, open_start
+from vlm.options import OptionParser
 
 METHODS = ("lora", "dora", "qlora")
 _DATA_CLASSES = ("InstructionData", "MultitaskData", "PretrainingData", "VisionLanguageData")
@@ -47,13 +47,8 @@ class FineTuning:
         print(*self.summary, f"\n{settings}", f"the same again: vlm fit -c {file}", sep="\n", flush=True)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"fit: {message}")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = OptionParser(command="fit", add_help=False)
     parser.add_argument("--weights")
     parser.add_argument("--data", action="append", default=[])
     parser.add_argument("--images", type=Path)

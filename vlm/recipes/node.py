@@ -12,11 +12,11 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from vlm import procedures
 from vlm.checkpoints.files.atomic import atomic_file
 from vlm.errors import UserError
+from vlm.options import OptionParser
 from vlm.recipes.run_folder import RunFolder
 
 HOW_IT_RUNS = (
@@ -45,11 +45,6 @@ class ProcedureFolder(RunFolder):
         return self.mark.is_file()
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"vlm run --node: {message}")
-
-
 def main(arguments: list[str]) -> int:
     """`vlm run [--node FOLDER --writes NAME] PROCEDURE ...`; returns the procedure's exit status.
 
@@ -59,7 +54,7 @@ def main(arguments: list[str]) -> int:
     """
     if not arguments or not arguments[0].startswith("--node"):
         return procedures.main(arguments)
-    parser = _Parser(prog="vlm run", allow_abbrev=False)
+    parser = OptionParser(command="vlm run --node", prog="vlm run")
     parser.add_argument("--node", type=Path, required=True, metavar="FOLDER", help="its run folder in a recipe")
     parser.add_argument("--writes", required=True, metavar="NAME", help="what it makes in this folder")
     parser.add_argument("procedure", nargs=argparse.REMAINDER)

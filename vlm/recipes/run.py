@@ -4,16 +4,15 @@ What to start next is decided from files that finished processes left behind, so
 same command.
 """
 
-import argparse
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from vlm.errors import UserError
+from vlm.options import OptionParser
 from vlm.recipes.catalogue import find_recipe
 from vlm.recipes.child import run_child
 from vlm.recipes.configs import default_run
@@ -24,11 +23,6 @@ from vlm.recipes.request import Request
 
 UNFINISHED = 75
 """Exit status when a stage ended well but before its end, as with `trainer.max_time` (EX_TEMPFAIL of sysexits.h)."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"fit --recipe: {message}; options of the stages themselves go behind --")
 
 
 def run_recipe(
@@ -104,9 +98,10 @@ def _parse(arguments: list[str]) -> Request:
     at = arguments.index("--") if "--" in arguments else len(arguments)
     own, options = arguments[:at], tuple(arguments[at + 1 :])
     own, of_stages = _split_stage_options(own)
-    parser = _Parser(
+    parser = OptionParser(
+        command="fit --recipe",
+        remedy="; options of the stages themselves go behind --",
         prog="vlm fit --recipe",
-        allow_abbrev=False,
         description="Every stage and procedure of a published recipe, one process each. The same command continues.",
         epilog="--stage.NAME.KEY=VALUE sets an option of one node; options behind -- go to every training stage.",
     )

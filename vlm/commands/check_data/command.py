@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from vlm.checkpoints.files.atomic import atomic_file
 from vlm.commands.check_data.page import write_report
@@ -15,18 +14,15 @@ from vlm.commands.check_data.scan import scan
 from vlm.commands.check_data.stage_view import StageParser
 from vlm.data.wrappers.quarantine import as_lines
 from vlm.errors import UserError
+from vlm.options import OptionParser
 from vlm.recipes.configs import add_stage_options, stage_options
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"check-data: {message}; `vlm check-data --help` lists the options")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OptionParser(
+        command="check-data",
+        remedy="; `vlm check-data --help` lists the options",
         prog="vlm check-data",
-        allow_abbrev=False,
         description="Looks at every sample of training and validation as `vlm fit` with the same options would: "
         "reads it, encodes it, decodes its pictures. Builds no network. Exit status: 0 if all samples can be trained "
         "on, 1 if some are bad, 2 if the check itself was not possible.",
