@@ -15,12 +15,20 @@ class System:
     """What is known of a system before anything of it is imported.
 
     Attributes:
-        class_path: of its LightningModule.
+        class_path: of its LightningModule, and of its `model.yaml`.
         family: path of the class that knows its published folders; None: nothing was published.
+        others: paths of further LightningModules of the system: what a stage trains may be another network (the first
+            stage of BLIP-2, questions and answers with BLIP).
     """
 
     class_path: str
     family: str | None = None
+    others: tuple[str, ...] = ()
+
+    @property
+    def class_paths(self) -> tuple[str, ...]:
+        """Of all its LightningModules."""
+        return self.class_path, *self.others
 
 
 _PUBLISHED = "vlm.checkpoints.published"

@@ -15,8 +15,9 @@ from vlm.registry import SYSTEMS, recipe_folder
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_system_is_named_once_and_complete(name: str) -> None:
-    module, _, kind = SYSTEMS[name].class_path.rpartition(".")
-    assert (module, getattr(importlib.import_module(module), kind).system) == ("vlm.systems", name)
+    for path in SYSTEMS[name].class_paths:
+        module, _, kind = path.rpartition(".")
+        assert (module, getattr(importlib.import_module(module), kind).system) == ("vlm.systems", name)
     for file in ("recipe.yaml", "model.yaml", "demo/model.yaml"):
         assert (recipe_folder(name) / file).is_file()
     assert (
@@ -29,7 +30,7 @@ def test_a_system_is_named_once_and_complete(name: str) -> None:
 
 
 def test_nothing_is_left_out() -> None:
-    assert {path.rpartition(".")[2] for path in (system.class_path for system in SYSTEMS.values())} == {
+    assert {path.rpartition(".")[2] for system in SYSTEMS.values() for path in system.class_paths} == {
         *vlm.systems.__all__
     }
     assert [path.parent.name for path in sorted(registry.CONFIGS.glob("*/recipe.yaml"))] == systems() == sorted(SYSTEMS)

@@ -56,7 +56,7 @@ def open_start(given: str) -> Start:
         name = run.name if _number(run.name) is None else f"{run.parent.name}_{run.name}"
     else:
         model, stage = describe_published(path).model, "published"
-        system = next((n for n, s in registry.SYSTEMS.items() if s.class_path == model["class_path"]), None)
+        system = next((n for n, s in registry.SYSTEMS.items() if model["class_path"] in s.class_paths), None)
         if system is None:
             raise UserError(f"{given}: is a {model['class_path']}, which has no recipe here")
         name = Path(path).expanduser().name
