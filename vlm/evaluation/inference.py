@@ -24,7 +24,7 @@ def make_filler(codec: Codec) -> Sample:
     if codec.needs_image:
         file = io.BytesIO()
         Image.new("RGB", (32, 32)).save(file, "PNG")
-        images = (ImageFile("filler", data=file.getvalue()),)
+        images = (ImageFile("filler", data=file.getvalue()),) * codec.min_images
     asked = Message("user", (*(ImagePart() for _ in images), TextPart(".")))
     return Sample("filler", (asked, Message("assistant", (TextPart("."),))), images, source="")
 

@@ -1,3 +1,6 @@
+from vlm.systems.blip_caption import BLIPCaption
+from vlm.systems.blip_nlvr import BLIPNLVR
+from vlm.systems.blip_vqa import BLIPVQA
 from vlm.systems.fuyu import Fuyu
 from vlm.systems.llava import LLaVA
 from vlm.systems.llava_1_5 import LLaVA15
@@ -6,4 +9,15 @@ from vlm.systems.mini_gemini import MiniGemini
 from vlm.systems.qwen_vl import QwenVL
 from vlm.systems.vila import VILA
 
-__all__ = ["VILA", "Fuyu", "LLaVA", "LLaVA15", "LLaVANext", "MiniGemini", "QwenVL"]
+__all__ = [
+    "BLIPNLVR",
+    "BLIPVQA",
+    "VILA",
+    "BLIPCaption",
+    "Fuyu",
+    "LLaVA",
+    "LLaVA15",
+    "LLaVANext",
+    "MiniGemini",
+    "QwenVL",
+]
