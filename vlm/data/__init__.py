@@ -8,6 +8,8 @@ from importlib import import_module
 _HOMES = {
     "BatchSpec": "sampling.batches",
     "Best": "sources.webdataset",
+    "BlipCaptions": "sources.blip",
+    "BlipQuestions": "sources.blip",
     "ChartQA": "sources.questions",
     "ChatJson": "sources.base",
     "CocoCaptions": "sources.captions",
@@ -34,6 +36,7 @@ _HOMES = {
     "MMMU": "benchmarks",
     "MMVet": "benchmarks",
     "MultitaskData": "modules.multitask",
+    "NLVR2": "sources.blip",
     "Obelics": "sources.documents",
     "Parquet": "sources.parquet",
     "PlainText": "sources.documents",

@@ -9,9 +9,13 @@ from vlm.codec import Encoded
 from vlm.functional import token_loss
 from vlm.language import Decoding, Med
 from vlm.language.generation import DecoderPrompt
+from vlm.prompts.cleaning import clean_caption
 from vlm.sample import Sample
 from vlm.sample.places import places_named
 from vlm.systems.blip_base import DECODER, BLIPCodec, BLIPTuned, predicted, seen, unlabelled
+
+MAX_WORDS = 30
+"""Of a caption that is trained; the rest of a longer one is cut off, as published."""
 
 
 class BLIPCaptionCodec(BLIPCodec):
@@ -36,7 +40,7 @@ class BLIPCaptionCodec(BLIPCodec):
             return Encoded(sample, (unlabelled(begun),), seed=seed, places=places_named(sample))
         if not answered:
             raise sample.error("has no caption to train on; add an assistant message", kind="no label")
-        text = self.ids(sample, DECODER, f"{prompt} {answered}")
+        text = self.ids(sample, DECODER, f"{prompt} {clean_caption(answered, MAX_WORDS)}")
         sequence = predicted(text, given=len(given))
         return Encoded(
             sample, (sequence,), counts={"lm": float(len(text) - len(given))}, seed=seed, places=places_named(sample)

@@ -14,11 +14,14 @@ from vlm.codec import Encoded
 from vlm.errors import UserError
 from vlm.language import Decoding
 from vlm.language.med_pair import PairMed
+from vlm.prompts.cleaning import clean_caption
 from vlm.sample import Part, Sample, TextPart
 from vlm.sample.places import places_named
 from vlm.seeding import seed_from
 from vlm.systems.blip_base import ENCODER, BLIPCodec, BLIPTuned, text_of, unlabelled
 
+MAX_WORDS = 40
+"""Of a sentence; the rest of a longer one is cut off, as published."""
 LABELS = ("False", "True")
 """By class."""
 TRUTH = "truth"
@@ -45,7 +48,7 @@ class BLIPNLVRCodec(BLIPCodec):
             raise sample.error(f"{len(sample.images)} images; a sentence is judged about two", kind="image")
         if not asked:
             raise sample.error("has no sentence; this system judges one about two images")
-        text = unlabelled(self.ids(sample, ENCODER, asked))
+        text = unlabelled(self.ids(sample, ENCODER, clean_caption(asked, MAX_WORDS)))
         if not generate and answered not in LABELS:
             raise sample.error(f"the answer must be True or False, found {answered!r}", kind="no label")
         counts = {} if generate else {"nlvr": 1.0}

@@ -12,6 +12,7 @@ from vlm.functional import token_loss
 from vlm.language import Decoding, Med
 from vlm.language.generation import DecoderPrompt
 from vlm.language.med_ranking import rank_texts
+from vlm.prompts.cleaning import clean_question
 from vlm.sample import Sample
 from vlm.sample.places import places_named
 from vlm.systems.blip_base import DECODER, ENCODER, BLIPCodec, BLIPTuned, predicted, seen, unlabelled
@@ -25,7 +26,7 @@ class BLIPVQACodec(BLIPCodec):
     ) -> Encoded:
         if not asked:
             raise sample.error("has no question; this system answers one about the image")
-        question = unlabelled(self.ids(sample, ENCODER, asked))
+        question = unlabelled(self.ids(sample, ENCODER, clean_question(asked)))
         if generate:
             return Encoded(sample, (question,), seed=seed, places=places_named(sample))
         texts = sample.answers or (((answered, 1.0),) if answered else ())
