@@ -56,6 +56,7 @@ _HOMES = {
     "VQAv2": "benchmarks",
     "VQAv2Training": "sources.questions",
     "WebDataset": "sources.webdataset",
+    "WithInstructions": "wrappers.instructed",
     "WithResolution": "wrappers.resolution",
 }
 
