@@ -5,6 +5,7 @@ The paper's appendix prints them; these lists were read where they circulate in 
 
 from collections.abc import Mapping, Sequence
 
+from vlm.data.sources.requests import filled
 from vlm.errors import UserError
 
 SETS: Mapping[str, tuple[str, ...]] = {
@@ -65,6 +66,13 @@ def instruction_set(name: str | Sequence[str]) -> tuple[str, ...]:
     if not name or not all(isinstance(text, str) and text.strip() for text in name):
         raise UserError(f"instructions: needs at least one text and none of them empty, found {list(name)!r}")
     return tuple(name)
+
+
+def fill_instruction(form: str, said: str, choices: Sequence[str] = ()) -> str:
+    """An instruction with what is said in the place of `{}` and the choices in that of `{options}`; without a form what
+    is said alone.
+    """
+    return filled(form.replace("{}", "{said}"), said=said, options=write_options(choices)) if form else said
 
 
 def write_options(choices: Sequence[str]) -> str:

@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from vlm.data.sources.base import Source
-from vlm.data.sources.instructions import instruction_set, write_options
-from vlm.data.sources.requests import filled
+from vlm.data.sources.instructions import fill_instruction, instruction_set
 from vlm.data.wrappers.wrapped import Wrapped
 from vlm.sample import Sample, TextPart
 from vlm.seeding import seed_from
@@ -62,7 +61,7 @@ def put_question(sample: Sample, seed: int | None) -> Sample:
     for mark, there, what in (("{}", question, "question"), ("{options}", sample.choices, "'choices'")):
         if mark in form and not there:
             raise sample.error(f"has no {what}, which the instruction {form!r} has a place for; take another set")
-    text = filled(form.replace("{}", "{question}"), question=question, options=write_options(sample.choices))
+    text = fill_instruction(form, question, sample.choices)
     content.append(TextPart(text if places else f"\n{text}"))
     messages = list(sample.messages)
     messages[asked[0]] = dataclasses.replace(message, content=tuple(content))
