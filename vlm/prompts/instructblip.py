@@ -3,7 +3,6 @@
 There are no marks and no roles. Where the published code cuts, it is cut here, and that is counted.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -103,17 +102,6 @@ class InstructTemplate(Template):
 def encode_literal(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a text of data: control tokens that it spells are text."""
     return list(tokenizer.encode(text, literal=[(0, len(text))])[0])
-
-
-def exchanges(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
-    """A conversation as one for each answer that is trained, in which those before it are only read."""
-    ends = [at for at, message in enumerate(messages) if message.role == "assistant" and message.weight]
-    if not ends:
-        return [tuple(messages)]
-    return [
-        (*(dataclasses.replace(m, weight=0.0) if m.role == "assistant" else m for m in messages[:at]), messages[at])
-        for at in ends
-    ]
 
 
 def _text_of(message: Message) -> str:

@@ -162,7 +162,7 @@ class RowCodec(Codec):
 
 
 def concat_documents(items: Sequence[Encoded]) -> Encoded:
-    """The documents of one sample, each a sequence of its own."""
+    """The documents, or exchanges, of one sample, each a sequence of its own."""
     counts: dict[str, float] = {}
     for item in items:
         for name, value in item.counts.items():
@@ -172,7 +172,9 @@ def concat_documents(items: Sequence[Encoded]) -> Encoded:
         messages=tuple(message for item in items for message in item.sample.messages),
         images=tuple(image for item in items for image in item.sample.images),
     )
-    return replace(items[0], sample=sample, text=tuple(s for item in items for s in item.text), counts=counts)
+    text = tuple(sequence for item in items for sequence in item.text)
+    rows = {name: tuple(sequence for item in items for sequence in item.rows[name]) for name in items[0].rows}
+    return replace(items[0], sample=sample, text=text, rows=rows, counts=counts)
 
 
 class RowDecoder(VisionLanguageModule):
