@@ -14,6 +14,7 @@ from torch import Tensor
 from tests.conftest import GOLDEN
 from tests.support.blip_tasks import answered, asked_about, blip_caption, blip_nlvr, blip_vqa, judged, judged_about
 from tests.support.cog import TinyCog
+from tests.support.instructblip import READER_TENSORS, UNREAD, frames, instructblip, pictured
 from tests.support.itc import ITC
 from tests.support.qformer_t5 import T5, QFormerT5
 from tests.support.samples import pairs, questions, samples
@@ -441,6 +442,20 @@ SYSTEMS: dict[str, System] = {
         causal_base_weights,
         reference=spliced_reference,
         marks=lambda module, width, height: module.patches.grid(width, height)[1],  # a newline behind each row
+    ),
+    "instructblip": System(
+        instructblip,
+        {
+            "1_instruct": TinyStage(BRIDGE, names(*READER_TENSORS), unreached=names(*UNREAD)),
+            "2_science_qa": TinyStage(
+                BRIDGE, names(*READER_TENSORS), {part: part for part in BRIDGE}, unreached=names(*UNREAD)
+            ),
+        },
+        causal_base_weights,
+        reference=spliced_reference,
+        pool=pictured,
+        needs_image=True,
+        asked=frames,
     ),
     "llava": System(llava, LLAVA_STAGES, causal_base_weights, reference=spliced_reference),
     "llava_1_5": System(

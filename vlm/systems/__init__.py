@@ -2,6 +2,7 @@ from vlm.systems.blip_caption import BLIPCaption
 from vlm.systems.blip_nlvr import BLIPNLVR
 from vlm.systems.blip_vqa import BLIPVQA
 from vlm.systems.fuyu import Fuyu
+from vlm.systems.instructblip import InstructBLIP
 from vlm.systems.llava import LLaVA
 from vlm.systems.llava_1_5 import LLaVA15
 from vlm.systems.llava_next import LLaVANext
@@ -15,6 +16,7 @@ __all__ = [
     "VILA",
     "BLIPCaption",
     "Fuyu",
+    "InstructBLIP",
     "LLaVA",
     "LLaVA15",
     "LLaVANext",

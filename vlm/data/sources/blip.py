@@ -8,40 +8,6 @@ from vlm.data.sources.fields import Fields
 from vlm.data.sources.record_sources import IMAGE, RecordSource, after_image, exchange, text
 
 
-class BlipCaptions(RecordSource):
-    """COCO captions in Karpathy's splits: one sample per caption of the training file, per image of the others.
-
-    ::
-
-        [{"image": "val2014/a.jpg", "image_id": "coco_9", "caption": "A boat."}]
-        [{"image": "val2014/a.jpg", "caption": ["A boat.", "A ship on the sea."]}]
-
-    Samples of one image have its id as their `group`.
-
-    Args:
-        path: `coco_karpathy_train.json`, `coco_karpathy_val.json`, `coco_karpathy_test.json` or any file of their form.
-        prompt: the user's text beside the image.
-        **keywords: `image_root`, `name`, `max_pixels` as in `JsonSource`.
-    """
-
-    task = "caption"
-
-    def __init__(self, path: str | Path, prompt: str = "", **keywords: Any) -> None:
-        super().__init__(path, **keywords)
-        self.prompt = prompt
-
-    def chat(self, fields: Fields) -> dict[str, Any]:
-        image = fields.text("image")
-        several = isinstance(fields.value("caption"), list)
-        captions = [caption.strip() for caption in (fields.texts("caption") if several else [fields.text("caption")])]
-        return {
-            "images": [image],
-            "messages": exchange(after_image(self.prompt), [text(captions[0])]),
-            "group": str(fields.record.get("image_id") or image),
-            **({"answers": captions} if several else {}),
-        }
-
-
 class BlipQuestions(RecordSource):
     """Questions of VQA v2 and Visual Genome, to train on: all answers are in `answers`, each with its weight.
 
