@@ -35,6 +35,7 @@ class BLIPNLVRCodec(BLIPCodec):
     """
 
     min_images = 2
+    answers = LABELS
 
     def encode(self, sample: Sample, *, seed: int | None = None, generate: bool = False) -> Encoded:
         if seed is not None and len(sample.images) == 2 and seed_from(seed, "swap") % 2:
@@ -117,6 +118,9 @@ class BLIPNLVR(BLIPTuned):
         first, second = self.encode_images(batch).unflatten(0, (-1, 2)).unbind(1)  # [B, P, C] each
         ids, mask = batch.text.padded(self.codec.tokenizer.pad_id)
         return self.head(self.language.read(ids, mask, first, second)[:, 0])
+
+    def probe(self, batch: Batch) -> Tensor:
+        return self.truth_logits(batch)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         losses = F.cross_entropy(self.truth_logits(batch).float(), batch.labels[TRUTH], reduction="none")
