@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.support.blip_tasks import (
     blip_caption,
     blip_nlvr,
     blip_vqa,
+    judged,
     sizes,
 )
 from tests.support.samples import pairs, picture
@@ -38,11 +40,13 @@ from vlm.checkpoints.tables.table import Table
 from vlm.codec import step_counts
 from vlm.commands.convert import convert
 from vlm.commands.export import export
-from vlm.errors import UserError
+from vlm.data import NLVR2, BlipQuestions, CaptionList
+from vlm.errors import SampleError, UserError
 from vlm.language import Decoding, Med, PairMed
 from vlm.prompts import BertTokenizer
+from vlm.prompts.cleaning import clean_caption, clean_question
 from vlm.sample import ImageFile, ImagePart, Message, Sample, TextPart
-from vlm.stages import Stage, Trained
+from vlm.stages import InitFrom, Stage, Trained
 from vlm.systems import BLIPVQA, BLIPCaption
 from vlm.vision import TimmTower
 
@@ -301,6 +305,179 @@ def test_captions_of_transformers(tmp_path: Path) -> None:
         assert ours.generate(sample, max_new_tokens=12 - len(given)) == ours.codec.continuation(
             given.tolist(), ids[len(given) :].tolist()
         )
+
+
+# -- two images
+
+
+def test_two_images_against_plain_products(tmp_path: Path) -> None:
+    """The published layers spelled out: two attentions, then their mean in the first, a linear layer in the second."""
+    module = blip_nlvr()
+    module.configure_model()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape), alpha=0.2)
+    samples = judged(tmp_path, 4)
+    batch = pack(module, samples)
+    weights = dict(module.language.named_parameters())
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        x = x - x.mean(-1, keepdim=True)
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-12).sqrt()
+        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def attend(x: Tensor, context: Tensor, name: str) -> Tensor:
+        query, key, value = (
+            linear(source, f"{name}.{kind}").unflatten(1, (4, 8)).transpose(0, 1)
+            for source, kind in ((x, "query"), (context, "key"), (context, "value"))
+        )
+        found = ((query @ key.transpose(1, 2)) / 8**0.5).softmax(-1) @ value
+        return linear(found.transpose(0, 1).flatten(1), f"{name}.dense")
+
+    with torch.no_grad():
+        logits, features = module.truth_logits(batch), module.vision(batch.views["image"].pixels)
+        for at, sample in enumerate(samples):
+            ids = module.codec.encode(sample).text[0].ids
+            x = weights["embeddings.words.weight"][ids] + weights["embeddings.positions.weight"][: len(ids)]
+            x = norm(x, "embeddings.norm")
+            for layer in ("layers.0", "layers.1"):
+                x = norm(x + attend(x, x, f"{layer}.attention"), f"{layer}.attention.norm")
+                cross = f"{layer}.cross_attention"
+                both = [attend(x, features[2 * at], cross), attend(x, features[2 * at + 1], f"{cross}.second")]
+                joined = sum(both) / 2 if layer == "layers.0" else linear(torch.cat(both, 1), f"{cross}.merge")
+                x = norm(x + joined, f"{cross}.norm")
+                inner = F.gelu(linear(x, f"{layer}.mlp.fc1"))
+                x = norm(x + linear(inner, f"{layer}.mlp.fc2"), f"{layer}.mlp.norm")
+            expected = module.head[2](module.head[0](x[0]).relu())
+            torch.testing.assert_close(logits[at], expected, atol=2e-5, rtol=1e-5)  # 3e-6 seen
+            alone = module.truth_logits(pack(module, [sample]))[0]
+            torch.testing.assert_close(alone, logits[at], atol=2e-5, rtol=1e-5)
+    loss = F.cross_entropy(logits, torch.tensor([0, 1, 0, 1]), reduction="sum")
+    torch.testing.assert_close(module.losses(batch)["nlvr"], loss, atol=1e-5, rtol=1e-5)
+
+
+def test_the_two_attentions_start_as_the_one_of_the_pretrained_model(tmp_path: Path) -> None:
+    """What decodes is left out, what joins both starts new; in training, half of the samples are turned round."""
+    pretrained = blip_vqa(encoder=Med(**sizes()))  # a stand-in that reads and writes, as pre-training leaves it
+    pretrained.stage = Stage("x", {part: Trained(lr=1e-3) for part in ("vision", "encoder", "language")})
+    pretrained.configure_model()
+    write_stage(tmp_path / "artefact", pretrained, global_step=1)
+    module = blip_nlvr(seed=3)
+    follow = InitFrom(
+        str(tmp_path / "artefact"),
+        {"vision": "vision", "language": "encoder"},
+        leave_out=["encoder.layers.*.decoder_attention.*", "encoder.head.*"],
+        fresh=["language.layers.*.cross_attention.merge.*"],
+    )
+    module.stage = Stage(
+        "2_nlvr", {part: Trained(lr=1e-3) for part in ("vision", "language", "head")}, follows=[follow]
+    )
+    module.configure_model()
+    origin = dict(pretrained.encoder.named_parameters())
+    for name, tensor in module.language.named_parameters():
+        if ".merge." not in name:
+            assert torch.equal(tensor, origin[name.replace(".second.", ".")]), name
+    sample = dataclasses.replace(
+        judged(tmp_path, 1)[0],
+        messages=(
+            Message("user", (ImagePart(), ImagePart(), TextPart("The LEFT image has two, right?"))),
+            Message("assistant", (TextPart("True"),)),
+        ),
+    )
+    seen = {module.codec.encode(sample, seed=seed).sample.images for seed in range(16)}
+    assert seen == {sample.images, sample.images[::-1]}
+    for seed in range(16):
+        item = module.codec.encode(sample, seed=seed)
+        words = module.codec.tokenizer.decode(item.text[0].ids.tolist())
+        assert words == (
+            "the left image has two, right?" if item.sample == sample else "the right image has two, left?"
+        )
+
+
+# -- data, and what is wrong with it
+
+
+def test_published_annotations(tmp_path: Path) -> None:
+    """Shares of people as weights, 0.2 for Visual Genome, one sample per caption, two images with a sentence."""
+
+    def written(name: str, records: Any) -> Path:
+        (tmp_path / name).write_text(json.dumps(records))
+        return tmp_path / name
+
+    people = ["red"] * 6 + ["dark red"] * 3 + ["pink"]
+    asked = {"question": "What color is it?", "question_id": 7}
+    source = BlipQuestions(
+        written(
+            "vqa.json",
+            [
+                {**asked, "answer": people, "image": "a.jpg", "dataset": "vqa"},
+                {**asked, "answer": "red", "image": "b.jpg"},
+            ],
+        )
+    )
+    assert source[0].answers == (("red", 0.6), ("dark red", 0.3), ("pink", 0.1))
+    assert source[1].answers == (("red", 0.2),)
+    item = blip_vqa().codec.encode(source[0])
+    assert [row.weight for row in item.rows["answers"]] == [0.6, 0.3, 0.1]
+    assert blip_vqa().codec.tokenizer.decode(item.text[0].ids.tolist()) == "what color is it?"
+    caption = {"image": "a.jpg", "image_id": "coco_9"}
+    captions = CaptionList(written("coco.json", [{**caption, "caption": one} for one in ("A card.", "Two cards!")]))
+    assert [sample.group for sample in captions] == ["coco_9"] * 2
+    text = blip_caption().codec.encode(captions[1]).text[0]
+    assert blip_caption().codec.tokenizer.decode([*text.ids.tolist(), 3]) == "a picture of two cards"
+    pair = {"sentence": "There are two.", "label": "False", "images": ["a.png", "b.png"]}
+    judgements = NLVR2(written("nlvr.json", [pair, {**pair, "images": ["a.png"]}, {**pair, "label": "maybe"}]))
+    assert [image.name for image in judgements[0].images] == ["a.png", "b.png"]
+    assert judgements[0].answers == (("False", 1.0),)
+    with pytest.raises(SampleError, match="'images' names 1; a sentence is judged about two"):
+        judgements[1]
+    with pytest.raises(SampleError, match="'label' must be True or False, found 'maybe'"):
+        judgements[2]
+
+
+def test_texts_are_cleaned_as_published() -> None:
+    for case in golden_json("caption_cleaning__a", "captions.json"):
+        for words in (30, 50):
+            assert clean_caption(case["text"], words) == case[f"blip_pre_caption_{words}"]
+    for case in golden_json("caption_cleaning__a", "questions.json"):
+        assert clean_question(case["text"]) == case["blip_pre_question_50"]
+
+
+def test_what_cannot_be_trained_on_is_said(tmp_path: Path) -> None:
+    [caption], [question], [pair] = pairs(tmp_path, 1), answered(tmp_path, 1), judged(tmp_path, 1)
+    user, _ = question.messages
+    silent = dataclasses.replace(question, messages=(user,), answers=())
+    wordless = dataclasses.replace(question, messages=(Message("user", (ImagePart(),)), question.messages[1]))
+    long = dataclasses.replace(question, messages=(Message("user", (ImagePart(), TextPart("what " * 40))),))
+    single = dataclasses.replace(pair, images=pair.images[:1])
+    unsure = dataclasses.replace(pair, messages=(pair.messages[0], Message("assistant", (TextPart("perhaps"),))))
+    twice = dataclasses.replace(question, messages=question.messages * 2)
+    none = dataclasses.replace(caption, images=())
+    cases = [
+        (blip_caption(), none, "0 images where 1 are looked at"),
+        (blip_caption(), dataclasses.replace(caption, messages=caption.messages[:1]), "has no caption to train on"),
+        (blip_vqa(), silent, "has no answer to train on"),
+        (blip_vqa(), wordless, "has no question"),
+        (blip_vqa(max_tokens=35), long, "a text of 42 tokens, over the limit of 35"),
+        (blip_vqa(), twice, "a conversation; this system takes one question and one answer"),
+        (blip_nlvr(), single, "1 images where 2 are looked at"),
+        (blip_nlvr(), unsure, "the answer must be True or False, found 'perhaps'"),
+    ]
+    for module, sample, message in cases:
+        with pytest.raises(SampleError, match=message):
+            module.codec.encode(sample)
+    with pytest.raises(UserError, match=r"candidates_file: .*answers.json cannot be read"):
+        Decoding(candidates_file=str(tmp_path / "answers.json"))
+    module = blip_nlvr()
+    module.configure_model()
+    with pytest.raises(UserError, match="the answer is True or False"):
+        module.generate(pair, candidates=("yes",))
+    small = blip_caption(language=Med(**sizes(encoder=False, vocab_size=90)))
+    with pytest.raises(UserError, match="makes ids up to 103, but language has 90 token embeddings"):
+        small.configure_model()
 
 
 # -- weights
