@@ -57,7 +57,7 @@ def test_what_the_readers_make_of_their_records(tmp_path: Path) -> None:
     assert (len(captions), said(captions[1])) == (2, ("*", "A boat."))
     a = write(tmp_path / "a.json", [A])
     assert said(AOKVQA(a)[0]) == ("*\nWhere is it?", "sea")
-    assert AOKVQA(a)[0].answers == (("sea", 2 / 3), ("water", 1 / 3))
+    assert AOKVQA(a)[0].answers == (("sea", 2.0), ("water", 1.0))
     assert AOKVQA(a)[0].images[0].name == "000000000007.jpg"
     chosen = AOKVQA(a, ask="choice", request=OPTIONS)[0]
     assert said(chosen) == ("*\nQuestion: Where is it? Options: (a) at sea (b) at home. Short answer:", "at sea")

@@ -1,18 +1,23 @@
 """InstructBLIP: texts, labels and what is cut, token by token; weights there and back; answers as transformers'."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-import vlm  # noqa: F401
-from transformers import BertTokenizerFast
+import vlm
+from safetensors.torch import load_file
+from transformers import BertTokenizerFast, InstructBlipConfig, InstructBlipForConditionalGeneration
 
 from tests.conftest import GOLDEN, golden, golden_json
+from tests.support.instructblip import LLAMA
 from tests.support.samples import picture
 from vlm.batch import IGNORE
 from vlm.codec import step_counts
-from vlm.errors import SampleError
+from vlm.commands.convert import convert
+from vlm.errors import SampleError, UserError
+from vlm.language import Decoding
 from vlm.prompts import HubTokenizer, LlamaTokenizer, get_template
 from vlm.sample import ImagePart, Message, Sample, TextPart
 from vlm.systems.instructblip import InstructCodec
@@ -20,6 +25,22 @@ from vlm.vision import TowerFacts
 from vlm.vision.preprocess import ImageTransform
 
 CASE = "instructblip_qformer__a"
+HF_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 7,
+}
+HF_READER = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+    "vocab_size": 66,
+    "encoder_hidden_size": 32,
+}
 VICUNA = LlamaTokenizer(str(GOLDEN / "_shared" / "llama_sp_tokenizer.model"), pad_token="[PAD]", bos_token="</s>")
 
 
@@ -138,3 +159,82 @@ def four(sample: Sample) -> dict:
         "images": sample.images[:4],
         "messages": (dataclasses.replace(asked, content=asked.content[1:]), *sample.messages[1:]),
     }
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    """A tiny folder as transformers writes it, with its tokenizers; ln_vision adds what LAVIS' does."""
+    folder = tmp_path_factory.mktemp("hf")
+    torch.manual_seed(0)
+    config = InstructBlipConfig(
+        vision_config=HF_TOWER,
+        qformer_config=HF_READER,
+        text_config=LLAMA | {"model_type": "llama"},
+        num_query_tokens=4,
+    )
+    network = InstructBlipForConditionalGeneration(config)
+    for parameter in network.parameters():  # its own rule draws almost nothing
+        torch.nn.init.normal_(parameter, std=0.2 if parameter.ndim > 1 else 0.5)
+    for layer in network.vision_model.encoder.layers:
+        layer.self_attn.qkv.bias.data[32:64] = 0
+    network.save_pretrained(folder)
+    shutil.copyfile(GOLDEN / "_shared" / "llama_sp_tokenizer.model", folder / "tokenizer.model")
+    bert_tokenizer(folder / "qformer_tokenizer", golden_json(CASE)["bert_vocab"])
+    return folder
+
+
+def test_logits_and_answers_are_those_of_transformers(published: Path, tmp_path: Path) -> None:
+    module = vlm.load(str(published))
+    theirs = InstructBlipForConditionalGeneration.from_pretrained(published).eval()
+    theirs.vision_model.post_layernorm.eps = 1e-5  # as LAVIS has it; the Hugging Face class takes the tower's 1e-6
+    sample = ask(tmp_path, "what color is the bus ? short answer :", "blue")
+    batch = module.codec.collate([item := module.codec.encode(sample)], counts=item.counts)
+    read, ids = batch.rows["qformer"].ids[None], batch.text.ids[4:]
+    ids = torch.cat([torch.full((4,), 32000), ids])[None]
+    theirs.config.image_token_id = theirs.config.image_token_index = 32000
+    shown = {"pixel_values": batch.views["image"].pixels, "qformer_input_ids": read}
+    shown["qformer_attention_mask"] = torch.ones_like(read)
+    with torch.no_grad():
+        logits = theirs(input_ids=ids, attention_mask=torch.ones_like(ids), **shown).logits[0]
+        ours = module.label_logits(batch)
+    # sums in another order: 2e-6 seen on logits of size 5
+    torch.testing.assert_close(ours, logits[batch.text.label_positions], atol=2e-5, rtol=1e-5)
+    asked = module.codec.encode(sample, generate=True).text[0].ids[4:]
+    asked = torch.cat([torch.full((4,), 32000), asked])[None]
+    search = {"max_new_tokens": 8, "num_beams": 3, "length_penalty": -1.0, "repetition_penalty": 1.5}
+    with torch.no_grad():
+        written = theirs.generate(
+            input_ids=asked,
+            attention_mask=torch.ones_like(asked),
+            eos_token_id=2,
+            pad_token_id=32000,
+            **shown,
+            **search,
+        )[0]
+    answer = module.generate([sample], decoding=Decoding(**search))[0]
+    assert answer
+    assert answer == module.codec.decode(written[written != 32000][-8:].tolist())
+
+
+def test_published_weights_there_and_back(published: Path, tmp_path: Path) -> None:
+    convert(published, tmp_path / "ours", system="instructblip", target_layout="ours")
+    convert(tmp_path / "ours", tmp_path / "hf", system="instructblip", target_layout="hf")
+    before, after = (load_file(folder / "model.safetensors") for folder in (published, tmp_path / "hf"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert (tmp_path / "hf" / "qformer_tokenizer" / "vocab.txt").is_file()
+    convert(tmp_path / "ours", tmp_path / "official", system="instructblip", target_layout="official")
+    trained = load_file(tmp_path / "official" / "model.safetensors")
+    assert torch.equal(trained["query_tokens"], before["query_tokens"])
+    assert torch.equal(trained["llm_proj.weight"], before["language_projection.weight"])
+    assert {name.split(".")[0] for name in trained} == {"Qformer", "query_tokens", "ln_vision", "llm_proj"}
+    torch.save({"model": trained}, tmp_path / "instruct_blip_trimmed.pth")
+    source = tmp_path / "instruct_blip_trimmed.pth"
+    with pytest.raises(UserError, match=r"trained alone; say with --vision where eva_vit_g.pth lies"):
+        convert(source, tmp_path / "no", system="instructblip", target_layout="ours")
+    parts = {"vision": "eva", "base": "vicuna"}
+    convert(source, tmp_path / "over", system="instructblip", target_layout="ours", **parts)
+    convert(tmp_path / "over", tmp_path / "again", system="instructblip", target_layout="official")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == trained.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in trained.items())

@@ -92,7 +92,7 @@ class AOKVQA(RecordSource):
         else:
             answers = Counter(fields.texts("direct_answers"))
             said, answer = question, answers.most_common(1)[0][0]
-            made["answers"] = [{"text": one, "weight": n / answers.total()} for one, n in answers.items()]
+            made["answers"] = [{"text": one, "weight": n} for one, n in answers.items()]
             if self.ask == "question":
                 said, answer, made["answers"] = answer, question, [question]
         put = fill_instruction(self.request, said, choices)
