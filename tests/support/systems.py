@@ -552,7 +552,7 @@ SYSTEMS: dict[str, System] = {
         reference=spliced_reference,
         surgery=(VisualExpert(), CrossAttention(context=32, width=16, heads=2)),
     ),
-    "blip_caption": System(
+    "blip": System(
         blip_caption,
         {"2_caption": TinyStage({"vision": RATE, "language": RATE}, BLIP_TOWER | BLIP_WRITES)},
         tower_base_weights,
