@@ -1,3 +1,6 @@
+from vlm.systems.blip_caption import BLIPCaption
+from vlm.systems.blip_nlvr import BLIPNLVR
+from vlm.systems.blip_vqa import BLIPVQA
 from vlm.systems.fuyu import Fuyu
 from vlm.systems.instructblip import InstructBLIP
 from vlm.systems.llava import LLaVA
@@ -7,4 +10,16 @@ from vlm.systems.mini_gemini import MiniGemini
 from vlm.systems.qwen_vl import QwenVL
 from vlm.systems.vila import VILA
 
-__all__ = ["VILA", "Fuyu", "InstructBLIP", "LLaVA", "LLaVA15", "LLaVANext", "MiniGemini", "QwenVL"]
+__all__ = [
+    "BLIPNLVR",
+    "BLIPVQA",
+    "VILA",
+    "BLIPCaption",
+    "Fuyu",
+    "InstructBLIP",
+    "LLaVA",
+    "LLaVA15",
+    "LLaVANext",
+    "MiniGemini",
+    "QwenVL",
+]
