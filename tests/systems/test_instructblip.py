@@ -18,7 +18,8 @@ from vlm.codec import step_counts
 from vlm.commands.convert import convert
 from vlm.errors import SampleError, UserError
 from vlm.language import Decoding
-from vlm.prompts import HubTokenizer, LlamaTokenizer, get_template
+from vlm.prompts import LlamaTokenizer, get_template
+from vlm.prompts.bert import BertTokenizer
 from vlm.sample import ImagePart, Message, Sample, TextPart
 from vlm.systems.instructblip import InstructCodec
 from vlm.vision import TowerFacts
@@ -51,12 +52,10 @@ def ask(folder: Path, question: str, answer: str | None = None, *, images: int =
     return Sample(id="7", messages=(asked, *told), images=files, source="test.json")
 
 
-def bert_tokenizer(folder: Path, words: list[str]) -> HubTokenizer:
+def bert_tokenizer(folder: Path, words: list[str]) -> BertTokenizer:
     folder.mkdir(exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    made = BertTokenizerFast.from_pretrained(folder)
-    made.save_pretrained(folder)
-    return HubTokenizer(str(folder))
+    return BertTokenizer(str(folder), added_tokens=["[DEC]"])
 
 
 def codec(tmp_path: Path, **changes) -> InstructCodec:
