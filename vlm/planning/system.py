@@ -82,6 +82,15 @@ def described(module: Any, stage: Stage) -> Described:
         arguments["tokenizer"] = RoughTokenizer(
             missing, rows=rows, add_bos=tokenizer.add_bos, added_tokens=tokenizer.added_tokens
         )
+    reader = arguments.get("qformer_tokenizer")
+    if (
+        reader is not None
+        and not Path(reader.path).expanduser().exists()
+        and not is_cached(reader.path, ("vocab.txt",))
+    ):
+        arguments["qformer_tokenizer"] = RoughTokenizer(
+            reader.path, rows=arguments["qformer"].vocab_size, add_bos=False, added_tokens=reader.added_tokens
+        )
     stage, lost = _without_missing(stage)
     notes += lost
     return Described(type(module), arguments, tuple(module.surgery), stage, paths, missing, notes)
