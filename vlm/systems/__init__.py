@@ -1,3 +1,4 @@
+from vlm.systems.blip import BLIP
 from vlm.systems.blip_caption import BLIPCaption
 from vlm.systems.blip_nlvr import BLIPNLVR
 from vlm.systems.blip_vqa import BLIPVQA
@@ -11,6 +12,7 @@ from vlm.systems.qwen_vl import QwenVL
 from vlm.systems.vila import VILA
 
 __all__ = [
+    "BLIP",
     "BLIPNLVR",
     "BLIPVQA",
     "VILA",
