@@ -228,7 +228,7 @@ class BLIP(BLIPTuned):
 
     @torch.no_grad()
     def wrong_weights(self, batch: Batch, found: Contrast, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """float[B, C] each: how likely a candidate is drawn as the wrong text of an image, the wrong image of a text."""
+        """float[B, C] each: how likely a candidate is drawn as wrong text of an image, as wrong image of a text."""
         if not self.arguments["same_image"]:
             size = len(image)
             similar = (found.image_to_text[:, :size], found.text_to_image[:, :size])
