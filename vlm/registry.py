@@ -40,6 +40,7 @@ SYSTEMS: dict[str, System] = {
     "mini_gemini": System("vlm.systems.MiniGemini", f"{_PUBLISHED}.llava_family.MiniGeminiFamily"),
     "qwen_vl": System("vlm.systems.QwenVL", f"{_PUBLISHED}.qwen_vl.QwenVLFamily"),
     "vila": System("vlm.systems.VILA", f"{_PUBLISHED}.llava_family.VILAFamily"),
+    "xcomposer": System("vlm.systems.XComposer", f"{_PUBLISHED}.xcomposer.XComposerFamily"),
 }
 
 

@@ -16,6 +16,7 @@ from tests.support.cog import TinyCog
 from tests.support.itc import ITC
 from tests.support.qformer_t5 import T5, QFormerT5
 from tests.support.samples import pairs, samples
+from tests.support.xcomposer import xcomposer
 from vlm.codec import step_counts
 from vlm.connectors import MLP, Downsample, Linear, QFormer, Resampler
 from vlm.data import BatchSpec
@@ -383,6 +384,11 @@ QWEN_VL_STAGES = {
     ),
 }
 
+XCOMPOSER_DECODER = DECODER | names("language.model.layers.{0,1}.self_attn.{q,k,v,o}_proj.bias")
+XCOMPOSER_STAGES = {  # the others train an adapter over the language model (tests/systems/test_xcomposer.py)
+    "1_pretrain": TinyStage(BRIDGE | {"language": RATE}, QFORMER | XCOMPOSER_DECODER),
+}
+
 PERSIMMON_DECODER = names(
     "language.model.embed_tokens.weight",
     "language.model.final_layernorm.{weight,bias}",
@@ -440,6 +446,7 @@ SYSTEMS: dict[str, System] = {
         causal_base_weights,
         reference=spliced_reference,
     ),
+    "xcomposer": System(xcomposer, XCOMPOSER_STAGES, causal_base_weights, reference=spliced_reference),
     "tied": System(
         lambda **changes: llava_1_5(**({"language": CausalLM(config=LLAMA | {"tie_word_embeddings": True})} | changes)),
         {

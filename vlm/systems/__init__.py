@@ -5,5 +5,6 @@ from vlm.systems.llava_next import LLaVANext
 from vlm.systems.mini_gemini import MiniGemini
 from vlm.systems.qwen_vl import QwenVL
 from vlm.systems.vila import VILA
+from vlm.systems.xcomposer import XComposer
 
-__all__ = ["VILA", "Fuyu", "LLaVA", "LLaVA15", "LLaVANext", "MiniGemini", "QwenVL"]
+__all__ = ["VILA", "Fuyu", "LLaVA", "LLaVA15", "LLaVANext", "MiniGemini", "QwenVL", "XComposer"]
