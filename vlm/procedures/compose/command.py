@@ -17,8 +17,7 @@ def main(arguments: list[str]) -> int:
         UserError: no titles, weights of another system, or an index that cannot be opened.
     """
     from vlm.loading import open_system
-    from vlm.procedures.compose import requests
-    from vlm.procedures.compose.composer import STEPS, Composer, Steps
+    from vlm.procedures.compose.composer import DECODINGS, STEPS, Composer, Steps
     from vlm.procedures.compose.page import write_article
     from vlm.procedures.index_images import ImageIndex
 
@@ -29,7 +28,7 @@ def main(arguments: list[str]) -> int:
     if module.system != "xcomposer":
         raise UserError(f"--weights {options.weights}: is {module.system}, and only xcomposer was taught to compose")
     article = replace(
-        requests.ARTICLE,
+        DECODINGS["article"],
         max_new_tokens=options.max_new_tokens,
         num_beams=1 if options.temperature > 0 else options.num_beams,
         repetition_penalty=options.repetition_penalty,

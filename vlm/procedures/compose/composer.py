@@ -17,6 +17,14 @@ from vlm.prompts import ImageMark, get_template
 from vlm.sample import ImageFile
 
 STEPS = "compose.json"
+# `max_length` of the published calls counts the token that an answer starts behind, hence one less of each
+DECODINGS = {
+    "article": Decoding(max_new_tokens=999, num_beams=5, repetition_penalty=5.0),
+    "places": Decoding(max_new_tokens=299, num_beams=5),
+    "caption": Decoding(max_new_tokens=99, repetition_penalty=5.0),
+    "choice": Decoding(max_new_tokens=9, num_beams=5),
+}
+"""How each kind of answer is searched for."""
 MAX_TOKENS = 1678
 """Of a choice between images, without BOS: 1,680 in `web_demo.py`, of which its last two are cut off."""
 
@@ -111,12 +119,12 @@ class Composer:
     """
 
     def __init__(
-        self, module: Any, index: Index, *, num_images: int | None = None, article: Decoding = requests.ARTICLE
+        self, module: Any, index: Index, *, num_images: int | None = None, article: Decoding = DECODINGS["article"]
     ) -> None:
         self.module = module
         self.index = index
         self.num_images = num_images
-        self.article = article
+        self.decodings = DECODINGS | {"article": article}
 
     def compose(self, title: str, steps: Steps) -> Article:
         """The article of a title.
@@ -125,7 +133,7 @@ class Composer:
             UserError: no article, no place in it, too few candidates, or an image that cannot be read; `steps` keeps
                 what was said until then.
         """
-        sections = requests.sections_of(self._ask(requests.ask_article(title, self.article), title, steps))
+        sections = requests.sections_of(self._ask(requests.ask_article(title), title, steps))
         if not any(section.strip() for section in sections):
             raise UserError("the model wrote no article; try another title, or sample one (--temperature)")
         num_images = None if self.num_images is None else min(self.num_images, len(sections))
@@ -180,7 +188,7 @@ class Composer:
             sample = request.sample(title)
             for image in sample.images:
                 image.read(sample)
-            answer = self.module.generate(sample, decoding=request.decoding)
+            answer = self.module.generate(sample, decoding=self.decodings[request.name.split()[0]])
         steps.keep(request.name, asked, answer=answer)
         return answer
 

@@ -7,18 +7,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vlm.language import Decoding
 from vlm.sample import ImageFile, ImagePart, Message, Sample, TextPart
 
 MAX_SECTIONS = 60
 NUM_CANDIDATES = 4
 CAPTION_CHARACTERS = 53
 """Of a caption, what the index is asked for."""
-# `max_length` of the published calls counts the token that an answer starts behind, hence one less of each
-ARTICLE = Decoding(max_new_tokens=999, num_beams=5, repetition_penalty=5.0)
-PLACES = Decoding(max_new_tokens=299, num_beams=5)
-CAPTION = Decoding(max_new_tokens=99, repetition_penalty=5.0)
-CHOICE = Decoding(max_new_tokens=9, num_beams=5)
 _BLANK_LINES = re.compile(r"(\n[ \t]*)+")
 _PLACE = re.compile(r"<Seg([0-9]+)>")
 
@@ -36,8 +30,7 @@ class Request:
 
     name: str
     parts: tuple[str | ImageFile, ...]
-    begun: str
-    decoding: Decoding
+    begun: str = ""
     template: str = "xcomposer_plain"
 
     def sample(self, title: str) -> Sample:
@@ -54,8 +47,8 @@ class Request:
         return replace(self, parts=(*self.parts[:fixed], *self.parts[fixed + 1 :]))
 
 
-def ask_article(title: str, decoding: Decoding = ARTICLE) -> Request:
-    return Request("article", (f"根据给定标题写一个图文并茂，不重复的文章：{title}\n",), "", decoding)
+def ask_article(title: str) -> Request:
+    return Request("article", (f"根据给定标题写一个图文并茂，不重复的文章：{title}\n",))
 
 
 def sections_of(article: str, *, limit: int = MAX_SECTIONS) -> list[str]:
@@ -73,7 +66,7 @@ def ask_places(sections: Sequence[str], num_images: int | None = None) -> Reques
     wanted = "" if num_images is None else str(num_images)
     article = "".join(numbered(sections))
     text = f'给定文章"{article}" 根据上述文章，选择适合插入图像的{wanted}行 \n'
-    return Request("places", (text,), "适合插入图像的行是", PLACES)
+    return Request("places", (text,), "适合插入图像的行是")
 
 
 def read_places(answer: str, num_sections: int) -> list[int]:
@@ -92,7 +85,7 @@ def ask_caption(sections: Sequence[str], place: int, earlier: Sequence[tuple[int
     past = f"现在{said}。" if said else ""
     article = "".join(numbered(sections)[: place + 2])
     text = f' 给定文章"{article}" {past}给出适合在<Seg{place}>后插入的图像对应的标题。 \n'
-    return Request(f"caption {place}", (text,), ' 标题是"', CAPTION)
+    return Request(f"caption {place}", (text,), ' 标题是"')
 
 
 def read_caption(answer: str) -> str:
@@ -117,7 +110,7 @@ def ask_choice(
     parts.append("\n\n候选图像包括: A.")
     for candidate, behind in zip(candidates, ("\nB.", "\nC.", "\nD.", "\n\n"), strict=True):
         parts += [candidate, behind]
-    return Request(f"choice {place}", tuple(parts), "最合适的图是", CHOICE, template="xcomposer_choose")
+    return Request(f"choice {place}", tuple(parts), "最合适的图是", template="xcomposer_choose")
 
 
 def read_choice(answer: str) -> int:
