@@ -123,6 +123,18 @@ TEMPLATES: dict[str, Template] = {
         _TEMPLATE,
         replace(_TEMPLATE, name="xcomposer_vl", system=""),
         Template("xcomposer_plain", system="", training=_PLAIN, stop=(EOH, EOA)),
+        # as the published evaluation asks: the question stands right behind its image
+        Template("xcomposer_asked", system="", training=replace(_PLAIN, place="listed"), stop=(EOH, EOA)),
+        Template(
+            "xcomposer_options",
+            system="",
+            training=replace(
+                _PLAIN,
+                assistant=(_masked(f"{EOH} <|Bot|>: Answer: The answer is"), _trained("{}" + EOA)),
+                place="listed",
+            ),
+            stop=(EOH, EOA),
+        ),
         # `web_demo.py` sends its last prompt, the choice between images, through the code that prepares training text:
         # that puts a second blank before the role and a second mark behind the question
         Template(

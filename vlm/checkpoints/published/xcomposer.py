@@ -16,22 +16,22 @@ from vlm.checkpoints.tables.table import Table
 from vlm.errors import UserError
 from vlm.language import PeftAdapter
 from vlm.language.adapters import ADAPTER
+from vlm.language.internlm import as_llama
 from vlm.prompts.xcomposer import EOA, EOH
 
-_READ = frozenset(
+_LANGUAGE = frozenset(
     {
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-        *("max_position_embeddings", "rms_norm_eps", "num_query_token", "internlm_lora"),
-        *("vision", "perceive_sampler"),  # ours
+        *("max_position_embeddings", "rms_norm_eps"),
     }
 )
-_ONLY: dict[str, tuple[Any, ...]] = {
+_READ = _LANGUAGE | {"num_query_token", "internlm_lora", "vision", "perceive_sampler"}  # the last two are ours
+_LANGUAGE_ONLY: dict[str, tuple[Any, ...]] = {
     "bias": (True,),
-    "kqvo_bias": (True,),
     "hidden_act": ("silu",),
     "tie_word_embeddings": (False,),
-    "intern_converted_llm": (True,),
 }
+_ONLY = _LANGUAGE_ONLY | {"kqvo_bias": (True,), "intern_converted_llm": (True,)}
 _HARMLESS = frozenset({"device", "num_quant", "lora_cfg"})  # the second copy of `internlm_lora`, which counts
 _TARGETS = {"q": ("q_proj",), "k": ("k_proj",), "v": ("v_proj",), "o": ("o_proj",), "ffn": ("up_proj", "down_proj")}
 # what no config.json says: constants of the published code
@@ -109,25 +109,6 @@ class XComposerFamily(OneFolderFamily):
             "weights": None,
             "options": _VISION | (config.get("vision") or {}),
         }
-        language = {
-            "model_type": "llama",
-            "attention_bias": True,
-            "rope_theta": 10000.0,
-            "tie_word_embeddings": False,
-            "num_key_value_heads": config["num_attention_heads"],
-            **{
-                name: config[name]
-                for name in (
-                    "vocab_size",
-                    "hidden_size",
-                    "intermediate_size",
-                    "num_hidden_layers",
-                    "num_attention_heads",
-                    "max_position_embeddings",
-                    "rms_norm_eps",
-                )
-            },
-        }
         # of the two releases one was taught more tokens, and is not told who it is
         is_vl = (folder / "added_tokens.json").is_file()
         return {
@@ -139,7 +120,7 @@ class XComposerFamily(OneFolderFamily):
                     "init_args": sampler | {"num_queries": config["num_query_token"]},
                 },
                 "connector": {"class_path": "vlm.connectors.FlaggedLinear", "init_args": {}},
-                "language": {"class_path": "vlm.language.CausalLM", "init_args": {"config": language}},
+                "language": {"class_path": "vlm.language.CausalLM", "init_args": {"config": as_llama(config)}},
                 "tokenizer": _tokenizer(folder),
                 "template": "xcomposer_vl" if is_vl else "xcomposer",
                 "image": "squash",
@@ -187,6 +168,12 @@ class XComposerFamily(OneFolderFamily):
             "vocab_size": language.vocab_size,
             **own,
         }
+
+
+def check_internlm(config: Mapping[str, Any], file: Path) -> None:
+    """Refuses a `config.json` of InternLM-7B's code that says what `as_llama` does not do."""
+    # `rotary` scales positions behind `max_position_embeddings`, and no sample is longer
+    Entries(_LANGUAGE, _LANGUAGE_ONLY, frozenset({"rotary"})).check(config, file)
 
 
 def _tokenizer(folder: Path) -> dict[str, Any]:
