@@ -15,6 +15,7 @@ from tests.conftest import GOLDEN
 from tests.support.cog import TinyCog
 from tests.support.instructblip import READER_TENSORS, UNREAD, frames, instructblip, pictured
 from tests.support.itc import ITC
+from tests.support.minigpt4 import minigpt4, minigpt4_llama_2
 from tests.support.qformer_t5 import T5, QFormerT5
 from tests.support.samples import pairs, questions, samples
 from vlm.codec import step_counts
@@ -448,6 +449,24 @@ SYSTEMS: dict[str, System] = {
     "mini_gemini_hd": System(
         mini_gemini_hd,
         {"2_finetune_hd": dataclasses.replace(MINI_GEMINI_STAGES["2_finetune"], parts={})},
+        causal_base_weights,
+        reference=spliced_reference,
+    ),
+    "minigpt4": System(
+        minigpt4,
+        {
+            "1_align": TinyStage({"connector": RATE}, LINEAR),
+            "2_finetune": TinyStage({"connector": RATE}, LINEAR, {"connector": "connector"}),
+        },
+        causal_base_weights,
+        reference=spliced_reference,
+    ),
+    "minigpt4_llama_2": System(
+        minigpt4_llama_2,
+        {
+            "1_align": TinyStage({"connector": RATE}, LINEAR),
+            "2_finetune": TinyStage({"connector": RATE}, LINEAR, {"connector": "connector"}),
+        },
         causal_base_weights,
         reference=spliced_reference,
     ),

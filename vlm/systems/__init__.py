@@ -4,7 +4,8 @@ from vlm.systems.llava import LLaVA
 from vlm.systems.llava_1_5 import LLaVA15
 from vlm.systems.llava_next import LLaVANext
 from vlm.systems.mini_gemini import MiniGemini
+from vlm.systems.minigpt4 import MiniGPT4
 from vlm.systems.qwen_vl import QwenVL
 from vlm.systems.vila import VILA
 
-__all__ = ["VILA", "Fuyu", "InstructBLIP", "LLaVA", "LLaVA15", "LLaVANext", "MiniGemini", "QwenVL"]
+__all__ = ["VILA", "Fuyu", "InstructBLIP", "LLaVA", "LLaVA15", "LLaVANext", "MiniGPT4", "MiniGemini", "QwenVL"]
