@@ -1,10 +1,23 @@
 from vlm.systems.fuyu import Fuyu
+from vlm.systems.instructblip import InstructBLIP
 from vlm.systems.llava import LLaVA
 from vlm.systems.llava_1_5 import LLaVA15
 from vlm.systems.llava_next import LLaVANext
 from vlm.systems.mini_gemini import MiniGemini
+from vlm.systems.minigpt4 import MiniGPT4
 from vlm.systems.qwen_vl import QwenVL
 from vlm.systems.vila import VILA
 from vlm.systems.xcomposer import XComposer
 
-__all__ = ["VILA", "Fuyu", "LLaVA", "LLaVA15", "LLaVANext", "MiniGemini", "QwenVL", "XComposer"]
+__all__ = [
+    "VILA",
+    "Fuyu",
+    "InstructBLIP",
+    "LLaVA",
+    "LLaVA15",
+    "LLaVANext",
+    "MiniGPT4",
+    "MiniGemini",
+    "QwenVL",
+    "XComposer",
+]
