@@ -16,8 +16,10 @@ from tests.support.blip_tasks import answered, asked_about, blip_caption, blip_n
 from tests.support.cog import TinyCog
 from tests.support.instructblip import READER_TENSORS, UNREAD, frames, instructblip, pictured
 from tests.support.itc import ITC
+from tests.support.minigpt4 import minigpt4, minigpt4_llama_2
 from tests.support.qformer_t5 import T5, QFormerT5
 from tests.support.samples import pairs, questions, samples
+from tests.support.xcomposer import xcomposer
 from vlm.codec import step_counts
 from vlm.connectors import MLP, Downsample, Linear, QFormer, Resampler
 from vlm.data import BatchSpec
@@ -426,6 +428,11 @@ QWEN_VL_STAGES = {
     ),
 }
 
+XCOMPOSER_DECODER = DECODER | names("language.model.layers.{0,1}.self_attn.{q,k,v,o}_proj.bias")
+XCOMPOSER_STAGES = {  # the others train an adapter over the language model (tests/systems/test_xcomposer.py)
+    "1_pretrain": TinyStage(BRIDGE | {"language": RATE}, QFORMER | XCOMPOSER_DECODER),
+}
+
 PERSIMMON_DECODER = names(
     "language.model.embed_tokens.weight",
     "language.model.final_layernorm.{weight,bias}",
@@ -489,6 +496,24 @@ SYSTEMS: dict[str, System] = {
         causal_base_weights,
         reference=spliced_reference,
     ),
+    "minigpt4": System(
+        minigpt4,
+        {
+            "1_align": TinyStage({"connector": RATE}, LINEAR),
+            "2_finetune": TinyStage({"connector": RATE}, LINEAR, {"connector": "connector"}),
+        },
+        causal_base_weights,
+        reference=spliced_reference,
+    ),
+    "minigpt4_llama_2": System(
+        minigpt4_llama_2,
+        {
+            "1_align": TinyStage({"connector": RATE}, LINEAR),
+            "2_finetune": TinyStage({"connector": RATE}, LINEAR, {"connector": "connector"}),
+        },
+        causal_base_weights,
+        reference=spliced_reference,
+    ),
     "qwen_vl": System(qwen_vl, QWEN_VL_STAGES, causal_base_weights, reference=spliced_reference),
     "vila": System(vila, VILA_STAGES, causal_base_weights, reference=spliced_reference),
     "vila_downsample": System(
@@ -497,6 +522,7 @@ SYSTEMS: dict[str, System] = {
         causal_base_weights,
         reference=spliced_reference,
     ),
+    "xcomposer": System(xcomposer, XCOMPOSER_STAGES, causal_base_weights, reference=spliced_reference),
     "tied": System(
         lambda **changes: llava_1_5(**({"language": CausalLM(config=LLAMA | {"tie_word_embeddings": True})} | changes)),
         {

@@ -5,6 +5,7 @@ from importlib import import_module
 from vlm.errors import UserError
 
 PROCEDURES = {
+    "compose": ("compose", "illustrated articles of titles (InternLM-XComposer)"),
     "filter-captions": ("filter_captions", "a balanced part of noisy captions (LLaVA's CC3M-595K)"),
     "imagine": ("imagine", "pictures of the prompts that Mini-Gemini writes between <h> and </h>"),
     "instruct": ("instruct", "instruction data written by a model (LLaVA, LLaVA-NeXT, MiniGPT-4, Mini-Gemini)"),

@@ -1,7 +1,7 @@
 """Conversation formats and tokenizers."""
 
 from vlm.errors import UserError
-from vlm.prompts import fuyu, instructblip, llava, mini_gemini, qwen
+from vlm.prompts import fuyu, instructblip, llava, mini_gemini, minigpt4, qwen, xcomposer
 from vlm.prompts.bert import BertTokenizer
 from vlm.prompts.documents import DOCUMENTS
 from vlm.prompts.fuyu import FuyuTokenizer
@@ -33,7 +33,7 @@ def get_template(name: str) -> Template:
     Raises:
         UserError: there is none; the message lists those there are.
     """
-    modules = (llava, mini_gemini, qwen, fuyu, instructblip)
+    modules = (llava, mini_gemini, minigpt4, qwen, fuyu, instructblip, xcomposer)
     templates = {DOCUMENTS.name: DOCUMENTS} | {k: v for module in modules for k, v in module.TEMPLATES.items()}
     if name not in templates:
         raise UserError(f"unknown template {name!r}; use one of {', '.join(sorted(templates))}")
