@@ -2,6 +2,7 @@
 
 from vlm.errors import UserError
 from vlm.prompts import fuyu, instructblip, llava, mini_gemini, minigpt4, qwen
+from vlm.prompts.bert import BertTokenizer
 from vlm.prompts.documents import DOCUMENTS
 from vlm.prompts.fuyu import FuyuTokenizer
 from vlm.prompts.template import IMAGE, Form, ImageMark, Template, TextSpan, Tokenized, tokenize
@@ -10,6 +11,7 @@ from vlm.prompts.tokenizer import HubTokenizer, LlamaTokenizer, Tokenizer
 
 __all__ = [
     "IMAGE",
+    "BertTokenizer",
     "Form",
     "FuyuTokenizer",
     "HubTokenizer",

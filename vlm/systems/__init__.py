@@ -1,3 +1,6 @@
+from vlm.systems.blip_caption import BLIPCaption
+from vlm.systems.blip_nlvr import BLIPNLVR
+from vlm.systems.blip_vqa import BLIPVQA
 from vlm.systems.fuyu import Fuyu
 from vlm.systems.instructblip import InstructBLIP
 from vlm.systems.llava import LLaVA
@@ -8,4 +11,17 @@ from vlm.systems.minigpt4 import MiniGPT4
 from vlm.systems.qwen_vl import QwenVL
 from vlm.systems.vila import VILA
 
-__all__ = ["VILA", "Fuyu", "InstructBLIP", "LLaVA", "LLaVA15", "LLaVANext", "MiniGPT4", "MiniGemini", "QwenVL"]
+__all__ = [
+    "BLIPNLVR",
+    "BLIPVQA",
+    "VILA",
+    "BLIPCaption",
+    "Fuyu",
+    "InstructBLIP",
+    "LLaVA",
+    "LLaVA15",
+    "LLaVANext",
+    "MiniGPT4",
+    "MiniGemini",
+    "QwenVL",
+]
