@@ -25,12 +25,20 @@ BOX = {"max_new_tokens": 28, "min_new_tokens": 10}
 CAPTION = {"max_new_tokens": 30, "min_new_tokens": 8, "length_penalty": 0.0}
 DOG = "<img>PATH</img><ref>dog of {}</ref><box>"
 ASKED = "Answer the following VQAv2 question based on the image: {}\n<0x04>"
+CHAT = (
+    "Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I provide it to you. "
+    "Please answer my questions."
+)
+DETAIL = "Describe this image in detail."
 # name: decoding, and of each source the first prompt
 PROTOCOLS = {
     "fuyu/vqav2": (SHORT, f"PATH<s>{ASKED.format('What is it?')}"),
     "fuyu/okvqa": (SHORT, f"PATH<s>{ASKED.format('Why 0?')}"),
     "fuyu/ai2d": (SHORT, f"PATH<s>{ASKED.format('What eats algae?')}"),
     "fuyu/coco_captions": ({"max_new_tokens": 30}, "PATH<s>Generate a coco-style caption.\n<0x04>"),
+    "minigpt4/coco_captions": (
+        {"max_new_tokens": 200, "num_beams": 5}, f"{CHAT}###Human: <Img>PATH</Img> {DETAIL}###Assistant: "
+    ),
     "qwen_vl/vqav2": (SHORT, "<img>PATH</img>What is it? Answer:"),
     "qwen_vl/okvqa": (SHORT, "<img>PATH</img>Why 0? Answer:"),
     "qwen_vl/textvqa": (SHORT, "<img>PATH</img>what brand is it? Answer:"),
