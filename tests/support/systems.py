@@ -504,6 +504,7 @@ SYSTEMS: dict[str, System] = {
         },
         causal_base_weights,
         reference=spliced_reference,
+        num_answers=2,
     ),
     "minigpt4_llama_2": System(
         minigpt4_llama_2,
@@ -513,6 +514,7 @@ SYSTEMS: dict[str, System] = {
         },
         causal_base_weights,
         reference=spliced_reference,
+        num_answers=2,
     ),
     "qwen_vl": System(qwen_vl, QWEN_VL_STAGES, causal_base_weights, reference=spliced_reference),
     "vila": System(vila, VILA_STAGES, causal_base_weights, reference=spliced_reference),
