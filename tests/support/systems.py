@@ -13,9 +13,10 @@ from torch import Tensor
 
 from tests.conftest import GOLDEN
 from tests.support.cog import TinyCog
+from tests.support.instructblip import READER_TENSORS, UNREAD, frames, instructblip, pictured
 from tests.support.itc import ITC
 from tests.support.qformer_t5 import T5, QFormerT5
-from tests.support.samples import pairs, samples
+from tests.support.samples import pairs, questions, samples
 from vlm.codec import step_counts
 from vlm.connectors import MLP, Downsample, Linear, QFormer, Resampler
 from vlm.data import BatchSpec
@@ -222,6 +223,8 @@ class System:
         text_parts: parts that samples without a picture reach.
         pool: makes some samples that it can be trained on: (folder, how many).
         needs_image: it takes no sample without a picture.
+        asked: makes prompts of very different length for it.
+        num_answers: how many different answers random weights give at least.
         batch: how a step of 8 samples is published. With `negatives`, its losses compare samples with each other.
         moving: every tensor that changes without a gradient, spelled out.
     """
@@ -238,6 +241,8 @@ class System:
     text_parts: Sequence[str] = ("language",)
     pool: Callable[[Path, int], list[Sample]] = samples
     needs_image: bool = False
+    asked: Callable[[Path], list[Sample]] = questions
+    num_answers: int = 3
     batch: BatchSpec = EIGHT
     moving: frozenset[str] = frozenset()
 
@@ -399,6 +404,20 @@ SYSTEMS: dict[str, System] = {
         causal_base_weights,
         reference=spliced_reference,
         marks=lambda module, width, height: module.patches.grid(width, height)[1],  # a newline behind each row
+    ),
+    "instructblip": System(
+        instructblip,
+        {
+            "1_instruct": TinyStage(BRIDGE, names(*READER_TENSORS), unreached=names(*UNREAD)),
+            "2_science_qa": TinyStage(
+                BRIDGE, names(*READER_TENSORS), {part: part for part in BRIDGE}, unreached=names(*UNREAD)
+            ),
+        },
+        causal_base_weights,
+        reference=spliced_reference,
+        pool=pictured,
+        needs_image=True,
+        asked=frames,
     ),
     "llava": System(llava, LLAVA_STAGES, causal_base_weights, reference=spliced_reference),
     "llava_1_5": System(

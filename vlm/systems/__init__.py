@@ -1,4 +1,5 @@
 from vlm.systems.fuyu import Fuyu
+from vlm.systems.instructblip import InstructBLIP
 from vlm.systems.llava import LLaVA
 from vlm.systems.llava_1_5 import LLaVA15
 from vlm.systems.llava_next import LLaVANext
@@ -6,4 +7,4 @@ from vlm.systems.mini_gemini import MiniGemini
 from vlm.systems.qwen_vl import QwenVL
 from vlm.systems.vila import VILA
 
-__all__ = ["VILA", "Fuyu", "LLaVA", "LLaVA15", "LLaVANext", "MiniGemini", "QwenVL"]
+__all__ = ["VILA", "Fuyu", "InstructBLIP", "LLaVA", "LLaVA15", "LLaVANext", "MiniGemini", "QwenVL"]

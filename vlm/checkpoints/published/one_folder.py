@@ -227,6 +227,7 @@ class OneFolderFamily(Family):
 def _copy(source: Path, names: Iterable[str], target: Path) -> None:
     for name in names:
         if (source / name).is_file():
+            (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)
 
 
