@@ -4,6 +4,7 @@ from vlm.language.cross_attention import CrossAttention
 from vlm.language.generation import Decoding
 from vlm.language.med import Med
 from vlm.language.partial_lora import PartialLoRA
+from vlm.language.seq2seq import Seq2SeqLM
 from vlm.language.surgery import Surgery
 from vlm.language.tokens import NewTokens
 from vlm.language.visual_expert import VisualExpert
@@ -17,6 +18,7 @@ __all__ = [
     "NewTokens",
     "PartialLoRA",
     "PeftAdapter",
+    "Seq2SeqLM",
     "Surgery",
     "VisualExpert",
 ]

@@ -1,3 +1,4 @@
+from vlm.systems.blip2 import BLIP2, BLIP2T5
 from vlm.systems.fuyu import Fuyu
 from vlm.systems.instructblip import InstructBLIP
 from vlm.systems.llava import LLaVA
@@ -7,4 +8,4 @@ from vlm.systems.mini_gemini import MiniGemini
 from vlm.systems.qwen_vl import QwenVL
 from vlm.systems.vila import VILA
 
-__all__ = ["VILA", "Fuyu", "InstructBLIP", "LLaVA", "LLaVA15", "LLaVANext", "MiniGemini", "QwenVL"]
+__all__ = ["BLIP2", "BLIP2T5", "VILA", "Fuyu", "InstructBLIP", "LLaVA", "LLaVA15", "LLaVANext", "MiniGemini", "QwenVL"]
