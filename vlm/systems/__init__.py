@@ -1,3 +1,4 @@
+from vlm.systems.blip2 import BLIP2, BLIP2T5
 from vlm.systems.blip_caption import BLIPCaption
 from vlm.systems.blip_nlvr import BLIPNLVR
 from vlm.systems.blip_vqa import BLIPVQA
@@ -27,3 +28,4 @@ __all__ = [
     "QwenVL",
     "XComposer",
 ]
+__all__ = ["BLIP2", "BLIP2T5", "VILA", "Fuyu", "InstructBLIP", "LLaVA", "LLaVA15", "LLaVANext", "MiniGemini", "QwenVL"]
