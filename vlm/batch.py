@@ -20,7 +20,7 @@ from torch import Tensor
 
 IGNORE = -100
 """Target of a position that is not trained."""
-EVENTS = ("cut_documents", "dropped_images")
+EVENTS = ("cut_documents", "dropped_images", "cut_instructions", "cut_answers")
 """What happened to samples on their way into the step; logged beside the losses."""
 NOT_TERMS = ("samples", "images", *EVENTS)
 """Entries of `Batch.counts` that are no denominator of a loss term."""

@@ -139,6 +139,10 @@ class VisionLanguageModule(LightningModule):
         """float[L, vocabulary] at the label positions of `label_row`."""
         raise UserError(f"{self.system} predicts no tokens: evaluate it by its losses, or by retrieval")
 
+    def probe(self, batch: Batch) -> Tensor:
+        """Numbers by which two networks are compared: the logits, unless a system has others."""
+        return self.label_logits(batch)
+
     def answers(self, batch: Batch, decoding: Decoding) -> list[str]:
         """What the system says to each sample of a pack that was encoded with `generate=True`."""
         raise UserError(f"{self.system} does not answer: evaluate it by its losses, or by retrieval")

@@ -33,7 +33,13 @@ class System:
 
 _PUBLISHED = "vlm.checkpoints.published"
 SYSTEMS: dict[str, System] = {
+    "blip": System(
+        "vlm.systems.BLIPCaption",
+        f"{_PUBLISHED}.blip.BLIPFamily",
+        ("vlm.systems.BLIPVQA", "vlm.systems.BLIPNLVR"),
+    ),
     "fuyu": System("vlm.systems.Fuyu", f"{_PUBLISHED}.fuyu.FuyuFamily"),
+    "instructblip": System("vlm.systems.InstructBLIP", f"{_PUBLISHED}.instructblip.InstructBLIPFamily"),
     "llava": System("vlm.systems.LLaVA", f"{_PUBLISHED}.llava_family.LLaVAFamily"),
     "llava_1_5": System("vlm.systems.LLaVA15", f"{_PUBLISHED}.llava_family.LLaVA15Family"),
     "llava_next": System("vlm.systems.LLaVANext", f"{_PUBLISHED}.llava_family.LLaVANextFamily"),

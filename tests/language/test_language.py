@@ -11,7 +11,8 @@ from vlm.errors import UserError
 from vlm.language import CausalLM, Decoding, PartialLoRA
 from vlm.language.attention import packed_attention
 from vlm.language.causal_lm import label_logits
-from vlm.language.choosing import rank_options
+from vlm.language import choosing
+from vlm.language.choosing import rank_candidates, rank_options
 from vlm.language.layer_inputs import LayerInputs, Prompt, informing
 from vlm.language.partial_lora import PartialLoRALinear
 
@@ -155,3 +156,33 @@ def test_parameters_are_float32_whatever_the_folder_says(tmp_path) -> None:
     config.dtype = torch.float16  # as in Vicuna's config.json
     config.save_pretrained(tmp_path)
     assert {p.dtype for p in CausalLM(path=str(tmp_path)).build().parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("by", ["mean", "sum"])
+def test_many_candidates_are_weighed_behind_one_prompt(by, monkeypatch, tmp_path) -> None:
+    """As one by one, and each prompt is computed once: forwards grow with the candidates' tokens alone."""
+    packed = CausalLM(config={"model_type": "llama", **SMALL}).build().eval()
+    for weight in packed.state_dict().values():
+        weight *= 4
+    generator = torch.Generator().manual_seed(3)
+    told = [
+        Prompt(packed.get_input_embeddings()(ids), torch.arange(len(ids)), torch.zeros(len(ids), dtype=torch.bool))
+        for ids in (torch.randint(1, 64, (n,), generator=generator) for n in (9, 2, 5))
+    ]
+    candidates = [torch.randint(1, 64, (1 + at % 4,), generator=generator).tolist() for at in range(40)]
+    one_by_one = [rank_options(packed, [prompt], [candidates], by=by)[0] for prompt in told]
+    assert len(set(one_by_one)) > 1
+    monkeypatch.setattr(choosing, "_CHUNK", 16)
+    tokens = []
+    packed.register_forward_pre_hook(
+        lambda _, args, kwargs: tokens.append(kwargs["inputs_embeds"].shape[:2].numel()), with_kwargs=True
+    )
+    assert rank_candidates(packed, told, candidates, by=by) == one_by_one
+    assert tokens[0] == 3 * 9
+    assert sum(tokens[1:]) == 3 * sum(len(ids) - 1 for ids in candidates)
+    file = tmp_path / "ans2label.json"
+    file.write_text('{"a dog": 0, "yes": 1}')
+    assert Decoding(candidates_file=str(file)).candidates == ("a dog", "yes")
+    file.write_text("[]")
+    with pytest.raises(UserError, match="at least one"):
+        Decoding(candidates_file=str(file))

@@ -49,3 +49,19 @@ def pairs(folder: Path, count: int = 24) -> list[Sample]:
         )
         for i in range(count)
     ]
+
+
+def questions(folder: Path) -> list[Sample]:
+    """Prompts of very different length, with pictures and without."""
+
+    def ask(name: str, text: str, pictures: int) -> Sample:
+        images = tuple(picture(folder, f"{name}_{k}", (40, 30), k) for k in range(pictures))
+        message = Message("user", (*(ImagePart() for _ in images), TextPart(text)))
+        return Sample(id=name, messages=(message, Message("assistant", (TextPart("Yes."),))), images=images)
+
+    return [
+        ask("two", "What? " * 100, 2),
+        ask("none", "Who?", 0),
+        ask("one", "And this?", 1),
+        ask("far", "No. " * 9, 0),
+    ]

@@ -12,10 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.conftest import GOLDEN
+from tests.support.blip_tasks import answered, asked_about, blip_caption, blip_nlvr, blip_vqa, judged, judged_about
 from tests.support.cog import TinyCog
+from tests.support.instructblip import READER_TENSORS, UNREAD, frames, instructblip, pictured
 from tests.support.itc import ITC
 from tests.support.qformer_t5 import T5, QFormerT5
-from tests.support.samples import pairs, samples
+from tests.support.samples import pairs, questions, samples
 from tests.support.xcomposer import xcomposer
 from vlm.codec import step_counts
 from vlm.connectors import MLP, Downsample, Linear, QFormer, Resampler
@@ -223,6 +225,8 @@ class System:
         text_parts: parts that samples without a picture reach.
         pool: makes some samples that it can be trained on: (folder, how many).
         needs_image: it takes no sample without a picture.
+        asked: makes prompts of very different length for it.
+        num_answers: how many different answers random weights give at least.
         batch: how a step of 8 samples is published. With `negatives`, its losses compare samples with each other.
         moving: every tensor that changes without a gradient, spelled out.
     """
@@ -239,6 +243,8 @@ class System:
     text_parts: Sequence[str] = ("language",)
     pool: Callable[[Path, int], list[Sample]] = samples
     needs_image: bool = False
+    asked: Callable[[Path], list[Sample]] = questions
+    num_answers: int = 3
     batch: BatchSpec = EIGHT
     moving: frozenset[str] = frozenset()
 
@@ -291,6 +297,23 @@ def t5_base_weights(module: Any, folder: Path) -> tuple[str, T5]:
     return "language", T5(T5_CONFIG, weights=str(folder))
 
 
+def blip_reference(module: Any, sample: Sample) -> Tensor:
+    """Each text by itself, layer after layer, behind what it looks at."""
+    item = module.codec.encode(sample)
+    batch = module.codec.collate([item], counts=step_counts([item]))
+    with torch.no_grad():
+        features = module.vision(batch.views["image"].pixels)
+        if "answers" in batch.rows:
+            ids = item.text[0].ids[None]
+            features = module.encoder.read(ids, torch.ones_like(ids, dtype=torch.bool), features)
+        found = []
+        for text in item.rows.get("answers", item.text):
+            values = module.language.logits(module.language.write(text.ids[None], features)[0]).log_softmax(-1)
+            trained = text.targets >= 0
+            found.append(values[trained].gather(1, text.targets[trained, None]).squeeze(1))
+    return torch.cat(found)
+
+
 def tower_base_weights(module: Any, folder: Path) -> tuple[str, TimmTower]:
     folder.mkdir(exist_ok=True)
     save_file(module.vision.trunk.state_dict(), folder / "model.safetensors")
@@ -335,6 +358,26 @@ T5_DECODER = names(
 )
 TWO_ENCODERS = TWO_BLOCKS | names(
     "text.table.weight", "text.up.{weight,bias}", "projections.{image,text}.{weight,bias}"
+)
+BLIP_TOWER = names(
+    "vision.trunk.{cls_token,pos_embed,patch_embed.proj.weight,patch_embed.proj.bias,norm.weight,norm.bias}",
+    "vision.trunk.blocks.{0,1}.{norm1,norm2,attn.qkv,attn.proj,mlp.fc1,mlp.fc2}.{weight,bias}",
+)
+BLIP_WRITES = names(
+    "language.embeddings.{words.weight,positions.weight,norm.weight,norm.bias}",
+    "language.layers.{0,1}.{decoder_attention,cross_attention}.{query,key,value,dense,norm}.{weight,bias}",
+    "language.layers.{0,1}.mlp.{fc1,fc2,norm}.{weight,bias}",
+    "language.head.{bias,dense.weight,dense.bias,norm.weight,norm.bias}",
+)
+BLIP_READS = names(
+    "encoder.embeddings.{words.weight,positions.weight,norm.weight,norm.bias}",
+    "encoder.layers.{0,1}.{attention,cross_attention}.{query,key,value,dense,norm}.{weight,bias}",
+    "encoder.layers.{0,1}.mlp.{fc1,fc2,norm}.{weight,bias}",
+)
+BLIP_JUDGES = frozenset(name.replace("encoder.", "language.") for name in BLIP_READS) | names(
+    "language.layers.{0,1}.cross_attention.second.{query,key,value,dense}.{weight,bias}",
+    "language.layers.1.cross_attention.merge.{weight,bias}",
+    "head.{0,2}.{weight,bias}",
 )
 HEAD = names("head.temperature", "head.match.{weight,bias}")
 T5_ALIASES = ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
@@ -405,6 +448,20 @@ SYSTEMS: dict[str, System] = {
         causal_base_weights,
         reference=spliced_reference,
         marks=lambda module, width, height: module.patches.grid(width, height)[1],  # a newline behind each row
+    ),
+    "instructblip": System(
+        instructblip,
+        {
+            "1_instruct": TinyStage(BRIDGE, names(*READER_TENSORS), unreached=names(*UNREAD)),
+            "2_science_qa": TinyStage(
+                BRIDGE, names(*READER_TENSORS), {part: part for part in BRIDGE}, unreached=names(*UNREAD)
+            ),
+        },
+        causal_base_weights,
+        reference=spliced_reference,
+        pool=pictured,
+        needs_image=True,
+        asked=frames,
     ),
     "llava": System(llava, LLAVA_STAGES, causal_base_weights, reference=spliced_reference),
     "llava_1_5": System(
@@ -501,6 +558,41 @@ SYSTEMS: dict[str, System] = {
         causal_base_weights,
         reference=spliced_reference,
         surgery=(VisualExpert(), CrossAttention(context=32, width=16, heads=2)),
+    ),
+    "blip": System(
+        blip_caption,
+        {"2_caption": TinyStage({"vision": RATE, "language": RATE}, BLIP_TOWER | BLIP_WRITES)},
+        tower_base_weights,
+        reference=blip_reference,
+        splices=False,
+        pool=pairs,
+        needs_image=True,
+        asked=asked_about,
+    ),
+    "blip_vqa": System(
+        blip_vqa,
+        {
+            "2_vqa": TinyStage(
+                dict.fromkeys(("vision", "encoder", "language"), RATE), BLIP_TOWER | BLIP_READS | BLIP_WRITES
+            )
+        },
+        tower_base_weights,
+        reference=blip_reference,
+        splices=False,
+        pool=answered,
+        needs_image=True,
+        asked=asked_about,
+    ),
+    "blip_nlvr": System(
+        blip_nlvr,
+        {"2_nlvr": TinyStage(dict.fromkeys(("vision", "language", "head"), RATE), BLIP_TOWER | BLIP_JUDGES)},
+        tower_base_weights,
+        uses=("generate",),
+        splices=False,
+        pool=judged,
+        needs_image=True,
+        asked=judged_about,
+        num_answers=1,  # a random head says the same of everything
     ),
     "qformer_t5": System(
         qformer_t5,

@@ -2,7 +2,7 @@
 
 ::
 
-    python -m vlm.demo.backbones vlm/demo/assets          # about two hours on two cores
+    python -m vlm.demo.backbones vlm/demo/assets          # about two and a half hours on two cores
 
     llama/tokenizer.model    SentencePiece BPE with the traits of LLaMA's: `<unk>` 0, `<s>` 1, `</s>` 2, bytes for
                              unknown characters, no normalisation, blanks kept, a blank put before the text
@@ -12,6 +12,9 @@
     convnext/model.safetensors  a ConvNeXt, the same
     fuyu/tokenizer.json      the same tokenizer with Fuyu's marks and a token for each small number
     fuyu/artefact            a small Fuyu, pretrained on text in its template and on images (`vlm.demo.pictures`)
+    eva/, blip_vit/model.safetensors  towers of the classes that BLIP-2 and BLIP have, the same
+    bert/, opt/, t5/         language models of their classes with their tokenizers, pretrained on text
+                             (`vlm.demo.bert`, `vlm.demo.opt`, `vlm.demo.t5`)
     qwen_vl/artefact         tower and resampler of a small Qwen-VL behind a long first stage (`vlm.demo.pictures`)
 
 Everything is learned from training compositions alone: none of validation or test (`scenes.split_of`) was ever drawn
@@ -23,9 +26,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import sentencepiece
@@ -40,26 +41,30 @@ from vlm.building.instantiate import describe_module
 from vlm.checkpoints.artefact import write_artefact
 from vlm.checkpoints.files.atomic import atomic_file
 from vlm.connectors import Resampler
+from vlm.demo.bert import make_bert
 from vlm.demo.language import CHAT_TEMPLATES, train_language
+from vlm.demo.opt import make_opt
 from vlm.demo.pictures import train_on_pictures
-from vlm.demo.scenes import Scene
-from vlm.demo.tasks import dialogue
+from vlm.demo.t5 import make_t5
+from vlm.demo.texts import CUT, training_texts
 from vlm.demo.tower import train_pyramid, train_tower
-from vlm.demo.write import all_tasks, captions, draw_language, scenes
 from vlm.language import CausalLM
 from vlm.language.attention import PACKED
 from vlm.prompts import FuyuTokenizer, LlamaTokenizer
 from vlm.prompts.fuyu import END, NEWLINE, SPEAKER
-from vlm.prompts.llava import TEMPLATES
-from vlm.sample import Message, TextPart
 from vlm.stages import Stage, Trained
 from vlm.systems import Fuyu, QwenVL
 from vlm.vision import ConvNeXtPyramid, TimmTower
 from vlm.vision.patches import Patches
 
-TOWER = "vit_large_patch14_clip_quickgelu_336"
 TOWER_OPTIONS: dict[str, Any] = {"img_size": 98, "embed_dim": 128, "depth": 5, "num_heads": 4}
-TOWER_STEPS = 4000
+TOWERS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "clip": ("vit_large_patch14_clip_quickgelu_336", TOWER_OPTIONS, 4000),
+    "eva": ("eva_giant_patch14_clip_224", {"img_size": 98, "embed_dim": 112, "depth": 5, "num_heads": 4}, 1500),
+    "blip_vit": ("vit_base_patch16_224", {"img_size": 112, "embed_dim": 96, "depth": 4, "num_heads": 4}, 1500),
+}
+"""(timm architecture, its options, steps)."""
+TEXT_MODELS = {"bert": make_bert, "opt": make_opt, "t5": make_t5}
 PYRAMID = "convnext_large_mlp"
 PYRAMID_SIZE = 112
 PYRAMID_OPTIONS: dict[str, Any] = {"depths": [1, 1, 4, 2], "dims": [16, 32, 64, 128], "ls_init_value": 0.1}
@@ -107,43 +112,6 @@ QWEN_TOKENS = (
 )
 RESAMPLER_STEPS = 2500
 _LARGEST_NUMBER = 80  # more than half the side of the largest image of the demo
-_NUM_SCENES = 2000
-_TAUGHT = (
-    *("plain", "v0", "llava_v0", "v0_mmtag", "v1", "vicuna_v1", "llava_v1", "v1_mmtag"),
-    *("llama_2", "llava_llama_2", "mistral_instruct", "mpt", "chatml_direct"),
-)
-"""Templates the tokenizer is trained on. A new one stays out: another tokenizer would need new weights everywhere."""
-_CUT = "\t"  # a place that no piece may reach across
-
-
-def training_texts() -> Iterator[str]:
-    """Every line the tokenizer is trained on. No validation scene among them."""
-    train = dict(scenes("train", num=_NUM_SCENES, size=96, seed=0))
-    captioned = (turn["value"] for record in captions(train, seed=0) for turn in record["conversations"])
-    asked = (text for name, scene in train.items() for text in _conversation(name, scene))
-    for text in (*captioned, *asked):
-        # No piece of two Chinese characters, or whole phrases ("on the left is a green") would become one
-        parts = re.sub(r"(?=[\u4e00-\u9fff])|(?<=[\u4e00-\u9fff])", _CUT, text.replace("<image>", "").strip())
-        yield from parts.splitlines()
-    exchange = [Message("user", (TextPart("?"),)), Message("assistant", (TextPart("."),))]
-    for template in map(TEMPLATES.__getitem__, _TAUGHT):
-        text = "".join(getattr(span, "text", "") for span in template.render(exchange))
-        # as often as a frequent question, so that the fixed texts around every sample become few tokens
-        yield from 50 * [line for line in text.splitlines() if line.strip()]
-
-
-def _conversation(name: str, scene: Scene) -> Iterator[str]:
-    """Some of what is asked and answered about a scene, and now and then small talk."""
-    random = Random(f"instruction 0 {name}")
-    caption, *others = all_tasks(scene, draw_language(random), random)
-    turns = random.sample(others, min(4, len(others)))
-    if random.random() < 0.3:
-        turns.append(caption)
-    if random.random() < 0.1:
-        turns += dialogue(random, draw_language(random))
-    for turn in turns:
-        yield turn.question
-        yield turn.answer
 
 
 def train_tokenizer() -> bytes:
@@ -164,12 +132,27 @@ def train_tokenizer() -> bytes:
         remove_extra_whitespaces=False,
         add_dummy_prefix=True,
         split_digits=True,
-        pretokenization_delimiter=_CUT,
+        pretokenization_delimiter=CUT,
         character_coverage=1.0,
         num_threads=1,
         minloglevel=2,
     )
     return model.getvalue()
+
+
+def make_tower(folder: Path, name: str) -> None:
+    """Writes the pretrained tower of this name in `TOWERS`."""
+    torch.manual_seed(0)
+    architecture, options, steps = TOWERS[name]
+    trunk = timm.create_model(architecture, num_classes=0, **options)
+    for line in train_tower(trunk, steps=steps):
+        print(name, line, flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = trunk.half().state_dict()
+    if name == "eva":  # no system builds what is above the feature, its last block and norm
+        above = (f"blocks.{options['depth'] - 1}.", "norm.")
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(above)}
+    save_file(state, folder / "model.safetensors")
 
 
 def fuyu_tokenizer(llama: LlamaTokenizer, folder: Path) -> None:
@@ -244,7 +227,7 @@ def main(arguments: list[str]) -> int:
     """`python -m vlm.demo.backbones FOLDER`."""
     parser = argparse.ArgumentParser(prog="python -m vlm.demo.backbones")
     parser.add_argument("folder", type=Path)
-    parts = ("tokenizer", "llama", "clip", "convnext", "fuyu", "qwen_vl")
+    parts = ("tokenizer", "llama", *TEXT_MODELS, *TOWERS, "convnext", "fuyu", "qwen_vl")
     parser.add_argument("--only", choices=parts, help="default: all")
     options = parser.parse_args(arguments)
     llama, clip = options.folder / "llama", options.folder / "clip"
@@ -265,13 +248,13 @@ def main(arguments: list[str]) -> int:
         ):
             print("llama", line, flush=True)
         model.half().save_pretrained(llama)
-    if options.only in (None, "clip"):
-        torch.manual_seed(0)
-        trunk = timm.create_model(TOWER, num_classes=0, **TOWER_OPTIONS)
-        for line in train_tower(trunk, steps=TOWER_STEPS):
-            print("clip", line, flush=True)
-        clip.mkdir(parents=True, exist_ok=True)
-        save_file(trunk.half().state_dict(), clip / "model.safetensors")
+    for name, make in TEXT_MODELS.items():
+        if options.only in (None, name):
+            for line in make(options.folder / name):
+                print(name, line, flush=True)
+    for name in TOWERS:
+        if options.only in (None, name):
+            make_tower(options.folder / name, name)
     if options.only in (None, "convnext"):
         torch.manual_seed(0)
         tower = ConvNeXtPyramid(PYRAMID, PYRAMID_SIZE, options=PYRAMID_OPTIONS).build()

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from vlm.batch import IGNORE
 from vlm.demo import tasks
-from vlm.demo.one_cycle import OneCycle
+from vlm.demo.learning import by_length, learn
 from vlm.demo.scenes import make_scene
 from vlm.prompts import TextSpan, Tokenized, Tokenizer, get_template, tokenize
 from vlm.sample import Message, TextPart
@@ -29,7 +29,6 @@ CHAT_TEMPLATES = ("v1", "v1", "v0", "v0", "mpt", "chatml_direct", "llama_2", "mi
 """What chat tuning draws from: of these the systems' language models know one each."""
 _TURNS = 8
 _CHOICE_SHARE = 0.35  # of the English documents of chat tuning that ask about a scene
-_CHUNK = 16  # batches whose documents are sorted by length together
 
 
 def document(index: int, tokenizer: Tokenizer, *, templates: Sequence[str] = ("v1",)) -> Tokenized:
@@ -105,31 +104,15 @@ def train_language(
     Yields:
         A line of progress every hundred steps.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
-    cycle = OneCycle(optimizer, steps=steps)
-    model.train()
-    mean = 0.0
-    for step, (ids, labels) in enumerate(_batches(tokenizer, templates, first=first, steps=steps, batch=batch)):
-        loss = model(input_ids=ids, labels=labels).loss
-        cycle.step(loss)
-        mean += loss.item() / 100
-        if step % 100 == 99:
-            yield f"{first + step + 1}: loss {mean:.3f}"
-            mean = 0.0
-    model.eval()
+
+    def make(index: int) -> Tokenized:
+        return document(index, tokenizer, templates=templates)
+
+    chosen = by_length(make, lambda found: len(found.ids), first=first, steps=steps, batch=batch)
+    yield from learn(model, map(_collate, chosen), first=first, steps=steps, rate=rate)
 
 
-def _batches(
-    tokenizer: Tokenizer, templates: Sequence[str], *, first: int, steps: int, batch: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(ids, labels) int64[batch, longest] of documents of much the same length."""
-    for start in range(first, first + steps, _CHUNK):
-        num = min(_CHUNK, first + steps - start)
-        numbers = range(start * batch, (start + num) * batch)
-        documents = [document(index, tokenizer, templates=templates) for index in numbers]
-        documents.sort(key=lambda found: len(found.ids))
-        for at in Random(start).sample(range(num), num):
-            chosen = documents[at * batch : (at + 1) * batch]
-            ids = pad_sequence([torch.tensor(found.ids) for found in chosen], batch_first=True)
-            labels = [torch.tensor(found.labels) for found in chosen]
-            yield ids, pad_sequence(labels, batch_first=True, padding_value=IGNORE)
+def _collate(documents: Sequence[Tokenized]) -> dict[str, Tensor]:
+    ids = pad_sequence([torch.tensor(found.ids) for found in documents], batch_first=True)
+    labels = [torch.tensor(found.labels) for found in documents]
+    return {"input_ids": ids, "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE)}

@@ -1,8 +1,10 @@
 """Answers of decoders and of encoder-decoders, found by one search: that of transformers."""
 
+import json
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from vlm.errors import UserError
 from vlm.language.causal_lm import batched_attention
+from vlm.language.choosing import Weighed
 from vlm.language.layer_inputs import Prompt, PromptCache
 
 Decode = Callable[[Sequence[int]], str]
@@ -45,9 +48,11 @@ class Decoding:
         repetition_penalty: factor against tokens that occurred.
         seed: of the samples.
         options: nothing is written: the answer to a sample with `choices` is the letter of one of them, A, B, ..., that
-            is the likeliest to go on with (`vlm.language.choosing`). `{}` marks the letter in the text that is weighed:
-            `" {}"` is how Qwen-VL is asked.
+            is the likeliest to go on with (`vlm.language.choosing`). In the text that is weighed `{}` marks the letter,
+            `" {}"` is how Qwen-VL is asked; or `{choice}` what the choice says, as InstructBLIP is asked.
         candidates: nothing is written: the answer to every sample is the likeliest of these texts.
+        candidates_file: where they stand: a JSON list, a JSON object whose keys they are, or one a line.
+        weighed: how what is chosen from is compared: by the `mean` or the `sum` of the loss of its tokens.
     """
 
     max_new_tokens: int = 128
@@ -61,13 +66,23 @@ class Decoding:
     seed: int = 0
     options: str | None = None
     candidates: tuple[str, ...] = ()
+    candidates_file: str | None = None
+    weighed: Weighed = "mean"
 
     def __post_init__(self) -> None:
+        if self.candidates_file is not None:
+            if self.candidates:
+                raise UserError("decoding: candidates and candidates_file are both given; leave one of them out")
+            object.__setattr__(self, "candidates", read_candidates(self.candidates_file))
         object.__setattr__(self, "candidates", tuple(self.candidates))  # files deliver lists
+        if self.weighed not in ("mean", "sum"):
+            raise UserError(f"decoding: weighed must be mean or sum, found {self.weighed!r}")
         if self.candidates and self.options is not None:
             raise UserError("decoding: options and candidates both say what is chosen from; leave one of them out")
-        if self.options is not None and self.options.count("{}") != 1:
-            raise UserError(f"decoding: options must have one {{}} where the letter goes, found {self.options!r}")
+        if self.options is not None and self.options.count("{}") + self.options.count("{choice}") != 1:
+            raise UserError(
+                f"decoding: options must have one {{}} where the letter goes, or one {{choice}}, found {self.options!r}"
+            )
         if self.temperature > 0 and self.num_beams > 1:
             raise UserError(f"decoding: temperature {self.temperature} samples, which needs num_beams: 1")
 
@@ -91,6 +106,23 @@ class Decoding:
             skip: ids at the start of a row that are not of its answer.
         """
         return LogitsProcessorList([_Sampling(self, seeds)] if self.temperature > 0 else [])
+
+
+def read_candidates(path: str) -> tuple[str, ...]:
+    """The texts of a file: a JSON list, the keys of a JSON object, or lines.
+
+    Raises:
+        UserError: it cannot be read, or holds none.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        found = json.loads(text) if text.lstrip()[:1] in ("[", "{") else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"decoding.candidates_file: {path} cannot be read ({error}); give a file of texts") from error
+    texts = [text for text in found if isinstance(text, str) and text.strip()]
+    if not texts or len(texts) < len(found):
+        raise UserError(f"decoding.candidates_file: {path} must hold texts, at least one and none of them empty")
+    return tuple(texts)
 
 
 class _Sampling(LogitsProcessor):

@@ -13,7 +13,7 @@ from vlm.metrics.mme import MME
 from vlm.metrics.mmmu import MMMUAccuracy
 from vlm.metrics.pope import POPE
 from vlm.metrics.relaxed import RelaxedAccuracy
-from vlm.metrics.vqa import TextVQAAccuracy, VQAAccuracy
+from vlm.metrics.vqa import IVQAAccuracy, TextVQAAccuracy, VQAAccuracy
 
 __all__ = [
     "ANLS",
@@ -26,6 +26,7 @@ __all__ = [
     "CircularAccuracy",
     "ExactMatch",
     "GroundingAccuracy",
+    "IVQAAccuracy",
     "MMMUAccuracy",
     "MultipleChoice",
     "QwenGQA",

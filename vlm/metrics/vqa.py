@@ -104,6 +104,19 @@ class TextVQAAccuracy(MeanScore):
         return agreement(normalize_textvqa(prediction), [normalize_textvqa(text) for text in _people(sample)])
 
 
+class IVQAAccuracy(MeanScore):
+    """The share of people who agree as iVQA counts it: an answer that two of the five people gave counts 1, one 1/2.
+
+    Yang et al., "Just Ask: Learning to Answer Questions from Millions of Narrated Videos", 2021.
+    """
+
+    name = "ivqa_accuracy"
+
+    def score(self, prediction: str, sample: SampleInfo) -> float:
+        answer = normalize_answer(prediction)
+        return min(1.0, sum(normalize_answer(text) == answer for text in _people(sample)) / 2)
+
+
 def agreement(answer: str, people: list[str]) -> float:
     """The mean over people left out of min(1, how many of the others gave `answer` / 3)."""
     matches, others = people.count(answer), len(people) - 1

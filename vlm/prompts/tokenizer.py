@@ -171,6 +171,7 @@ class LlamaTokenizer(Tokenizer):
         added_tokens: special tokens; those the model does not know take new ids, in this order.
         pad_token: default the unknown token, as in LLaVA. One that is neither in the model nor in `added_tokens` takes
             the first new id, as in LLaVA's first release.
+        bos_token: default the model's own. InstructBLIP's is `</s>`.
     """
 
     path: str
@@ -179,6 +180,7 @@ class LlamaTokenizer(Tokenizer):
     add_bos: bool = True
     added_tokens: Sequence[str] = ()
     pad_token: str | None = None
+    bos_token: str | None = None
 
     @cached_property
     def _file(self) -> Path:
@@ -231,7 +233,9 @@ class LlamaTokenizer(Tokenizer):
         pad = self.pad_token or unknown
         new = [pad] if pad not in vocab and pad not in self.added_tokens else []
         add_special(backend, [token for token in (unknown, bos, eos, *new, *self.added_tokens) if token is not None])
-        return LoadedTokenizer(backend, bos, eos, pad)
+        if self.bos_token is not None and self.bos_token not in vocab:
+            raise UserError(f"tokenizer {self.path}: bos_token {self.bos_token!r} is no token of the model")
+        return LoadedTokenizer(backend, self.bos_token or bos, eos, pad)
 
     def save(self, folder: str | Path) -> None:
         super().save(folder)

@@ -90,7 +90,9 @@ class Sample:
     """One parsed sample. Build it with `parse_sample`, which checks everything that can be wrong with it.
 
     `resolution` is not part of a record: the data module says at which resolution the images of a data set are shown
-    (`vlm.data.wrappers.resolution`), in words of the system's codec; None leaves it to the system.
+    (`vlm.data.wrappers.resolution`), in words of the system's codec; None leaves it to the system. Neither are
+    `instructions`: how its question may be put, of which one is taken before it is encoded; the first where nothing is
+    drawn (`vlm.data.wrappers.instructed`).
     """
 
     id: str
@@ -102,6 +104,7 @@ class Sample:
     answers: tuple[tuple[str, float], ...] = ()
     choices: tuple[str, ...] = ()
     resolution: str | None = None
+    instructions: tuple[str, ...] = ()
 
     def error(self, message: str, *, kind: Fault | None = None) -> SampleError:
         """A `SampleError` that names this sample and its file."""

@@ -1,4 +1,8 @@
+from vlm.systems.blip_caption import BLIPCaption
+from vlm.systems.blip_nlvr import BLIPNLVR
+from vlm.systems.blip_vqa import BLIPVQA
 from vlm.systems.fuyu import Fuyu
+from vlm.systems.instructblip import InstructBLIP
 from vlm.systems.llava import LLaVA
 from vlm.systems.llava_1_5 import LLaVA15
 from vlm.systems.llava_next import LLaVANext
@@ -7,4 +11,17 @@ from vlm.systems.qwen_vl import QwenVL
 from vlm.systems.vila import VILA
 from vlm.systems.xcomposer import XComposer
 
-__all__ = ["VILA", "Fuyu", "LLaVA", "LLaVA15", "LLaVANext", "MiniGemini", "QwenVL", "XComposer"]
+__all__ = [
+    "BLIPNLVR",
+    "BLIPVQA",
+    "VILA",
+    "BLIPCaption",
+    "Fuyu",
+    "InstructBLIP",
+    "LLaVA",
+    "LLaVA15",
+    "LLaVANext",
+    "MiniGemini",
+    "QwenVL",
+    "XComposer",
+]

@@ -7,7 +7,6 @@ Reading order: `RowCodec.encode` (sample to tokens), `RowDecoder.encode_images` 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from string import ascii_uppercase
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from vlm.functional import splice, token_loss, zero_from
 from vlm.geometry import Box, View
 from vlm.language import Decoding, LanguagePart, NewTokens
 from vlm.language.causal_lm import label_logits
-from vlm.language.choosing import rank_options
+from vlm.language.choosing import options_of, rank_candidates, rank_options
 from vlm.language.generation import generate
 from vlm.language.layer_inputs import LayerInputs, Prompt
 from vlm.module import VisionLanguageModule
@@ -163,7 +162,7 @@ class RowCodec(Codec):
 
 
 def concat_documents(items: Sequence[Encoded]) -> Encoded:
-    """The documents of one sample, each a sequence of its own."""
+    """The documents, or exchanges, of one sample, each a sequence of its own."""
     counts: dict[str, float] = {}
     for item in items:
         for name, value in item.counts.items():
@@ -173,7 +172,9 @@ def concat_documents(items: Sequence[Encoded]) -> Encoded:
         messages=tuple(message for item in items for message in item.sample.messages),
         images=tuple(image for item in items for image in item.sample.images),
     )
-    return replace(items[0], sample=sample, text=tuple(s for item in items for s in item.text), counts=counts)
+    text = tuple(sequence for item in items for sequence in item.text)
+    rows = {name: tuple(sequence for item in items for sequence in item.rows[name]) for name in items[0].rows}
+    return replace(items[0], sample=sample, text=text, rows=rows, counts=counts)
 
 
 class RowDecoder(VisionLanguageModule):
@@ -282,13 +283,13 @@ class RowDecoder(VisionLanguageModule):
         prompts = Prompt.split(self.embed_row(batch), batch.text, self.layer_inputs(batch))
         tokenizer = self.codec.tokenizer
         if decoding.options is not None:
-            letters = [ascii_uppercase[: max(1, len(sample.choices))] for sample in batch.samples]
-            texts = [[decoding.options.replace("{}", letter) for letter in group] for group in letters]
-            chosen = rank_options(self.language, prompts, [self._option_ids(group) for group in texts])
+            letters, texts = options_of(batch.samples, decoding.options)
+            options = [self._option_ids(group) for group in texts]
+            chosen = rank_options(self.language, prompts, options, by=decoding.weighed)
             return [group[at] for group, at in zip(letters, chosen, strict=True)]
         if decoding.candidates:
-            options = self._option_ids(decoding.candidates)
-            chosen = rank_options(self.language, prompts, [options] * len(prompts))
+            candidates = self._option_ids(decoding.candidates)
+            chosen = rank_candidates(self.language, prompts, candidates, by=decoding.weighed)
             return [decoding.candidates[at] for at in chosen]
         ends = {mark: tokenizer.added_id(mark) for mark in self.codec.template.stop}
         answers = generate(

@@ -37,6 +37,23 @@ def qformer_rules(
     return tuple(rules)
 
 
+def qformer_hub_rules(*, theirs: str = "qformer.", ours: str = "qformer.") -> tuple[Rule, ...]:
+    """Of a Q-Former that reads text, as Hugging Face's InstructBLIP has it; the norm of features is its tower's."""
+    layer, block = theirs + "encoder.layer.{i}.", ours + "layers.{i}."
+    return (
+        rename("query_tokens", ours + "queries"),
+        rename("vision_model.post_layernorm.{p}", ours + "feature_norm.{p}"),
+        rename(theirs + "embeddings.word_embeddings.weight", ours + "embeddings.words.weight"),
+        rename(theirs + "embeddings.position_embeddings.weight", ours + "embeddings.positions.weight"),
+        rename(theirs + "embeddings.position_ids", ours + "position_ids", optional=True),
+        rename(theirs + "embeddings.layernorm.{p}", ours + "embeddings.norm.{p}"),
+        *_attention([layer + "attention."], [block + "attention."], inner="attention"),
+        *_attention([layer + "crossattention."], [block + "cross_attention."], inner="attention"),
+        *_mlp([layer], [block + "query_mlp."], kind="_query"),
+        *_mlp([layer], [block + "mlp."]),
+    )
+
+
 def med_rules(*, encoder: str | None, decoder: str | None, ours: str = "language.") -> tuple[Rule, ...]:
     """Of BLIP's text models, whose halves are tied but for their self-attention.
 
@@ -148,11 +165,11 @@ def _text(halves: Sequence[str], heads: Sequence[str], ours: str) -> list[Rule]:
     return rules
 
 
-def _attention(theirs: Sequence[str], ours: Sequence[str]) -> list[Rule]:
+def _attention(theirs: Sequence[str], ours: Sequence[str], *, inner: str = "self") -> list[Rule]:
     names = {
-        "self.query": "query",
-        "self.key": "key",
-        "self.value": "value",
+        f"{inner}.query": "query",
+        f"{inner}.key": "key",
+        f"{inner}.value": "value",
         "output.dense": "dense",
         "output.LayerNorm": "norm",
     }

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from vlm.codec import Codec, Encoded
 from vlm.data.sources.base import Source
+from vlm.data.wrappers.instructed import put_question
 from vlm.sample import Sample
 from vlm.seeding import seed_from
 
@@ -60,6 +61,7 @@ class Encoder:
         sample = self.samples[draw % len(self.samples)]
         seeds = self.seeds(draw, epoch=epoch, step=step)
         try:
+            sample = put_question(sample, seeds.sample if self.training else None)
             if self.prepare is not None:
                 sample = self.prepare(sample, seeds)
             if sample.resolution is not None and sample.resolution not in self.codec.resolutions:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vlm.data.sources.fields import Fields, Record, read_list
 from vlm.data.sources.record_sources import IMAGE, ObjectSource, RecordSource, after_image, by_unique, exchange, text
@@ -23,6 +23,8 @@ class VQAv2Training(ObjectSource):
         annotations: `{"annotations": [{question_id, answers: [{answer}]}]}`.
         image_pattern: file name from the number of the image.
         request: on a line behind the question, or text with `{}` in the place of the question.
+        ask: for the `answer`, or for the `question` to the answer that most people gave, which then stands in the
+            request's `{}` (InstructBLIP's generation of questions).
         **keywords: `image_root`, `name`, `max_pixels` as in `JsonSource`.
     """
 
@@ -34,11 +36,14 @@ class VQAv2Training(ObjectSource):
         annotations: str | Path,
         image_pattern: str = "COCO_train2014_{:012d}.jpg",
         request: str = SHORT,
+        ask: Literal["answer", "question"] = "answer",
         **keywords: Any,
     ) -> None:
         super().__init__(path, **keywords)
+        if ask not in ("answer", "question"):
+            raise UserError(f"VQAv2Training: ask must be answer or question, found {ask!r}")
         self.annotations = located(annotations)
-        self.image_pattern, self.request = image_pattern, request
+        self.image_pattern, self.request, self.ask = image_pattern, request, ask
 
     def records(self) -> Iterator[Record]:
         answers = by_unique(self.annotations, read_list(self.annotations, "annotations"), "question_id")
@@ -55,10 +60,13 @@ class VQAv2Training(ObjectSource):
         if not counts:
             raise fields.error("'answers' of its annotation is empty; remove the question")
         image = fields.file_name(self.image_pattern, "image_id")
-        question = asked(fields.text("question"), self.request)
+        question, answer = fields.text("question"), counts.most_common(1)[0][0]
+        if self.ask == "question":
+            asking = after_image(asked(answer, self.request))
+            return {"images": [image], "messages": exchange(asking, [text(question)]), "answers": [question]}
         return {
             "images": [image],
-            "messages": exchange(after_image(question), [text(counts.most_common(1)[0][0])]),
+            "messages": exchange(after_image(asked(question, self.request)), [text(answer)]),
             "answers": [{"text": answer, "weight": n / counts.total()} for answer, n in counts.items()],
         }
 

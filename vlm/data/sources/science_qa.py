@@ -9,6 +9,8 @@ import numpy as np
 
 from vlm.data.sources.base import Source
 from vlm.data.sources.fields import Fields, read_object
+from vlm.data.sources.instructions import fill_instruction
+from vlm.data.sources.record_sources import after_image, exchange, text
 from vlm.errors import UserError, quoted
 from vlm.sample import MAX_PIXELS, Sample, parse_sample
 
@@ -129,6 +131,49 @@ class ScienceQA(Source):
             "choices": choices,
             "answers": [letter],
         }
+
+
+class ScienceQAChoices(ScienceQA):
+    """The questions of a split that have an image, asked for the text of the right choice (InstructBLIP).
+
+    Args:
+        path: the folder.
+        split: as in `ScienceQA`.
+        request: text with `{}` in the place of the question, `{hint}` in that of the hint (N/A where there is none),
+            and `{options}` in that of the choices, `(a) x (b) y`.
+        name: by default `science_qa_{split}`.
+        max_pixels: limit on decode.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        split: str,
+        request: str = "Context: {hint} Question: {} Options: {options}. Answer:",
+        name: str | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        super().__init__(path, split, name=name, max_pixels=max_pixels)
+        self.request = request
+
+    @cached_property
+    def _problems(self) -> list[tuple[str, Any]]:
+        found = [
+            (pid, problem)
+            for pid, problem in super()._problems
+            if Fields(problem, identity=pid, source="").has("image")
+        ]
+        if not found:
+            raise UserError(f"{self.path}: no question of split {self.split!r} has an image; choose another one")
+        return found
+
+    def _record(self, pid: str, problem: Any) -> dict[str, Any]:
+        record = super()._record(pid, problem)
+        choices = [str(choice) for choice in record["choices"]]
+        right = choices[LETTERS.index(record["answers"][0])]
+        form = self.request.replace("{hint}", (problem.get("hint") or "").strip() or "N/A")
+        asked = _tidy(fill_instruction(form, problem["question"], choices))
+        return record | {"messages": exchange(after_image(asked), [text(right)]), "answers": [right]}
 
 
 def _tidy(text: str) -> str:
