@@ -35,6 +35,7 @@ PPL = " <|User|>:PATHContext: N/A\nQuestion: {}\nOptions: []\n{}\n<TOKENS_UNUSED
 CHAT = (
     "Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I provide it to you. "
     "Please answer my questions."
+)
 DETAIL = "Describe this image in detail."
 # name: decoding, and of each source the first prompt
 PROTOCOLS = {

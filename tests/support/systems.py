@@ -17,11 +17,10 @@ from tests.support.cog import TinyCog
 from tests.support.instructblip import READER_TENSORS, UNREAD, frames, instructblip, pictured
 from tests.support.itc import ITC
 from tests.support.minigpt4 import minigpt4, minigpt4_llama_2
-from tests.support.qformer_t5 import T5, QFormerT5
 from tests.support.samples import pairs, questions, samples
 from tests.support.xcomposer import xcomposer
 from vlm.codec import step_counts
-from vlm.connectors import MLP, Downsample, Linear, QFormer, Resampler
+from vlm.connectors import MLP, Downsample, Linear, Resampler
 from tests.support.blip2 import EVA_TENSORS, QFORMER, T5_DECODER, blip2, blip2_t5, t5_base_weights, t5_reference
 from vlm.data import BatchSpec
 from vlm.language import CausalLM, CrossAttention, PartialLoRA, Surgery, VisualExpert
@@ -258,26 +257,11 @@ def causal_base_weights(module: Any, folder: Path) -> tuple[str, CausalLM]:
     return "language", CausalLM(path=str(folder))
 
 
-def t5_reference(module: Any, sample: Sample) -> Tensor:
-    item = module.codec.encode(sample)
-    batch = module.codec.collate([item], counts=step_counts([item]))
-    row = batch.text
-    with torch.no_grad():
-        embeds = module.language.get_input_embeddings()(row.ids)
-        embeds[row.slots["image"]] = module.image_features(batch)
-        logits = module.language(inputs_embeds=embeds[None], decoder_input_ids=batch.rows["decoder"].ids[None]).logits[
-            0
-        ]
-    return logits.log_softmax(-1).gather(1, batch.rows["decoder"].targets[:, None]).squeeze(1)
-
-
-def t5_base_weights(module: Any, folder: Path) -> tuple[str, T5]:
-    module.language.save_pretrained(folder)
-    return "language", T5(T5_CONFIG, weights=str(folder))
-
-
 def blip_reference(module: Any, sample: Sample) -> Tensor:
     """Each text by itself, layer after layer, behind what it looks at."""
+    item = module.codec.encode(sample)
+    batch = module.codec.collate([item], counts=step_counts([item]))
+    with torch.no_grad():
         features = module.vision(batch.views["image"].pixels)
         if "answers" in batch.rows:
             ids = item.text[0].ids[None]
@@ -389,7 +373,7 @@ QWEN_VL_STAGES = {
 
 XCOMPOSER_DECODER = DECODER | names("language.model.layers.{0,1}.self_attn.{q,k,v,o}_proj.bias")
 XCOMPOSER_STAGES = {  # the others train an adapter over the language model (tests/systems/test_xcomposer.py)
-    "1_pretrain": TinyStage(BRIDGE | {"language": RATE}, QFORMER | XCOMPOSER_DECODER),
+    "1_pretrain": TinyStage(BRIDGE | {"language": RATE}, names(*QFORMER) | XCOMPOSER_DECODER),
 }
 
 PERSIMMON_DECODER = names(
@@ -582,23 +566,24 @@ SYSTEMS: dict[str, System] = {
                 dict.fromkeys(("vision", "encoder", "language"), RATE), BLIP_TOWER | BLIP_READS | BLIP_WRITES
             )
         },
+        tower_base_weights,
+        reference=blip_reference,
+        splices=False,
         pool=answered,
+        needs_image=True,
+        asked=asked_about,
+    ),
     "blip_nlvr": System(
         blip_nlvr,
         {"2_nlvr": TinyStage(dict.fromkeys(("vision", "language", "head"), RATE), BLIP_TOWER | BLIP_JUDGES)},
+        tower_base_weights,
         uses=("generate",),
+        splices=False,
         pool=judged,
+        needs_image=True,
         asked=judged_about,
         num_answers=1,  # a random head says the same of everything
-    "qformer_t5": System(
-        qformer_t5,
-            "1_bridge": TinyStage(BRIDGE, QFORMER),
-            "2_decoder": TinyStage(
-                BRIDGE | {"language.decoder": RATE}, QFORMER | T5_DECODER, {part: part for part in BRIDGE}
-            ),
-        t5_base_weights,
-        reference=t5_reference,
-        ties={f"language.{alias}.weight": "language.shared.weight" for alias in T5_ALIASES},
+    ),
     "itc": System(
         lambda **changes: itc(**({"dropout": 0.0} | changes)),
         {

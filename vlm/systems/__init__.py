@@ -14,6 +14,8 @@ from vlm.systems.vila import VILA
 from vlm.systems.xcomposer import XComposer
 
 __all__ = [
+    "BLIP2",
+    "BLIP2T5",
     "BLIPNLVR",
     "BLIPVQA",
     "VILA",
@@ -28,4 +30,3 @@ __all__ = [
     "QwenVL",
     "XComposer",
 ]
-__all__ = ["BLIP2", "BLIP2T5", "VILA", "Fuyu", "InstructBLIP", "LLaVA", "LLaVA15", "LLaVANext", "MiniGemini", "QwenVL"]
