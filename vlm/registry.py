@@ -33,6 +33,7 @@ class System:
 
 _PUBLISHED = "vlm.checkpoints.published"
 SYSTEMS: dict[str, System] = {
+    "blip2": System("vlm.systems.BLIP2", f"{_PUBLISHED}.blip2.BLIP2Family", ("vlm.systems.BLIP2T5",)),
     "fuyu": System("vlm.systems.Fuyu", f"{_PUBLISHED}.fuyu.FuyuFamily"),
     "instructblip": System("vlm.systems.InstructBLIP", f"{_PUBLISHED}.instructblip.InstructBLIPFamily"),
     "llava": System("vlm.systems.LLaVA", f"{_PUBLISHED}.llava_family.LLaVAFamily"),
