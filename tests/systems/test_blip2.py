@@ -73,7 +73,7 @@ def test_every_token_of_a_caption_is_a_target_and_no_token_of_a_prompt(tmp_path:
 
 def test_a_q_former_reads_the_question(tmp_path: Path) -> None:
     reader = opt_tokenizer()
-    with pytest.raises(UserError, match="qformer.text and qformer_tokenizer belong together"):
+    with pytest.raises(UserError, match=r"qformer\.text and qformer_tokenizer belong together"):
         blip2(qformer_tokenizer=reader)
 
 
