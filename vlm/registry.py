@@ -33,6 +33,11 @@ class System:
 
 _PUBLISHED = "vlm.checkpoints.published"
 SYSTEMS: dict[str, System] = {
+    "blip": System(
+        "vlm.systems.BLIPCaption",
+        f"{_PUBLISHED}.blip.BLIPFamily",
+        ("vlm.systems.BLIPVQA", "vlm.systems.BLIPNLVR"),
+    ),
     "blip2": System("vlm.systems.BLIP2", f"{_PUBLISHED}.blip2.BLIP2Family", ("vlm.systems.BLIP2T5",)),
     "fuyu": System("vlm.systems.Fuyu", f"{_PUBLISHED}.fuyu.FuyuFamily"),
     "instructblip": System("vlm.systems.InstructBLIP", f"{_PUBLISHED}.instructblip.InstructBLIPFamily"),
@@ -40,8 +45,10 @@ SYSTEMS: dict[str, System] = {
     "llava_1_5": System("vlm.systems.LLaVA15", f"{_PUBLISHED}.llava_family.LLaVA15Family"),
     "llava_next": System("vlm.systems.LLaVANext", f"{_PUBLISHED}.llava_family.LLaVANextFamily"),
     "mini_gemini": System("vlm.systems.MiniGemini", f"{_PUBLISHED}.llava_family.MiniGeminiFamily"),
+    "minigpt4": System("vlm.systems.MiniGPT4", f"{_PUBLISHED}.minigpt4.MiniGPT4Family"),
     "qwen_vl": System("vlm.systems.QwenVL", f"{_PUBLISHED}.qwen_vl.QwenVLFamily"),
     "vila": System("vlm.systems.VILA", f"{_PUBLISHED}.llava_family.VILAFamily"),
+    "xcomposer": System("vlm.systems.XComposer", f"{_PUBLISHED}.xcomposer.XComposerFamily"),
 }
 
 

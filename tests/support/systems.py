@@ -12,12 +12,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.conftest import GOLDEN
-from tests.support.blip2 import EVA_TENSORS, QFORMER, T5_DECODER, blip2, blip2_t5, t5_base_weights, t5_reference
+from tests.support.blip_tasks import answered, asked_about, blip_caption, blip_nlvr, blip_vqa, judged, judged_about
 from tests.support.cog import TinyCog
 from tests.support.instructblip import READER_TENSORS, UNREAD, frames, instructblip, pictured
 from tests.support.itc import ITC
+from tests.support.minigpt4 import minigpt4, minigpt4_llama_2
 from tests.support.samples import pairs, questions, samples
+from tests.support.xcomposer import xcomposer
+from vlm.codec import step_counts
 from vlm.connectors import MLP, Downsample, Linear, Resampler
+from tests.support.blip2 import EVA_TENSORS, QFORMER, T5_DECODER, blip2, blip2_t5, t5_base_weights, t5_reference
 from vlm.data import BatchSpec
 from vlm.language import CausalLM, CrossAttention, PartialLoRA, Surgery, VisualExpert
 from vlm.language.causal_lm import batched_attention
@@ -253,6 +257,23 @@ def causal_base_weights(module: Any, folder: Path) -> tuple[str, CausalLM]:
     return "language", CausalLM(path=str(folder))
 
 
+def blip_reference(module: Any, sample: Sample) -> Tensor:
+    """Each text by itself, layer after layer, behind what it looks at."""
+    item = module.codec.encode(sample)
+    batch = module.codec.collate([item], counts=step_counts([item]))
+    with torch.no_grad():
+        features = module.vision(batch.views["image"].pixels)
+        if "answers" in batch.rows:
+            ids = item.text[0].ids[None]
+            features = module.encoder.read(ids, torch.ones_like(ids, dtype=torch.bool), features)
+        found = []
+        for text in item.rows.get("answers", item.text):
+            values = module.language.logits(module.language.write(text.ids[None], features)[0]).log_softmax(-1)
+            trained = text.targets >= 0
+            found.append(values[trained].gather(1, text.targets[trained, None]).squeeze(1))
+    return torch.cat(found)
+
+
 def tower_base_weights(module: Any, folder: Path) -> tuple[str, TimmTower]:
     folder.mkdir(exist_ok=True)
     save_file(module.vision.trunk.state_dict(), folder / "model.safetensors")
@@ -282,6 +303,26 @@ CROSS_ATTENTION = names(
 )
 TWO_ENCODERS = TWO_BLOCKS | names(
     "text.table.weight", "text.up.{weight,bias}", "projections.{image,text}.{weight,bias}"
+)
+BLIP_TOWER = names(
+    "vision.trunk.{cls_token,pos_embed,patch_embed.proj.weight,patch_embed.proj.bias,norm.weight,norm.bias}",
+    "vision.trunk.blocks.{0,1}.{norm1,norm2,attn.qkv,attn.proj,mlp.fc1,mlp.fc2}.{weight,bias}",
+)
+BLIP_WRITES = names(
+    "language.embeddings.{words.weight,positions.weight,norm.weight,norm.bias}",
+    "language.layers.{0,1}.{decoder_attention,cross_attention}.{query,key,value,dense,norm}.{weight,bias}",
+    "language.layers.{0,1}.mlp.{fc1,fc2,norm}.{weight,bias}",
+    "language.head.{bias,dense.weight,dense.bias,norm.weight,norm.bias}",
+)
+BLIP_READS = names(
+    "encoder.embeddings.{words.weight,positions.weight,norm.weight,norm.bias}",
+    "encoder.layers.{0,1}.{attention,cross_attention}.{query,key,value,dense,norm}.{weight,bias}",
+    "encoder.layers.{0,1}.mlp.{fc1,fc2,norm}.{weight,bias}",
+)
+BLIP_JUDGES = frozenset(name.replace("encoder.", "language.") for name in BLIP_READS) | names(
+    "language.layers.{0,1}.cross_attention.second.{query,key,value,dense}.{weight,bias}",
+    "language.layers.1.cross_attention.merge.{weight,bias}",
+    "head.{0,2}.{weight,bias}",
 )
 HEAD = names("head.temperature", "head.match.{weight,bias}")
 RATE = Trained(lr=1e-2)
@@ -328,6 +369,11 @@ QWEN_VL_STAGES = {
         RESAMPLER | QWEN_DECODER,
         {"vision": "vision", "connector": "connector", "language": "language"},
     ),
+}
+
+XCOMPOSER_DECODER = DECODER | names("language.model.layers.{0,1}.self_attn.{q,k,v,o}_proj.bias")
+XCOMPOSER_STAGES = {  # the others train an adapter over the language model (tests/systems/test_xcomposer.py)
+    "1_pretrain": TinyStage(BRIDGE | {"language": RATE}, names(*QFORMER) | XCOMPOSER_DECODER),
 }
 
 PERSIMMON_DECODER = names(
@@ -419,6 +465,26 @@ SYSTEMS: dict[str, System] = {
         causal_base_weights,
         reference=spliced_reference,
     ),
+    "minigpt4": System(
+        minigpt4,
+        {
+            "1_align": TinyStage({"connector": RATE}, LINEAR),
+            "2_finetune": TinyStage({"connector": RATE}, LINEAR, {"connector": "connector"}),
+        },
+        causal_base_weights,
+        reference=spliced_reference,
+        num_answers=2,
+    ),
+    "minigpt4_llama_2": System(
+        minigpt4_llama_2,
+        {
+            "1_align": TinyStage({"connector": RATE}, LINEAR),
+            "2_finetune": TinyStage({"connector": RATE}, LINEAR, {"connector": "connector"}),
+        },
+        causal_base_weights,
+        reference=spliced_reference,
+        num_answers=2,
+    ),
     "qwen_vl": System(qwen_vl, QWEN_VL_STAGES, causal_base_weights, reference=spliced_reference),
     "vila": System(vila, VILA_STAGES, causal_base_weights, reference=spliced_reference),
     "vila_downsample": System(
@@ -427,6 +493,7 @@ SYSTEMS: dict[str, System] = {
         causal_base_weights,
         reference=spliced_reference,
     ),
+    "xcomposer": System(xcomposer, XCOMPOSER_STAGES, causal_base_weights, reference=spliced_reference),
     "tied": System(
         lambda **changes: llava_1_5(**({"language": CausalLM(config=LLAMA | {"tie_word_embeddings": True})} | changes)),
         {
@@ -481,6 +548,41 @@ SYSTEMS: dict[str, System] = {
         causal_base_weights,
         reference=spliced_reference,
         surgery=(VisualExpert(), CrossAttention(context=32, width=16, heads=2)),
+    ),
+    "blip": System(
+        blip_caption,
+        {"2_caption": TinyStage({"vision": RATE, "language": RATE}, BLIP_TOWER | BLIP_WRITES)},
+        tower_base_weights,
+        reference=blip_reference,
+        splices=False,
+        pool=pairs,
+        needs_image=True,
+        asked=asked_about,
+    ),
+    "blip_vqa": System(
+        blip_vqa,
+        {
+            "2_vqa": TinyStage(
+                dict.fromkeys(("vision", "encoder", "language"), RATE), BLIP_TOWER | BLIP_READS | BLIP_WRITES
+            )
+        },
+        tower_base_weights,
+        reference=blip_reference,
+        splices=False,
+        pool=answered,
+        needs_image=True,
+        asked=asked_about,
+    ),
+    "blip_nlvr": System(
+        blip_nlvr,
+        {"2_nlvr": TinyStage(dict.fromkeys(("vision", "language", "head"), RATE), BLIP_TOWER | BLIP_JUDGES)},
+        tower_base_weights,
+        uses=("generate",),
+        splices=False,
+        pool=judged,
+        needs_image=True,
+        asked=judged_about,
+        num_answers=1,  # a random head says the same of everything
     ),
     "itc": System(
         lambda **changes: itc(**({"dropout": 0.0} | changes)),

@@ -1,7 +1,8 @@
 """Conversation formats and tokenizers."""
 
 from vlm.errors import UserError
-from vlm.prompts import blip2, fuyu, instructblip, llava, mini_gemini, qwen
+from vlm.prompts import blip2, fuyu, instructblip, llava, mini_gemini, minigpt4, qwen, xcomposer
+from vlm.prompts.bert import BertTokenizer
 from vlm.prompts.documents import DOCUMENTS
 from vlm.prompts.fuyu import FuyuTokenizer
 from vlm.prompts.opt import OPTTokenizer
@@ -12,6 +13,7 @@ from vlm.prompts.tokenizer import HubTokenizer, LlamaTokenizer, Tokenizer
 
 __all__ = [
     "IMAGE",
+    "BertTokenizer",
     "Form",
     "FuyuTokenizer",
     "HubTokenizer",
@@ -35,7 +37,7 @@ def get_template(name: str) -> Template:
     Raises:
         UserError: there is none; the message lists those there are.
     """
-    modules = (llava, mini_gemini, qwen, fuyu, instructblip, blip2)
+    modules = (blip2, fuyu, instructblip, llava, mini_gemini, minigpt4, qwen, xcomposer)
     templates = {DOCUMENTS.name: DOCUMENTS} | {k: v for module in modules for k, v in module.TEMPLATES.items()}
     if name not in templates:
         raise UserError(f"unknown template {name!r}; use one of {', '.join(sorted(templates))}")

@@ -1,11 +1,32 @@
 from vlm.systems.blip2 import BLIP2, BLIP2T5
+from vlm.systems.blip_caption import BLIPCaption
+from vlm.systems.blip_nlvr import BLIPNLVR
+from vlm.systems.blip_vqa import BLIPVQA
 from vlm.systems.fuyu import Fuyu
 from vlm.systems.instructblip import InstructBLIP
 from vlm.systems.llava import LLaVA
 from vlm.systems.llava_1_5 import LLaVA15
 from vlm.systems.llava_next import LLaVANext
 from vlm.systems.mini_gemini import MiniGemini
+from vlm.systems.minigpt4 import MiniGPT4
 from vlm.systems.qwen_vl import QwenVL
 from vlm.systems.vila import VILA
+from vlm.systems.xcomposer import XComposer
 
-__all__ = ["BLIP2", "BLIP2T5", "VILA", "Fuyu", "InstructBLIP", "LLaVA", "LLaVA15", "LLaVANext", "MiniGemini", "QwenVL"]
+__all__ = [
+    "BLIP2",
+    "BLIP2T5",
+    "BLIPNLVR",
+    "BLIPVQA",
+    "VILA",
+    "BLIPCaption",
+    "Fuyu",
+    "InstructBLIP",
+    "LLaVA",
+    "LLaVA15",
+    "LLaVANext",
+    "MiniGPT4",
+    "MiniGemini",
+    "QwenVL",
+    "XComposer",
+]

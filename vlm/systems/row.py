@@ -302,7 +302,8 @@ class RowDecoder(VisionLanguageModule):
             decoding=decoding,
             seeds=[seed_from(decoding.seed, sample.id) for sample in batch.samples],
             end_ids=[tokenizer.eos_id, *(end for end in ends.values() if end is not None)],
-            pad_id=tokenizer.pad_id,
+            # answers that have ended are filled up with it, which takes a row of the table
+            pad_id=tokenizer.pad_id if tokenizer.pad_id < self.language.config.vocab_size else tokenizer.eos_id,
             stop=[mark for mark, end in ends.items() if end is None],
             decode=lambda ids: tokenizer.decode(ids, skip_special=False),
             synced=self.is_sharded,
