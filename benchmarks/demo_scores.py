@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[1]
 DATA = {
     "runs/demo_data": (),
     "runs/demo_science_qa": ("--format", "science_qa"),
+    "runs/demo_blip": ("--format", "blip", "--num", "4000"),
     "runs/demo_mmc4": ("--format", "mmc4", "--num", "2400"),
     "runs/demo_coyo": ("--format", "webdataset", "--num", "4000"),
     "runs/demo_articles": ("--format", "articles", "--num", "2000"),

@@ -63,11 +63,15 @@ class Codec(ABC):
         resolutions: values of `Sample.resolution` that `encode` and `collate` obey.
         joins_views: the views of an image are the patches of one map, row by row.
         needs_image: a sample without an image cannot be encoded.
+        min_images: how many images a sample has to have where it needs any.
+        answers: all answers that there are; empty: any text is one.
     """
 
     resolutions: Sequence[str] = ()
     joins_views: bool = False
     needs_image: bool = False
+    min_images: int = 1
+    answers: Sequence[str] = ()
 
     @abstractmethod
     def num_tokens(self, width: int, height: int) -> int:

@@ -33,6 +33,11 @@ class System:
 
 _PUBLISHED = "vlm.checkpoints.published"
 SYSTEMS: dict[str, System] = {
+    "blip": System(
+        "vlm.systems.BLIPCaption",
+        f"{_PUBLISHED}.blip.BLIPFamily",
+        ("vlm.systems.BLIPVQA", "vlm.systems.BLIPNLVR"),
+    ),
     "fuyu": System("vlm.systems.Fuyu", f"{_PUBLISHED}.fuyu.FuyuFamily"),
     "instructblip": System("vlm.systems.InstructBLIP", f"{_PUBLISHED}.instructblip.InstructBLIPFamily"),
     "llava": System("vlm.systems.LLaVA", f"{_PUBLISHED}.llava_family.LLaVAFamily"),

@@ -90,6 +90,16 @@ def test_long_answers_are_cut_as_published_and_counted(tmp_path: Path) -> None:
         minigpt4(template="v1").codec  # noqa: B018
 
 
+def test_stage_1_cleans_captions_as_published() -> None:
+    template = get_template("minigpt4_caption")
+    for case in rows("../caption_cleaning__a/captions.json"):
+        cleaned = said("assistant", case["minigpt4_pre_caption_50"])
+        if cleaned.content and case["text"].strip():
+            asked = said("user", "", image=True)
+            found = template.tokenize([asked, said("assistant", case["text"])], TOKENIZER)
+            assert found == dataclasses.replace(template, max_words=None).tokenize([asked, cleaned], TOKENIZER)
+
+
 def test_four_patches_are_a_token() -> None:
     torch.manual_seed(0)
     network = JoinedLinear().build(8, 5)

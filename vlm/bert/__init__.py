@@ -1,4 +1,4 @@
-from vlm.bert.layer import Attention, BertLayer, BertSize, FeedForward, KeysValues, causal_mask, key_mask
+from vlm.bert.layer import Attention, BertLayer, BertSize, FeedForward, KeysValues, Lookup, causal_mask, key_mask
 from vlm.bert.text import Embeddings, LMHead, draw_bert
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "FeedForward",
     "KeysValues",
     "LMHead",
+    "Lookup",
     "causal_mask",
     "draw_bert",
     "key_mask",

@@ -40,8 +40,8 @@ class BertSize:
     checkpointing: bool = False
 
 
-class Attention(nn.Module):
-    """Attention, its output added to its input and normalised.
+class Lookup(nn.Module):
+    """Attention without what follows it: what queries find, through a linear layer.
 
     Args:
         context_dim: width C of what keys and values come from; None: D (self-attention).
@@ -55,9 +55,8 @@ class Attention(nn.Module):
         self.key = nn.Linear(context_dim or size.dim, size.dim)
         self.value = nn.Linear(context_dim or size.dim, size.dim)
         self.dense = nn.Linear(size.dim, size.dim)
-        self.norm = nn.LayerNorm(size.dim, eps=size.norm_eps)
 
-    def forward(
+    def look_up(
         self,
         x: Tensor,
         *,
@@ -90,12 +89,40 @@ class Attention(nn.Module):
         found = F.scaled_dot_product_attention(
             query, *keys_values, attn_mask=mask, dropout_p=dropout, is_causal=is_causal
         )
-        added = F.dropout(self.dense(found.transpose(1, 2).flatten(2)), self.dropout, self.training)
-        return self.norm(x + added), keys_values
+        return self.dense(found.transpose(1, 2).flatten(2)), keys_values
 
     def _by_head(self, x: Tensor) -> Tensor:
         """float[S, n, D] -> float[S, heads, n, head_dim]."""
         return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+
+class Attention(Lookup):
+    """Attention, its output added to its input and normalised.
+
+    Args:
+        context_dim: width C of what keys and values come from; None: D (self-attention).
+    """
+
+    def __init__(self, size: BertSize, *, context_dim: int | None = None) -> None:
+        super().__init__(size, context_dim=context_dim)
+        self.norm = nn.LayerNorm(size.dim, eps=size.norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        context: Tensor | None,
+        past: KeysValues | None = None,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, KeysValues]:
+        """`look_up`, added and normalised: float[S, n, D], and all keys and values."""
+        found, keys_values = self.look_up(x, context=context, past=past, mask=mask, is_causal=is_causal)
+        return self.added(x, found), keys_values
+
+    def added(self, x: Tensor, found: Tensor) -> Tensor:
+        """float[S, n, D]: what was found, added to what looked for it, normalised."""
+        return self.norm(x + F.dropout(found, self.dropout, self.training))
 
 
 class FeedForward(nn.Module):

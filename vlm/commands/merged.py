@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlm.codec import Codec
 from vlm.errors import UserError
 from vlm.evaluation.inference import as_pack, evaluating
 from vlm.language import PeftAdapter
@@ -79,22 +80,23 @@ def load_without_adapter(path: str | Path) -> Any:
 
 
 def probe_logits(module: Any) -> Tensor:
-    """float32[L, vocabulary]: what a system says to two samples that are always the same, one with an image."""
+    """float32[L, vocabulary]: what a system says to samples that are always the same, one with an image."""
     with evaluating(module):
-        return module.label_logits(as_pack(module, probes(), generate=False)).float()
+        return module.probe(as_pack(module, probes(module.codec), generate=False)).float()
 
 
-def probes() -> list[Sample]:
+def probes(codec: Codec) -> list[Sample]:
+    """The samples, as a system can take them."""
     slope = torch.linspace(0, 255, 96).expand(64, 96)
     pixels = torch.stack([slope, slope.flip(1), slope.T[:64, :64].repeat(1, 2)[:, :96]], -1).to(torch.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels.contiguous().numpy()).save(file, "PNG")
-    answer = Message("assistant", (TextPart("Two colours that turn into each other, from left to right."),))
-    asked = (ImagePart(), TextPart("\nWhat does the image show?"))
-    return [
-        Sample("probe", (Message("user", asked), answer), (ImageFile("probe", data=file.getvalue()),), source=""),
-        Sample("text", (Message("user", (TextPart("Name two colours."),)), answer), (), source=""),
-    ]
+    said = codec.answers[0] if codec.answers else "Two colours that turn into each other, from left to right."
+    answer, images = Message("assistant", (TextPart(said),)), (ImageFile("probe", data=file.getvalue()),)
+    asked = (*[ImagePart()] * codec.min_images, TextPart("\nWhat does the image show?"))
+    shown = Sample("probe", (Message("user", asked), answer), images * codec.min_images, source="")
+    text = Sample("text", (Message("user", (TextPart("Name two colours."),)), answer), (), source="")
+    return [shown] if codec.needs_image else [shown, text]
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:

@@ -95,7 +95,7 @@ def _facts(network: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _batch(module: Any) -> "Batch":
-    items = [module.codec.encode(sample) for sample in probes()]
+    items = [module.codec.encode(sample) for sample in probes(module.codec)]
     return module.codec.collate(items, counts={})
 
 

@@ -9,6 +9,7 @@ _HOMES = {
     "AOKVQA": "sources.image_texts",
     "BatchSpec": "sampling.batches",
     "Best": "sources.webdataset",
+    "BlipQuestions": "sources.blip",
     "CaptionList": "sources.image_texts",
     "ChartQA": "sources.questions",
     "ChatJson": "sources.base",
@@ -38,6 +39,7 @@ _HOMES = {
     "MMMU": "benchmarks",
     "MMVet": "benchmarks",
     "MultitaskData": "modules.multitask",
+    "NLVR2": "sources.blip",
     "Obelics": "sources.documents",
     "OCRVQA": "sources.scene_text",
     "Parquet": "sources.parquet",
@@ -66,6 +68,7 @@ _HOMES = {
     "VQAv2": "benchmarks",
     "VQAv2Training": "sources.questions",
     "WebDataset": "sources.webdataset",
+    "WithImages": "wrappers.with_images",
     "WithInstructions": "wrappers.instructed",
     "WithResolution": "wrappers.resolution",
 }

@@ -11,6 +11,7 @@ from typing import Any
 from vlm.checkpoints.files.atomic import atomic_directory
 from vlm.demo import tasks
 from vlm.demo.articles import write_articles
+from vlm.demo.blip_formats import write_blip
 from vlm.demo.pages import Placed, make_chart, make_page, make_screen
 from vlm.demo.scenes import Scene
 from vlm.demo.write import scenes
@@ -285,6 +286,7 @@ def _text(folder: Path, num: int, size: int, seed: int) -> None:
 
 
 FORMATS: dict[str, Callable[[Path, int, int, int], None]] = {
+    "blip": write_blip,
     "coco_captions": _coco_captions,
     "vqav2": _vqav2,
     "refs": _refs,

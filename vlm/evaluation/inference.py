@@ -24,9 +24,10 @@ def make_filler(codec: Codec) -> Sample:
     if codec.needs_image:
         file = io.BytesIO()
         Image.new("RGB", (32, 32)).save(file, "PNG")
-        images = (ImageFile("filler", data=file.getvalue()),)
+        images = (ImageFile("filler", data=file.getvalue()),) * codec.min_images
     asked = Message("user", (*(ImagePart() for _ in images), TextPart(".")))
-    return Sample("filler", (asked, Message("assistant", (TextPart("."),))), images, source="")
+    answer = Message("assistant", (TextPart(codec.answers[0] if codec.answers else "."),))
+    return Sample("filler", (asked, answer), images, source="")
 
 
 @contextmanager

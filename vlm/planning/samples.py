@@ -93,7 +93,7 @@ def samples_of(
 def _typical(codec: Codec, data: VisionLanguageData, about: TypicalData, *, reason: str) -> Samples:
     without = round(_TYPICAL * about.without_image)
     texts = [i * without // _TYPICAL != (i + 1) * without // _TYPICAL for i in range(_TYPICAL)]  # evenly spread
-    items = [codec.encode(_sample(about, i, has_image=not text)) for i, text in enumerate(texts)]
+    items = [codec.encode(_sample(about, i, codec, has_image=not text)) for i, text in enumerate(texts)]
     origin = f"typical texts of {about.question} and {about.answer} tokens, images of {about.size[0]}x{about.size[1]}"
     origin += f"; number of samples: {about.source}" if about.source else ""
     draws = about.samples
@@ -111,7 +111,7 @@ def _steps(data: VisionLanguageData, items: Sequence[Encoded], draws: int) -> in
     return -(-round(draws * tokens) // room)
 
 
-def _sample(about: TypicalData, number: int, *, has_image: bool) -> Sample:
+def _sample(about: TypicalData, number: int, codec: Codec, *, has_image: bool) -> Sample:
     images = about.images if has_image else 0
     file = io.BytesIO()
     Image.new("RGB", about.size, (127, 127, 127)).save(file, "PNG")
@@ -120,7 +120,7 @@ def _sample(about: TypicalData, number: int, *, has_image: bool) -> Sample:
         id=f"typical {number}",
         messages=(
             Message("user", (*[ImagePart()] * images, question)),
-            Message("assistant", (TextPart(" is" * about.answer),)),
+            Message("assistant", (TextPart(codec.answers[0] if codec.answers else " is" * about.answer),)),
         ),
         images=tuple(ImageFile(f"typical {at}", data=file.getvalue()) for at in range(images)),
     )

@@ -1,3 +1,7 @@
+from vlm.systems.blip2 import BLIP2, BLIP2T5
+from vlm.systems.blip_caption import BLIPCaption
+from vlm.systems.blip_nlvr import BLIPNLVR
+from vlm.systems.blip_vqa import BLIPVQA
 from vlm.systems.fuyu import Fuyu
 from vlm.systems.instructblip import InstructBLIP
 from vlm.systems.llava import LLaVA
@@ -10,7 +14,12 @@ from vlm.systems.vila import VILA
 from vlm.systems.xcomposer import XComposer
 
 __all__ = [
+    "BLIP2",
+    "BLIP2T5",
+    "BLIPNLVR",
+    "BLIPVQA",
     "VILA",
+    "BLIPCaption",
     "Fuyu",
     "InstructBLIP",
     "LLaVA",

@@ -99,6 +99,14 @@ class OneFolderFamily(Family):
         """`surgery`, by a `config.json`."""
         return []
 
+    def read_config(self, files: WeightFiles, path: str | Path) -> dict[str, Any]:
+        """`config.json` beside the tensors, or what they say themselves.
+
+        Raises:
+            UserError: there is none.
+        """
+        return read_config_json(files.folder)
+
     # -- what every family does
 
     @property
@@ -129,7 +137,7 @@ class OneFolderFamily(Family):
             raise UserError(f"{path}: has no {next(iter(self.marks.values()))}; is it {self.system}? Check --system")
         if layout not in ("auto", found):
             raise UserError(f"{path}: is in the {found} layout, not in {layout!r}")
-        config = read_config_json(files.folder)
+        config = self.read_config(files, path)
         if not self.is_own(config):
             raise UserError(f"{path}: its config.json is not that of {self.system}; check --system")
         table = self.table(found, config)

@@ -19,7 +19,10 @@ class CaptionList(RecordSource):
 
     ::
 
-        [{"image": "train2014/a.jpg", "caption": "A boat."}]
+        [{"image": "train2014/a.jpg", "image_id": "coco_9", "caption": "A boat."}]
+
+    Samples of one image have its id, where there is one, as their `group`. In lists to be tested with, an image has all
+    its captions at once.
 
     Args:
         path: JSON list or JSONL.
@@ -40,6 +43,7 @@ class CaptionList(RecordSource):
             "images": [fields.text("image")],
             "messages": exchange(after_image(self.prompt), [text(captions[0].strip())]),
             "answers": captions,
+            **({"group": str(fields.value("image_id"))} if fields.has("image_id") else {}),
         }
 
 
