@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         facts = {
             "title": title,
             "weights": str(options.weights),
-            "images": str(options.images),
+            "index": str(options.index),
             "article": str(article),
         }
         try:
