@@ -400,11 +400,13 @@ def _stages() -> list[Any]:
 
 
 BATCHES = {
+    "blip-2_caption": 256, "blip-2_nlvr": 256, "blip-2_vqa": 256,
     "fuyu-1_finetune": 128, "llava-1_align": 128, "llava-2_chat": 32, "llava-2_science_qa": 32,
     "llava_1_5-1_align": 256, "llava_1_5-2_finetune": 128, "llava_next-1_align": 256, "llava_next-2_finetune": 128,
     "mini_gemini-1_align": 256, "mini_gemini-2_finetune": 128, "mini_gemini-2_finetune_hd": 128,
     "qwen_vl-1_pretrain": 30720, "qwen_vl-2_multitask": 4096, "qwen_vl-3_sft": 128,
     "vila-0_align": 256, "vila-1_pretrain": 1024, "vila-2_sft": 128,
+    "xcomposer-1_pretrain": 7680, "xcomposer-2_multitask": 256, "xcomposer-3_instruct": 256,
 }  # fmt: skip
 """As the papers and official scripts have them."""
 

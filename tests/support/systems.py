@@ -13,7 +13,6 @@ from torch import Tensor
 
 from tests.conftest import GOLDEN
 from tests.support.blip_tasks import answered, asked_about, blip_caption, blip_nlvr, blip_vqa, judged, judged_about
-from tests.support.blip2 import EVA_TENSORS, QFORMER, T5_DECODER, blip2, blip2_t5, t5_base_weights, t5_reference
 from tests.support.cog import TinyCog
 from tests.support.instructblip import (
     READER_TENSORS,
@@ -24,9 +23,12 @@ from tests.support.instructblip import (
     pictured,
 )
 from tests.support.itc import ITC
+from tests.support.minigpt4 import minigpt4, minigpt4_llama_2
 from tests.support.samples import pairs, questions, samples
+from tests.support.xcomposer import xcomposer
 from vlm.codec import step_counts
 from vlm.connectors import MLP, Downsample, Linear, Resampler
+from tests.support.blip2 import EVA_TENSORS, QFORMER, T5_DECODER, blip2, blip2_t5, t5_base_weights, t5_reference
 from vlm.data import BatchSpec
 from vlm.language import CausalLM, CrossAttention, PartialLoRA, Surgery, VisualExpert
 from vlm.language.causal_lm import batched_attention
@@ -376,6 +378,11 @@ QWEN_VL_STAGES = {
     ),
 }
 
+XCOMPOSER_DECODER = DECODER | names("language.model.layers.{0,1}.self_attn.{q,k,v,o}_proj.bias")
+XCOMPOSER_STAGES = {  # the others train an adapter over the language model (tests/systems/test_xcomposer.py)
+    "1_pretrain": TinyStage(BRIDGE | {"language": RATE}, names(*QFORMER) | XCOMPOSER_DECODER),
+}
+
 PERSIMMON_DECODER = names(
     "language.model.embed_tokens.weight",
     "language.model.final_layernorm.{weight,bias}",
@@ -476,6 +483,26 @@ SYSTEMS: dict[str, System] = {
         causal_base_weights,
         reference=spliced_reference,
     ),
+    "minigpt4": System(
+        minigpt4,
+        {
+            "1_align": TinyStage({"connector": RATE}, LINEAR),
+            "2_finetune": TinyStage({"connector": RATE}, LINEAR, {"connector": "connector"}),
+        },
+        causal_base_weights,
+        reference=spliced_reference,
+        num_answers=2,
+    ),
+    "minigpt4_llama_2": System(
+        minigpt4_llama_2,
+        {
+            "1_align": TinyStage({"connector": RATE}, LINEAR),
+            "2_finetune": TinyStage({"connector": RATE}, LINEAR, {"connector": "connector"}),
+        },
+        causal_base_weights,
+        reference=spliced_reference,
+        num_answers=2,
+    ),
     "qwen_vl": System(qwen_vl, QWEN_VL_STAGES, causal_base_weights, reference=spliced_reference),
     "vila": System(vila, VILA_STAGES, causal_base_weights, reference=spliced_reference),
     "vila_downsample": System(
@@ -484,6 +511,7 @@ SYSTEMS: dict[str, System] = {
         causal_base_weights,
         reference=spliced_reference,
     ),
+    "xcomposer": System(xcomposer, XCOMPOSER_STAGES, causal_base_weights, reference=spliced_reference),
     "tied": System(
         lambda **changes: llava_1_5(**({"language": CausalLM(config=LLAMA | {"tie_word_embeddings": True})} | changes)),
         {
@@ -539,7 +567,7 @@ SYSTEMS: dict[str, System] = {
         reference=spliced_reference,
         surgery=(VisualExpert(), CrossAttention(context=32, width=16, heads=2)),
     ),
-    "blip_caption": System(
+    "blip": System(
         blip_caption,
         {"2_caption": TinyStage({"vision": RATE, "language": RATE}, BLIP_TOWER | BLIP_WRITES)},
         tower_base_weights,

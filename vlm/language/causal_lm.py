@@ -23,6 +23,7 @@ from vlm.checkpoints.tables.base import BaseWeights
 from vlm.errors import UserError
 from vlm.language.attention import PACKED
 from vlm.language.base_weights import read_decoder
+from vlm.language.internlm import as_llama
 from vlm.language.layer_inputs import LayerInputs
 from vlm.language.qwen import as_qwen2
 
@@ -113,6 +114,8 @@ def read_transformers_config(path: str | None, changes: Mapping[str, Any]) -> Pr
         stated, _ = PretrainedConfig.get_config_dict(path)
         if stated.get("model_type") == "qwen":
             config = AutoConfig.for_model(**as_qwen2(stated))
+        elif stated.get("model_type") == "internlm":
+            config = AutoConfig.for_model(**as_llama(stated))
         else:
             config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -9,8 +9,10 @@ from vlm.systems.llava import LLaVA
 from vlm.systems.llava_1_5 import LLaVA15
 from vlm.systems.llava_next import LLaVANext
 from vlm.systems.mini_gemini import MiniGemini
+from vlm.systems.minigpt4 import MiniGPT4
 from vlm.systems.qwen_vl import QwenVL
 from vlm.systems.vila import VILA
+from vlm.systems.xcomposer import XComposer
 
 __all__ = [
     "BLIP2",
@@ -25,6 +27,8 @@ __all__ = [
     "LLaVA",
     "LLaVA15",
     "LLaVANext",
+    "MiniGPT4",
     "MiniGemini",
     "QwenVL",
+    "XComposer",
 ]
