@@ -75,7 +75,7 @@ class Seq2SeqLM(LanguagePart):
 
 @torch.no_grad()
 def rank_outputs(
-    language: PreTrainedModel,
+    language: Any,
     encoded: Tensor,
     mask: Tensor,
     groups: Sequence[Sequence[Sequence[int]]],
@@ -88,7 +88,7 @@ def rank_outputs(
     Texts are encoded once, and so are the keys and values that the decoder's cross-attention makes of them.
 
     Args:
-        language: the encoder-decoder, in eval mode.
+        language: the encoder-decoder of transformers, in eval mode.
         encoded: float[B, n, D], what its encoder made.
         mask: bool[B, n].
         groups: per text the token ids of each output, their end included.
@@ -107,8 +107,10 @@ def rank_outputs(
             targets = pad_sequence(outputs, batch_first=True, padding_value=IGNORE).to(device)
             ids = torch.cat([first.expand(len(outputs), 1), targets[:, :-1].clamp(min=0)], dim=1)
             memory = DynamicCache()
-            for number, layer in enumerate(cross.cross_attention_cache.layers):
-                memory.update(*(kept.expand(len(outputs), -1, -1, -1) for kept in (layer.keys, layer.values)), number)
+            layers: Any = cross.cross_attention_cache.layers
+            for number, layer in enumerate(layers):
+                keys, values = (kept.expand(len(outputs), -1, -1, -1) for kept in (layer.keys, layer.values))
+                memory.update(keys, values, number)
             hidden = language.decoder(
                 input_ids=ids,
                 encoder_hidden_states=seen.expand(len(outputs), -1, -1),
