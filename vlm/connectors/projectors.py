@@ -32,6 +32,68 @@ class Linear(Connector):
 
 
 @dataclass(frozen=True)
+class FlaggedLinear(Connector):
+    """One linear layer with bias, and a start and an end token around each image (InternLM-XComposer, 2023).
+
+    The two are zero as released and never trained, so they are no parameters; they take places in the row all the same.
+    """
+
+    def build(self, in_dim: int, out_dim: int) -> "FlaggedLinearModule":
+        return FlaggedLinearModule(in_dim, out_dim)
+
+    def num_tokens(self, num_features: int) -> int:
+        return num_features + 2
+
+
+class FlaggedLinearModule(nn.Linear):
+    """float[V, Q, in_dim] -> float[V, 1 + Q + 1, out_dim]."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__(in_dim, out_dim)
+        self.register_buffer("start", torch.zeros(1, 1, out_dim))
+        self.register_buffer("end", torch.zeros(1, 1, out_dim))
+
+    def forward(self, input: Tensor) -> Tensor:
+        made = super().forward(input)
+        start, end = (flag.to(made.dtype).expand(len(made), -1, -1) for flag in (self.start, self.end))
+        return torch.cat([start, made, end], dim=1)
+
+
+@dataclass(frozen=True)
+class JoinedLinear(Connector):
+    """`num` features of a row one behind the other as one token, through a norm without scales and one linear layer
+    (MiniGPT-4 over Llama-2: its `ln_vision` is new and frozen, so it never has any).
+
+    Attributes:
+        num: features of a token.
+    """
+
+    num: int = 4
+
+    def build(self, in_dim: int, out_dim: int) -> nn.Module:
+        return JoinFeatures(in_dim, out_dim, num=self.num)
+
+    def num_tokens(self, num_features: int) -> int:
+        if num_features % self.num:
+            raise UserError(
+                f"connector.num: {num_features} features of a view do not make tokens of {self.num}; take a divisor"
+            )
+        return num_features // self.num
+
+
+class JoinFeatures(nn.Linear):
+    """float[V, P, D] -> float[V, P / num, out_dim]."""
+
+    def __init__(self, in_dim: int, out_dim: int, *, num: int) -> None:
+        super().__init__(num * in_dim, out_dim)
+        self.num = num
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = F.layer_norm(features, features.shape[-1:])  # eps 1e-5
+        return super().forward(features.unflatten(1, (-1, self.num)).flatten(2))
+
+
+@dataclass(frozen=True)
 class MLP(Connector):
     """`depth` linear layers with exact GELU between them (LLaVA-1.5, `mlp2x_gelu`, Improved Baselines with Visual
     Instruction Tuning, 2023). The layers are children 0, 2, 4, ... as in the published checkpoints."""
