@@ -38,7 +38,9 @@ SYSTEMS: dict[str, System] = {
         f"{_PUBLISHED}.blip.BLIPFamily",
         ("vlm.systems.BLIP", "vlm.systems.BLIPVQA", "vlm.systems.BLIPNLVR"),
     ),
-    "blip2": System("vlm.systems.BLIP2", f"{_PUBLISHED}.blip2.BLIP2Family", ("vlm.systems.BLIP2T5",)),
+    "blip2": System(
+        "vlm.systems.BLIP2", f"{_PUBLISHED}.blip2.BLIP2Family", ("vlm.systems.BLIP2QFormer", "vlm.systems.BLIP2T5")
+    ),
     "fuyu": System("vlm.systems.Fuyu", f"{_PUBLISHED}.fuyu.FuyuFamily"),
     "instructblip": System(
         "vlm.systems.InstructBLIP",

@@ -14,6 +14,8 @@ from torch import Tensor
 from tests.conftest import GOLDEN
 from tests.support.blip_tasks import answered, asked_about, blip_caption, blip_nlvr, blip_vqa, judged, judged_about
 from tests.support.cog import TinyCog
+from tests.support.blip import blip
+from tests.support.blip2_qformer import BLIP2_QFORMER, blip2_qformer
 from tests.support.instructblip import (
     READER_TENSORS,
     UNREAD,
@@ -22,7 +24,6 @@ from tests.support.instructblip import (
     instructblip_t5,
     pictured,
 )
-from tests.support.itc import ITC
 from tests.support.minigpt4 import minigpt4, minigpt4_llama_2
 from tests.support.samples import pairs, questions, samples
 from tests.support.xcomposer import xcomposer
@@ -152,12 +153,6 @@ def cog(**changes: Any) -> TinyCog:
     return TinyCog(**(_llava_arguments() | {"vision_high": high} | changes))
 
 
-def itc(**changes: Any) -> ITC:
-    """A picture and a caption are compared by 16 numbers each."""
-    arguments = {"vision": TimmTower("vit_large_patch14_clip_quickgelu_336", layer=-2, options=TOWER)}
-    return ITC(**(arguments | {"tokenizer": TOKENIZER} | changes))
-
-
 def names(*patterns: str) -> frozenset[str]:
     """Names of tensors, spelled out with `{a,b}` for alternatives."""
     found: list[str] = []
@@ -264,6 +259,27 @@ def causal_base_weights(module: Any, folder: Path) -> tuple[str, CausalLM]:
     return "language", CausalLM(path=str(folder))
 
 
+def qformer_reference(module: Any, sample: Sample) -> Tensor:
+    """A caption by itself, each token behind the queries and those before it, in one pass with a mask."""
+    item = module.codec.encode(sample)
+    batch = module.codec.collate([item], counts=step_counts([item]))
+    network, ids = module.qformer, batch.text.ids[None].clone()
+    ids[:, 0] = module.codec.tokenizer.token_id("[DEC]")
+    with torch.no_grad():
+        features = module.vision(batch.views["image"].pixels)
+        num_queries, length = network.queries.shape[1], ids.shape[1]
+        x = network.embeddings(ids, queries=network.queries)
+        mask = torch.ones(num_queries + length, num_queries + length, dtype=torch.bool).tril()
+        mask[:num_queries] = torch.arange(num_queries + length) < num_queries  # queries see queries
+        mask[num_queries:, :num_queries] = True
+        for layer in network.layers:
+            x, _ = layer(x, num_queries=num_queries, mask=mask, context=network.feature_norm(features))
+        logits = network.logits(x[0, num_queries:])
+    targets = batch.text.targets
+    trained = targets >= 0
+    return logits[trained].log_softmax(-1).gather(1, targets[trained, None]).squeeze(1)
+
+
 def blip_reference(module: Any, sample: Sample) -> Tensor:
     """Each text by itself, layer after layer, behind what it looks at."""
     item = module.codec.encode(sample)
@@ -308,9 +324,6 @@ CROSS_ATTENTION = names(
     "language.model.layers.{0,1}.cross_attn.{query,key_value,dense}.weight",
     "language.model.layers.{0,1}.post_cross_attention_layernorm.weight",
 )
-TWO_ENCODERS = TWO_BLOCKS | names(
-    "text.table.weight", "text.up.{weight,bias}", "projections.{image,text}.{weight,bias}"
-)
 BLIP_TOWER = names(
     "vision.trunk.{cls_token,pos_embed,patch_embed.proj.weight,patch_embed.proj.bias,norm.weight,norm.bias}",
     "vision.trunk.blocks.{0,1}.{norm1,norm2,attn.qkv,attn.proj,mlp.fc1,mlp.fc2}.{weight,bias}",
@@ -331,7 +344,10 @@ BLIP_JUDGES = frozenset(name.replace("encoder.", "language.") for name in BLIP_R
     "language.layers.1.cross_attention.merge.{weight,bias}",
     "head.{0,2}.{weight,bias}",
 )
-HEAD = names("head.temperature", "head.match.{weight,bias}")
+PAIRS = names("projections.{image,text}.{weight,bias}")
+PAIR_HEADS = names("heads.temperature", "heads.match.{weight,bias}")
+PAIR_READS = names("language.layers.{0,1}.attention.{query,key,value,dense,norm}.{weight,bias}")
+PAIR_COPIES = BLIP_TOWER | PAIRS | PAIR_READS | {n for n in BLIP_WRITES if "decoder_" not in n and ".head." not in n}
 RATE = Trained(lr=1e-2)
 BRIDGE = {"qformer": RATE, "connector": RATE}
 LINEAR = names("connector.{weight,bias}")
@@ -406,6 +422,17 @@ SYSTEMS: dict[str, System] = {
         causal_base_weights,
         reference=spliced_reference,
         ties={"language.lm_head.weight": "language.model.decoder.embed_tokens.weight"},
+    ),
+    "blip2_qformer": System(
+        blip2_qformer,
+        {"1_qformer": TinyStage(dict.fromkeys(("qformer", "projections", "heads"), RATE), names(*BLIP2_QFORMER))},
+        tower_base_weights,
+        uses=("score", "embed", "match"),
+        reference=qformer_reference,
+        splices=False,
+        pool=pairs,
+        needs_image=True,
+        batch=BatchSpec(8, negatives="pack", packs=4),
     ),
     "blip2_t5": System(
         blip2_t5,
@@ -602,20 +629,22 @@ SYSTEMS: dict[str, System] = {
         asked=judged_about,
         num_answers=1,  # a random head says the same of everything
     ),
-    "itc": System(
-        lambda **changes: itc(**({"dropout": 0.0} | changes)),
+    "blip_pretrain": System(
+        lambda **changes: blip(**({"dropout": 0.0, "label_smoothing": 0.0} | changes)),
         {
             "1_pretrain": TinyStage(
-                {"vision": RATE, "text": RATE, "projections": RATE, "head": RATE}, TWO_ENCODERS | HEAD
+                dict.fromkeys(("vision", "language", "projections", "heads"), RATE),
+                BLIP_TOWER | BLIP_WRITES | PAIR_READS | PAIRS | PAIR_HEADS,
             )
         },
         tower_base_weights,
-        uses=("embed", "match"),
+        uses=("score", "embed", "match"),
+        reference=blip_reference,
         splices=False,
         pool=pairs,
         needs_image=True,
         batch=BatchSpec(8, negatives="pack", packs=4),
-        moving=frozenset(f"momentum.{name}" for name in TWO_ENCODERS) | names("queue.{image,text,place}"),
+        moving=frozenset(f"momentum.{name}" for name in PAIR_COPIES) | names("queue.{image,text,place}"),
     ),
 }
 

@@ -1,5 +1,6 @@
 from vlm.systems.blip import BLIP
 from vlm.systems.blip2 import BLIP2, BLIP2T5
+from vlm.systems.blip2_qformer import BLIP2QFormer
 from vlm.systems.blip_caption import BLIPCaption
 from vlm.systems.blip_nlvr import BLIPNLVR
 from vlm.systems.blip_vqa import BLIPVQA
@@ -22,6 +23,7 @@ __all__ = [
     "BLIPNLVR",
     "BLIPVQA",
     "VILA",
+    "BLIP2QFormer",
     "BLIPCaption",
     "Fuyu",
     "InstructBLIP",

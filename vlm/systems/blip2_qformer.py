@@ -139,7 +139,7 @@ class BLIP2QFormer(BLIPTuned):
 
     @torch.no_grad()
     def wrong_weights(self, batch: Batch, *similar: Tensor) -> list[Tensor]:
-        """float[B, C] each: how likely a candidate is drawn as the wrong text of an image, the wrong image of a text."""
+        """float[B, C] each: how likely a candidate is drawn as wrong text of an image, and as wrong image of a text."""
         real, right = candidates(batch.real, batch), self.right_pairs(batch)
         return [scores.masked_fill(right & real, _SELF).softmax(1) for scores in similar]
 
