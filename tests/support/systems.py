@@ -275,9 +275,8 @@ def qformer_reference(module: Any, sample: Sample) -> Tensor:
         for layer in network.layers:
             x, _ = layer(x, num_queries=num_queries, mask=mask, context=network.feature_norm(features))
         logits = network.logits(x[0, num_queries:])
-    targets = batch.text.targets
-    trained = targets >= 0
-    return logits[trained].log_softmax(-1).gather(1, targets[trained, None]).squeeze(1)
+    row = batch.text
+    return logits[row.label_positions].log_softmax(-1).gather(1, row.targets[:, None]).squeeze(1)
 
 
 def blip_reference(module: Any, sample: Sample) -> Tensor:

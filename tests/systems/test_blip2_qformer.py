@@ -113,7 +113,7 @@ def check(
         named = {n: t for n, t in found.items() if not n.startswith("vision.")}
         theirs = qformer_table("official").from_ours(named, {})
         gradients |= {f"{name}/{key}": value for key, value in theirs.items()}
-    matched = module.match_logits(inputs["input_ids"], inputs["attention_mask"].bool(), inputs["image_features"])
+    matched = module.judge_pairs(inputs["input_ids"], inputs["attention_mask"].bool(), inputs["image_features"])
     torch.testing.assert_close(matched[:, 1], tensors[f"outputs/{at}compute_itm_eval"], **close)
     return gradients
 

@@ -66,7 +66,9 @@ def gradients(module: Any, *batches: Batch, leave_out: Collection[str] = ()) -> 
         loss = sum(value for term, value in module.losses(batch).items() if term not in leave_out)
         loss.backward()
         total += loss.item()
-    return total, {n: p.grad.clone() for n, p in module.named_parameters() if p.requires_grad}
+    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    reached = {n: p for n, p in trained.items() if p.grad is not None or not leave_out}
+    return total, {n: p.grad.clone() for n, p in reached.items()}
 
 
 def outputs(name: str, module: Any, batch: Batch) -> list[Tensor]:

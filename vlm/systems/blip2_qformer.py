@@ -154,7 +154,7 @@ class BLIP2QFormer(BLIPTuned):
             ids, mask = F.pad(ids, room, value=self.codec.tokenizer.pad_id), F.pad(mask, room)
         others = candidates(features, batch, gradient=True)[wrong_image]
         other_ids, other_mask = candidates(ids, batch)[wrong_text], candidates(mask, batch)[wrong_text]
-        logits = self.match_logits(
+        logits = self.judge_pairs(
             torch.cat([ids, ids, other_ids]),
             torch.cat([mask, mask, other_mask]),
             torch.cat([features, others, features]),
@@ -163,7 +163,7 @@ class BLIP2QFormer(BLIPTuned):
         losses = F.cross_entropy(logits.float(), labels.long(), reduction="none")
         return torch.where(batch.real.repeat(3), losses, 0.0).sum()
 
-    def match_logits(self, ids: Tensor, mask: Tensor, features: Tensor) -> Tensor:
+    def judge_pairs(self, ids: Tensor, mask: Tensor, features: Tensor) -> Tensor:
         """float[N, 2]: whether texts and images, pair by pair, do not match, or do; the mean of what queries say."""
         queries = self.qformer(features, ids, mask)  # [N, Q, D]
         return self.heads.match(queries).mean(1)
@@ -188,7 +188,7 @@ class BLIP2QFormer(BLIPTuned):
         ids, mask = first_texts(batch, self.codec.tokenizer.pad_id)
         features = self.encode_images(batch)
         similar = similarities(self.embed_images(self.qformer.look(features)), self.embed_texts(ids, mask))
-        return torch.cat([similar, self.match_logits(ids, mask, features)], dim=1)
+        return torch.cat([similar, self.judge_pairs(ids, mask, features)], dim=1)
 
     # -- retrieval
 
@@ -200,7 +200,7 @@ class BLIP2QFormer(BLIPTuned):
         image, text = self.embed_images(self.qformer.look(features)), self.embed_texts(ids, mask)
         return Embeddings(image, text, row.owner, features, state)
 
-    def matches(self, image_states: Tensor, text_states: Tensor) -> Tensor:
+    def match_logits(self, image_states: Tensor, text_states: Tensor) -> Tensor:
         mask = text_states != self.codec.tokenizer.pad_id
         longest = max(1, int(mask.sum(1).max()))
-        return self.match_logits(text_states[:, :longest], mask[:, :longest], image_states)[:, 1]
+        return self.judge_pairs(text_states[:, :longest], mask[:, :longest], image_states)
