@@ -290,7 +290,9 @@ def blip_reference(module: Any, sample: Sample) -> Tensor:
             features = module.encoder.read(ids, torch.ones_like(ids, dtype=torch.bool), features)
         found = []
         for text in item.rows.get("answers", item.text):
-            values = module.language.logits(module.language.write(text.ids[None], features)[0]).log_softmax(-1)
+            ids = text.ids.clone()
+            ids[0] = module.codec.tokenizer.token_id("[DEC]")
+            values = module.language.logits(module.language.write(ids[None], features)[0]).log_softmax(-1)
             trained = text.targets >= 0
             found.append(values[trained].gather(1, text.targets[trained, None]).squeeze(1))
     return torch.cat(found)

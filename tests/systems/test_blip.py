@@ -1,28 +1,45 @@
 """BLIP's pre-training and retrieval against the published code's numbers and rules, and transformers' class."""
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
+import vlm  # first: repairs torchvision
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers import BlipConfig, BlipForImageTextRetrieval
 
+from callbacks.stage_transition import write_stage
 from tests.conftest import golden, golden_json
-from vlm.batch import Batch, Row, TokenSequence, Views, SampleInfo
-from vlm.batch import IGNORE
+from tests.support.blip import blip
+from tests.support.blip_tasks import TOKENIZER
+from tests.support.samples import pairs
+from vlm.batch import IGNORE, Batch, Row, SampleInfo, TokenSequence, Views
+from vlm.building.build import assemble
+from vlm.building.network import empty_weights
+from vlm.checkpoints.files.locate import CARRIED
+from vlm.checkpoints.published.family import get_family
 from vlm.checkpoints.tables.blip import pair_table
+from vlm.codec import step_counts
+from vlm.commands.convert import convert
+from vlm.errors import SampleError, UserError
 from vlm.language import Med
 from vlm.prompts import BertTokenizer
+from vlm.sample import Message, TextPart
+from vlm.stages import Stage, Trained
 from vlm.systems import BLIP
 from vlm.systems import blip as code
 from vlm.systems.blip_base import IMAGES
-from vlm.systems.pairs import IMAGE_ID
+from vlm.systems.pairs import IMAGE_ID, draw
 from vlm.vision import TimmTower
 
 CASE = "blip_pretrain_step__a"
 TERMS = {"itc": "ita", "itm": "itm", "lm": "lm"}
 
 
-def convert(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def to_ours(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     table = pair_table("official", writes=True, same_image=False)
     found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     return table.to_ours(found.items())[0]
@@ -56,7 +73,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[BLIP, Batch, di
         max_tokens=config["max_text_tokens"],
     )
     module.configure_model()
-    module.load_state_dict(convert(tensors, "weights/"), strict=False)
+    module.load_state_dict(to_ours(tensors, "weights/"), strict=False)
     for parameter in module.parameters():
         parameter.requires_grad_(True)
     sequences = []
@@ -126,3 +143,159 @@ def test_a_step_is_the_published_one(published: Any, monkeypatch: pytest.MonkeyP
     assert len(after) == meta.get("changed", 93)
     for name, expected in after.items():
         torch.testing.assert_close(moved[name], expected, atol=1e-6, rtol=1e-6)
+
+
+# -- fine-tuning for retrieval
+
+
+def test_all_texts_of_an_image_are_right_for_it(tmp_path: Path) -> None:
+    """Soft targets over the pack and the queue, by plain loops; no text of the same image is drawn as a wrong one."""
+    module = blip(same_image=True, language={"decoder": False}, dropout=0.0, queue=8)
+    module.configure_model()
+    samples = [dataclasses.replace(sample, group=f"g{at // 2}") for at, sample in enumerate(pairs(tmp_path, 4))]
+    items = [module.codec.encode(sample, seed=at) for at, sample in enumerate(samples)]
+    batch = module.codec.collate(items, counts=step_counts(items))
+    ids = batch.labels[IMAGE_ID]
+    assert ids[0] == ids[1] != ids[2] == ids[3]
+    module.queue.ids[0, 3] = ids[2]
+    features = torch.nn.functional.normalize(torch.randn(4, 4, 16), dim=-1)
+    image, text, image_m, text_m = features
+    found = code.contrast(
+        (image, text), (image_m, text_m), queue=module.queue, temperature=torch.tensor(0.1), alpha=0.4, ids=ids,
+        real=batch.real,
+    )  # fmt: skip
+    known = [*ids.tolist(), *module.queue.ids[0].tolist()]
+    for at in range(4):
+        total = torch.zeros(())
+        right = [place for place, other in enumerate(known) if other == ids[at]]
+        assert len(right) == (2 if at < 2 else 3)
+        for own, own_m, others in (
+            (image, image_m, torch.cat([text_m.T, module.queue.text], 1)),
+            (text, text_m, torch.cat([image_m.T, module.queue.image], 1)),
+        ):
+            soft = (own_m[at] @ others / 0.1).softmax(0)
+            logs = (own[at] @ others / 0.1).log_softmax(0)
+            for place in range(12):
+                target = 0.4 * soft[place] + 0.6 * (place in right) / len(right)
+                total = total - target * logs[place] / 2
+        torch.testing.assert_close(found.losses[at], total, atol=1e-5, rtol=1e-5)
+    wrong = module.wrong_weights(batch, found, image, text)
+    for weights, own, other in zip(wrong, (image, text), (text, image), strict=True):
+        expected = (own @ other.T / module.heads.temperature).softmax(1)
+        expected[:2, :2] = expected[2:, 2:] = 0
+        torch.testing.assert_close(weights, expected)
+        chosen = torch.stack([draw(weights, torch.full((4,), chance)) for chance in (0.0, 0.3, 0.9999999)])
+        assert (weights.expand(3, -1, -1).gather(2, chosen[:, :, None]) > 0).all()
+
+
+# -- weights
+
+
+def test_published_folders_there_and_back(tmp_path: Path) -> None:
+    """The official file of each network and transformers' class, bit-equal, and the same numbers there."""
+    retrieval = {"same_image": True, "language": {"decoder": False}, "max_tokens": 35}
+    for name, module in (("pretrain", blip()), ("retrieval", blip(**retrieval))):
+        parts = ("vision", "language", "projections", "heads")
+        module.stage = Stage("x", {part: Trained(lr=1e-3) for part in parts})
+        module.configure_model()
+        module.queue.place += 8
+        write_stage(tmp_path / name, module, global_step=1)
+        layouts = ["official", "hf"] if name == "retrieval" else ["official"]
+        for layout in layouts:
+            convert(tmp_path / name, tmp_path / f"{name}_{layout}", system="blip", target_layout=layout)
+            convert(
+                tmp_path / f"{name}_{layout}", tmp_path / f"{name}_{layout}_ours", system="blip", target_layout="ours"
+            )
+            again = vlm.load(tmp_path / f"{name}_{layout}_ours").state_dict()
+            assert again.keys() == module.state_dict().keys()
+            assert [n for n, tensor in module.state_dict().items() if not torch.equal(tensor, again[n])] == []
+    shapes = {n: tuple(t.shape) for n, t in load_file(tmp_path / "pretrain_official" / "model.safetensors").items()}
+    golden_shapes = {n.removeprefix("weights/") for n in golden(CASE) if n.startswith("weights/")}
+    assert shapes.keys() == {n for n in golden_shapes if not n.endswith("position_ids")}
+    with pytest.raises(UserError, match="no class of Hugging Face's holds BLIP_Pretrain"):
+        convert(tmp_path / "pretrain", tmp_path / "x", system="blip", target_layout="hf")
+
+    model, info = BlipForImageTextRetrieval.from_pretrained(tmp_path / "retrieval_hf", output_loading_info=True)
+    assert not any(info.values()), info
+    [sample] = pairs(tmp_path, 1)
+    item = module.eval().codec.encode(sample)
+    batch = module.codec.collate([item], counts=step_counts([item]))
+    pixels, ids = batch.views["image"].pixels, batch.text.ids[None]
+    marked = ids.clone()
+    marked[:, 0] = module.codec.tokenizer.token_id("[ENC]")  # transformers leaves it to whoever calls
+    with torch.no_grad():
+        said = module.embeddings(batch)
+        cosine = model.eval()(ids, pixels, use_itm_head=False).itm_score
+        match = model(marked, pixels, use_itm_head=True).itm_score
+        torch.testing.assert_close(said.image @ said.text.T, cosine, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(module.match_logits(said.image_state, said.text_state), match, atol=2e-5, rtol=1e-5)
+
+
+def test_transformers_folders_start_a_fine_tuning(tmp_path: Path) -> None:
+    """Without momentum copies, queue and temperature, as the hub has it."""
+    module = blip(same_image=True, language={"decoder": False}, max_tokens=35)
+    module.stage = Stage("x", {"language": Trained(lr=1e-3)})
+    module.configure_model()
+    write_stage(tmp_path / "x", module, global_step=1)
+    convert(tmp_path / "x", tmp_path / "hf", system="blip", target_layout="hf")
+    (tmp_path / "hf" / CARRIED).unlink()
+    opened = vlm.load(tmp_path / "hf").state_dict()
+    assert opened["heads.temperature"].item() == pytest.approx(0.07)
+    for name, tensor in opened.items():
+        if name.startswith("momentum."):
+            assert torch.equal(tensor, opened[name.removeprefix("momentum.")])
+    torch.testing.assert_close(opened["queue.text"].norm(dim=0), torch.ones(16))
+
+
+def test_paper_size_has_the_published_tensors() -> None:
+    """Every name and shape of transformers' class, and the numbers of the official one, on the meta device."""
+    base = TimmTower("vit_base_patch16_224", class_token=True, final_norm=True, options={"img_size": 384})
+    module = BLIP(vision=base, language=Med(vocab_size=30524, decoder=False), tokenizer=TOKENIZER, same_image=True)
+    with torch.device("meta"), empty_weights():
+        assemble(module)
+        theirs = BlipForImageTextRetrieval(BlipConfig())
+    table = get_family("blip").table("hf", {"architectures": ["BlipForImageTextRetrieval"]})
+    made = table.check({name: tuple(t.shape) for name, t in theirs.state_dict().items()}, side="theirs")
+    ours = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    assert made == {n: s for n, s in ours.items() if not n.startswith(("momentum", "queue", "heads.temp"))}
+    official = get_family("blip").table("official", {"architectures": ["BlipForImageTextRetrieval"]})
+    names = official.check(ours, side="ours")
+    assert names["temp"] == ()
+    assert names["image_queue"] == (256, 57600)
+    assert names["idx_queue"] == (1, 57600)
+
+
+# -- what is wrong with data and settings
+
+
+def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
+    module, [sample] = blip(), pairs(tmp_path, 1)
+    with pytest.raises(SampleError, match="0 images where one is compared"):
+        module.codec.encode(dataclasses.replace(sample, images=()))
+    silent = dataclasses.replace(sample, messages=sample.messages[:1], answers=())
+    with pytest.raises(SampleError, match="has no text to compare its image with"):
+        module.codec.encode(silent)
+    long = Message("assistant", (TextPart("a card " * 40),))
+    item = module.codec.encode(dataclasses.replace(sample, messages=(sample.messages[0], long)), seed=0)
+    assert len(item.text[0].ids) == 32  # 30 words between their marks
+    assert item.counts["cut_answers"] == 1
+    module.configure_model()
+    with pytest.raises(UserError, match=r"model\.queue: 16 is no multiple of the batch of 6 samples.*set it to 12"):
+        module.queue.check(6)
+    with pytest.raises(UserError, match="encoder: false reads no text"):
+        blip(language={"encoder": False})
+
+
+def test_a_video_is_the_mean_of_its_frames(tmp_path: Path) -> None:
+    """Features of all frames side by side; the class tokens' projections are averaged before they are normalised."""
+    module, samples = blip(dropout=0.0), pairs(tmp_path, 4)
+    module.configure_model()
+    frames = tuple(image for sample in samples[:3] for image in sample.images)
+    video = dataclasses.replace(samples[3], images=frames)
+    said, alone = module.embed(video), module.embed(samples[:3])
+    assert said.image_state.shape[1] == 3 * 17
+    torch.testing.assert_close(said.image_state[0], alone.image_state.flatten(0, 1))
+    mean = module.projections.image(alone.image_state[:, 0]).mean(0)
+    torch.testing.assert_close(said.image[0], torch.nn.functional.normalize(mean, dim=0))
+    with pytest.raises(UserError, match="different numbers of images"):
+        module.embed([video, samples[0]])

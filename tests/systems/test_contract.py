@@ -67,8 +67,9 @@ def gradients(module: Any, *batches: Batch, leave_out: Collection[str] = ()) -> 
         loss.backward()
         total += loss.item()
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    reached = {n: p for n, p in trained.items() if p.grad is not None or not leave_out}
-    return total, {n: p.grad.clone() for n, p in reached.items()}
+    if leave_out:  # some are for those terms alone
+        trained = {n: p for n, p in trained.items() if p.grad is not None}
+    return total, {n: p.grad.clone() for n, p in trained.items()}
 
 
 def outputs(name: str, module: Any, batch: Batch) -> list[Tensor]:

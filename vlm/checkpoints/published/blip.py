@@ -6,22 +6,25 @@ Which network a folder holds is said by the names of its tensors, and goes into 
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from vlm.checkpoints.files.weights import WeightFiles
+from vlm.checkpoints.published.blip_pairs import complete
 from vlm.checkpoints.published.entries import Entries, read_json, refusal
 from vlm.checkpoints.published.family import Load, PublishedFolder, as_dtype
 from vlm.checkpoints.published.one_folder import OneFolderFamily, OpenedFolder
 from vlm.checkpoints.report import LoadReport
-from vlm.checkpoints.tables.blip import caption_table, nlvr_table, vqa_table
+from vlm.checkpoints.tables.blip import caption_table, nlvr_table, pair_table, vqa_table
 from vlm.checkpoints.tables.table import Table
 from vlm.errors import UserError
 from vlm.vision.preprocess import CLIP_MEAN, CLIP_STD
 
 _CAPTION, _VQA, _NLVR = "BlipForConditionalGeneration", "BlipForQuestionAnswering", "BLIP_NLVR"
+_RETRIEVAL, _PRETRAIN = "BlipForImageTextRetrieval", "BLIP_Pretrain"
 _HEAD_DIM = 64
 """Of every attention of a published BLIP; an official file says no more."""
 _VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -37,7 +40,7 @@ _TEXT_HARMLESS = frozenset(
 )
 _OWN_HARMLESS = frozenset(
     {"logit_scale_init_value", "image_text_hidden_size", "projection_dim", "text_config_dict", "vision_config_dict"}
-    | {"label_smoothing", "tie_word_embeddings"}
+    | {"label_smoothing", "tie_word_embeddings", "queue_size"}
 )
 
 
@@ -51,6 +54,7 @@ class Kind:
         texts: {part: the arguments of its description that say what it is for}.
         layouts: it is published in.
         described_by: class in `vlm.language` of the parts' descriptions.
+        pairs: further arguments of one that compares images with texts; None: it does not.
     """
 
     class_path: str
@@ -58,6 +62,7 @@ class Kind:
     texts: Mapping[str, Mapping[str, Any]]
     layouts: tuple[str, ...] = ("official", "hf")
     described_by: str = "Med"
+    pairs: Mapping[str, Any] | None = None
 
 
 _WRITES, _READS = {"encoder": False}, {"decoder": False}
@@ -65,6 +70,19 @@ KINDS: Mapping[str, Kind] = {
     _CAPTION: Kind("vlm.systems.BLIPCaption", caption_table, {"language": _WRITES}),
     _VQA: Kind("vlm.systems.BLIPVQA", vqa_table, {"encoder": _READS, "language": _WRITES}),
     _NLVR: Kind("vlm.systems.BLIPNLVR", lambda _: nlvr_table(), {"language": {}}, ("official",), "PairMed"),
+    _RETRIEVAL: Kind(
+        "vlm.systems.BLIP",
+        partial(pair_table, writes=False, same_image=True),
+        {"language": _READS},
+        pairs={"same_image": True, "max_tokens": 35},
+    ),
+    _PRETRAIN: Kind(
+        "vlm.systems.BLIP",
+        partial(pair_table, writes=True, same_image=False),
+        {"language": {}},
+        ("official",),
+        pairs={"max_tokens": 30},
+    ),
 }
 """By the name in `architectures`: Hugging Face's class, or the official one where there is none."""
 
@@ -102,6 +120,8 @@ class BLIPFamily(OneFolderFamily):
         if name is None:
             raise UserError(f"{path}: has neither text_encoder nor text_decoder; is it {self.system}? Check --system")
         found = read_json(files.folder / "config.json")
+        if found is None and KINDS[name].pairs is not None:
+            found = _derived(files.shapes()) | _compared(files.shapes())
         return (_derived(files.shapes()) if found is None else found) | {"architectures": [name]}
 
     def describe_folder(self, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -150,12 +170,22 @@ class BLIPFamily(OneFolderFamily):
                 **texts,
                 "tokenizer": {"class_path": "vlm.prompts.BertTokenizer", "init_args": {"path": str(folder)}},
                 "max_tokens": text["max_position_embeddings"],
+                **({} if kind.pairs is None else kind.pairs | _pair_sizes(config)),
             },
         }
 
+    def open(self, path: str | Path, **options: Any) -> OpenedFolder:  # type: ignore[override]
+        opened: OpenedFolder = super().open(path, **options)
+        return opened if _kind(opened.config).pairs is None else complete(opened)
+
+    def carried(self, opened: OpenedFolder) -> Callable[[str], bool]:
+        return lambda name: name.endswith("position_ids")
+
     def config(self, module: Any, layout: str) -> dict[str, Any]:
-        name = next(name for name, kind in KINDS.items() if kind.class_path.endswith(f".{type(module).__name__}"))
         facts, text = module.tower, module.arguments["language"]
+        names = [name for name, kind in KINDS.items() if kind.class_path.endswith(f".{type(module).__name__}")]
+        compares = KINDS[names[0]].pairs is not None
+        name = _PRETRAIN if compares and text.decoder else names[0]
         trunk = module.vision.trunk
         return {
             "architectures": [name],
@@ -188,6 +218,11 @@ class BLIPFamily(OneFolderFamily):
                 "eos_token_id": module.codec.end_id,
                 "pad_token_id": module.codec.tokenizer.pad_id,
             },
+            **(
+                {"image_text_hidden_size": module.arguments["dim"], "queue_size": module.arguments["queue"]}
+                if compares
+                else {}
+            ),
             "torch_dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
         }
 
@@ -223,6 +258,8 @@ def _kind_of(keys: Iterable[str]) -> str | None:
     parts = {key.partition(".")[0] for key in keys}
     if "cls_head" in parts:
         return _NLVR
+    if "itm_head" in parts:
+        return _PRETRAIN if "text_decoder" in parts else _RETRIEVAL
     if "text_decoder" in parts:
         return _VQA if "text_encoder" in parts else _CAPTION
     return None
@@ -270,6 +307,16 @@ def _derived(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
             **dict.fromkeys(_DROPOUT, 0.1),
         },
     }
+
+
+def _compared(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What else the `config.json` of an official file would say where images are compared with texts."""
+    size = {"image_text_hidden_size": shapes["vision_proj.weight"][0]}
+    return size | ({"queue_size": shapes["image_queue"][1]} if "image_queue" in shapes else {})
+
+
+def _pair_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"dim": config.get("image_text_hidden_size", 256), "queue": config.get("queue_size", 57600)}
 
 
 def _entries(config: Mapping[str, Any], part: str, file: Path) -> dict[str, Any]:

@@ -1,22 +1,27 @@
 """BLIP-2: Hugging Face's folders, whole, and LAVIS' files of the tensors that were trained."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from vlm.checkpoints.files.weights import WeightFiles
+from vlm.checkpoints.published import blip2_stage_1 as stage_1
 from vlm.checkpoints.published.entries import BOOKKEEPING, Entries, read_json
-from vlm.checkpoints.published.family import Load, PublishedFolder, Stream
+from vlm.checkpoints.published.family import Load, PublishedFolder, Stream, as_dtype
 from vlm.checkpoints.published.instructblip import EVA, describe_tower
 from vlm.checkpoints.published.language_entries import read_language
 from vlm.checkpoints.published.one_folder import OneFolderFamily, OpenedFolder
 from vlm.checkpoints.published.tokenizer_entries import describe_tokenizer
+from vlm.checkpoints.report import LoadReport
+from vlm.checkpoints.resume.opened import read_trained
 from vlm.checkpoints.tables.bert import bert_unused, qformer_hub_rules, qformer_rules
+from vlm.checkpoints.tables.blip2 import qformer_table
 from vlm.checkpoints.tables.eva import eva_rules, eva_unused
 from vlm.checkpoints.tables.rules import Rule, rename
 from vlm.checkpoints.tables.table import Table
@@ -55,7 +60,7 @@ _PROJECTIONS = ("opt_proj", "t5_proj", "llm_proj")
 
 class BLIP2Family(OneFolderFamily):
     system = "blip2"
-    marks: ClassVar = {"hf": "language_projection.weight", "official": "opt_proj.weight"}
+    marks: ClassVar = {"hf": "language_projection.weight", "official": "opt_proj.weight", **stage_1.MARKS}
     hub_class = "Blip2ForConditionalGeneration"
     looks_for = "language_projection.weight and a config.json of blip-2; LAVIS' files are told by opt_proj or t5_proj"  # type: ignore[assignment]
     files = (
@@ -65,12 +70,14 @@ class BLIP2Family(OneFolderFamily):
     )
 
     def claims(self, folder: PublishedFolder) -> bool:
-        return self.marks["hf"] in folder.keys and self.is_own(folder.config)
+        return any(self.marks[name] in folder.keys for name in ("hf", "hf_retrieval")) and self.is_own(folder.config)
 
     def is_own(self, config: Mapping[str, Any]) -> bool:
         return config.get("model_type") == "blip-2"
 
     def table(self, layout: str, config: Mapping[str, Any]) -> Table:
+        if layout in stage_1.MARKS:
+            return qformer_table("official" if layout == "official_stage_1" else "hf")
         sparse = ("qformer.layers.{i}.cross_attention.{rest}",)
         if layout == "official":
             projection = rename(f"{config.get('projection', 'opt_proj')}.{{p}}", "connector.{p}")
@@ -97,8 +104,11 @@ class BLIP2Family(OneFolderFamily):
         files = WeightFiles(path)
         keys = set(files.keys())
         projection = next((name for name in _PROJECTIONS if f"{name}.weight" in keys), None)
+        if stage_1.MARKS["official_stage_1"] in keys:
+            return stage_1.open_official(path, files, self.table("official_stage_1", {}), vision=vision, base=base)
         if projection is None:
-            return super().open(path, layout=layout, target=target, vision=vision, base=base)
+            opened = super().open(path, layout=layout, target=target, vision=vision, base=base)
+            return stage_1.complete(opened) if opened.layout == "hf_retrieval" else opened
         if layout not in ("auto", "official"):
             raise UserError(f"{path}: is in the official layout, not in {layout!r}")
         if target == "hf":
@@ -120,9 +130,9 @@ class BLIP2Family(OneFolderFamily):
         self, path: str | Path, *, target: str, load: Load, vision: str | Path | None = None
     ) -> OpenedFolder:
         opened = super().open_artefact(path, target=target, load=load, vision=vision)
-        if target != "official":
+        if target not in ("official", "official_stage_1"):
             return opened
-        table = self.table("official", opened.config)  # what was trained, and nothing beside it
+        table = self.table(target, opened.config)  # what was trained, and nothing beside it
         kept = {name: shape for name, shape in opened.shapes.items() if table.has_place(name)}
         stream = partial(_only, opened.stream, frozenset(kept))
         return replace(opened, shapes=kept, stream=stream, write_files=lambda _: None)
@@ -135,8 +145,20 @@ class BLIP2Family(OneFolderFamily):
             return {"projection": {"opt": "opt_proj", "t5": "t5_proj"}.get(kind, "llm_proj")}
         return dict(config)
 
+    def carried(self, opened: OpenedFolder) -> Callable[[str], bool]:
+        is_carried = super().carried(
+            opened
+        )  # what lies beside Hugging Face's files for retrieval is computed with here
+        return lambda name: is_carried(name) and not name.startswith(("heads.", "qformer.head."))
+
+    def read_config(self, files: WeightFiles, path: str | Path) -> dict[str, Any]:
+        config = super().read_config(files, path)
+        return config | {"architectures": [stage_1.CLASS if self.marks["hf_retrieval"] in files else self.hub_class]}
+
     def describe_folder(self, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         file = folder / "config.json"
+        if config["architectures"] == [stage_1.CLASS]:
+            return stage_1.describe_folder(config, folder)
         Entries(_READ, _ONLY, _HARMLESS).check(config, file)
         bert, text = config["qformer_config"], config["text_config"]
         Entries(frozenset(_BERT_READ), _BERT_ONLY, _BERT_HARMLESS).check(bert, f"{file}: qformer_config")
@@ -161,6 +183,11 @@ class BLIP2Family(OneFolderFamily):
         }
 
     def config(self, module: Any, layout: str) -> dict[str, Any]:
+        if (layout in stage_1.MARKS) != stage_1.is_first(module):
+            wanted = " or ".join(name for name in self.marks if (name in stage_1.MARKS) == stage_1.is_first(module))
+            raise UserError(f"{type(module).__name__} has no place in the layout {layout}; use --to {wanted}")
+        if stage_1.is_first(module):
+            return stage_1.config(module)
         if module.arguments["qformer"].text:
             raise UserError("a Q-Former that reads the question has no place in BLIP-2's published folders")
         qformer, trunk, facts = module.arguments["qformer"], module.vision.trunk, module.tower
@@ -212,6 +239,12 @@ class BLIP2Family(OneFolderFamily):
             **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True),
         }
         (folder / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def export(self, folder: Path, path: str, *, dtype: torch.dtype | None, load: Load) -> LoadReport:
+        first = read_trained(path, system=self.system).meta["model"]["class_path"].endswith(".BLIP2QFormer")
+        layout = "hf_retrieval" if first else "hf"
+        opened = self.open_artefact(path, target=layout, load=load)
+        return self.fill(folder, replace(opened, stream=as_dtype(opened.stream, dtype)), target=layout)
 
 
 def _only(stream: Stream, names: frozenset[str]) -> Iterator[tuple[str, Tensor]]:

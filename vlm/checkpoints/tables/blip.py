@@ -84,7 +84,7 @@ def nlvr_table() -> Table:
 def pair_table(layout: str, *, writes: bool, same_image: bool) -> Table:
     """Of a model that compares images with texts.
 
-    Hugging Face's class holds neither the temperature nor the momentum copies and the queue, so they are lost there.
+    Hugging Face's class holds neither the temperature nor the momentum copies and the queue, so they lie beside it.
 
     Args:
         writes: it has a decoder (pre-training).
@@ -113,4 +113,6 @@ def pair_table(layout: str, *, writes: bool, same_image: bool) -> Table:
             *([rename("idx_queue", "queue.ids")] if same_image else []),
         ]
         unused += bert_unused(ours="momentum.language.")
-    return Table(f"BLIP pairs {layout}", tuple(rules), unused=tuple(unused))
+    else:
+        unused += ["heads.temperature", "momentum.{rest}", "queue.{rest}"]
+    return Table(f"BLIP pairs {layout}", tuple(rules), unused=tuple(unused), may_lack=("momentum", "queue"))

@@ -28,6 +28,7 @@ def qformer_table(layout: str) -> Table:
             rename("text_projection.{p}", "projections.text.{p}"),
             rename("itm_head.{p}", "heads.match.{p}"),
         )
-        unused = (*eva_unused(), *bert_unused(ours="qformer."))
+        kept = ("heads.temperature", "qformer.head.{rest}")  # what the class has no place for
+        unused = (*eva_unused(), *bert_unused(ours="qformer."), *kept)
     sparse = ("qformer.layers.{i}.cross_attention.{rest}",)
     return Table(f"BLIP-2 stage 1 {layout}", rules, unused=unused, sparse=sparse)
