@@ -198,7 +198,7 @@ def test_the_small_parts_around_blip_open_as_published_ones_do() -> None:
     }
     for part, how in towers.items():
         architecture, options, _ = TOWERS[part]
-        description = TimmTower(architecture, options=options, **how)
+        description = TimmTower(architecture, options=options, class_token=True, **how)
         tower = description.build()
         assert {f"trunk.{name}" for name in load_file(ASSETS / part / "model.safetensors")} == {*tower.state_dict()}
 

@@ -115,7 +115,9 @@ def _known(language: CausalLM) -> tuple[CausalLM, str]:
 
 def _is_here(path: str) -> bool:
     """Whether a tokenizer can be opened without a download."""
-    return Path(path).expanduser().exists() or is_cached(path, ("tokenizer.model", "tokenizer.json", "vocab.txt", "qwen.tiktoken"))
+    return Path(path).expanduser().exists() or is_cached(
+        path, ("tokenizer.model", "tokenizer.json", "vocab.txt", "qwen.tiktoken")
+    )
 
 
 def _without_missing(stage: Stage) -> tuple[Stage, list[str]]:
