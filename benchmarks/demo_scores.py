@@ -37,6 +37,7 @@ DATA = {
     "runs/demo_blip": ("--format", "blip", "--num", "4000"),
     "runs/demo_mmc4": ("--format", "mmc4", "--num", "2400"),
     "runs/demo_coyo": ("--format", "webdataset", "--num", "4000"),
+    "runs/demo_articles": ("--format", "articles", "--num", "2000"),
 }
 """Folder that demo configurations name: options of `vlm demo-data`."""
 ELSEWHERE = {"llava/2_science_qa"}

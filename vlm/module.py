@@ -151,9 +151,10 @@ class VisionLanguageModule(LightningModule):
         """What the images and texts of a pack are compared by."""
         raise UserError(f"{self.system} has no embeddings of images and texts: evaluate its answers")
 
-    def matches(self, image_states: Tensor, text_states: Tensor) -> Tensor:
-        """float[N]: how well images and texts belong together, pair by pair, by the states of `Embeddings`."""
-        raise UserError(f"{self.system} does not look at pairs again; set rerank to 0")
+    def match_logits(self, image_states: Tensor, text_states: Tensor) -> Tensor:
+        """float[N, 2]: that images and texts do not and do belong together, pair by pair, by the states of
+        `Embeddings`."""
+        raise UserError(f"{self.system} does not look at pairs again; set rerank to 0, or filter with another system")
 
     def on_step_start(self) -> None:
         """Before the first micro-batch of an optimizer step: where momentum copies move.
@@ -408,14 +409,21 @@ class VisionLanguageModule(LightningModule):
         with evaluating(self):
             return self.embeddings(as_pack(self, samples, generate=False))
 
-    def match(self, image_states: Tensor, text_states: Tensor) -> Tensor:
-        """`matches` outside of training, of states on any device; the ranks of a sharded system call it together."""
-        return self._match(image_states, text_states)
+    def match(self, image_states: Tensor, text_states: Tensor, *, probability: bool = False) -> Tensor:
+        """float[N]: how well pairs belong together, by the states of `Embeddings`, which may be on any device.
+
+        The ranks of a sharded system call it together.
+
+        Args:
+            probability: that they do, by `match_logits`; without, the logit alone, as retrieval compares pairs.
+        """
+        logits = self._match(image_states, text_states)
+        return logits.float().softmax(-1)[:, 1] if probability else logits[:, 1]
 
     def _match(self, image_states: Tensor, text_states: Tensor) -> Tensor:
         device = next(self.parameters()).device
         with evaluating(self):
-            return self.matches(image_states.to(device), text_states.to(device))
+            return self.match_logits(image_states.to(device), text_states.to(device))
 
     # -- saving
 

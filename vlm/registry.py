@@ -47,6 +47,7 @@ SYSTEMS: dict[str, System] = {
     "minigpt4": System("vlm.systems.MiniGPT4", f"{_PUBLISHED}.minigpt4.MiniGPT4Family"),
     "qwen_vl": System("vlm.systems.QwenVL", f"{_PUBLISHED}.qwen_vl.QwenVLFamily"),
     "vila": System("vlm.systems.VILA", f"{_PUBLISHED}.llava_family.VILAFamily"),
+    "xcomposer": System("vlm.systems.XComposer", f"{_PUBLISHED}.xcomposer.XComposerFamily"),
 }
 
 

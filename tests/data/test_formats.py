@@ -25,6 +25,7 @@ from vlm.data import (
     DocVQA,
     GroundedCaptions,
     ImagePairs,
+    LlavaJson,
     Mmc4,
     Obelics,
     Parquet,
@@ -80,7 +81,23 @@ def source(world: Path, name: str, **options: Any) -> Any:
         "webdataset": lambda: WebDataset(folder / "{00000..00001}.tar", **options),
         "parquet": lambda: Parquet(folder / "train.parquet"),
         "text": lambda: PlainText(folder / "text.jsonl"),
+        "articles": lambda: LlavaJson(folder / "composition.json", image_root=folder / "images"),
     }[name]()
+
+
+def test_articles_teach_what_their_author_is_asked(world: Path) -> None:
+    """The requests of `vlm run compose`; the one right image of a choice is the one that the line tells of."""
+    found = source(world, "articles")
+    by_image = dict(scenes("train", num=NUM, size=96, seed=0))
+    answers = [words(found[index]) for index in range(6)]
+    assert answers[1] == "适合插入图像的行是<Seg1>, <Seg2>"
+    for place, at in ((0, 2), (1, 4)):
+        caption = answers[at].removeprefix('标题是"').removesuffix('"')
+        assert f"Here is {caption}." == answers[0].split("\n")[place + 1]
+        sample, letter = found[at + 1], answers[at + 1].removeprefix("最合适的图是")
+        offered = [image.name.removesuffix(".png") for image in sample.images[place:]]
+        told = [caption in tasks.caption(by_image[name], "en") for name in offered]
+        assert [at for at, is_it in enumerate(told) if is_it] == ["ABCD".index(letter)]
 
 
 def words(sample: Sample, message: int = -1) -> str:
@@ -94,13 +111,14 @@ def regions(sample: Sample, message: int = -1) -> list[RegionPart]:
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_is_read_by_its_reader(name: str, world: Path) -> None:
     found = source(world, name)
-    assert len(found) == (3 if name in ("mmc4", "obelics") else NUM)
+    assert len(found) == {"mmc4": 3, "obelics": 3, "articles": 4 * 6}.get(name, NUM)
     mask = found.image_mask()
     copy = pickle.loads(pickle.dumps(found))
     for index in range(len(found)):
         sample = copy[index]
         assert sample == found[index] or name in ("parquet", "webdataset")  # whose pictures are opened where they lie
-        assert bool(mask[index]) == found.has_image(index) == bool(sample.images) == (name != "text")
+        assert bool(mask[index]) == found.has_image(index) == bool(sample.images)
+        assert name == "articles" or bool(sample.images) == (name != "text")
         for image in sample.images:
             assert image.read(sample).size == image.size(sample)
         template = get_template("document" if sample.messages[0].role == DOCUMENT else "v1")

@@ -1,4 +1,4 @@
-"""Protocols of single systems, from their own files: Qwen-VL asks as its `eval_mm` does, Fuyu as its release does."""
+"""Protocols of single systems, from their own files: each asks as its authors' code does."""
 # ruff: noqa: F401, F811
 
 import vlm
@@ -25,10 +25,16 @@ BOX = {"max_new_tokens": 28, "min_new_tokens": 10}
 CAPTION = {"max_new_tokens": 30, "min_new_tokens": 8, "length_penalty": 0.0}
 DOG = "<img>PATH</img><ref>dog of {}</ref><box>"
 ASKED = "Answer the following VQAv2 question based on the image: {}\n<0x04>"
+BENCH = (
+    " <|User|>:PATHPlease answer this question by choosing the correct choice.Context: Look at the ground.\n"
+    'Question: What is it?\nOptions: A. a ball\nB. a "big" box\n'
+    "<TOKENS_UNUSED_0> <|Bot|>: Answer: The answer is"
+)
+FIVE = {"max_new_tokens": 5, "num_beams": 5, "repetition_penalty": 1.5}
+PPL = " <|User|>:PATHContext: N/A\nQuestion: {}\nOptions: []\n{}\n<TOKENS_UNUSED_0> <|Bot|>: Answer: The answer is"
 CHAT = (
     "Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I provide it to you. "
     "Please answer my questions."
-)
 DETAIL = "Describe this image in detail."
 # name: decoding, and of each source the first prompt
 PROTOCOLS = {
@@ -61,6 +67,16 @@ PROTOCOLS = {
         {"max_new_tokens": 512, "temperature": 1.0, "top_p": 0.01},
         f"{SYSTEM}<|im_start|>user\n<img>PATH</img>\nIs the word \"A\"? Please answer yes or no.<|im_end|>\n"
         "<|im_start|>assistant\n",
+    ),
+    "xcomposer/mmbench": (FIVE, BENCH),
+    "xcomposer/mmbench_cn": (FIVE, BENCH),
+    "xcomposer/ccbench": (FIVE, BENCH),
+    "xcomposer/seed_bench": ({"options": "{}."}, PPL.format("How many?", SEED)),
+    "xcomposer/q_bench": ({"options": "{}."}, PPL.format("How sharp is it?", "A. Sharp\nB. Blurry")),
+    "xcomposer/mme": (
+        {"max_new_tokens": 200, "num_beams": 5, "repetition_penalty": 1.5},
+        " <|User|>:PATH Is the word \"A\"? Please answer yes or no. Answer this question briefly"
+        "<TOKENS_UNUSED_0> <|Bot|>:",
     ),
 }  # fmt: skip
 CHART = {"imgname": "1.png", "label": "7"}
@@ -97,6 +113,11 @@ def files(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "data/eval/nocaps/images/a.jpg": picture,
         **{f"data/eval/{n}/{n}_{s}.jsonl": [BOXES | {"sent": f"dog of {s}"}] for n, s in names},
         "data/eval/coco/val2014/a.jpg": picture,
+        "data/eval/q_bench/llvisionqa_dev.json": [
+            {"img_path": "a.jpg", "question": "How sharp is it?", "candidates": ["Sharp", "Blurry"],
+             "correct_ans": "Blurry", "type": 0, "concern": 1}],
+        "data/eval/q_bench/images/a.jpg": picture,
+        "data/eval/ccbench/CCBench_legacy.tsv": (root / "data/eval/mmbench/mmbench_dev_20230712.tsv").read_text(),
     })  # fmt: skip
     monkeypatch.chdir(root)
     return root

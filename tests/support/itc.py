@@ -230,8 +230,8 @@ class ITC(VisionLanguageModule):
         image, text = self.encode(batch, self)
         return Embeddings(image, text, torch.arange(len(text), device=text.device), image, text)
 
-    def matches(self, image_states: Tensor, text_states: Tensor) -> Tensor:
-        return self.head.match(torch.cat([image_states, text_states], dim=1))[:, 1]
+    def match_logits(self, image_states: Tensor, text_states: Tensor) -> Tensor:
+        return self.head.match(torch.cat([image_states, text_states], dim=1))
 
 
 def _draw(weights: Tensor, chance: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 Official and Hugging Face folders are rewritten tensor by tensor through the table of `vlm.checkpoints.tables.llava`, or
 of the system's family (`vlm.checkpoints.published.family`). No dtype changes, and nothing is computed, but for the
-adapter of a stage, which is merged into the weights it lies over. What one layout has no place for lies in
-`carried.safetensors` beside it, so that every way round ends with the same bits.
+adapter of a stage, which is merged into the weights it lies over unless the layout has it beside them. What one layout
+has no place for lies in `carried.safetensors` beside it, so that every way round ends with the same bits.
 """
 
 import argparse
@@ -87,6 +87,7 @@ def convert(
     from vlm.checkpoints.resume.opened import read_trained
     from vlm.commands.merged import load_merged
     from vlm.commands.written import check_written
+    from vlm.loading import load
     from vlm.prompts import get_template
 
     if template is not None:
@@ -96,6 +97,8 @@ def convert(
     notes: list[str] = []
 
     def load_plain(path: str | Path) -> Any:
+        if family.holds_adapter:
+            return load(path, quantized=False)
         module, found = load_merged(path)
         notes.extend(found)
         return module

@@ -1,6 +1,17 @@
 from vlm.connectors.mining import PatchMining
-from vlm.connectors.projectors import MLP, Connector, Downsample, JoinedLinear, Linear, Newline
+from vlm.connectors.projectors import MLP, Connector, Downsample, FlaggedLinear, JoinedLinear, Linear, Newline
 from vlm.connectors.qformer import QFormer
 from vlm.connectors.resampler import Resampler
 
-__all__ = ["MLP", "Connector", "Downsample", "JoinedLinear", "Linear", "Newline", "PatchMining", "QFormer", "Resampler"]
+__all__ = [
+    "MLP",
+    "Connector",
+    "Downsample",
+    "FlaggedLinear",
+    "JoinedLinear",
+    "Linear",
+    "Newline",
+    "PatchMining",
+    "QFormer",
+    "Resampler",
+]

@@ -32,6 +32,34 @@ class Linear(Connector):
 
 
 @dataclass(frozen=True)
+class FlaggedLinear(Connector):
+    """One linear layer with bias, and a start and an end token around each image (InternLM-XComposer, 2023).
+
+    The two are zero as released and never trained, so they are no parameters; they take places in the row all the same.
+    """
+
+    def build(self, in_dim: int, out_dim: int) -> "FlaggedLinearModule":
+        return FlaggedLinearModule(in_dim, out_dim)
+
+    def num_tokens(self, num_features: int) -> int:
+        return num_features + 2
+
+
+class FlaggedLinearModule(nn.Linear):
+    """float[V, Q, in_dim] -> float[V, 1 + Q + 1, out_dim]."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__(in_dim, out_dim)
+        self.register_buffer("start", torch.zeros(1, 1, out_dim))
+        self.register_buffer("end", torch.zeros(1, 1, out_dim))
+
+    def forward(self, input: Tensor) -> Tensor:
+        made = super().forward(input)
+        start, end = (flag.to(made.dtype).expand(len(made), -1, -1) for flag in (self.start, self.end))
+        return torch.cat([start, made, end], dim=1)
+
+
+@dataclass(frozen=True)
 class JoinedLinear(Connector):
     """`num` features of a row one behind the other as one token, through a norm without scales and one linear layer
     (MiniGPT-4 over Llama-2: its `ln_vision` is new and frozen, so it never has any).

@@ -46,6 +46,7 @@ _HOMES = {
     "PlainText": "sources.documents",
     "Pope": "benchmarks",
     "PretrainingData": "modules.pretraining",
+    "QBench": "benchmarks",
     "QwenJson": "sources.qwen",
     "QwenQuestions": "sources.qwen",
     "QwenReferring": "sources.qwen",

@@ -10,6 +10,7 @@ from typing import Any
 
 from vlm.checkpoints.files.atomic import atomic_directory
 from vlm.demo import tasks
+from vlm.demo.articles import write_articles
 from vlm.demo.blip_formats import write_blip
 from vlm.demo.pages import Placed, make_chart, make_page, make_screen
 from vlm.demo.scenes import Scene
@@ -300,4 +301,5 @@ FORMATS: dict[str, Callable[[Path, int, int, int], None]] = {
     "webdataset": _webdataset,
     "parquet": _parquet,
     "text": _text,
+    "articles": write_articles,
 }

@@ -54,6 +54,10 @@ class Surgery(ABC):
         """The same change, with every weight kept as it is published."""
         return self
 
+    def has_changed(self, module: nn.Module) -> bool:
+        """Whether a network that went through `apply` is another than before."""
+        return True
+
     @property
     def cannot_shard(self) -> str | None:
         """Why a changed network cannot be sharded, and what to do instead; None: it can."""

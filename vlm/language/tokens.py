@@ -33,6 +33,9 @@ class NewTokens(Surgery):
         language: Any = module.language
         return names_of(module, (language.get_input_embeddings(), language.get_output_embeddings()))
 
+    def has_changed(self, module: nn.Module) -> bool:
+        return _missing_rows(module) > 0
+
     def apply(self, module: nn.Module) -> None:
         system: Any = module
         language, rows = system.language, len(system.codec.tokenizer)

@@ -1,3 +1,4 @@
+from vlm.systems.blip2 import BLIP2, BLIP2T5
 from vlm.systems.blip_caption import BLIPCaption
 from vlm.systems.blip_nlvr import BLIPNLVR
 from vlm.systems.blip_vqa import BLIPVQA
@@ -10,6 +11,7 @@ from vlm.systems.mini_gemini import MiniGemini
 from vlm.systems.minigpt4 import MiniGPT4
 from vlm.systems.qwen_vl import QwenVL
 from vlm.systems.vila import VILA
+from vlm.systems.xcomposer import XComposer
 
 __all__ = [
     "BLIPNLVR",
@@ -24,4 +26,6 @@ __all__ = [
     "MiniGPT4",
     "MiniGemini",
     "QwenVL",
+    "XComposer",
 ]
+__all__ = ["BLIP2", "BLIP2T5", "VILA", "Fuyu", "InstructBLIP", "LLaVA", "LLaVA15", "LLaVANext", "MiniGemini", "QwenVL"]

@@ -60,6 +60,7 @@ class Family(ABC):
         looks_for: what its folders are known by, for messages.
         hub_class: the class of transformers that opens what `vlm export` writes; None: there is none.
         holds_surgery: whether its folders may hold what surgery adds; `open_artefact` checks which.
+        holds_adapter: an adapter lies in them beside the weights; elsewhere it is merged.
     """
 
     system: ClassVar[str]
@@ -67,6 +68,7 @@ class Family(ABC):
     looks_for: ClassVar[str]
     hub_class: ClassVar[str | None] = None
     holds_surgery: ClassVar[bool] = False
+    holds_adapter: ClassVar[bool] = False
 
     @property
     def class_path(self) -> str:

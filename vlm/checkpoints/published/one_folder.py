@@ -166,7 +166,8 @@ class OneFolderFamily(Family):
         module = load(path)
         config = self.config(module, target)
         known = {spec["class_path"].rpartition(".")[2] for spec in self.surgery_of(config)}
-        refuse_changed([operation for operation in module.surgery if type(operation).__name__ not in known], path)
+        changed = [operation for operation in module.surgery if operation.has_changed(module)]
+        refuse_changed([operation for operation in changed if type(operation).__name__ not in known], path)
         tensors = {name: tensor.detach() for name, tensor in module.state_dict().items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         return OpenedFolder(shapes, tensors.items, target, config, model, partial(self.write_files, module=module))

@@ -1,7 +1,7 @@
 """Benchmarks in their own file layouts, with the prompts of LLaVA-1.5 (paper, table 8; scripts/v1_5/eval) where it has
 been asked them."""
 
-from vlm.data.benchmarks.choice import MMBench, ScienceQAPictures, SeedBench
+from vlm.data.benchmarks.choice import MMBench, QBench, ScienceQAPictures, SeedBench
 from vlm.data.benchmarks.expert import MMMU, MathVista
 from vlm.data.benchmarks.llava import LlavaQuestions, LlavaScienceQA, MMVet
 from vlm.data.benchmarks.questions import GQA, TextVQA, VizWiz, VQAv2
@@ -17,6 +17,7 @@ __all__ = [
     "MathVista",
     "MmeFolder",
     "Pope",
+    "QBench",
     "ScienceQAPictures",
     "SeedBench",
     "TextVQA",

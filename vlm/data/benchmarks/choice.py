@@ -1,4 +1,4 @@
-"""Benchmarks of multiple choice: MMBench, SEED-Bench."""
+"""Benchmarks of multiple choice: MMBench, SEED-Bench, Q-Bench."""
 
 import base64
 import csv
@@ -8,7 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from vlm.data.benchmarks.base import Benchmark
+from vlm.data.benchmarks.base import Benchmark, records
 from vlm.data.sources.fields import read_list, read_object
 from vlm.data.sources.requests import LETTER, filled
 from vlm.errors import UserError
@@ -32,15 +32,18 @@ class MMBench(Benchmark):
 
     Args:
         language: of the request for a letter: `en`, or `cn` for MMBench-CN.
+        form: instead of it, the text of `{hint}` (N/A where there is none), `{question}` and `{options}`, which are
+            lines such as `A. a cat`.
     """
 
     task = "mmbench"
 
-    def __init__(self, path: str | Path, language: str = "en", **keywords: Any) -> None:
+    def __init__(self, path: str | Path, language: str = "en", form: str | None = None, **keywords: Any) -> None:
         if language not in ("en", "cn"):
             raise UserError(f"MMBench: language {language!r}: use en or cn")
         super().__init__(path, **keywords)
         self.request = LETTER if language == "en" else CHINESE_LETTER
+        self.form = form
 
     def questions(self) -> Iterator[dict[str, Any]]:
         pictures: dict[str, bytes] = {}
@@ -48,9 +51,11 @@ class MMBench(Benchmark):
             index = self.fields(row, number).text("index")
             fields = self.fields(row, index)
             choices = list(takewhile(bool, (_cell(row, letter) for letter in "ABCD")))
-            lines = [hint] if (hint := _cell(row, "hint")) else []
-            lines.append(fields.text("question"))
-            lines += [f"{letter}. {choice}" for letter, choice in zip("ABCD", choices, strict=False)]
+            hint, question = _cell(row, "hint"), fields.text("question")
+            if self.form is None:
+                text = "\n".join([*([hint] if hint else []), question, _lines(choices), self.request])
+            else:
+                text = filled(self.form, hint=hint or "N/A", question=question, options=_lines(choices))
             image = fields.text("image")
             if len(image) < 64 and image in pictures:  # a later rotation names the row that has the image
                 pictures[index] = pictures[image]
@@ -61,7 +66,7 @@ class MMBench(Benchmark):
                     raise fields.error(f"'image' is no base64 ({error}); fetch the file again") from error
             if not index.isdecimal():
                 raise fields.error("'index' must be a number")
-            found = {"id": index, "image": pictures[index], "text": "\n".join([*lines, self.request])}
+            found = {"id": index, "image": pictures[index], "text": text}
             found |= {"choices": choices, "group": str(int(index) % _ROUND)}
             yield found | ({"answers": [answer]} if (answer := _cell(row, "answer")) else {})
 
@@ -123,6 +128,47 @@ class SeedBench(Benchmark):
                 "answers": [fields.text("answer")],
                 "group": str(record.get("question_type_id", "")),
             }
+
+
+class QBench(Benchmark):
+    """Q-Bench's questions about how an image looks (LLVisionQA): a list of {img_path, question, candidates,
+    correct_ans}; the test split has no answers.
+
+    Args:
+        form: the text of `{question}` and `{options}`, which are lines such as `A. blurry`.
+    """
+
+    task = "q_bench"
+
+    def __init__(
+        self,
+        path: str | Path,
+        image_root: str | Path | None = None,
+        *,
+        form: str = f"{{question}}\n{{options}}\n{LETTER}",
+        **keywords: Any,
+    ) -> None:
+        super().__init__(path, image_root, **keywords)
+        self.form = form
+
+    def questions(self) -> Iterator[dict[str, Any]]:
+        for number, record in enumerate(records(self.path)):
+            fields = self.fields(record, number)
+            choices = fields.texts("candidates")
+            question = fields.text("question")
+            found = {
+                "id": str(number),
+                "image": fields.text("img_path"),
+                "text": filled(self.form, question=question, options=_lines(choices)),
+                "choices": choices,
+            }
+            if not fields.has("correct_ans"):
+                yield found
+                continue
+            answer = fields.text("correct_ans")
+            if answer not in choices:
+                raise fields.error(f"'correct_ans' is {answer!r}, which is none of the candidates")
+            yield found | {"answers": [LETTERS[choices.index(answer)]]}
 
 
 class ScienceQAPictures(Benchmark):

@@ -104,7 +104,7 @@ class _Listed(JsonSource):
         return _record(str(identity), record["file_name"], record[self.caption], self.prompt)
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
+def files_below(folder: Path) -> Iterator[Path]:
     """All files, those in linked folders too, each folder once; without what macOS leaves beside files (`._a.jpg`)."""
     seen: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -120,7 +120,7 @@ class _Beside:
         self.folder = folder
         self.prompt = prompt
         self.max_pixels = max_pixels
-        files = (file.relative_to(folder) for file in _files_below(folder) if file.suffix.lower() in SUFFIXES)
+        files = (file.relative_to(folder) for file in files_below(folder) if file.suffix.lower() in SUFFIXES)
         self.files = sorted(file.as_posix() for file in files)
         if not self.files:
             raise UserError(f"{folder}: holds no pictures ({', '.join(sorted(SUFFIXES))}); check the path")

@@ -111,7 +111,7 @@ class WebDataset(Source):
             found: list[tuple[int, ...]] = []
             facts: list[tuple[int, int] | None] = []
             bare: list[str] = []
-            for key, members in _samples(file):
+            for key, members in find_members(file):
                 image = next((members[suffix] for suffix in members if suffix in SUFFIXES), None)
                 words = members.get(wanted.removeprefix("KEY"))
                 if image is not None and words is not None:
@@ -205,7 +205,7 @@ class MemberImage(ImageFile):
         return ImageFile(name=self.name, data=data, max_pixels=self.max_pixels)._open(sample)
 
 
-def _samples(file: Path) -> Iterable[tuple[str, dict[str, tuple[int, int]]]]:
+def find_members(file: Path) -> Iterable[tuple[str, dict[str, tuple[int, int]]]]:
     """Key and {suffix: (position, length)} of the members of a tar file, in the order in which the keys appear.
 
     Members of a key belong together wherever they stand: they are read by position, so a tar need not be sorted. Where
