@@ -93,7 +93,7 @@ class JoinFeatures(nn.Linear):
 
     def forward(self, features: Tensor) -> Tensor:
         features = F.layer_norm(features, features.shape[-1:])  # eps 1e-5
-        return super().forward(features.unflatten(1, (-1, self.num)).flatten(2))
+        return super().forward(features.reshape(len(features), -1, self.in_features))  # [V, P / num, num * D]
 
 
 @dataclass(frozen=True)
