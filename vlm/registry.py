@@ -44,6 +44,7 @@ SYSTEMS: dict[str, System] = {
     "llava_1_5": System("vlm.systems.LLaVA15", f"{_PUBLISHED}.llava_family.LLaVA15Family"),
     "llava_next": System("vlm.systems.LLaVANext", f"{_PUBLISHED}.llava_family.LLaVANextFamily"),
     "mini_gemini": System("vlm.systems.MiniGemini", f"{_PUBLISHED}.llava_family.MiniGeminiFamily"),
+    "minigpt4": System("vlm.systems.MiniGPT4", f"{_PUBLISHED}.minigpt4.MiniGPT4Family"),
     "qwen_vl": System("vlm.systems.QwenVL", f"{_PUBLISHED}.qwen_vl.QwenVLFamily"),
     "vila": System("vlm.systems.VILA", f"{_PUBLISHED}.llava_family.VILAFamily"),
     "xcomposer": System("vlm.systems.XComposer", f"{_PUBLISHED}.xcomposer.XComposerFamily"),

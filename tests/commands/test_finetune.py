@@ -400,6 +400,7 @@ def _stages() -> list[Any]:
 
 
 BATCHES = {
+    "blip-2_caption": 256, "blip-2_nlvr": 256, "blip-2_vqa": 256,
     "fuyu-1_finetune": 128, "llava-1_align": 128, "llava-2_chat": 32, "llava-2_science_qa": 32,
     "llava_1_5-1_align": 256, "llava_1_5-2_finetune": 128, "llava_next-1_align": 256, "llava_next-2_finetune": 128,
     "mini_gemini-1_align": 256, "mini_gemini-2_finetune": 128, "mini_gemini-2_finetune_hd": 128,

@@ -10,14 +10,26 @@ import pytest
 import sentencepiece
 from PIL import Image
 
+from safetensors.torch import load_file
+from transformers import (
+    BertForMaskedLM,
+    BertTokenizer,
+    GPT2Tokenizer,
+    OPTForCausalLM,
+    T5ForConditionalGeneration,
+    T5Tokenizer,
+)
+
 from vlm.data import LlavaJson
 from vlm.demo import write_demo_data
-from vlm.demo.backbones import train_tokenizer
+from vlm.demo.backbones import TOWERS, train_tokenizer
 from vlm.demo.scenes import COLORS, SPLITS, make_scene, split_of
 from vlm.demo.sprites import NOUNS, WORDS, sprite, word_mask
 from vlm.demo.tasks import LANGUAGES, TASKS, caption, padded_box, questions
+from vlm.demo.texts import PROMPTS
 from vlm.demo.tower import patch_labels
 from vlm.errors import UserError
+from vlm.vision import TimmTower
 from vlm.vision.preprocess import ImageTransform
 
 ASSETS = Path(__file__).parents[2] / "vlm/demo/assets"
@@ -163,3 +175,59 @@ def test_the_shipped_tokenizer_is_what_the_command_makes() -> None:
         assert shipped.decode(shipped.encode(text)) == text
         assert shipped.unk_id() not in shipped.encode(text)
     assert len(shipped.encode("an owl on a red card")) == 6
+
+
+PARTS = ("bert", "eva", "blip_vit", "opt", "t5")
+"""What the systems around BLIP begin with."""
+
+
+def test_the_small_parts_around_blip_open_as_published_ones_do() -> None:
+    files = [file for part in PARTS for file in (ASSETS / part).iterdir()]
+    assert sum(file.stat().st_size for file in files) < 6e6
+    for kind, part in (
+        (BertForMaskedLM, "bert"),
+        (OPTForCausalLM, "opt"),
+        (T5ForConditionalGeneration, "t5"),
+    ):
+        network, report = kind.from_pretrained(ASSETS / part, output_loading_info=True)
+        assert not report["missing_keys"] | report["unexpected_keys"]
+        assert network.config.vocab_size == network.get_input_embeddings().weight.shape[0]
+    towers = {
+        "eva": {"layer": -2, "class_token": True},
+        "blip_vit": {"layer": -1, "class_token": True, "final_norm": True},
+    }
+    for part, how in towers.items():
+        architecture, options, _ = TOWERS[part]
+        description = TimmTower(architecture, options=options, **how)
+        tower = description.build()
+        assert {f"trunk.{name}" for name in load_file(ASSETS / part / "model.safetensors")} == {*tower.state_dict()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "first"),
+    [
+        (BertTokenizer, "bert", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]),
+        (GPT2Tokenizer, "opt", ["<s>", "<pad>", "</s>", "<unk>"]),
+        (T5Tokenizer, "t5", ["<pad>", "</s>", "<unk>"]),
+    ],
+)
+def test_their_tokenizers_know_every_word_of_the_world(kind: type, part: str, first: list[str]) -> None:
+    tokenizer = kind.from_pretrained(ASSETS / part)
+    assert tokenizer.convert_ids_to_tokens(range(len(first))) == first
+    unknown = tokenizer.convert_tokens_to_ids("[UNK]" if part == "bert" else "<unk>")
+    for number in range(60):
+        scene = make_scene(Random(f"words {number}"), split="test", size=96)
+        for language in LANGUAGES:
+            asked = questions(scene, language, Random(number))
+            texts = [caption(scene, language), *(f"{turn.question} {turn.answer}" for turn in asked), *PROMPTS]
+            for text in texts:
+                ids = tokenizer(text).input_ids
+                assert unknown not in ids, text
+    for noun in NOUNS:
+        assert len(tokenizer(f"a {noun.name}", add_special_tokens=False).input_ids) <= 5
+    marks = {"bert": ("[CLS]", "[SEP]"), "opt": ("</s>", None), "t5": (None, "</s>")}[part]
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("a dog").input_ids)
+    assert (tokens[0] if marks[0] else None, tokens[-1] if marks[1] else None) == marks
+    if part == "t5":
+        assert len(tokenizer) == 860
+        assert tokenizer.convert_tokens_to_ids(["<extra_id_0>", "<extra_id_99>"]) == [859, 760]

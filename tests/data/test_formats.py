@@ -19,6 +19,7 @@ from PIL import Image
 
 import cli
 from vlm.data import (
+    CaptionList,
     ChartQA,
     CocoCaptions,
     DocVQA,
@@ -63,6 +64,7 @@ def drawn() -> list:
 def source(world: Path, name: str, **options: Any) -> Any:
     folder = world / name
     return {
+        "blip": lambda: CaptionList(folder / "captions_train.json", image_root=folder / "images", **options),
         "coco_captions": lambda: CocoCaptions(folder / "captions.json", image_root=folder / "images", **options),
         "vqav2": lambda: VQAv2Training(
             folder / "questions.json", folder / "annotations.json", "demo_{:012d}.png", image_root=folder / "images"

@@ -32,12 +32,20 @@ BENCH = (
 )
 FIVE = {"max_new_tokens": 5, "num_beams": 5, "repetition_penalty": 1.5}
 PPL = " <|User|>:PATHContext: N/A\nQuestion: {}\nOptions: []\n{}\n<TOKENS_UNUSED_0> <|Bot|>: Answer: The answer is"
+CHAT = (
+    "Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I provide it to you. "
+    "Please answer my questions."
+)
+DETAIL = "Describe this image in detail."
 # name: decoding, and of each source the first prompt
 PROTOCOLS = {
     "fuyu/vqav2": (SHORT, f"PATH<s>{ASKED.format('What is it?')}"),
     "fuyu/okvqa": (SHORT, f"PATH<s>{ASKED.format('Why 0?')}"),
     "fuyu/ai2d": (SHORT, f"PATH<s>{ASKED.format('What eats algae?')}"),
     "fuyu/coco_captions": ({"max_new_tokens": 30}, "PATH<s>Generate a coco-style caption.\n<0x04>"),
+    "minigpt4/coco_captions": (
+        {"max_new_tokens": 200, "num_beams": 5}, f"{CHAT}###Human: <Img>PATH</Img> {DETAIL}###Assistant: "
+    ),
     "qwen_vl/vqav2": (SHORT, "<img>PATH</img>What is it? Answer:"),
     "qwen_vl/okvqa": (SHORT, "<img>PATH</img>Why 0? Answer:"),
     "qwen_vl/textvqa": (SHORT, "<img>PATH</img>what brand is it? Answer:"),

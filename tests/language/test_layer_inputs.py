@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import golden, golden_json
 from tests.support.cog import image_blocks
-from tests.support.samples import samples
+from tests.support.samples import questions, samples
 from tests.support.systems import LLAMA, RATE, SYSTEMS, build, make
-from tests.systems.test_contract import collate, disturb, questions
+from tests.systems.test_contract import collate, disturb
 from vlm.batch import IGNORE, Row, TokenSequence
 from vlm.errors import UserError
 from vlm.language import CausalLM, CrossAttention, Decoding, PartialLoRA, Surgery, VisualExpert

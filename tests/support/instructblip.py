@@ -1,24 +1,23 @@
 """InstructBLIP at the size of tests."""
 
 import dataclasses
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import BertTokenizerFast
-
-from tests.conftest import GOLDEN, golden_json
+from tests.conftest import GOLDEN
 from tests.support.samples import picture, questions, samples
 from vlm.connectors import Linear, QFormer
 from vlm.language import CausalLM
-from vlm.prompts import HubTokenizer, LlamaTokenizer
+from vlm.prompts import LlamaTokenizer
+from vlm.prompts.bert import BertTokenizer
 from vlm.sample import ImagePart, Sample
 from vlm.systems import InstructBLIP
 from vlm.vision import TimmTower
 
 VICUNA = LlamaTokenizer(str(GOLDEN / "_shared" / "llama_sp_tokenizer.model"), pad_token="[PAD]", bos_token="</s>")
 TOWER = {"img_size": 28, "patch_size": 7, "embed_dim": 32, "depth": 3, "num_heads": 4}
-READER = {"dim": 16, "num_layers": 2, "num_heads": 4, "mlp_dim": 32, "vocab_size": 66, "num_queries": 4, "text": True}
+READS = BertTokenizer(str(GOLDEN.parents[1] / "vlm/demo/assets/bert"), added_tokens=["[DEC]"])
+READER = {"dim": 16, "num_layers": 2, "num_heads": 4, "mlp_dim": 32, "vocab_size": 701, "num_queries": 4, "text": True}
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 32001,
@@ -30,19 +29,12 @@ LLAMA = {
 }
 
 
-def _reader_tokenizer() -> HubTokenizer:
-    folder = Path(tempfile.mkdtemp())
-    (folder / "vocab.txt").write_text("\n".join(golden_json("instructblip_qformer__a")["bert_vocab"]) + "\n")
-    BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
-    return HubTokenizer(str(folder))
-
-
 def instructblip(**changes: Any) -> InstructBLIP:
     """4 tokens per picture."""
     arguments = {
         "vision": TimmTower("vit_large_patch14_clip_quickgelu_224", layer=-2, class_token=True, options=TOWER),
         "qformer": QFormer(**READER, dropout=0.0),
-        "qformer_tokenizer": _reader_tokenizer(),
+        "qformer_tokenizer": READS,
         "connector": Linear(),
         "language": CausalLM(config=LLAMA),
         "tokenizer": VICUNA,

@@ -16,11 +16,12 @@ from tests.support.blip_tasks import answered, asked_about, blip_caption, blip_n
 from tests.support.cog import TinyCog
 from tests.support.instructblip import READER_TENSORS, UNREAD, frames, instructblip, pictured
 from tests.support.itc import ITC
-from tests.support.qformer_t5 import T5, QFormerT5
+from tests.support.minigpt4 import minigpt4, minigpt4_llama_2
 from tests.support.samples import pairs, questions, samples
 from tests.support.xcomposer import xcomposer
 from vlm.codec import step_counts
-from vlm.connectors import MLP, Downsample, Linear, QFormer, Resampler
+from vlm.connectors import MLP, Downsample, Linear, Resampler
+from tests.support.blip2 import EVA_TENSORS, QFORMER, T5_DECODER, blip2, blip2_t5, t5_base_weights, t5_reference
 from vlm.data import BatchSpec
 from vlm.language import CausalLM, CrossAttention, PartialLoRA, Surgery, VisualExpert
 from vlm.language.causal_lm import batched_attention
@@ -144,29 +145,6 @@ def cog(**changes: Any) -> TinyCog:
     return TinyCog(**(_llava_arguments() | {"vision_high": high} | changes))
 
 
-T5_CONFIG = {
-    "vocab_size": 32000,
-    "d_model": 32,
-    "d_kv": 8,
-    "d_ff": 48,
-    "num_layers": 2,
-    "num_heads": 4,
-    "dropout_rate": 0,
-}
-
-
-def qformer_t5(**changes: Any) -> QFormerT5:
-    """4 tokens per picture in the encoder's row."""
-    arguments = {
-        "vision": TimmTower("vit_large_patch14_clip_quickgelu_336", layer=-2, options=TOWER),
-        "qformer": QFormer(dim=16, num_layers=2, num_heads=4, mlp_dim=32, num_queries=4, dropout=0.0),
-        "connector": Linear(),
-        "language": T5(T5_CONFIG),
-        "tokenizer": TOKENIZER,
-    }
-    return QFormerT5(**(arguments | changes))
-
-
 def itc(**changes: Any) -> ITC:
     """A picture and a caption are compared by 16 numbers each."""
     arguments = {"vision": TimmTower("vit_large_patch14_clip_quickgelu_336", layer=-2, options=TOWER)}
@@ -279,24 +257,6 @@ def causal_base_weights(module: Any, folder: Path) -> tuple[str, CausalLM]:
     return "language", CausalLM(path=str(folder))
 
 
-def t5_reference(module: Any, sample: Sample) -> Tensor:
-    item = module.codec.encode(sample)
-    batch = module.codec.collate([item], counts=step_counts([item]))
-    row = batch.text
-    with torch.no_grad():
-        embeds = module.language.get_input_embeddings()(row.ids)
-        embeds[row.slots["image"]] = module.image_features(batch)
-        logits = module.language(inputs_embeds=embeds[None], decoder_input_ids=batch.rows["decoder"].ids[None]).logits[
-            0
-        ]
-    return logits.log_softmax(-1).gather(1, batch.rows["decoder"].targets[:, None]).squeeze(1)
-
-
-def t5_base_weights(module: Any, folder: Path) -> tuple[str, T5]:
-    module.language.save_pretrained(folder)
-    return "language", T5(T5_CONFIG, weights=str(folder))
-
-
 def blip_reference(module: Any, sample: Sample) -> Tensor:
     """Each text by itself, layer after layer, behind what it looks at."""
     item = module.codec.encode(sample)
@@ -341,21 +301,6 @@ CROSS_ATTENTION = names(
     "language.model.layers.{0,1}.cross_attn.{query,key_value,dense}.weight",
     "language.model.layers.{0,1}.post_cross_attention_layernorm.weight",
 )
-QFORMER = names(
-    "connector.{weight,bias}",
-    "qformer.queries",
-    "qformer.{feature_norm,embeddings.norm}.{weight,bias}",
-    "qformer.layers.{0,1}.attention.{query,key,value,dense,norm}.{weight,bias}",
-    "qformer.layers.0.cross_attention.{query,key,value,dense,norm}.{weight,bias}",
-    "qformer.layers.{0,1}.query_mlp.{fc1,fc2,norm}.{weight,bias}",
-)
-T5_DECODER = names(
-    "language.decoder.block.{0,1}.layer.{0.SelfAttention,1.EncDecAttention}.{q,k,v,o}.weight",
-    "language.decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-    "language.decoder.block.{0,1}.layer.2.DenseReluDense.{wi,wo}.weight",
-    "language.decoder.block.{0,1}.layer.{0,1,2}.layer_norm.weight",
-    "language.decoder.final_layer_norm.weight",
-)
 TWO_ENCODERS = TWO_BLOCKS | names(
     "text.table.weight", "text.up.{weight,bias}", "projections.{image,text}.{weight,bias}"
 )
@@ -380,7 +325,6 @@ BLIP_JUDGES = frozenset(name.replace("encoder.", "language.") for name in BLIP_R
     "head.{0,2}.{weight,bias}",
 )
 HEAD = names("head.temperature", "head.match.{weight,bias}")
-T5_ALIASES = ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
 RATE = Trained(lr=1e-2)
 BRIDGE = {"qformer": RATE, "connector": RATE}
 LINEAR = names("connector.{weight,bias}")
@@ -429,7 +373,7 @@ QWEN_VL_STAGES = {
 
 XCOMPOSER_DECODER = DECODER | names("language.model.layers.{0,1}.self_attn.{q,k,v,o}_proj.bias")
 XCOMPOSER_STAGES = {  # the others train an adapter over the language model (tests/systems/test_xcomposer.py)
-    "1_pretrain": TinyStage(BRIDGE | {"language": RATE}, QFORMER | XCOMPOSER_DECODER),
+    "1_pretrain": TinyStage(BRIDGE | {"language": RATE}, names(*QFORMER) | XCOMPOSER_DECODER),
 }
 
 PERSIMMON_DECODER = names(
@@ -442,6 +386,32 @@ PERSIMMON_DECODER = names(
 )
 
 SYSTEMS: dict[str, System] = {
+    "blip2": System(
+        blip2,
+        {
+            "2_generative": TinyStage(BRIDGE, names(*QFORMER)),
+            "3_caption": TinyStage(
+                BRIDGE | {"vision": Trained(lr=1e-2, layer_decay=0.95)},
+                names(*QFORMER, *EVA_TENSORS),
+                {part: part for part in BRIDGE},
+            ),
+        },
+        causal_base_weights,
+        reference=spliced_reference,
+        ties={"language.lm_head.weight": "language.model.decoder.embed_tokens.weight"},
+    ),
+    "blip2_t5": System(
+        blip2_t5,
+        {
+            "2_generative": TinyStage(BRIDGE, names(*QFORMER)),
+            "decoder": TinyStage(
+                BRIDGE | {"language.decoder": RATE}, names(*QFORMER, *T5_DECODER), {part: part for part in BRIDGE}
+            ),
+        },
+        t5_base_weights,
+        reference=t5_reference,
+        ties={f"language.{part}.embed_tokens.weight": "language.shared.weight" for part in ("encoder", "decoder")},
+    ),
     "fuyu": System(
         fuyu,
         {"finetune": TinyStage({"connector": RATE, "language": RATE}, LINEAR | PERSIMMON_DECODER)},
@@ -494,6 +464,26 @@ SYSTEMS: dict[str, System] = {
         {"2_finetune_hd": dataclasses.replace(MINI_GEMINI_STAGES["2_finetune"], parts={})},
         causal_base_weights,
         reference=spliced_reference,
+    ),
+    "minigpt4": System(
+        minigpt4,
+        {
+            "1_align": TinyStage({"connector": RATE}, LINEAR),
+            "2_finetune": TinyStage({"connector": RATE}, LINEAR, {"connector": "connector"}),
+        },
+        causal_base_weights,
+        reference=spliced_reference,
+        num_answers=2,
+    ),
+    "minigpt4_llama_2": System(
+        minigpt4_llama_2,
+        {
+            "1_align": TinyStage({"connector": RATE}, LINEAR),
+            "2_finetune": TinyStage({"connector": RATE}, LINEAR, {"connector": "connector"}),
+        },
+        causal_base_weights,
+        reference=spliced_reference,
+        num_answers=2,
     ),
     "qwen_vl": System(qwen_vl, QWEN_VL_STAGES, causal_base_weights, reference=spliced_reference),
     "vila": System(vila, VILA_STAGES, causal_base_weights, reference=spliced_reference),
@@ -593,18 +583,6 @@ SYSTEMS: dict[str, System] = {
         needs_image=True,
         asked=judged_about,
         num_answers=1,  # a random head says the same of everything
-    ),
-    "qformer_t5": System(
-        qformer_t5,
-        {
-            "1_bridge": TinyStage(BRIDGE, QFORMER),
-            "2_decoder": TinyStage(
-                BRIDGE | {"language.decoder": RATE}, QFORMER | T5_DECODER, {part: part for part in BRIDGE}
-            ),
-        },
-        t5_base_weights,
-        reference=t5_reference,
-        ties={f"language.{alias}.weight": "language.shared.weight" for alias in T5_ALIASES},
     ),
     "itc": System(
         lambda **changes: itc(**({"dropout": 0.0} | changes)),

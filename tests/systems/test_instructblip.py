@@ -1,11 +1,13 @@
 """InstructBLIP: texts, labels and what is cut, token by token; weights there and back; answers as transformers'."""
 
 import dataclasses
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 import vlm
 from safetensors.torch import load_file
 from transformers import BertTokenizerFast, InstructBlipConfig, InstructBlipForConditionalGeneration
@@ -14,14 +16,20 @@ from tests.conftest import GOLDEN, golden, golden_json
 from tests.support.instructblip import LLAMA
 from tests.support.samples import picture
 from vlm.batch import IGNORE
+from vlm.building.network import empty_weights
+from vlm.checkpoints.published.family import get_family
 from vlm.codec import step_counts
 from vlm.commands.convert import convert
 from vlm.errors import SampleError, UserError
-from vlm.language import Decoding
-from vlm.prompts import HubTokenizer, LlamaTokenizer, get_template
+from vlm.connectors import Linear, QFormer
+from vlm.language import CausalLM, Decoding
+from vlm.registry import recipe_folder
+from vlm.systems import InstructBLIP
+from vlm.prompts import LlamaTokenizer, get_template
+from vlm.prompts.bert import BertTokenizer
 from vlm.sample import ImagePart, Message, Sample, TextPart
 from vlm.systems.instructblip import InstructCodec
-from vlm.vision import TowerFacts
+from vlm.vision import TimmTower, TowerFacts
 from vlm.vision.preprocess import ImageTransform
 
 CASE = "instructblip_qformer__a"
@@ -51,12 +59,10 @@ def ask(folder: Path, question: str, answer: str | None = None, *, images: int =
     return Sample(id="7", messages=(asked, *told), images=files, source="test.json")
 
 
-def bert_tokenizer(folder: Path, words: list[str]) -> HubTokenizer:
+def bert_tokenizer(folder: Path, words: list[str]) -> BertTokenizer:
     folder.mkdir(exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    made = BertTokenizerFast.from_pretrained(folder)
-    made.save_pretrained(folder)
-    return HubTokenizer(str(folder))
+    return BertTokenizer(str(folder), added_tokens=["[DEC]"])
 
 
 def codec(tmp_path: Path, **changes) -> InstructCodec:
@@ -238,3 +244,32 @@ def test_published_weights_there_and_back(published: Path, tmp_path: Path) -> No
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert again.keys() == trained.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in trained.items())
+
+
+def test_names_shapes_and_numbers_at_paper_size() -> None:
+    family, vicuna = get_family("instructblip"), {"vocab_size": 32001, "intermediate_size": 11008, "hidden_size": 4096}
+    vicuna |= {"model_type": "llama", "num_hidden_layers": 32, "num_attention_heads": 32}
+    config = InstructBlipConfig(qformer_config={"vocab_size": 30523}, text_config=vicuna, num_query_tokens=32)
+    with torch.device("meta"):
+        theirs = {n: tuple(t.shape) for n, t in InstructBlipForConditionalGeneration(config).state_dict().items()}
+    assert sum(map(math.prod, theirs.values())) == 7_913_210_624
+    found = family.table("hf", {}).check(theirs, side="theirs")
+    carried = {name for name in found if family.table("hf", {}).is_carried(name)}
+    assert sum(math.prod(found[name]) for name in carried) == 39 * 1408  # the bias of keys, which is zero
+    published = yaml.safe_load((recipe_folder("instructblip") / "model.yaml").read_text())["model"]["init_args"]
+    module = InstructBLIP(
+        vision=TimmTower(**published["vision"]["init_args"] | {"weights": None}),
+        qformer=QFormer(**published["qformer"]),
+        connector=Linear(),
+        language=CausalLM(config=vicuna),
+        tokenizer=VICUNA,
+        qformer_tokenizer=BertTokenizer("."),
+        image="squash",
+    )
+    with empty_weights():
+        parts = module.build_parts()
+    ours = {f"{part}.{n}": tuple(t.shape) for part, built in parts.items() for n, t in built.state_dict().items()}
+    assert ours == {name: shape for name, shape in found.items() if name not in carried}
+    assert sum(map(math.prod, ours.values())) == 7_913_155_712
+    trained = {name: shape for name, shape in ours.items() if name.startswith(("qformer.", "connector."))}
+    assert family.table("official", {}).check(trained, side="ours").keys() >= {"llm_proj.weight", "query_tokens"}

@@ -1,6 +1,6 @@
 """What a new system needs: its class, its configurations, a line in the registry and a test entry; nothing in the core.
 
-The toy is a seventeenth system; `tests/support/qformer_t5.py` is one that is unlike all others.
+The toy is a seventeenth system; `blip2_t5` is one that is unlike all others.
 """
 
 import inspect
@@ -19,7 +19,8 @@ from tests.commands.test_cli import World
 from tests.conftest import GOLDEN
 from tests.support.parity import assert_same_scores, assert_same_state
 from tests.support.samples import samples
-from tests.support.systems import LLAMA, ROOT, SYSTEMS, TOKENIZER, TOWER, build, llava_1_5, make, qformer_t5
+from tests.support.blip2 import blip2_t5
+from tests.support.systems import LLAMA, ROOT, SYSTEMS, TOKENIZER, TOWER, build, llava_1_5, make
 from tests.support.training import ListSource, trainer
 from tests.systems import test_contract as contract
 from vlm import registry
@@ -133,12 +134,12 @@ def _names(check) -> list[str]:
 
 def test_two_stages_learn(tmp_path: Path) -> None:
     pool = samples(tmp_path, 8)
-    losses, previous = [sum(-scores.sum().item() for scores in build("qformer_t5").score(pool))], ""
-    for name, stage in SYSTEMS["qformer_t5"].stages.items():
+    losses, previous = [sum(-scores.sum().item() for scores in build("blip2_t5").score(pool))], ""
+    for name, stage in SYSTEMS["blip2_t5"].stages.items():
         folder = tmp_path / name
         follows = [InitFrom(previous, dict(stage.parts))] if previous else []
         transition = StageTransition(name, dict(stage.train), follows=follows, schedule=Schedule("constant"))
-        module = qformer_t5(split_prefix=True)
+        module = blip2_t5(prefix=True)
         run = trainer(folder, max_epochs=8, accumulate_grad_batches=2, callbacks=[transition])
         run.fit(module, InstructionData([ListSource(pool)], batch=BatchSpec(4)))
         previous = str(folder / "artefact")
@@ -151,7 +152,7 @@ def test_two_stages_learn(tmp_path: Path) -> None:
 
 def test_the_prefix_belongs_to_the_sample(tmp_path: Path) -> None:
     """It is cut in the first half of the answer, by the sample's seed alone, and never in evaluation."""
-    sample, codec = samples(tmp_path)[0], make("qformer_t5", split_prefix=True).codec
+    sample, codec = samples(tmp_path)[0], make("blip2_t5", prefix=True).codec
     whole = codec.encode(sample)
     (text,), (decoder,) = whole.text, whole.rows["decoder"]
     length, points = len(decoder.ids) - 1, set()

@@ -17,10 +17,10 @@ import vlm
 from callbacks import LoRAInjection, StageTransition
 from callbacks.stage_transition import write_stage
 from tests.language.test_layer_inputs import continued
-from tests.support.samples import samples
+from tests.support.samples import questions, samples
 from tests.support.systems import llava_1_5
 from tests.support.training import packs, trainer
-from tests.systems.test_contract import disturb, questions
+from tests.systems.test_contract import disturb
 from tests.training.test_surgery import DECODING, logits, make
 from vlm.building.build import assemble
 from vlm.building.network import allocate, empty_weights

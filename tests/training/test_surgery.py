@@ -16,10 +16,10 @@ from callbacks import LoRAInjection, PartialLoRAInjection, StageTransition
 from callbacks.stage_transition import write_stage
 from tests.language.test_layer_inputs import continued
 from tests.support.ranks import run_ranks
-from tests.support.samples import samples
+from tests.support.samples import questions, samples
 from tests.support.systems import RATE, llava_1_5
 from tests.support.training import packs, trainer
-from tests.systems.test_contract import collate, disturb, questions
+from tests.systems.test_contract import collate, disturb
 from vlm.commands.convert import convert
 from vlm.commands.export import export
 from vlm.errors import UserError

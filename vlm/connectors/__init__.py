@@ -1,5 +1,5 @@
 from vlm.connectors.mining import PatchMining
-from vlm.connectors.projectors import MLP, Connector, Downsample, FlaggedLinear, Linear, Newline
+from vlm.connectors.projectors import MLP, Connector, Downsample, FlaggedLinear, JoinedLinear, Linear, Newline
 from vlm.connectors.qformer import QFormer
 from vlm.connectors.resampler import Resampler
 
@@ -8,6 +8,7 @@ __all__ = [
     "Connector",
     "Downsample",
     "FlaggedLinear",
+    "JoinedLinear",
     "Linear",
     "Newline",
     "PatchMining",

@@ -60,6 +60,40 @@ class FlaggedLinearModule(nn.Linear):
 
 
 @dataclass(frozen=True)
+class JoinedLinear(Connector):
+    """`num` features of a row one behind the other as one token, through a norm without scales and one linear layer
+    (MiniGPT-4 over Llama-2: its `ln_vision` is new and frozen, so it never has any).
+
+    Attributes:
+        num: features of a token.
+    """
+
+    num: int = 4
+
+    def build(self, in_dim: int, out_dim: int) -> nn.Module:
+        return JoinFeatures(in_dim, out_dim, num=self.num)
+
+    def num_tokens(self, num_features: int) -> int:
+        if num_features % self.num:
+            raise UserError(
+                f"connector.num: {num_features} features of a view do not make tokens of {self.num}; take a divisor"
+            )
+        return num_features // self.num
+
+
+class JoinFeatures(nn.Linear):
+    """float[V, P, D] -> float[V, P / num, out_dim]."""
+
+    def __init__(self, in_dim: int, out_dim: int, *, num: int) -> None:
+        super().__init__(num * in_dim, out_dim)
+        self.num = num
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = F.layer_norm(features, features.shape[-1:])  # eps 1e-5
+        return super().forward(features.unflatten(1, (-1, self.num)).flatten(2))
+
+
+@dataclass(frozen=True)
 class MLP(Connector):
     """`depth` linear layers with exact GELU between them (LLaVA-1.5, `mlp2x_gelu`, Improved Baselines with Visual
     Instruction Tuning, 2023). The layers are children 0, 2, 4, ... as in the published checkpoints."""

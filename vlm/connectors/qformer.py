@@ -19,7 +19,7 @@ from vlm.bert import (
 )
 from vlm.checkpoints.files.weights import WeightFiles
 from vlm.checkpoints.tables.base import BaseWeights
-from vlm.checkpoints.tables.bert import read_bert
+from vlm.checkpoints.tables.bert import read_bert, read_qformer
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,9 @@ class QFormer(BertSize):
         return QFormerModule(self, in_dim)
 
     def read_base(self, network: nn.Module, files: WeightFiles) -> BaseWeights:
-        """A BERT's tensors for a Q-Former: both kinds of feed-forward networks start as its one."""
+        """A BERT's tensors, of which both kinds of feed-forward networks start as its one; or a Q-Former of LAVIS'."""
+        if "query_tokens" in files.keys():  # noqa: SIM118
+            return read_qformer(files, text=self.text, head=self.head)
         mlps = ("mlp", "query_mlp") if self.text else ("query_mlp",)
         fresh = ("queries", "feature_norm", "layers.*.cross_attention.*")
         return read_bert(files, mlps=mlps, text=self.text, head=self.head, fresh=fresh)

@@ -68,6 +68,7 @@ _HOMES = {
     "VQAv2": "benchmarks",
     "VQAv2Training": "sources.questions",
     "WebDataset": "sources.webdataset",
+    "WithImages": "wrappers.with_images",
     "WithInstructions": "wrappers.instructed",
     "WithResolution": "wrappers.resolution",
 }

@@ -5,6 +5,7 @@ from vlm.language.generation import Decoding
 from vlm.language.med import Med
 from vlm.language.med_pair import PairMed
 from vlm.language.partial_lora import PartialLoRA
+from vlm.language.seq2seq import Seq2SeqLM
 from vlm.language.surgery import Surgery
 from vlm.language.tokens import NewTokens
 from vlm.language.visual_expert import VisualExpert
@@ -19,6 +20,7 @@ __all__ = [
     "PairMed",
     "PartialLoRA",
     "PeftAdapter",
+    "Seq2SeqLM",
     "Surgery",
     "VisualExpert",
 ]

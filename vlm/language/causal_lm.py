@@ -78,34 +78,7 @@ class CausalLM(LanguagePart):
 
     def transformers_config(self) -> PretrainedConfig:
         """The configuration alone; no weights are read."""
-        entries = dict(self.config)
-        if self.path is None:
-            if "model_type" not in entries:
-                raise UserError("language: give `path` (folder or hub id), or `config` with its `model_type`")
-            return AutoConfig.for_model(entries.pop("model_type"), **entries)
-        is_folder = Path(self.path).is_absolute() or self.path.startswith(".") or Path(self.path).is_dir()
-        if is_folder and not (Path(self.path) / "config.json").is_file():
-            raise UserError(f"language.path: no config.json in {self.path}; give a folder that holds a language model")
-        try:
-            stated, _ = PretrainedConfig.get_config_dict(self.path)
-            if stated.get("model_type") == "qwen":
-                config = AutoConfig.for_model(**as_qwen2(stated))
-            elif stated.get("model_type") == "internlm":
-                config = AutoConfig.for_model(**as_llama(stated))
-            else:
-                config = AutoConfig.from_pretrained(self.path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"language.path: cannot open {self.path!r}: {str(error).splitlines()[0]}") from error
-        if "model_type" in entries:
-            stated, config = config.to_dict(), AutoConfig.for_model(entries.pop("model_type"))
-            for name in stated.keys() - {"model_type", "architectures", "transformers_version"}:
-                if hasattr(config, name):
-                    setattr(config, name, stated[name])
-        for name, value in entries.items():
-            if not hasattr(config, name):
-                raise UserError(f"language.config.{name}: {type(config).__name__} has no such entry")
-            setattr(config, name, value)
-        return config
+        return read_transformers_config(self.path, self.config)
 
     def build(self) -> PreTrainedModel:
         # deepcopy: from_config writes the attention implementation into the object it is given
@@ -121,6 +94,42 @@ class CausalLM(LanguagePart):
 
     def initialise(self, model: Any, module: nn.Module) -> None:
         model._init_weights(module)  # as the architecture's authors do
+
+
+def read_transformers_config(path: str | None, changes: Mapping[str, Any]) -> PretrainedConfig:
+    """The configuration of a language model, with entries on top of it; without `path` they are all of it.
+
+    Raises:
+        UserError: there is none, or it has no such entry.
+    """
+    entries = dict(changes)
+    if path is None:
+        if "model_type" not in entries:
+            raise UserError("language: give `path` (folder or hub id), or `config` with its `model_type`")
+        return AutoConfig.for_model(entries.pop("model_type"), **entries)
+    is_folder = Path(path).is_absolute() or path.startswith(".") or Path(path).is_dir()
+    if is_folder and not (Path(path) / "config.json").is_file():
+        raise UserError(f"language.path: no config.json in {path}; give a folder that holds a language model")
+    try:
+        stated, _ = PretrainedConfig.get_config_dict(path)
+        if stated.get("model_type") == "qwen":
+            config = AutoConfig.for_model(**as_qwen2(stated))
+        elif stated.get("model_type") == "internlm":
+            config = AutoConfig.for_model(**as_llama(stated))
+        else:
+            config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"language.path: cannot open {path!r}: {str(error).splitlines()[0]}") from error
+    if "model_type" in entries:
+        stated, config = config.to_dict(), AutoConfig.for_model(entries.pop("model_type"))
+        for name in stated.keys() - {"model_type", "architectures", "transformers_version"}:
+            if hasattr(config, name):
+                setattr(config, name, stated[name])
+    for name, value in entries.items():
+        if not hasattr(config, name):
+            raise UserError(f"language.config.{name}: {type(config).__name__} has no such entry")
+        setattr(config, name, value)
+    return config
 
 
 def label_logits(language: PreTrainedModel, embeds: Tensor, row: Row, inputs: LayerInputs | None = None) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from vlm.checkpoints.files.locate import find_files
+from vlm.connectors import QFormer
 from vlm.errors import UserError
 from vlm.planning.published import known_model, whole_folder
 from vlm.planning.system import Described
@@ -48,5 +49,7 @@ def _expected(path: str, what: Described, part: str) -> int:
     known = known_model(path)
     dtype = getattr(torch, known.stored) if known is not None else torch.float32
     with torch.device("meta"):
-        parameters = what.arguments[part].build().parameters()
+        description = what.arguments[part]
+        seen = (what.arguments["vision"].facts().dim,) if isinstance(description, QFormer) else ()
+        parameters = description.build(*seen).parameters()
     return sum(parameter.numel() for parameter in parameters) * dtype.itemsize

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vlm.bert import BertSize
 from vlm.building.build import assemble
 from vlm.errors import UserError
 from vlm.hub import is_cached
@@ -78,9 +79,21 @@ def described(module: Any, stage: Stage) -> Described:
     tokenizer, missing = arguments.get("tokenizer"), None
     if tokenizer is not None and not _is_here(tokenizer.path):
         missing = tokenizer.path
-        rows = arguments["language"].transformers_config().vocab_size
+        text = arguments["language"]
+        # a BERT's table counts the tokens that its tokenizer adds
+        has_added = isinstance(text, BertSize)
+        rows = text.vocab_size - len(tokenizer.added_tokens) if has_added else text.transformers_config().vocab_size
         arguments["tokenizer"] = RoughTokenizer(
             missing, rows=rows, add_bos=tokenizer.add_bos, added_tokens=tokenizer.added_tokens
+        )
+    reader = arguments.get("qformer_tokenizer")
+    if (
+        reader is not None
+        and not Path(reader.path).expanduser().exists()
+        and not is_cached(reader.path, ("vocab.txt",))
+    ):
+        arguments["qformer_tokenizer"] = RoughTokenizer(
+            reader.path, rows=arguments["qformer"].vocab_size, add_bos=False, added_tokens=reader.added_tokens
         )
     stage, lost = _without_missing(stage)
     notes += lost
@@ -102,7 +115,9 @@ def _known(language: CausalLM) -> tuple[CausalLM, str]:
 
 def _is_here(path: str) -> bool:
     """Whether a tokenizer can be opened without a download."""
-    return Path(path).expanduser().exists() or is_cached(path, ("tokenizer.model", "tokenizer.json", "qwen.tiktoken"))
+    return Path(path).expanduser().exists() or is_cached(
+        path, ("tokenizer.model", "tokenizer.json", "vocab.txt", "qwen.tiktoken")
+    )
 
 
 def _without_missing(stage: Stage) -> tuple[Stage, list[str]]:

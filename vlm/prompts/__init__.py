@@ -1,10 +1,12 @@
 """Conversation formats and tokenizers."""
 
 from vlm.errors import UserError
-from vlm.prompts import fuyu, instructblip, llava, mini_gemini, qwen, xcomposer
+from vlm.prompts import blip2, fuyu, instructblip, llava, mini_gemini, minigpt4, qwen, xcomposer
 from vlm.prompts.bert import BertTokenizer
 from vlm.prompts.documents import DOCUMENTS
 from vlm.prompts.fuyu import FuyuTokenizer
+from vlm.prompts.opt import OPTTokenizer
+from vlm.prompts.t5 import T5Tokenizer
 from vlm.prompts.template import IMAGE, Form, ImageMark, Template, TextSpan, Tokenized, tokenize
 from vlm.prompts.tiktoken import QwenTokenizer
 from vlm.prompts.tokenizer import HubTokenizer, LlamaTokenizer, Tokenizer
@@ -17,7 +19,9 @@ __all__ = [
     "HubTokenizer",
     "ImageMark",
     "LlamaTokenizer",
+    "OPTTokenizer",
     "QwenTokenizer",
+    "T5Tokenizer",
     "Template",
     "TextSpan",
     "Tokenized",
@@ -33,7 +37,7 @@ def get_template(name: str) -> Template:
     Raises:
         UserError: there is none; the message lists those there are.
     """
-    modules = (llava, mini_gemini, qwen, fuyu, instructblip, xcomposer)
+    modules = (blip2, fuyu, instructblip, llava, mini_gemini, minigpt4, qwen, xcomposer)
     templates = {DOCUMENTS.name: DOCUMENTS} | {k: v for module in modules for k, v in module.TEMPLATES.items()}
     if name not in templates:
         raise UserError(f"unknown template {name!r}; use one of {', '.join(sorted(templates))}")

@@ -88,6 +88,7 @@ class Form:
         place: of the single image of a turn: moved to its front with a newline behind it, moved to its end with a
             newline before it, or where the message has it; `listed`: there, but without the newline that the message
             has behind it.
+        beside: text between a turn's text and the single image that moved to its front or end.
         tight: white space beside an image is left out. Tokenizers of transformers before 4.34 dropped it beside every
             added token, so the models that were trained with them never saw it.
         trim: white space around each message is left out, as the chat template of Llama 3 does.
@@ -102,6 +103,7 @@ class Form:
     closing: tuple[TextSpan, ...] = ()
     image: str = "{}"
     place: Literal["front", "back", "given", "listed", "numbered"] = "front"
+    beside: str = "\n"
     tight: bool = False
     trim: bool = False
 
@@ -113,7 +115,7 @@ class Template:
     Content becomes text by these rules (those of LLaVA's training code; its prompts at inference follow them too):
 
     - The single image of a turn moves to its front, followed by a newline; the text around it is stripped. A form may
-      say another place.
+      say another place, or what stands between them.
     - An answer of weight 0 is written and not trained.
     - Several images stay where they are, each on its own line unless the text beside it brings a blank or newline.
     - Text parts are joined as they are. Text that spells an image mark or a control token is text.
@@ -205,8 +207,9 @@ class Template:
             text = text.strip()
             if not text:
                 return [ImageMark()]
-            front = form.place == "front"
-            return [ImageMark(), _said(f"\n{text}")] if front else [_said(f"{text}\n"), ImageMark()]
+            if form.place == "front":
+                return [ImageMark(), _said(f"{form.beside}{text}")]
+            return [_said(f"{text}{form.beside}"), ImageMark()]
         content: list[Span] = []
         previous: TextPart | ImagePart | None = None
         for part in _written(message):

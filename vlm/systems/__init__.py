@@ -1,3 +1,4 @@
+from vlm.systems.blip2 import BLIP2, BLIP2T5
 from vlm.systems.blip_caption import BLIPCaption
 from vlm.systems.blip_nlvr import BLIPNLVR
 from vlm.systems.blip_vqa import BLIPVQA
@@ -7,11 +8,14 @@ from vlm.systems.llava import LLaVA
 from vlm.systems.llava_1_5 import LLaVA15
 from vlm.systems.llava_next import LLaVANext
 from vlm.systems.mini_gemini import MiniGemini
+from vlm.systems.minigpt4 import MiniGPT4
 from vlm.systems.qwen_vl import QwenVL
 from vlm.systems.vila import VILA
 from vlm.systems.xcomposer import XComposer
 
 __all__ = [
+    "BLIP2",
+    "BLIP2T5",
     "BLIPNLVR",
     "BLIPVQA",
     "VILA",
@@ -21,6 +25,7 @@ __all__ = [
     "LLaVA",
     "LLaVA15",
     "LLaVANext",
+    "MiniGPT4",
     "MiniGemini",
     "QwenVL",
     "XComposer",

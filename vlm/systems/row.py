@@ -26,7 +26,7 @@ from vlm.language.layer_inputs import LayerInputs, Prompt
 from vlm.module import VisionLanguageModule
 from vlm.prompts.documents import documents_of, fit_document
 from vlm.prompts.regions import find_boxes, write_regions
-from vlm.prompts.template import IMAGE, Template
+from vlm.prompts.template import IMAGE, Template, Tokenized
 from vlm.prompts.tokenizer import Tokenizer
 from vlm.sample import Sample
 from vlm.sample.places import places_named
@@ -64,7 +64,7 @@ class RowCodec(Codec):
         places = places_named(sample)
         sample = self.render_regions(sample, seed=seed)
         try:
-            tokens = self.template.tokenize(sample.messages, self.tokenizer, generate=generate)
+            tokens, cut = self.tokenize(sample, generate=generate)
         except SetupError:
             raise
         except UserError as error:
@@ -90,7 +90,11 @@ class RowCodec(Codec):
             weight = self._weights(sample, sorted(factors), widths)
             text = replace(text, weight=weight)
             count = weight[targets != IGNORE].double().sum().item()
-        return Encoded(sample, (text,), counts={"lm": count, **events}, seed=seed, places=places)
+        return Encoded(sample, (text,), counts={"lm": count, **events, **cut}, seed=seed, places=places)
+
+    def tokenize(self, sample: Sample, *, generate: bool) -> tuple[Tokenized, Mapping[str, float]]:
+        """Labelled tokens of a sample's messages, and what had to go for them ({an entry of `EVENTS`: 1})."""
+        return self.template.tokenize(sample.messages, self.tokenizer, generate=generate), {}
 
     def _weights(self, sample: Sample, factors: Sequence[float], image_tokens: Sequence[int]) -> Tensor:
         """float32[n], how much each position counts: those that are trained for answers of a weight, and no others."""
@@ -298,7 +302,8 @@ class RowDecoder(VisionLanguageModule):
             decoding=decoding,
             seeds=[seed_from(decoding.seed, sample.id) for sample in batch.samples],
             end_ids=[tokenizer.eos_id, *(end for end in ends.values() if end is not None)],
-            pad_id=tokenizer.pad_id,
+            # answers that have ended are filled up with it, which takes a row of the table
+            pad_id=tokenizer.pad_id if tokenizer.pad_id < self.language.config.vocab_size else tokenizer.eos_id,
             stop=[mark for mark, end in ends.items() if end is None],
             decode=lambda ids: tokenizer.decode(ids, skip_special=False),
             synced=self.is_sharded,

@@ -158,8 +158,8 @@ class InstructBLIPFamily(OneFolderFamily):
                     "init_args": {**reader, "num_queries": config.get("num_query_tokens", 32), "text": True},
                 },
                 "qformer_tokenizer": {
-                    "class_path": "vlm.prompts.HubTokenizer",
-                    "init_args": {"path": str(folder / TOKENIZER)},
+                    "class_path": "vlm.prompts.BertTokenizer",
+                    "init_args": {"path": str(folder / TOKENIZER), "added_tokens": ["[DEC]"]},
                 },
                 "connector": {"class_path": "vlm.connectors.Linear", "init_args": {}},
                 "language": {"class_path": "vlm.language.CausalLM", "init_args": {"config": language}},
@@ -242,7 +242,7 @@ def _describe_trained(shapes: Mapping[str, tuple[int, ...]], *, vision: str, lan
             },
             "qformer": {"class_path": "vlm.connectors.QFormer", "init_args": reader},
             "qformer_tokenizer": {
-                "class_path": "vlm.prompts.HubTokenizer",
+                "class_path": "vlm.prompts.BertTokenizer",
                 "init_args": {"path": "google-bert/bert-base-uncased", "added_tokens": ["[DEC]"]},
             },
             "connector": {"class_path": "vlm.connectors.Linear", "init_args": {}},

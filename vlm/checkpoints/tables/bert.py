@@ -100,6 +100,20 @@ def read_bert(
     )
 
 
+def read_qformer(files: WeightFiles, *, text: bool, head: bool = False) -> BaseWeights:
+    """A Q-Former as LAVIS publishes it among other trained tensors, which are dropped."""
+    rules = qformer_rules(ours="", text=text, head=head)
+    others = ("t5_proj", "opt_proj", "llm_proj", "vision_proj", "text_proj", "itm_head", "temp")
+    dropped = (rename(f"{name}.{{p}}", None) for name in others)
+    table = Table(
+        layout="LAVIS",
+        rules=(*rules, *dropped, rename("temp", None)),
+        unused=bert_unused(ours=""),
+        sparse=("layers.{i}.cross_attention.{rest}",),
+    )
+    return read_with_table(table, files)
+
+
 def bert_rules(
     *,
     theirs: str = "bert.",
