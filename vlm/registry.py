@@ -36,7 +36,7 @@ SYSTEMS: dict[str, System] = {
     "blip": System(
         "vlm.systems.BLIPCaption",
         f"{_PUBLISHED}.blip.BLIPFamily",
-        ("vlm.systems.BLIPVQA", "vlm.systems.BLIPNLVR"),
+        ("vlm.systems.BLIP", "vlm.systems.BLIPVQA", "vlm.systems.BLIPNLVR"),
     ),
     "fuyu": System("vlm.systems.Fuyu", f"{_PUBLISHED}.fuyu.FuyuFamily"),
     "instructblip": System("vlm.systems.InstructBLIP", f"{_PUBLISHED}.instructblip.InstructBLIPFamily"),

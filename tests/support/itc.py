@@ -230,7 +230,7 @@ class ITC(VisionLanguageModule):
         image, text = self.encode(batch, self)
         return Embeddings(image, text, torch.arange(len(text), device=text.device), image, text)
 
-    def match_logits(self, image_states: Tensor, text_states: Tensor) -> Tensor:
+    def pair_logits(self, image_states: Tensor, text_states: Tensor) -> Tensor:
         return self.head.match(torch.cat([image_states, text_states], dim=1))
 
 

@@ -1,3 +1,4 @@
+from vlm.systems.blip import BLIP
 from vlm.systems.blip2 import BLIP2, BLIP2T5
 from vlm.systems.blip_caption import BLIPCaption
 from vlm.systems.blip_nlvr import BLIPNLVR
@@ -14,6 +15,7 @@ from vlm.systems.vila import VILA
 from vlm.systems.xcomposer import XComposer
 
 __all__ = [
+    "BLIP",
     "BLIP2",
     "BLIP2T5",
     "BLIPNLVR",

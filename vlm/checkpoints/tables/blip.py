@@ -1,7 +1,7 @@
 """BLIP's tensors: the official `.pth` and Hugging Face's classes, which differ in the names of the ViT alone."""
 
 from vlm.checkpoints.tables.bert import bert_unused, med_rules
-from vlm.checkpoints.tables.rules import Rule, rename
+from vlm.checkpoints.tables.rules import Axes, Rule, rename
 from vlm.checkpoints.tables.table import Table
 
 LAYOUTS = ("official", "hf")
@@ -28,15 +28,14 @@ _TRUNK = {
 }
 
 
-def vit_rules(layout: str, *, ours: str = "vision.trunk.") -> tuple[Rule, ...]:
-    """Of the ViT in one of `LAYOUTS`."""
+def vit_rules(layout: str, *, ours: str = "vision.trunk.", theirs: str = "visual_encoder.") -> tuple[Rule, ...]:
+    """Of the ViT in one of `LAYOUTS`; `theirs` is what its official names begin with."""
     block, renamed = _BLOCK[layout]
     qkv = "attn.qkv" if layout == "official" else "self_attn.qkv"
     names = {**renamed, "attn.qkv": qkv, "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
-    return (
-        *(rename(theirs, ours + own) for own, theirs in _TRUNK[layout].items()),
-        *(rename(f"{block}{theirs}.{{p}}", f"{ours}blocks.{{i}}.{own}.{{p}}") for own, theirs in names.items()),
-    )
+    trunk = [(published, ours + own) for own, published in _TRUNK[layout].items()]
+    blocks = [(f"{block}{published}.{{p}}", f"{ours}blocks.{{i}}.{own}.{{p}}") for own, published in names.items()]
+    return tuple(rename(name.replace("visual_encoder.", theirs), own) for name, own in (*trunk, *blocks))
 
 
 def caption_table(layout: str) -> Table:
@@ -80,3 +79,38 @@ def nlvr_table() -> Table:
         unused=bert_unused(ours="language."),
         sparse=(ours + "merge.{p}", theirs + "output.merge_layer.{p}"),
     )
+
+
+def pair_table(layout: str, *, writes: bool, same_image: bool) -> Table:
+    """Of a model that compares images with texts.
+
+    Hugging Face's class holds neither the temperature nor the momentum copies and the queue, so they are lost there.
+
+    Args:
+        writes: it has a decoder (pre-training).
+        same_image: its queue knows images (fine-tuning for retrieval).
+    """
+    decoder = "text_decoder." if writes else None
+    rules: list[Rule] = [
+        *vit_rules(layout),
+        *med_rules(encoder="text_encoder.", decoder=decoder),
+        rename("vision_proj.{p}", "projections.image.{p}"),
+        rename("text_proj.{p}", "projections.text.{p}"),
+        rename("itm_head.{p}", "heads.match.{p}"),
+    ]
+    unused = [*bert_unused(ours="language.")]
+    if layout == "official":
+        place = "ptr_queue" if same_image else "queue_ptr"
+        rules += [
+            Axes(theirs=("temp",), ours=("heads.temperature",), form="-> 1"),
+            *vit_rules(layout, ours="momentum.vision.trunk.", theirs="visual_encoder_m."),
+            *med_rules(encoder="text_encoder_m.", decoder=None, ours="momentum.language."),
+            rename("vision_proj_m.{p}", "momentum.projections.image.{p}"),
+            rename("text_proj_m.{p}", "momentum.projections.text.{p}"),
+            rename("image_queue", "queue.image"),
+            rename("text_queue", "queue.text"),
+            rename(place, "queue.place"),
+            *([rename("idx_queue", "queue.ids")] if same_image else []),
+        ]
+        unused += bert_unused(ours="momentum.language.")
+    return Table(f"BLIP pairs {layout}", tuple(rules), unused=tuple(unused))
