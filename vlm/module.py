@@ -151,7 +151,7 @@ class VisionLanguageModule(LightningModule):
         """What the images and texts of a pack are compared by."""
         raise UserError(f"{self.system} has no embeddings of images and texts: evaluate its answers")
 
-    def pair_logits(self, image_states: Tensor, text_states: Tensor) -> Tensor:
+    def match_logits(self, image_states: Tensor, text_states: Tensor) -> Tensor:
         """float[N, 2]: that images and texts do not and do belong together, pair by pair, by the states of
         `Embeddings`."""
         raise UserError(f"{self.system} does not look at pairs again; set rerank to 0, or filter with another system")
@@ -415,7 +415,7 @@ class VisionLanguageModule(LightningModule):
         The ranks of a sharded system call it together.
 
         Args:
-            probability: that they do, by `pair_logits`; without, the logit alone, as retrieval compares pairs.
+            probability: that they do, by `match_logits`; without, the logit alone, as retrieval compares pairs.
         """
         logits = self._match(image_states, text_states)
         return logits.float().softmax(-1)[:, 1] if probability else logits[:, 1]
@@ -423,7 +423,7 @@ class VisionLanguageModule(LightningModule):
     def _match(self, image_states: Tensor, text_states: Tensor) -> Tensor:
         device = next(self.parameters()).device
         with evaluating(self):
-            return self.pair_logits(image_states.to(device), text_states.to(device))
+            return self.match_logits(image_states.to(device), text_states.to(device))
 
     # -- saving
 

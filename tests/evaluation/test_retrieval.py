@@ -10,26 +10,27 @@ import torch
 from torch import distributed
 
 from callbacks import Evaluation
-from tests.support.itc import ITC
+from tests.support.blip import blip
 from tests.support.ranks import run_ranks
 from tests.support.samples import pairs
-from tests.support.systems import itc, llava_1_5
+from tests.support.systems import llava_1_5
 from tests.support.training import ListSource, trainer
 from vlm.data import InstructionData
 from vlm.errors import UserError
 from vlm.evaluation.inference import as_pack
 from vlm.evaluation.retrieval import Retrieval, similarities
+from vlm.systems import BLIP
 
 RANKS = (1, 2, 4)
 
 
-def finding() -> ITC:
-    module = itc(dropout=0.0)
+def finding() -> BLIP:
+    module = blip(dropout=0.0)
     module.configure_model()
     return module
 
 
-def found(module: ITC, samples: list[Any], *, rerank: int = 0, pack: int = 3) -> dict[str, float]:
+def found(module: BLIP, samples: list[Any], *, rerank: int = 0, pack: int = 3) -> dict[str, float]:
     judge = Retrieval(RANKS, rerank=rerank, batch_size=5)
     judge.start(torch.device("cpu"))
     for start in range(0, len(samples), pack):
@@ -39,12 +40,12 @@ def found(module: ITC, samples: list[Any], *, rerank: int = 0, pack: int = 3) ->
     return judge.finish(module)
 
 
-def by_hand(module: ITC, samples: list[Any], *, rerank: int) -> dict[str, float]:
+def by_hand(module: BLIP, samples: list[Any], *, rerank: int) -> dict[str, float]:
     """The same with a table of all pairs and plain loops."""
     embeddings = module.embed(samples)
-    names = [sample.group or sample.id for sample in samples]
     scores = (embeddings.image @ embeddings.text.T).tolist()
     table: dict[str, list[list[float]]] = {"TR": scores, "IR": [list(column) for column in zip(*scores, strict=True)]}
+    images, owners = list(range(len(samples))), embeddings.owner.tolist()
     figures = {}
     for direction, rows in table.items():
         firsts = []
@@ -55,17 +56,20 @@ def by_hand(module: ITC, samples: list[Any], *, rerank: int) -> dict[str, float]
                     image, text = (at, other) if direction == "TR" else (other, at)
                     near = (
                         {
-                            *sorted(range(len(samples)), key=lambda t: -scores[image][t])[:rerank],
+                            *sorted(range(len(owners)), key=lambda t: -scores[image][t])[:rerank],
                         },
                         {*sorted(range(len(samples)), key=lambda i: -scores[i][text])[:rerank]},
                     )
                     if text in near[0] or image in near[1]:
-                        match = module.match(embeddings.image[image : image + 1], embeddings.text[text : text + 1])
+                        match = module.match(
+                            embeddings.image_state[image : image + 1], embeddings.text_state[text : text + 1]
+                        )
                         row[other] = scores[image][text] + float(match)
                     else:
                         row[other] = scores[image][text] - 100.0
             order = sorted(range(len(row)), key=lambda other: -row[other])
-            firsts.append(next(place for place, other in enumerate(order) if names[other] == names[at]))
+            own, theirs = (images, owners) if direction == "TR" else (owners, images)
+            firsts.append(next(place for place, other in enumerate(order) if theirs[other] == own[at]))
         figures |= {f"{direction}@{k}": sum(first < k for first in firsts) / len(firsts) for k in RANKS}
     return figures
 
@@ -74,8 +78,7 @@ def by_hand(module: ITC, samples: list[Any], *, rerank: int) -> dict[str, float]
 def test_figures_are_those_of_a_count_by_hand(rerank: int, tmp_path: Path) -> None:
     module = finding()
     samples = pairs(tmp_path, 7)
-    samples[5] = dataclasses.replace(samples[5], group="same")  # two records of one image
-    samples[6] = dataclasses.replace(samples[6], group="same")
+    samples[5] = dataclasses.replace(samples[5], answers=(("a card", 1.0), ("two red balls", 1.0)))
     expected = by_hand(module, samples, rerank=rerank)
     assert len(set(expected.values())) > 2, "the case tells nothing apart"
     assert found(module, samples, rerank=rerank) == pytest.approx(expected, abs=1e-6)
@@ -92,7 +95,7 @@ def _validated(folder: Path, strategy: str) -> dict[str, float]:
     options = {"strategy": "ddp"} if strategy == "ddp" else {"fsdp": "fp32"}
     judge = Evaluation({"list": Retrieval(RANKS, rerank=2, batch_size=5)})
     run = trainer(folder / strategy, world=distributed.get_world_size(), callbacks=[judge], **options)
-    module = itc(dropout=0.0)
+    module = blip(dropout=0.0)
     data = InstructionData(val_sources=[ListSource(pairs(folder, 7))], val_batch_size=2)
     run.validate(module, data, verbose=False)
     return {name: value.item() for name, value in run.callback_metrics.items() if "@" in name}
@@ -141,7 +144,13 @@ def test_an_image_without_a_text_is_named(tmp_path: Path) -> None:
 def test_what_cannot_be_asked() -> None:
     with pytest.raises(UserError, match="ranks and batch_size start at 1"):
         Retrieval([0])
-    with pytest.raises(UserError, match="itc does not answer"):
-        itc().answers(None, None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="blip does not answer"):
+        blip().answers(None, None)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="llava_1_5 has no embeddings"):
         llava_1_5().embeddings(None)  # type: ignore[arg-type]
+
+
+def test_an_image_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    samples = [dataclasses.replace(sample, group="same") for sample in pairs(tmp_path, 2)]
+    with pytest.raises(UserError, match="'same' is there 2 times"):
+        found(finding(), samples)

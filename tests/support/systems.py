@@ -15,7 +15,7 @@ from tests.conftest import GOLDEN
 from tests.support.blip_tasks import answered, asked_about, blip_caption, blip_nlvr, blip_vqa, judged, judged_about
 from tests.support.cog import TinyCog
 from tests.support.instructblip import READER_TENSORS, UNREAD, frames, instructblip, pictured
-from tests.support.itc import ITC
+from tests.support.blip import blip
 from tests.support.minigpt4 import minigpt4, minigpt4_llama_2
 from tests.support.samples import pairs, questions, samples
 from tests.support.xcomposer import xcomposer
@@ -143,12 +143,6 @@ def cog(**changes: Any) -> TinyCog:
     """18 image tokens per picture, 16 of them patches, and 36 finer places to look at."""
     high = TimmTower("vit_large_patch14_clip_quickgelu_336", layer=-2, options=TOWER | {"img_size": 42})
     return TinyCog(**(_llava_arguments() | {"vision_high": high} | changes))
-
-
-def itc(**changes: Any) -> ITC:
-    """A picture and a caption are compared by 16 numbers each."""
-    arguments = {"vision": TimmTower("vit_large_patch14_clip_quickgelu_336", layer=-2, options=TOWER)}
-    return ITC(**(arguments | {"tokenizer": TOKENIZER} | changes))
 
 
 def names(*patterns: str) -> frozenset[str]:
@@ -301,9 +295,6 @@ CROSS_ATTENTION = names(
     "language.model.layers.{0,1}.cross_attn.{query,key_value,dense}.weight",
     "language.model.layers.{0,1}.post_cross_attention_layernorm.weight",
 )
-TWO_ENCODERS = TWO_BLOCKS | names(
-    "text.table.weight", "text.up.{weight,bias}", "projections.{image,text}.{weight,bias}"
-)
 BLIP_TOWER = names(
     "vision.trunk.{cls_token,pos_embed,patch_embed.proj.weight,patch_embed.proj.bias,norm.weight,norm.bias}",
     "vision.trunk.blocks.{0,1}.{norm1,norm2,attn.qkv,attn.proj,mlp.fc1,mlp.fc2}.{weight,bias}",
@@ -324,7 +315,10 @@ BLIP_JUDGES = frozenset(name.replace("encoder.", "language.") for name in BLIP_R
     "language.layers.1.cross_attention.merge.{weight,bias}",
     "head.{0,2}.{weight,bias}",
 )
-HEAD = names("head.temperature", "head.match.{weight,bias}")
+PAIRS = names("projections.{image,text}.{weight,bias}")
+PAIR_HEADS = names("heads.temperature", "heads.match.{weight,bias}")
+PAIR_READS = names("language.layers.{0,1}.attention.{query,key,value,dense,norm}.{weight,bias}")
+PAIR_COPIES = BLIP_TOWER | PAIRS | PAIR_READS | {n for n in BLIP_WRITES if "decoder_" not in n and ".head." not in n}
 RATE = Trained(lr=1e-2)
 BRIDGE = {"qformer": RATE, "connector": RATE}
 LINEAR = names("connector.{weight,bias}")
@@ -584,20 +578,22 @@ SYSTEMS: dict[str, System] = {
         asked=judged_about,
         num_answers=1,  # a random head says the same of everything
     ),
-    "itc": System(
-        lambda **changes: itc(**({"dropout": 0.0} | changes)),
+    "blip_pretrain": System(
+        lambda **changes: blip(**({"dropout": 0.0, "label_smoothing": 0.0} | changes)),
         {
             "1_pretrain": TinyStage(
-                {"vision": RATE, "text": RATE, "projections": RATE, "head": RATE}, TWO_ENCODERS | HEAD
+                dict.fromkeys(("vision", "language", "projections", "heads"), RATE),
+                BLIP_TOWER | BLIP_WRITES | PAIR_READS | PAIRS | PAIR_HEADS,
             )
         },
         tower_base_weights,
-        uses=("embed", "match"),
+        uses=("score", "embed", "match"),
+        reference=blip_reference,
         splices=False,
         pool=pairs,
         needs_image=True,
         batch=BatchSpec(8, negatives="pack", packs=4),
-        moving=frozenset(f"momentum.{name}" for name in TWO_ENCODERS) | names("queue.{image,text,place}"),
+        moving=frozenset(f"momentum.{name}" for name in PAIR_COPIES) | names("queue.{image,text,place}"),
     ),
 }
 

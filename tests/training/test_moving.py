@@ -18,11 +18,9 @@ from torch import Tensor, distributed
 
 from callbacks import EMA, FSDP2Strategy, Health, MixedPrecisionFSDP
 from callbacks.stage_transition import write_stage
-from tests.conftest import golden, golden_json
-from tests.support.itc import ITC, FeatureQueue, contrast
+from tests.support.blip import blip
 from tests.support.ranks import run_ranks
 from tests.support.samples import pairs
-from tests.support.systems import itc
 from tests.support.training import ListSource, Recorder, full, trainer, weights
 from tests.training.test_resume import HOW, PROBE, SHARDED, World, assert_same, notes
 from vlm.building.instantiate import describe
@@ -30,19 +28,21 @@ from vlm.checkpoints.artefact import read_artefact
 from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
 from vlm.data import BatchSpec, InstructionData
 from vlm.errors import UserError
-from vlm.moving import move_towards, update_copies
+from vlm.moving import update_copies
 from vlm.schedules import Schedule
 from vlm.stages import AdamW, InitFrom, Stage, Trained
+from vlm.systems import BLIP
 
+_FC1 = "language.layers.0.mlp.fc1.weight"
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 
-PARTS = ("vision", "text", "projections", "head")
+PARTS = ("vision", "language", "projections", "heads")
 STEPS = 5
 """Of 8 samples in 4 packs; an epoch has 3."""
 
 
 def build(**stage: Any) -> Any:
-    module = itc()
+    module = blip()
     train = {part: Trained(lr=1e-2) for part in PARTS}
     module.stage = Stage("1_contrast", train, modes={"momentum": "train"}, optimizer=AdamW(eps=1e-4), **stage)
     return module
@@ -162,42 +162,6 @@ def test_a_resume_is_the_run_that_was_not_stopped(one: tuple[Path, dict]) -> Non
     assert equal(resumed["tensors"], expected["tensors"])
 
 
-# -- the official numbers
-
-
-def test_one_step_of_blip() -> None:
-    """Contrast, soft targets, weights of hard negatives, queue and averages of BLIP's pretraining forward."""
-    case = "blip_pretrain_step__a"
-    tensors, config = golden(case), golden_json(case)["config"]
-    before = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
-    after = {name.removeprefix("outputs/after/"): t for name, t in tensors.items() if name.startswith("outputs/after/")}
-    found = {name.removeprefix("outputs/"): t for name, t in tensors.items() if name.startswith("outputs/")}
-
-    copies = {name: before[name].clone() for name in after if "_m." in name and before[name].is_floating_point()}
-    move_towards(copies.values(), (before[n.replace("_m.", ".")] for n in copies), share=1 - config["momentum"])
-    assert len(copies) == 90
-    assert worst(copies, {name: after[name] for name in copies}) <= 1e-6
-
-    queue = FeatureQueue(config["embed_dim"], config["queue_size"])
-    queue.load_state_dict({n: before[key] for n, key in zip(("image", "text", "place"), QUEUE, strict=True)})
-    image, text, image_m, text_m = (
-        torch.nn.functional.normalize(found[f"{name}_unnormalised"], dim=-1)
-        for name in ("image_proj", "text_proj", "image_proj_m", "text_proj_m")
-    )
-    loss, captions, images = contrast(
-        image, text, image_m, text_m, queue=queue, temperature=before["temp"].clamp(0.001, 0.5), alpha=config["alpha"]
-    )
-    torch.testing.assert_close(loss / len(image), found["loss_ita"], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(captions, found["multinomial_weights_i2t"], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(images, found["multinomial_weights_t2i"], atol=1e-5, rtol=1e-5)
-    queue.push(image_m, text_m)
-    for name, key in zip(("image", "text", "place"), QUEUE, strict=True):
-        torch.testing.assert_close(getattr(queue, name), after[key], atol=1e-6, rtol=0)
-
-
-QUEUE = ("image_queue", "text_queue", "queue_ptr")
-
-
 # -- averages
 
 
@@ -285,15 +249,15 @@ def test_averages_are_what_is_validated_and_handed_on(tmp_path: Path) -> None:
 def test_a_stage_follows_averages_and_continues_weights(one: tuple[Path, dict], tmp_path: Path) -> None:
     folder, expected = one
     artefact = str(folder / "one" / "artefact")
-    follower, phase = build(follows=[InitFrom(artefact)]), build(follows=[InitFrom(artefact, {"text": "text"})])
+    follower, phase = build(follows=[InitFrom(artefact)]), build(follows=[InitFrom(artefact, {"language": "language"})])
     for module in (follower, phase):
         module.configure_model()
     tensors = expected["tensors"]
     for name, tensor in weights(follower).items():
         assert torch.equal(tensor, tensors.get(f"average of {name}", tensors[name]))
     assert not follower.load_report.copied, "the artefact has copies of its own"
-    assert torch.equal(phase.momentum.text.up.weight, phase.text.up.weight)
-    assert torch.equal(phase.text.up.weight, tensors["average of text.up.weight"])
+    assert torch.equal(phase.momentum.language.layers[0].mlp.fc1.weight, phase.language.layers[0].mlp.fc1.weight)
+    assert torch.equal(phase.language.layers[0].mlp.fc1.weight, tensors[f"average of {_FC1}"])
 
 
 # -- killed and started again
@@ -317,11 +281,14 @@ class Contrast(World):
         ]
         (folder / "pairs.json").write_text(json.dumps(records))
         source = {"path": str(folder / "pairs.json"), "image_root": str(folder)}
-        arguments = itc().arguments
+        arguments = blip().arguments
         self.overlay = {
             "model": {
-                "class_path": "tests.support.itc.ITC",
-                "init_args": {name: describe(arguments[name]) for name in ("vision", "tokenizer")},
+                "class_path": "vlm.systems.BLIP",
+                "init_args": {
+                    **{name: describe(arguments[name]) for name in ("vision", "language", "tokenizer")},
+                    **{name: arguments[name] for name in ("dim", "queue", "momentum", "max_tokens")},
+                },
             },
             "data": {
                 "class_path": "vlm.data.InstructionData",
@@ -398,19 +365,19 @@ def test_mistakes_are_named(one: tuple[Path, dict], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="decay must be at least 0 and below 1, found 1"):
         EMA(1.0)
     module = build()
-    module.stage = Stage("s", {"momentum.text": Trained(1.0)})
-    with pytest.raises(UserError, match=r"stage\.train: momentum\.text\.table\.weight moves without a gradient"):
+    module.stage = Stage("s", {"momentum.projections": Trained(1.0)})
+    with pytest.raises(UserError, match=r"stage\.train: momentum\.projections\.image\.bias moves without a gradient"):
         module.configure_model()
     assert "set trainer.max_epochs" in message(module=build(schedule=Schedule("cosine_per_epoch")))
 
 
 def _updated_while_gathered(folder: Path) -> str:
-    class Wrong(ITC):
+    class Wrong(BLIP):
         def losses(self, batch: Any) -> dict[str, Tensor]:
             update_copies(self, 0.5)
             return super().losses(batch)
 
-    module = Wrong(**itc().arguments)
+    module = Wrong(**blip().arguments)
     module.stage = Stage("s", {part: Trained(1e-2) for part in PARTS})
     batch = BatchSpec(8, negatives="pack", packs=4)
     with pytest.raises(AssertionError) as raised:

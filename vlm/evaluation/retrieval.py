@@ -6,6 +6,7 @@ the order they had.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -116,6 +117,12 @@ class Retrieval(Judge):
             return {}
         if lost := {name for part in ranks for name in part.images} - {name for part in ranks for name in part.texts}:
             raise UserError(f"evaluation: sample {min(lost)!r} has no text to find; add one, or leave the sample out")
+        name, times = Counter(name for part in ranks for name in part.images).most_common(1)[0]
+        if times > 1:
+            raise UserError(
+                f"evaluation: image {name!r} is there {times} times, so texts of it would find another one; list it "
+                "once, with all of its texts"
+            )
         scores = similarities(torch.cat([part.image for part in ranks]), torch.cat([part.text for part in ranks]))
         if self.rerank:
             scores = self._look_again(module, scores, own, everyone)

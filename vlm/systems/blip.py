@@ -228,7 +228,7 @@ class BLIP(BLIPTuned):
 
     @torch.no_grad()
     def wrong_weights(self, batch: Batch, found: Contrast, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """float[B, C] each: how likely a candidate is drawn as the wrong text of an image, the wrong image of a text."""
+        """float[B, C] each: how likely a candidate is drawn as wrong text of an image, as wrong image of a text."""
         if not self.arguments["same_image"]:
             size = len(image)
             similar = (found.image_to_text[:, :size], found.text_to_image[:, :size])
@@ -251,7 +251,7 @@ class BLIP(BLIPTuned):
             ids, mask = F.pad(ids, room, value=self.codec.tokenizer.pad_id), F.pad(mask, room)
         others = candidates(features, batch, gradient=True)[wrong_image]
         other_ids, other_mask = candidates(ids, batch)[wrong_text], candidates(mask, batch)[wrong_text]
-        logits = self.match_logits(
+        logits = self.pair_logits(
             torch.cat([ids, ids, other_ids]),
             torch.cat([mask, mask, other_mask]),
             torch.cat([features, others, features]),
@@ -261,8 +261,8 @@ class BLIP(BLIPTuned):
         there = [weights.amax(1) > 0 for weights in reversed(wrong)]  # one sample alone has no wrong partner
         return torch.where(torch.cat([batch.real, *(own & batch.real for own in there)]), losses, 0.0).sum()
 
-    def match_logits(self, ids: Tensor, mask: Tensor, features: Tensor) -> Tensor:
-        """float[N, 2]: whether texts and images, pair by pair, do not match, or do."""
+    def pair_logits(self, ids: Tensor, mask: Tensor, features: Tensor) -> Tensor:
+        """float[N, 2]: that texts and images, pair by pair, do not and do belong together."""
         ids = with_first(ids, self.codec.tokenizer.token_id(ENCODER))
         return self.heads.match(self.language.read(ids, mask, features)[:, 0])
 
@@ -288,7 +288,7 @@ class BLIP(BLIPTuned):
         ids, mask = first_texts(batch, self.codec.tokenizer.pad_id)
         features, frames = self._features(batch)
         similar = self.embed_images(self, features, frames) @ self.embed_texts(self, ids, mask).T
-        return torch.cat([similar, self.match_logits(ids, mask, features)], dim=1)
+        return torch.cat([similar, self.pair_logits(ids, mask, features)], dim=1)
 
     # -- retrieval
 
@@ -300,10 +300,10 @@ class BLIP(BLIPTuned):
         image, text = self.embed_images(self, features, frames), self.embed_texts(self, ids, mask)
         return Embeddings(image, text, row.owner, features, state)
 
-    def pair_logits(self, image_states: Tensor, text_states: Tensor) -> Tensor:
+    def match_logits(self, image_states: Tensor, text_states: Tensor) -> Tensor:
         mask = text_states != self.codec.tokenizer.pad_id
         longest = max(1, int(mask.sum(1).max()))
-        return self.match_logits(text_states[:, :longest], mask[:, :longest], image_states)
+        return self.pair_logits(text_states[:, :longest], mask[:, :longest], image_states)
 
     def _features(self, batch: Batch, vision: nn.Module | None = None) -> tuple[Tensor, int]:
         """float[B, m, C] of the images of each sample, side by side, and how many each has.

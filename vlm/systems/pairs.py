@@ -45,8 +45,8 @@ class PairCodec(BLIPCodec):
         captions = [text_of(message) for message in sample.messages if message.role == "assistant"]
         if seed is None and sample.answers:
             captions = [text for text, _ in sample.answers]
-        captions = [cleaned for text in captions if (cleaned := clean_caption(text, len(text) + 1))]
-        if not captions:
+        captions = [clean_caption(text, len(text) + 1) for text in captions]
+        if not captions or (seed is not None and not captions[0]):
             raise sample.error("has no text to compare its image with; add an assistant message", kind="no label")
         made = [self._caption(text) for text in captions]
         ids, _ = made[0]
