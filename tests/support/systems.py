@@ -12,10 +12,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.conftest import GOLDEN
+from tests.support.blip import blip
 from tests.support.blip_tasks import answered, asked_about, blip_caption, blip_nlvr, blip_vqa, judged, judged_about
 from tests.support.cog import TinyCog
-from tests.support.instructblip import READER_TENSORS, UNREAD, frames, instructblip, pictured
-from tests.support.blip import blip
+from tests.support.instructblip import (
+    READER_TENSORS,
+    UNREAD,
+    frames,
+    instructblip,
+    instructblip_t5,
+    pictured,
+)
 from tests.support.minigpt4 import minigpt4, minigpt4_llama_2
 from tests.support.samples import pairs, questions, samples
 from tests.support.xcomposer import xcomposer
@@ -426,6 +433,17 @@ SYSTEMS: dict[str, System] = {
         pool=pictured,
         needs_image=True,
         asked=frames,
+    ),
+    "instructblip_t5": System(
+        instructblip_t5,
+        {"1_instruct": TinyStage(BRIDGE, names(*READER_TENSORS), unreached=names(*UNREAD))},
+        t5_base_weights,
+        reference=t5_reference,
+        pool=pictured,
+        needs_image=True,
+        asked=frames,
+        ties={f"language.{part}.embed_tokens.weight": "language.shared.weight" for part in ("encoder", "decoder")},
+        num_answers=1,  # greedily, its random weights say the end at once
     ),
     "llava": System(llava, LLAVA_STAGES, causal_base_weights, reference=spliced_reference),
     "llava_1_5": System(

@@ -48,6 +48,9 @@ class FlaggedLinear(Connector):
 class FlaggedLinearModule(nn.Linear):
     """float[V, Q, in_dim] -> float[V, 1 + Q + 1, out_dim]."""
 
+    start: Tensor
+    end: Tensor
+
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__(in_dim, out_dim)
         self.register_buffer("start", torch.zeros(1, 1, out_dim))

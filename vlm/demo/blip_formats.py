@@ -21,10 +21,8 @@ Records = list[dict[str, Any]]
 
 
 def write_blip(folder: Path, num: int, size: int, seed: int) -> None:
-    """`{captions,vqa,nlvr}_{train,test}.json`, `{human,web}_train.json` and their images.
-
-    One image in eleven is of the test.
-    """
+    """`{captions,vqa,nlvr}_{train,test}.json`, `{human,web}_train.json`, their images, and `answer_list.json` to choose
+    from; one image in eleven is of the test."""
     for split, count in (("train", num), ("test", max(2, num // _TEST_SHARE))):
         found = dict(scenes(split, num=count, size=size, seed=seed))  # type: ignore[arg-type]
         for name, scene in found.items():
@@ -39,6 +37,9 @@ def write_blip(folder: Path, num: int, size: int, seed: int) -> None:
         for kind, records in made.items():
             text = json.dumps(records, ensure_ascii=False) + "\n"
             (folder / f"{kind}_{split}.json").write_text(text, encoding="utf-8")
+        if split == "train":
+            answers = sorted({record["answer"][0] for record in made["vqa"]})
+            (folder / "answer_list.json").write_text(json.dumps(answers) + "\n", encoding="utf-8")
 
 
 def _captions(found: Mapping[str, Scene], *, several: bool) -> Records:

@@ -5,6 +5,7 @@ from vlm.systems.blip_nlvr import BLIPNLVR
 from vlm.systems.blip_vqa import BLIPVQA
 from vlm.systems.fuyu import Fuyu
 from vlm.systems.instructblip import InstructBLIP
+from vlm.systems.instructblip_t5 import InstructBLIPT5
 from vlm.systems.llava import LLaVA
 from vlm.systems.llava_1_5 import LLaVA15
 from vlm.systems.llava_next import LLaVANext
@@ -24,6 +25,7 @@ __all__ = [
     "BLIPCaption",
     "Fuyu",
     "InstructBLIP",
+    "InstructBLIPT5",
     "LLaVA",
     "LLaVA15",
     "LLaVANext",

@@ -37,9 +37,22 @@ def qformer_rules(
     return tuple(rules)
 
 
-def qformer_hub_rules(*, theirs: str = "qformer.", ours: str = "qformer.") -> tuple[Rule, ...]:
-    """Of a Q-Former that reads text, as Hugging Face's InstructBLIP has it; the norm of features is its tower's."""
+def qformer_hub_rules(*, theirs: str = "qformer.", ours: str = "qformer.", text: bool = True) -> tuple[Rule, ...]:
+    """Of a Q-Former as Hugging Face has it; the norm of features is its tower's.
+
+    Args:
+        text: it reads text, as InstructBLIP's; BLIP-2's has queries alone, and its norm of embeddings another place.
+    """
     layer, block = theirs + "encoder.layer.{i}.", ours + "layers.{i}."
+    if not text:
+        return (
+            rename("query_tokens", ours + "queries"),
+            rename("vision_model.post_layernorm.{p}", ours + "feature_norm.{p}"),
+            rename(theirs + "layernorm.{p}", ours + "embeddings.norm.{p}"),
+            *_attention([layer + "attention."], [block + "attention."], inner="attention"),
+            *_attention([layer + "crossattention."], [block + "cross_attention."], inner="attention"),
+            *_mlp([layer], [block + "query_mlp."], kind="_query"),
+        )
     return (
         rename("query_tokens", ours + "queries"),
         rename("vision_model.post_layernorm.{p}", ours + "feature_norm.{p}"),
