@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.conftest import GOLDEN
+from tests.support.blip import blip
 from tests.support.blip_tasks import answered, asked_about, blip_caption, blip_nlvr, blip_vqa, judged, judged_about
 from tests.support.cog import TinyCog
-from tests.support.blip import blip
 from tests.support.blip2_qformer import BLIP2_QFORMER, blip2_qformer
 from tests.support.instructblip import (
     READER_TENSORS,
