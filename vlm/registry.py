@@ -38,8 +38,15 @@ SYSTEMS: dict[str, System] = {
         f"{_PUBLISHED}.blip.BLIPFamily",
         ("vlm.systems.BLIP", "vlm.systems.BLIPVQA", "vlm.systems.BLIPNLVR"),
     ),
+    "blip2": System(
+        "vlm.systems.BLIP2", f"{_PUBLISHED}.blip2.BLIP2Family", ("vlm.systems.BLIP2QFormer", "vlm.systems.BLIP2T5")
+    ),
     "fuyu": System("vlm.systems.Fuyu", f"{_PUBLISHED}.fuyu.FuyuFamily"),
-    "instructblip": System("vlm.systems.InstructBLIP", f"{_PUBLISHED}.instructblip.InstructBLIPFamily"),
+    "instructblip": System(
+        "vlm.systems.InstructBLIP",
+        f"{_PUBLISHED}.instructblip.InstructBLIPFamily",
+        others=("vlm.systems.InstructBLIPT5",),
+    ),
     "llava": System("vlm.systems.LLaVA", f"{_PUBLISHED}.llava_family.LLaVAFamily"),
     "llava_1_5": System("vlm.systems.LLaVA15", f"{_PUBLISHED}.llava_family.LLaVA15Family"),
     "llava_next": System("vlm.systems.LLaVANext", f"{_PUBLISHED}.llava_family.LLaVANextFamily"),

@@ -227,7 +227,11 @@ def test_tools_read_the_data_of_finished_nodes(recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("run: instruct", "run: capture", r"stages\.chats\.run: there is no procedure 'capture'; choose one of filter"),
+        (
+            "run: instruct",
+            "run: capture",
+            r"chats\.run: there is no procedure 'capture'; choose one of bootstrap",
+        ),
         ("needs: [1_align, requests]", "needs: [1_align, requests, 2_tune]", "wait for one another"),
         ("needs: [chats]", "needs: [1_align]", r"stages\.2_tune\.needs\[0\]: there is no other stage '1_align'"),
         ('"${1_align}"]', '"${2_tune}"]', r"stages\.chats\.arguments\[9\]: \$\{2_tune\} is not what it needs"),

@@ -193,12 +193,12 @@ def test_the_small_parts_around_blip_open_as_published_ones_do() -> None:
         assert not report["missing_keys"] | report["unexpected_keys"]
         assert network.config.vocab_size == network.get_input_embeddings().weight.shape[0]
     towers = {
-        "eva": {"layer": -2, "class_token": True},
-        "blip_vit": {"layer": -1, "class_token": True, "final_norm": True},
+        "eva": {"layer": -2},
+        "blip_vit": {"layer": -1, "final_norm": True},
     }
     for part, how in towers.items():
         architecture, options, _ = TOWERS[part]
-        description = TimmTower(architecture, options=options, **how)
+        description = TimmTower(architecture, options=options, class_token=True, **how)
         tower = description.build()
         assert {f"trunk.{name}" for name in load_file(ASSETS / part / "model.safetensors")} == {*tower.state_dict()}
 

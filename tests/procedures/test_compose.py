@@ -2,17 +2,12 @@
 
 import vlm  # noqa: F401
 
-import itertools
 import json
-import re
 from collections.abc import Collection
 from pathlib import Path
 
 import pytest
-import tokenizers
 from PIL import Image
-from tokenizers import models, pre_tokenizers, processors
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
 
 import cli
 from tests.support.xcomposer import xcomposer
@@ -20,8 +15,8 @@ from vlm.errors import UserError
 from vlm.language import Decoding
 from vlm.procedures.compose import requests
 from vlm.procedures.compose.composer import MAX_TOKENS, STEPS, Composer, Steps, shown, speaking
-from vlm.procedures.compose.index import Encoder, ImageIndex
 from vlm.procedures.compose.page import write_article
+from vlm.procedures.image_index import ImageIndex
 from vlm.sample import ImageFile, Sample
 
 EOH = "<TOKENS_UNUSED_0>"
@@ -63,54 +58,14 @@ def paths(tmp_path: Path) -> list[Path]:
     return made
 
 
-@pytest.fixture
-def clip(tmp_path: Path) -> Path:
-    """A tiny CLIP with random weights, in the files of the Hugging Face tools."""
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = size | {"vocab_size": 8, "max_position_embeddings": 8, "eos_token_id": 1, "bos_token_id": 0}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=size | {"image_size": 32, "patch_size": 8}))
-    model.save_pretrained(tmp_path / "clip")
-    words = {word: at for at, word in enumerate(["<s>", "</s>", "a", "whale", "sea", "the", "[UNK]"])}
-    backend = tokenizers.Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path / "clip")
-    shape = {"height": 32, "width": 32}
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=shape).save_pretrained(tmp_path / "clip")
-    return tmp_path / "clip"
-
-
-def test_an_index_finds_each_image_once_and_is_kept(
-    paths: list[Path], clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    paths[3].write_bytes(b"no image")
-    encoder = Encoder(str(clip), device="cpu")
-    index = ImageIndex.of(tmp_path / "pictures", encoder, tmp_path / "index")
-    assert re.search(r"left out: .*3\.png", capsys.readouterr().err)
-    found = index.nearest("a whale", count=4, exclude=())
-    assert len({*found}) == 4
-    rest = index.nearest("a whale", count=9, exclude={str(path) for path in found})
-    assert {*found, *rest} == {*paths} - {paths[3]}
-    scores = {path: (encoder.text("a whale") @ encoder.images([Image.open(path)]).T).item() for path in [*found, *rest]}
-    ranked = [scores[path] for path in (*found, *rest)]
-    assert all(left >= right - 1e-6 for left, right in itertools.pairwise(ranked))
-    again = ImageIndex.of(tmp_path / "pictures", encoder, tmp_path / "index")
-    assert again.nearest("a whale", count=4, exclude=()) == found
-    paths[0].unlink()
-    with pytest.raises(UserError, match="is not the index of these images"):
-        ImageIndex.of(tmp_path / "pictures", encoder, tmp_path / "index")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="has no image that can be read"):
-        ImageIndex.of(tmp_path / "empty", encoder, tmp_path / "other")
-
-
 def test_the_command_writes_an_article(
-    paths: list[Path], clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of two titles, one of which fails on its own."""
     module = Said(["\n", *ANSWERS])
     monkeypatch.setattr("vlm.loading.open_system", lambda weights, **options: module)
-    options = ["--images", str(tmp_path / "pictures"), "--encoder", str(clip), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(ImageIndex, "open", lambda folder, **options: Folder(paths))
+    options = ["--index", "i", "--out", str(tmp_path / "out")]
     command = ["run", "compose", "--title", "Nothing", "Sea", "--weights", "w", *options, "--device", "cpu"]
     assert cli.main(command) == 1
     said = capsys.readouterr()

@@ -82,7 +82,7 @@ def test_wrong_captions_are_refused_in_one_line(tmp_path: Path) -> None:
             main([name, str(write(tmp_path / "good.json", records(3))), str(bad)])
     with pytest.raises(UserError, match=r"--cap is 0; it must be at least 1"):
         main(["filter-captions", str(bad), "x.json", "--cap", "0"])
-    with pytest.raises(UserError, match="vlm run capture: no such procedure; choose one of filter-captions"):
+    with pytest.raises(UserError, match="vlm run capture: no such procedure; choose one of bootstrap"):
         main(["capture"])
 
 
@@ -91,7 +91,7 @@ def test_procedures_are_listed_and_run_without_torch(tmp_path: Path) -> None:
     code = f"""
         import sys, cli
         assert cli.main(["run"]) == 0
-        for name in {sorted(PROCEDURES.keys() - {"imagine", "instruct"})}:
+        for name in ["filter-captions", "llava-captions"]:
             assert cli.main(["run", name, {str(source)!r}, {str(tmp_path)!r} + "/" + name]) == 0
         sys.exit("torch" in sys.modules)
     """

@@ -474,7 +474,7 @@ def test_content_without_a_place_is_refused():
         get_template("v1").render(chat("Draw", "<image>"))
     with pytest.raises(UserError, match="message 0: the user's turn is empty"):
         get_template("v1").render(chat("", "text"))
-    with pytest.raises(UserError, match=r"unknown template 'v2'; use one of chatml_direct, .*vicuna_v1"):
+    with pytest.raises(UserError, match=r"unknown template 'v2'; use one of .*chatml_direct, .*vicuna_v1"):
         get_template("v2")
 
 

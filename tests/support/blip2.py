@@ -37,6 +37,7 @@ OPT = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 1500,
+    "init_std": 0.2,
     "dropout": 0.0,
 }
 T5 = {

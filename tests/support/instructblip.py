@@ -5,17 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import GOLDEN
+from tests.support.blip2 import EVA, T5, t5_tokenizer
 from tests.support.samples import picture, questions, samples
 from vlm.connectors import Linear, QFormer
 from vlm.language import CausalLM
+from vlm.language.seq2seq import Seq2SeqLM
 from vlm.prompts import LlamaTokenizer
 from vlm.prompts.bert import BertTokenizer
 from vlm.sample import ImagePart, Sample
-from vlm.systems import InstructBLIP
-from vlm.vision import TimmTower
+from vlm.systems import InstructBLIP, InstructBLIPT5
 
 VICUNA = LlamaTokenizer(str(GOLDEN / "_shared" / "llama_sp_tokenizer.model"), pad_token="[PAD]", bos_token="</s>")
-TOWER = {"img_size": 28, "patch_size": 7, "embed_dim": 32, "depth": 3, "num_heads": 4}
 READS = BertTokenizer(str(GOLDEN.parents[1] / "vlm/demo/assets/bert"), added_tokens=["[DEC]"])
 READER = {"dim": 16, "num_layers": 2, "num_heads": 4, "mlp_dim": 32, "vocab_size": 701, "num_queries": 4, "text": True}
 LLAMA = {
@@ -32,7 +32,7 @@ LLAMA = {
 def instructblip(**changes: Any) -> InstructBLIP:
     """4 tokens per picture."""
     arguments = {
-        "vision": TimmTower("vit_large_patch14_clip_quickgelu_224", layer=-2, class_token=True, options=TOWER),
+        "vision": EVA,
         "qformer": QFormer(**READER, dropout=0.0),
         "qformer_tokenizer": READS,
         "connector": Linear(),
@@ -41,6 +41,21 @@ def instructblip(**changes: Any) -> InstructBLIP:
         "image": "squash",
     }
     return InstructBLIP(**(arguments | changes))
+
+
+def instructblip_t5(**changes: Any) -> InstructBLIPT5:
+    """4 tokens per picture in the encoder's row."""
+    arguments = {
+        "vision": EVA,
+        "qformer": QFormer(**READER, dropout=0.0),
+        "qformer_tokenizer": READS,
+        "connector": Linear(),
+        "language": Seq2SeqLM(config=T5),
+        "tokenizer": t5_tokenizer(),
+        "image": "squash",
+        "max_output": 1200,
+    }
+    return InstructBLIPT5(**(arguments | changes))
 
 
 def pictured(folder: Path, count: int = 6) -> list[Sample]:

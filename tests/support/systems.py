@@ -12,10 +12,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.conftest import GOLDEN
+from tests.support.blip import blip
 from tests.support.blip_tasks import answered, asked_about, blip_caption, blip_nlvr, blip_vqa, judged, judged_about
 from tests.support.cog import TinyCog
-from tests.support.instructblip import READER_TENSORS, UNREAD, frames, instructblip, pictured
-from tests.support.blip import blip
+from tests.support.blip2_qformer import BLIP2_QFORMER, blip2_qformer
+from tests.support.instructblip import (
+    READER_TENSORS,
+    UNREAD,
+    frames,
+    instructblip,
+    instructblip_t5,
+    pictured,
+)
 from tests.support.minigpt4 import minigpt4, minigpt4_llama_2
 from tests.support.samples import pairs, questions, samples
 from tests.support.xcomposer import xcomposer
@@ -251,6 +259,26 @@ def causal_base_weights(module: Any, folder: Path) -> tuple[str, CausalLM]:
     return "language", CausalLM(path=str(folder))
 
 
+def qformer_reference(module: Any, sample: Sample) -> Tensor:
+    """A caption by itself, each token behind the queries and those before it, in one pass with a mask."""
+    item = module.codec.encode(sample)
+    batch = module.codec.collate([item], counts=step_counts([item]))
+    network, ids = module.qformer, batch.text.ids[None].clone()
+    ids[:, 0] = module.codec.tokenizer.token_id("[DEC]")
+    with torch.no_grad():
+        features = module.vision(batch.views["image"].pixels)
+        num_queries, length = network.queries.shape[1], ids.shape[1]
+        x = network.embeddings(ids, queries=network.queries)
+        mask = torch.ones(num_queries + length, num_queries + length, dtype=torch.bool).tril()
+        mask[:num_queries] = torch.arange(num_queries + length) < num_queries  # queries see queries
+        mask[num_queries:, :num_queries] = True
+        for layer in network.layers:
+            x, _ = layer(x, num_queries=num_queries, mask=mask, context=network.feature_norm(features))
+        logits = network.logits(x[0, num_queries:])
+    row = batch.text
+    return logits[row.label_positions].log_softmax(-1).gather(1, row.targets[:, None]).squeeze(1)
+
+
 def blip_reference(module: Any, sample: Sample) -> Tensor:
     """Each text by itself, layer after layer, behind what it looks at."""
     item = module.codec.encode(sample)
@@ -396,6 +424,17 @@ SYSTEMS: dict[str, System] = {
         reference=spliced_reference,
         ties={"language.lm_head.weight": "language.model.decoder.embed_tokens.weight"},
     ),
+    "blip2_qformer": System(
+        blip2_qformer,
+        {"1_qformer": TinyStage(dict.fromkeys(("qformer", "projections", "heads"), RATE), names(*BLIP2_QFORMER))},
+        tower_base_weights,
+        uses=("score", "embed", "match"),
+        reference=qformer_reference,
+        splices=False,
+        pool=pairs,
+        needs_image=True,
+        batch=BatchSpec(8, negatives="pack", packs=4),
+    ),
     "blip2_t5": System(
         blip2_t5,
         {
@@ -428,6 +467,17 @@ SYSTEMS: dict[str, System] = {
         pool=pictured,
         needs_image=True,
         asked=frames,
+    ),
+    "instructblip_t5": System(
+        instructblip_t5,
+        {"1_instruct": TinyStage(BRIDGE, names(*READER_TENSORS), unreached=names(*UNREAD))},
+        t5_base_weights,
+        reference=t5_reference,
+        pool=pictured,
+        needs_image=True,
+        asked=frames,
+        ties={f"language.{part}.embed_tokens.weight": "language.shared.weight" for part in ("encoder", "decoder")},
+        num_answers=1,  # greedily, its random weights say the end at once
     ),
     "llava": System(llava, LLAVA_STAGES, causal_base_weights, reference=spliced_reference),
     "llava_1_5": System(

@@ -15,6 +15,7 @@ from transformers import BertTokenizerFast, InstructBlipConfig, InstructBlipForC
 from tests.conftest import GOLDEN, golden, golden_json
 from tests.support.instructblip import LLAMA
 from tests.support.samples import picture
+from tests.support.systems import build
 from vlm.batch import IGNORE
 from vlm.building.network import empty_weights
 from vlm.checkpoints.published.family import get_family
@@ -273,3 +274,37 @@ def test_names_shapes_and_numbers_at_paper_size() -> None:
     assert sum(map(math.prod, ours.values())) == 7_913_155_712
     trained = {name: shape for name, shape in ours.items() if name.startswith(("qformer.", "connector."))}
     assert family.table("official", {}).check(trained, side="ours").keys() >= {"llm_proj.weight", "query_tokens"}
+
+
+def test_flan_t5_reads_the_instruction_and_ranks_outputs(tmp_path: Path) -> None:
+    """Cut as T5's tokenizers cut, logits as transformers', and choices as one by one."""
+    module = build("instructblip_t5")
+    for parameter in module.language.parameters():
+        parameter.data.mul_(3)  # so that losses differ
+    made, tokenizer = module.codec, module.codec.tokenizer
+    asked = [ask(tmp_path, text, "red") for text in ("what color is it ?", "where is the thing and where is it ?")]
+    item = made.encode(asked[0])
+    question = tokenizer.encode("what color is it ?")[0]
+    assert item.text[0].ids.tolist() == [*[0] * 4, *question, tokenizer.eos_id]
+    assert item.rows["decoder"][0].targets.tolist() == [*tokenizer.encode("red")[0], tokenizer.eos_id]
+    made.template = dataclasses.replace(made.template, max_instruction=5, max_output=2)
+    cut = made.encode(ask(tmp_path, "what color is it ?", "red red red"))
+    assert cut.text[0].ids.tolist()[4:] == [*question[-4:], tokenizer.eos_id]
+    assert len(cut.rows["decoder"][0].targets) == 2
+    assert (cut.counts["cut_instructions"], cut.counts["cut_answers"]) == (1.0, 1.0)
+    made.template = get_template("instructblip")
+
+    candidates = ["red", "a red bus", "blue", "the thing in the picture", "no"]
+    wanted = []
+    for sample in asked:
+        losses = []
+        for text in candidates:
+            told = dataclasses.replace(sample, messages=(sample.messages[0], Message("assistant", (TextPart(text),))))
+            losses.append(-module.score([told])[0].sum().item())
+        wanted.append(candidates[losses.index(min(losses))])
+    assert module.generate(asked, decoding=Decoding(candidates=tuple(candidates), weighed="sum")) == wanted
+    chosen = [dataclasses.replace(sample, choices=tuple(candidates)) for sample in asked]
+    letters = ["ABCDE"[candidates.index(text)] for text in wanted]
+    assert module.generate(chosen, decoding=Decoding(options="{choice}", weighed="sum")) == letters
+    with pytest.raises(SampleError, match="has 0 'choices' to rank"):
+        module.generate(asked, decoding=Decoding(options="{choice}"))

@@ -20,7 +20,7 @@ from tests.conftest import GOLDEN
 from tests.support.parity import assert_same_scores, assert_same_state
 from tests.support.samples import samples
 from tests.support.blip2 import blip2_t5
-from tests.support.systems import LLAMA, ROOT, SYSTEMS, TOKENIZER, TOWER, build, llava_1_5, make
+from tests.support.systems import LLAMA, ROOT, SYSTEMS, TOWER, build, llava_1_5, make
 from tests.support.training import ListSource, trainer
 from tests.systems import test_contract as contract
 from vlm import registry
@@ -167,5 +167,5 @@ def test_the_prefix_belongs_to_the_sample(tmp_path: Path) -> None:
         assert torch.equal(codec.encode(sample, seed=seed).text[0].ids, longer.ids)
     assert points == set(range(1, length // 2 + 1))
     assert len(text.slots["image"]) == 4
-    assert text.ids[-1] == TOKENIZER.eos_id == decoder.targets[-1]
+    assert text.ids[-1] == codec.tokenizer.eos_id == decoder.targets[-1]
     assert torch.equal(codec.encode(sample, generate=True).text[0].ids, text.ids)

@@ -14,7 +14,7 @@ from vlm.evaluation.inference import as_pack, evaluating
 from vlm.language import PeftAdapter
 from vlm.language.adapters import replace_adapters
 from vlm.loading import load
-from vlm.sample import ImageFile, ImagePart, Message, Sample, TextPart
+from vlm.sample import ImageFile, ImagePart, Message, Part, Sample, TextPart
 
 MERGED = 1e-4
 """Largest difference of a logit, in shares of the largest logit, that merging may make in float32: `W x + B A x` and
@@ -93,7 +93,7 @@ def probes(codec: Codec) -> list[Sample]:
     Image.fromarray(pixels.contiguous().numpy()).save(file, "PNG")
     said = codec.answers[0] if codec.answers else "Two colours that turn into each other, from left to right."
     answer, images = Message("assistant", (TextPart(said),)), (ImageFile("probe", data=file.getvalue()),)
-    asked = (*[ImagePart()] * codec.min_images, TextPart("\nWhat does the image show?"))
+    asked: tuple[Part, ...] = (*[ImagePart()] * codec.min_images, TextPart("\nWhat does the image show?"))
     shown = Sample("probe", (Message("user", asked), answer), images * codec.min_images, source="")
     text = Sample("text", (Message("user", (TextPart("Name two colours."),)), answer), (), source="")
     return [shown] if codec.needs_image else [shown, text]

@@ -48,6 +48,9 @@ class FlaggedLinear(Connector):
 class FlaggedLinearModule(nn.Linear):
     """float[V, Q, in_dim] -> float[V, 1 + Q + 1, out_dim]."""
 
+    start: Tensor
+    end: Tensor
+
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__(in_dim, out_dim)
         self.register_buffer("start", torch.zeros(1, 1, out_dim))
@@ -90,7 +93,7 @@ class JoinFeatures(nn.Linear):
 
     def forward(self, features: Tensor) -> Tensor:
         features = F.layer_norm(features, features.shape[-1:])  # eps 1e-5
-        return super().forward(features.unflatten(1, (-1, self.num)).flatten(2))
+        return super().forward(features.reshape(len(features), -1, self.in_features))  # [V, P / num, num * D]
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,16 @@ from vlm.demo.write import scenes
 ASKED = ("vqa", "color", "position", "count")
 """Tasks of the questions, one of each about an image that allows it."""
 _TEST_SHARE = 10
+_HUMAN_SHARE = 4
+NOISE = 0.4
+"""Share of the web's pairs whose text is another image's."""
 
 Records = list[dict[str, Any]]
 
 
 def write_blip(folder: Path, num: int, size: int, seed: int) -> None:
-    """`{captions,vqa,nlvr}_{train,test}.json` and their images; one image in eleven is of the test."""
+    """`{captions,vqa,nlvr}_{train,test}.json`, `{human,web}_train.json`, their images, and `answer_list.json` to choose
+    from; one image in eleven is of the test."""
     for split, count in (("train", num), ("test", max(2, num // _TEST_SHARE))):
         found = dict(scenes(split, num=count, size=size, seed=seed))  # type: ignore[arg-type]
         for name, scene in found.items():
@@ -28,9 +32,14 @@ def write_blip(folder: Path, num: int, size: int, seed: int) -> None:
             "vqa": _questions(found, seed),
             "nlvr": _sentences(found, seed),
         }
+        if split == "train":
+            made |= _web_and_human(made["captions"], seed)
         for kind, records in made.items():
             text = json.dumps(records, ensure_ascii=False) + "\n"
             (folder / f"{kind}_{split}.json").write_text(text, encoding="utf-8")
+        if split == "train":
+            answers = sorted({record["answer"][0] for record in made["vqa"]})
+            (folder / "answer_list.json").write_text(json.dumps(answers) + "\n", encoding="utf-8")
 
 
 def _captions(found: Mapping[str, Scene], *, several: bool) -> Records:
@@ -39,6 +48,23 @@ def _captions(found: Mapping[str, Scene], *, several: bool) -> Records:
         {"image": f"{name}.png", "image_id": name, "caption": [text] if several else text}
         for name, text in texts.items()
     ]
+
+
+def _web_and_human(captions: Records, seed: int) -> dict[str, Records]:
+    """A quarter of the pairs as people write them, the others as the web has them: of some the text is another's.
+
+    `belongs` says which are right, so that what a filter finds is known.
+    """
+    people = len(captions) // _HUMAN_SHARE
+    rest = captions[people:]
+    web = []
+    for at, record in enumerate(rest):
+        random = Random(f"blip web {seed} {record['image_id']}")
+        belongs = random.random() >= NOISE
+        other = rest[(at + 1 + random.randrange(max(1, len(rest) - 1))) % len(rest)]
+        text = record["caption"] if belongs else other["caption"]
+        web.append({**record, "caption": text, "belongs": text == record["caption"]})
+    return {"human": captions[:people], "web": web}
 
 
 def _questions(found: Mapping[str, Scene], seed: int) -> Records:

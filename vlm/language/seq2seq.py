@@ -1,19 +1,25 @@
 """Encoder-decoder language models of transformers: T5 and FlanT5, as parts of a system."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForSeq2SeqLM, DynamicCache, EncoderDecoderCache, PretrainedConfig, PreTrainedModel
 
+from vlm.batch import IGNORE
 from vlm.checkpoints.files.weights import WeightFiles
 from vlm.checkpoints.tables.base import BaseWeights
 from vlm.errors import UserError
 from vlm.language.causal_lm import LanguagePart, read_transformers_config
+from vlm.language.choosing import Weighed
 
+_CHUNK = 64
+"""Outputs that are weighed together."""
 _UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
 
@@ -65,3 +71,56 @@ class Seq2SeqLM(LanguagePart):
             nn.init.normal_(module.weight, std=0.5 * model.config.d_model**-0.5)
         else:
             model._init_weights(module)
+
+
+@torch.no_grad()
+def rank_outputs(
+    language: Any,
+    encoded: Tensor,
+    mask: Tensor,
+    groups: Sequence[Sequence[Sequence[int]]],
+    *,
+    start: int,
+    by: Weighed = "mean",
+) -> list[int]:
+    """The number of the likeliest output to each encoded text: that with the lowest loss; of equals the first.
+
+    Texts are encoded once, and so are the keys and values that the decoder's cross-attention makes of them.
+
+    Args:
+        language: the encoder-decoder of transformers, in eval mode.
+        encoded: float[B, n, D], what its encoder made.
+        mask: bool[B, n].
+        groups: per text the token ids of each output, their end included.
+        start: token that an output begins behind.
+        by: see `vlm.language.choosing.rank_options`.
+    """
+    chosen = []
+    for features, real, group in zip(encoded, mask, groups, strict=True):
+        seen, device = features[real][None], encoded.device
+        cross = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        first = torch.tensor([[start]], device=device)
+        language.decoder(input_ids=first, encoder_hidden_states=seen, past_key_values=cross, use_cache=True)
+        losses = []
+        for at in range(0, len(group), _CHUNK):
+            outputs = [torch.tensor(ids) for ids in group[at : at + _CHUNK]]
+            targets = pad_sequence(outputs, batch_first=True, padding_value=IGNORE).to(device)
+            ids = torch.cat([first.expand(len(outputs), 1), targets[:, :-1].clamp(min=0)], dim=1)
+            memory = DynamicCache()
+            layers: Any = cross.cross_attention_cache.layers
+            for number, layer in enumerate(layers):
+                keys, values = (kept.expand(len(outputs), -1, -1, -1) for kept in (layer.keys, layer.values))
+                memory.update(keys, values, number)
+            hidden = language.decoder(
+                input_ids=ids,
+                encoder_hidden_states=seen.expand(len(outputs), -1, -1),
+                past_key_values=EncoderDecoderCache(DynamicCache(), memory),
+                use_cache=True,
+            )[0]
+            if language.config.scale_decoder_outputs:
+                hidden = hidden * language.config.d_model**-0.5
+            logits = language.lm_head(hidden).float()
+            loss = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE, reduction="none").sum(1)
+            losses.append(loss / (targets != IGNORE).sum(1) if by == "mean" else loss)
+        chosen.append(int(torch.cat(losses).argmin()))
+    return chosen

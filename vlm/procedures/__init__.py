@@ -18,6 +18,9 @@ PROCEDURES = {
 }
 """Name on the command line: module here that has `main(arguments)`, and what it makes."""
 
+OVER_SHARDS = frozenset({"bootstrap", "caption-images", "filter-pairs", "index-images", "rank-captions"})
+"""Those that share their work among all processes of torchrun or SLURM; the others are one process."""
+
 
 def main(arguments: list[str]) -> int:
     """`vlm run NAME ...`; returns the exit status.

@@ -104,7 +104,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--human", nargs="+", default=[], metavar="FILE", help="pairs of people, which all stay")
     parser.add_argument("--human_root", type=Path, help="of lists of them: folder that their images' paths start at")
     options = parser.parse_args(arguments)
-    human = find_shards(options.human, shard_size=options.shard_size, image_root=options.human_root)
+    human = (
+        find_shards(options.human, shard_size=options.shard_size, image_root=options.human_root)
+        if options.human
+        else []
+    )
     shards = join_shards(shards_of(options), human)
     return run_shards(Bootstrap(options.filtered, human=human), shards, options)
 

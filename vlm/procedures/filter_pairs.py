@@ -78,7 +78,7 @@ class FilterPairs(Work):
         if found.image_state is None or found.text_state is None:
             raise UserError(f"vlm run filter-pairs: {self.module.system} has no matching head; filter with another one")
         scores: list[float] = self.module.match(
-            found.image_state[found.owner.cpu()], found.text_state, probability=True
+            found.image_state[found.owner], found.text_state, probability=True
         ).tolist()
         return scores
 

@@ -10,6 +10,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ HOW_IT_RUNS = (
     "device.*",
     "endpoint.*",
     "key_env.*",
+    "num_workers.*",
     "parallel.*",
     "requests_per_minute.*",
     "timeout.*",
@@ -70,6 +72,8 @@ def compare_finished(folder: ProcedureFolder, procedure: Sequence[str]) -> None:
 def _run_node(folder: ProcedureFolder, writes: str, procedure: list[str]) -> int:
     if folder.finished:
         raise UserError(f"{folder.path}: this node is finished; choose another run folder to run it again")
+    if rank() != "0":  # of several processes one keeps the folder
+        return procedures.main(procedure)
     with folder.lock():
         settings = _settings(folder, procedure)
         folder.check_config(settings, how_it_runs=HOW_IT_RUNS)
@@ -82,6 +86,11 @@ def _run_node(folder: ProcedureFolder, writes: str, procedure: list[str]) -> int
         with atomic_file(folder.mark) as file:
             file.write((json.dumps({"run": procedure[0], "writes": writes}) + "\n").encode())
     return 0
+
+
+def rank() -> str:
+    """Which process of torchrun or SLURM this is."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
 
 
 def _settings(folder: ProcedureFolder, procedure: Sequence[str]) -> dict[str, str | list[str]]:

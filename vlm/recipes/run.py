@@ -13,11 +13,12 @@ from pathlib import Path
 
 from vlm.errors import UserError
 from vlm.options import OptionParser
+from vlm.procedures import OVER_SHARDS
 from vlm.recipes.catalogue import find_recipe
 from vlm.recipes.child import run_child
 from vlm.recipes.configs import default_run
 from vlm.recipes.graph import Node, Procedure, Recipe, TrainingStage
-from vlm.recipes.node import ProcedureFolder, compare_finished
+from vlm.recipes.node import ProcedureFolder, compare_finished, rank
 from vlm.recipes.reading import load_recipe
 from vlm.recipes.request import Request
 
@@ -62,7 +63,8 @@ def run_recipe(
             _say(f"{label}: {request.skipped(node)}")
             continue
         _say(f"{label}:\n  {shlex.join(commands[node.name])}")
-        if request.dry_run or (isinstance(node, Procedure) and _rank() != "0"):  # a procedure is one process
+        alone = isinstance(node, Procedure) and node.run not in OVER_SHARDS
+        if request.dry_run or (alone and rank() != "0"):
             continue
         status, received = run_child(commands[node.name])
         again = f"the same command continues: vlm fit {shlex.join(arguments)}"
@@ -211,9 +213,5 @@ def _is_distributed() -> bool:
 
 def _say(line: str) -> None:
     # of several ranks one speaks; flushed, because the stage writes to the same place
-    if _rank() == "0":
+    if rank() == "0":
         print(line, flush=True)
-
-
-def _rank() -> str:
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))

@@ -87,7 +87,8 @@ class ImageFile:
         except Image.DecompressionBombError as error:
             raise sample.error(f"image {quoted(self.name)} is too large ({error}); shrink it", kind="image") from error
         except (UnidentifiedImageError, OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or shorten(str(error))
+            # of bytes PIL names the address, which differs from start to start
+            why = getattr(error, "strerror", None) or shorten(str(error).partition(" <_io.")[0])
             raise sample.error(
                 f"image {quoted(self.name)} is not a readable picture ({why}); save it as PNG or JPEG",
                 kind="image",

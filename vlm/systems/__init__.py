@@ -1,10 +1,12 @@
 from vlm.systems.blip import BLIP
 from vlm.systems.blip2 import BLIP2, BLIP2T5
+from vlm.systems.blip2_qformer import BLIP2QFormer
 from vlm.systems.blip_caption import BLIPCaption
 from vlm.systems.blip_nlvr import BLIPNLVR
 from vlm.systems.blip_vqa import BLIPVQA
 from vlm.systems.fuyu import Fuyu
 from vlm.systems.instructblip import InstructBLIP
+from vlm.systems.instructblip_t5 import InstructBLIPT5
 from vlm.systems.llava import LLaVA
 from vlm.systems.llava_1_5 import LLaVA15
 from vlm.systems.llava_next import LLaVANext
@@ -21,9 +23,11 @@ __all__ = [
     "BLIPNLVR",
     "BLIPVQA",
     "VILA",
+    "BLIP2QFormer",
     "BLIPCaption",
     "Fuyu",
     "InstructBLIP",
+    "InstructBLIPT5",
     "LLaVA",
     "LLaVA15",
     "LLaVANext",

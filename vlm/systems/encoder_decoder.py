@@ -103,6 +103,7 @@ class QueriedEncoderDecoder(QueriedDecoder):
     """
 
     codec: EncoderDecoderCodec
+    language: Any  # a T5
 
     def make_codec(self) -> EncoderDecoderCodec:
         return EncoderDecoderCodec(**self.codec_arguments())

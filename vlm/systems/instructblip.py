@@ -15,8 +15,9 @@ from vlm.prompts.instructblip import CUT_INSTRUCTIONS, InstructTemplate, encode_
 from vlm.prompts.tokenizer import Tokenizer
 from vlm.sample import ImagePart, Sample
 from vlm.sample.places import places_named
-from vlm.systems.row import STREAM, concat_documents
-from vlm.systems.spliced import SplicedCodec, SplicedDecoder
+from vlm.systems.queried import QueriedDecoder
+from vlm.systems.row import concat_documents
+from vlm.systems.spliced import SplicedCodec
 
 READ = "qformer"
 """The row of what the Q-Former reads: of each image the instruction."""
@@ -101,7 +102,33 @@ def exchanges(sample: Sample) -> list[Sample]:
     return found or [sample]
 
 
-class InstructBLIP(SplicedDecoder):
+def read_instructions(qformer: nn.Module, features: Tensor, batch: Batch, *, pad_id: int) -> Tensor:
+    """float[V, Q, D]: what the queries find in each image, given its instruction."""
+    read = batch.rows[READ].padded(pad_id)  # [V, n]
+    found: Tensor = qformer(features, read.ids, read.mask)
+    return found
+
+
+def instruct_arguments(given: Mapping[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """What an `InstructCodec` is made from, over what a `SplicedCodec` is.
+
+    Raises:
+        UserError: a conversation's template, or a Q-Former that does not read.
+    """
+    if not isinstance(found["template"], InstructTemplate):
+        raise UserError(f"model.template: {found['template'].name} is a conversation's; this system's is instructblip")
+    if not given["qformer"].text:
+        raise UserError("model.qformer.text: false, but the Q-Former of InstructBLIP reads instructions; set it")
+    limits = {"max_instruction": given["max_instruction"], "max_output": given["max_output"]}
+    return found | {
+        "template": replace(found["template"], **limits),
+        "reader": given["qformer_tokenizer"],
+        "max_read": given["max_instruction"],
+        "max_images": given["max_images"],
+    }
+
+
+class InstructBLIP(QueriedDecoder):
     """The Q-Former reads the instruction, so that what it takes from the image depends on what is asked.
 
     ::
@@ -114,7 +141,7 @@ class InstructBLIP(SplicedDecoder):
     Trained are the Q-Former, its queries and norms, and the projection.
 
     Args:
-        qformer: the Q-Former, with `text`.
+        qformer: as in `QueriedDecoder`, with `text`.
         qformer_tokenizer: what it reads with.
         max_instruction: longest instruction, cut on the left, for the Q-Former and the language model each.
         max_output: longest output, cut on the right.
@@ -124,7 +151,6 @@ class InstructBLIP(SplicedDecoder):
 
     system = "instructblip"
     codec: InstructCodec
-    qformer: nn.Module
 
     def __init__(
         self,
@@ -151,37 +177,7 @@ class InstructBLIP(SplicedDecoder):
         return InstructCodec(**self.codec_arguments())
 
     def codec_arguments(self) -> dict[str, Any]:
-        given, found = self.arguments, super().codec_arguments()
-        if not isinstance(found["template"], InstructTemplate):
-            raise UserError(
-                f"model.template: {found['template'].name} is a conversation's; this system's is instructblip"
-            )
-        if not given["qformer"].text:
-            raise UserError("model.qformer.text: false, but the Q-Former of InstructBLIP reads instructions; set it")
-        limits = {"max_instruction": given["max_instruction"], "max_output": given["max_output"]}
-        return found | {
-            "template": replace(found["template"], **limits),
-            "tower": replace(found["tower"], num_tokens=given["qformer"].num_queries),
-            "reader": given["qformer_tokenizer"],
-            "max_read": given["max_instruction"],
-            "max_images": given["max_images"],
-        }
+        return instruct_arguments(self.arguments, super().codec_arguments())
 
-    def build_parts(self) -> dict[str, nn.Module]:
-        language, qformer = self.build_language(), self.arguments["qformer"]
-        return {
-            "vision": self.arguments["vision"].build(),
-            "qformer": qformer.build(self.tower.dim),
-            "connector": self.arguments["connector"].build(qformer.dim, language.config.hidden_size),
-            "language": language,
-        }
-
-    def image_modules(self) -> tuple[nn.Module, ...]:
-        return self.vision, self.qformer, self.connector
-
-    def encode_images(self, batch: Batch) -> Tensor:
-        pixels = batch.views[STREAM].pixels
-        with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())):
-            features = self.vision(pixels.to(next(self.vision.parameters()).dtype))  # [V, P, C]
-        read = batch.rows[READ].padded(self.codec.reader.pad_id)  # [V, n]
-        return self.connector(self.qformer(features, read.ids, read.mask))  # [V, Q, D]
+    def look(self, features: Tensor, batch: Batch) -> Tensor:
+        return read_instructions(self.qformer, features, batch, pad_id=self.codec.reader.pad_id)

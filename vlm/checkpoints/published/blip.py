@@ -160,7 +160,7 @@ class BLIPFamily(OneFolderFamily):
         if not (folder / "vocab.txt").is_file():
             raise UserError(f"{folder}: has no vocab.txt; put that of bert-base-uncased beside the weights")
         texts = {
-            part: {"class_path": f"vlm.language.{kind.described_by}", "init_args": described | role}
+            part: {"class_path": f"vlm.language.{kind.described_by}", "init_args": {**described, **role}}
             for part, role in kind.texts.items()
         }
         return {

@@ -260,7 +260,12 @@ def _describe_trained(shapes: Mapping[str, tuple[int, ...]], *, vision: str, lan
 def describe_tower(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """EVA-CLIP-g as the `vision_config` of BLIP-2's descendants has it."""
     Entries(_VISION_READ, _VISION_ONLY, _VISION_HARMLESS).check(config, f"{file}: vision_config")
-    size = {"hidden_size": 1408, "image_size": 224, "intermediate_size": 6144, "num_attention_heads": 16}
+    size: dict[str, Any] = {
+        "hidden_size": 1408,
+        "image_size": 224,
+        "intermediate_size": 6144,
+        "num_attention_heads": 16,
+    }
     size |= {"num_hidden_layers": 39, "patch_size": 14, "layer_norm_eps": 1e-6, **config}
     return {
         "class_path": "vlm.vision.TimmTower",

@@ -37,21 +37,34 @@ def qformer_rules(
     return tuple(rules)
 
 
-def qformer_hub_rules(*, theirs: str = "qformer.", ours: str = "qformer.") -> tuple[Rule, ...]:
-    """Of a Q-Former that reads text, as Hugging Face's InstructBLIP has it; the norm of features is its tower's."""
+def qformer_hub_rules(
+    *, theirs: str = "qformer.", ours: str = "qformer.", text: bool = True, words: str | None = None
+) -> tuple[Rule, ...]:
+    """Of a Q-Former as Hugging Face has it; the norm of features is its tower's.
+
+    Args:
+        text: it reads text.
+        words: what stands before the tables of words, where they stand apart, as BLIP-2's do (`embeddings.`).
+    """
     layer, block = theirs + "encoder.layer.{i}.", ours + "layers.{i}."
-    return (
+    tables = theirs + "embeddings." if words is None else words
+    norm = theirs + ("embeddings." if text and words is None else "") + "layernorm.{p}"
+    rules: list[Rule] = [
         rename("query_tokens", ours + "queries"),
         rename("vision_model.post_layernorm.{p}", ours + "feature_norm.{p}"),
-        rename(theirs + "embeddings.word_embeddings.weight", ours + "embeddings.words.weight"),
-        rename(theirs + "embeddings.position_embeddings.weight", ours + "embeddings.positions.weight"),
-        rename(theirs + "embeddings.position_ids", ours + "position_ids", optional=True),
-        rename(theirs + "embeddings.layernorm.{p}", ours + "embeddings.norm.{p}"),
+        rename(norm, ours + "embeddings.norm.{p}"),
         *_attention([layer + "attention."], [block + "attention."], inner="attention"),
         *_attention([layer + "crossattention."], [block + "cross_attention."], inner="attention"),
         *_mlp([layer], [block + "query_mlp."], kind="_query"),
-        *_mlp([layer], [block + "mlp."]),
-    )
+    ]
+    if text:
+        rules += [
+            rename(tables + "word_embeddings.weight", ours + "embeddings.words.weight"),
+            rename(tables + "position_embeddings.weight", ours + "embeddings.positions.weight"),
+            rename(tables + "position_ids", ours + "position_ids", optional=True),
+            *_mlp([layer], [block + "mlp."]),
+        ]
+    return tuple(rules)
 
 
 def med_rules(*, encoder: str | None, decoder: str | None, ours: str = "language.") -> tuple[Rule, ...]:

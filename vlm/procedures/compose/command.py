@@ -11,22 +11,19 @@ from vlm.options import OptionParser
 
 
 def main(arguments: list[str]) -> int:
-    """`vlm run compose --title ... --weights ... --images ... --out ...`; 1 where an article could not be finished.
+    """`vlm run compose --title ... --weights ... --index ... --out ...`; 1 where an article could not be finished.
 
     Raises:
-        UserError: no titles, weights of another system, or no images to choose from.
+        UserError: no titles, weights of another system, or an index that cannot be opened.
     """
     from vlm.loading import open_system
     from vlm.procedures.compose.composer import DECODINGS, STEPS, Composer, Steps
-    from vlm.procedures.compose.index import Encoder, ImageIndex
     from vlm.procedures.compose.page import write_article
+    from vlm.procedures.image_index import ImageIndex
 
     options = _parser().parse_args(arguments)
     folders = _folders(options)
-    if not options.images.is_dir():
-        raise UserError(f"--images {options.images}: no such folder")
-    kept = options.index or options.out / "index"
-    index = ImageIndex.of(options.images, Encoder(options.encoder, device=options.device), kept)
+    index = ImageIndex.open(options.index, device=options.device)
     module = open_system(options.weights, device=options.device, dtype=options.dtype)
     if module.system != "xcomposer":
         raise UserError(f"--weights {options.weights}: is {module.system}, and only xcomposer was taught to compose")
@@ -44,7 +41,7 @@ def main(arguments: list[str]) -> int:
         facts = {
             "title": title,
             "weights": str(options.weights),
-            "images": str(options.images),
+            "index": str(options.index),
             "article": str(article),
         }
         try:
@@ -92,10 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--title", nargs="+", default=[], metavar="TEXT", help="titles; the model knows Chinese best")
     parser.add_argument("--titles", type=Path, help="a file with a title on each line")
     parser.add_argument("--weights", required=True, help="of InternLM-XComposer, as in `vlm predict`")
-    parser.add_argument("--images", type=Path, required=True, help="folder of the images to choose from")
-    clip = "a CLIP that finds images by captions, as hub id or folder (default %(default)s)"
-    parser.add_argument("--encoder", default="OFA-Sys/chinese-clip-vit-large-patch14", help=clip)
-    parser.add_argument("--index", type=Path, help="folder that keeps what it makes of the images; default: in --out")
+    parser.add_argument("--index", type=Path, required=True, help="images to choose from: `vlm run index-images`")
     parser.add_argument("--out", type=Path, required=True, help="folder for the articles; one begun earlier goes on")
     parser.add_argument("--num_images", type=int, help="of an article; default: as many as the model likes")
     parser.add_argument("--max_new_tokens", type=int, default=999, help="of the text (default %(default)s)")

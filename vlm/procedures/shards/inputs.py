@@ -168,6 +168,8 @@ def find_shards(
     Raises:
         UserError: there are none, a file is not there, or two make the same name.
     """
+    if not paths:
+        raise UserError("the list of shards is empty; name tar files, lists or folders of images")
     if shard_size < 1:
         raise UserError(f"--shard_size is {shard_size}; it must be at least 1")
     shards: list[Shard] = []
