@@ -159,10 +159,6 @@ def test_a_tower_comes_out_of_a_folder_of_blip_2(tmp_path: Path) -> None:
         ours = module.vision(pixels)
     # 0 measured on features up to 8.9; another order of sums is allowed
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-5)
-    assert {"qformer.layernorm.weight", "query_tokens"} <= {name.split(": ")[-1] for name in module.load_report.dropped}
-    heads = dataclasses.replace(tower, options=EVA | {"num_heads": 8})
-    with pytest.raises(UserError, match="num_attention_heads"):
-        xcomposer(vision=heads).configure_model()
 
 
 def test_positions_are_stretched_by_the_published_rule() -> None:

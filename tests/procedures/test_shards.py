@@ -18,7 +18,6 @@ from callbacks.stage_transition import write_stage
 from tests.support.ranks import run_ranks
 from tests.support.samples import picture
 from tests.support.systems import build
-from tests.support.xcomposer import xcomposer
 from vlm.data import WebDataset
 from vlm.errors import UserError
 from vlm.loading import load
@@ -248,28 +247,6 @@ def test_an_index_finds_what_is_nearest(world: Path, tmp_path: Path, scorer: str
     vector = index._scorer.embed_texts(["a red ball"])[0].numpy()
     scores = [score for _, score in index.search(vector, 11)]
     assert scores == sorted(scores, reverse=True)
-
-
-def test_an_article_is_illustrated_out_of_an_index(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Every step by a network; a random one names no line, so the second start is told one."""
-    words = [str(world / "photos"), "--weights", str(world / "clip"), "--device", "cpu"]
-    assert main(["index-images", *words, "--out", str(tmp_path / "index")]) == 0
-    write_stage(tmp_path / "composer", xcomposer(max_tokens=2048), global_step=1)
-    command = ["compose", "--title", "Sea", "--weights", str(tmp_path / "composer"), "--device", "cpu"]
-    command += ["--index", str(tmp_path / "index"), "--out", str(tmp_path / "articles"), "--max_new_tokens", "12"]
-    assert main(command) == 1
-    assert "the model names none of the" in capsys.readouterr().err
-    path = tmp_path / "articles" / "Sea" / "compose.json"
-    content = json.loads(path.read_text())
-    content["steps"][1]["answer"] = "<Seg0>"
-    path.write_text(json.dumps(content))
-    assert main(command) == 0
-    steps = {step["name"]: step["answer"] for step in json.loads(path.read_text())["steps"]}
-    assert len(set(steps["candidates 0"])) == 4
-    assert steps["candidates 0"][0].startswith(str(world / "photos"))
-    image = (path.parent / "images" / "0.png").read_bytes()
-    assert image in [Path(candidate).read_bytes() for candidate in steps["candidates 0"]]
-    assert (path.parent / "article.html").is_file()
 
 
 def test_the_best_of_an_image_s_vectors_counts(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """What the `config.json` beside base weights says, held against the part that they are read into."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +33,14 @@ def check_base(part: str, folder: Path, network: Any) -> None:
         check_qwen(content, file)
     if content.get("model_type") == "internlm":
         check_internlm(content, file)
-    if not hasattr(network, "facts"):
+    if content.get("model_type") not in ("clip", "clip_vision_model") or not hasattr(network, "facts"):
         return
     stated = content.get("vision_config") or content
-    if content.get("model_type") in ("blip-2", "instructblip"):
-        _check_heads(part, stated, file, network)
-    if content.get("model_type") not in ("clip", "clip_vision_model"):
-        return
     check_clip(stated, file)
     act = network.trunk.blocks[0].mlp.act
     ours = next((name for name, kind in _ACTIVATIONS.items() if isinstance(act, kind)), type(act).__name__)
     if stated.get("hidden_act", "quick_gelu") != ours:
         raise refusal(file, f"hidden_act (read into {part}.name)", stated.get("hidden_act"), expected=(ours,))
-    _check_heads(part, stated, file, network)
-
-
-def _check_heads(part: str, stated: Mapping[str, Any], file: Path, network: Any) -> None:
     heads = network.trunk.blocks[0].attn.num_heads
     if stated.get("num_attention_heads", heads) != heads:
         raise refusal(file, f"num_attention_heads (read into {part})", stated["num_attention_heads"], expected=(heads,))
