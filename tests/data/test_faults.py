@@ -326,14 +326,18 @@ def test_what_an_image_is_asked_spells_no_control_token(name: str, tmp_path: Pat
     tokenizers = [codec.tokenizer, *([codec.reader] if getattr(codec, "reader", None) else [])]
 
     def marks(text: str) -> list[int]:
-        said = [replace(m, content=(*m.content, TextPart(f" {text}"))) for m in sample.messages]
+        said = [
+            replace(m, content=(*m.content, TextPart(f" {text}"))) if m.role == "user" or name != "blip_nlvr" else m
+            for m in sample.messages
+        ]  # NLVR2's answers are True and False alone
         item = codec.encode(replace(sample, messages=tuple(said)))
         rows = [*item.text, *(sequence for row in item.rows.values() for sequence in row)]
         return [sum(int((row.ids == mark).sum()) for mark in special) for row in rows]
 
     for tokenizer in tokenizers:
         added = tokenizer._opened.backend.get_added_tokens_decoder()
-        special = [index for index, token in added.items() if token.special]
+        unknown = ("[UNK]", "<unk>")  # what tiny vocabularies make of a bracket
+        special = [index for index, token in added.items() if token.special and token.content not in unknown]
         spelled = [token.content for token in added.values() if token.special][:12]
         # a placeholder of image slots is 0, which is a mark of some tokenizers: of both texts alike
         assert marks(" ".join(spelled)) == marks(" ".join(["word"] * len(spelled)))

@@ -350,7 +350,7 @@ def test_panels_leave_training_as_it_is(tmp_path: Path) -> None:
 
 def test_every_system_can_be_shown(tmp_path: Path) -> None:
     for name, system in SYSTEMS.items():
-        if "generate" not in system.uses:
+        if "generate" not in system.uses or name == "blip_nlvr":  # its judgement is no text that is trained
             continue
         module = system.make()
         data = InstructionData([ListSource(system.pool(tmp_path, 6))], batch=BatchSpec(2))

@@ -124,6 +124,11 @@ def _same(ours: dict[str, Tensor], theirs: dict[str, Tensor], *, atol: float) ->
     assert worst <= atol, name
 
 
+GRADIENTS, WEIGHTS = {"xcomposer": 1e-4}, {"xcomposer": 1e-4}
+"""Biases of its output projections have gradients of size 1. The norm that clips is a float32 sum over 2 million numbers,
+which in two orders differs by 4e-5 of itself, and with it the next step: 3.6e-5 was seen in its gradients."""
+
+
 @pytest.mark.parametrize(
     "case", [*(name for name, system in SYSTEMS.items() if system.mixes), "connector alone", "new tokens"]
 )
@@ -138,8 +143,8 @@ def test_training_equals_one_process(case: str, tmp_path: Path) -> None:
         assert any(gradient.any() for gradient in sharded["gradients"][0].values())
         for kind in ("gradients", "clipped"):
             for theirs, ours in zip(one[kind], sharded[kind], strict=True):
-                _same(ours, theirs, atol=5e-6)
-        _same(sharded["weights"], one["weights"], atol=1e-5)
+                _same(ours, theirs, atol=GRADIENTS.get(case, 5e-6))
+        _same(sharded["weights"], one["weights"], atol=WEIGHTS.get(case, 1e-5))
         vocabulary = [] if case == "tied" else ["language.lm_head", "language.model.embed_tokens"]
         if case in ("llava_1_5", "tied"):
             blocks = [f"{stack}.{i}" for stack in ("language.model.layers", "vision.trunk.blocks") for i in range(2)]

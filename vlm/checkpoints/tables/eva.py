@@ -56,8 +56,10 @@ def eva_table(*, num_blocks: int) -> Table:
     Args:
         num_blocks: blocks the system computes.
     """
-    behind = ("vision_model.post_layernorm.{p}", "query_tokens", "qformer.{rest}", "language_projection.{p}")
-    behind += ("language_model.{rest}", "embeddings.{rest}", "vision_projection.{p}", "text_projection.{p}")
+    behind = (
+        *("vision_model.post_layernorm.{p}", "query_tokens", "qformer.{rest}", "language_projection.{p}"),
+        *("language_model.{rest}", "embeddings.{rest}", "vision_projection.{p}", "text_projection.{p}"),
+    )
     return Table(
         layout="BLIP-2 hf",
         rules=(*eva_rules(), *(rename(name, None) for name in (*behind, "itm_head.{p}"))),
