@@ -13,7 +13,8 @@ from transformers import Blip2ForImageTextRetrieval
 
 from callbacks.stage_transition import write_stage
 from tests.conftest import golden, golden_json
-from tests.support.blip2_qformer import blip2_qformer
+from tests.support.blip2 import EVA, READER, blip2
+from tests.support.blip2_qformer import TEXT, blip2_qformer
 from tests.support.blip_tasks import VOCABULARY
 from tests.support.ranks import run_ranks
 from tests.support.samples import pairs
@@ -26,7 +27,9 @@ from vlm.commands.convert import convert
 from vlm.data import BatchSpec, PretrainingData
 from vlm.errors import SampleError, UserError
 from vlm.evaluation.retrieval import similarities
-from vlm.stages import AdamW, Stage, Trained
+from vlm.recipes.catalogue import find_recipe
+from vlm.recipes.reading import load_recipe
+from vlm.stages import AdamW, InitFrom, Stage, Trained
 from vlm.batch import IGNORE, Batch, Row, SampleInfo, TokenSequence
 from vlm.checkpoints.tables.blip2 import qformer_table
 from vlm.connectors import QFormer
@@ -236,11 +239,6 @@ def test_transformers_class_there_and_back(tmp_path: Path) -> None:
         match = model(pixels, ids, attention_mask=torch.ones_like(ids), use_image_text_matching_head=True)
         torch.testing.assert_close(similarities(said.image, said.text), cosine, atol=2e-5, rtol=1e-5)
         matched = module.match_logits(said.image_state, said.text_state)
-        print(
-            "SEEN",
-            (similarities(said.image, said.text) - cosine).abs().max(),
-            (matched - match.logits_per_image).abs().max(),
-        )
         torch.testing.assert_close(matched, match.logits_per_image, atol=2e-5, rtol=1e-5)
 
 
@@ -253,6 +251,26 @@ def test_a_stage_without_text_is_refused(tmp_path: Path) -> None:
     silent = dataclasses.replace(pairs(tmp_path, 1)[0], messages=pairs(tmp_path, 1)[0].messages[:1])
     with pytest.raises(SampleError, match="has no text to compare its image with"):
         module.codec.encode(silent)
+
+
+def test_the_second_stage_takes_the_side_of_the_queries(tmp_path: Path) -> None:
+    """As the recipe hands it on: what reads and writes texts is left behind, and nothing of the Q-Former starts new."""
+    first = blip2_qformer(vision=EVA)
+    first.stage = Stage("1_qformer", {part: Trained(lr=1e-3) for part in ("qformer", "projections", "heads")})
+    first.configure_model()
+    write_stage(tmp_path / "1", first, global_step=1)
+    [second] = [stage for stage in load_recipe(find_recipe("blip2")).nodes if stage.name == "2_opt"]
+    [followed] = second.follows
+    follow = InitFrom(str(tmp_path / "1"), followed.parts, leave_out=followed.leave_out)
+    module = blip2(vision=EVA, qformer=QFormer(**READER | {"dim": TEXT["dim"]}))
+    module.stage = Stage("2_opt", {part: Trained(lr=1e-3) for part in ("qformer", "connector")}, follows=[follow])
+    module.configure_model()
+    given = first.qformer.state_dict()
+    taken = module.qformer.state_dict()
+    assert all(torch.equal(taken[name], given[name]) for name in taken)
+    assert not any(name.startswith("qformer") for name in module.load_report.new)
+    left = {f"qformer.{name}" for name in given.keys() - taken.keys()}
+    assert left == {name for name in module.load_report.dropped if name.startswith("qformer")}
 
 
 # -- any devices
