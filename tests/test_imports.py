@@ -30,7 +30,7 @@ ALLOWED = {
     "vlm.language": {"vlm.bert", *READING},
     "vlm.systems": {
         *("vlm.module", "vlm.vision", "vlm.connectors", "vlm.language", "vlm.prompts"),
-        *("vlm.functional", "vlm.in_batch", "vlm.moving"),
+        *("vlm.functional", "vlm.in_batch", "vlm.moving", "vlm.evaluation.retrieval"),
     },
 }
 """Package -> what it may import from `vlm` besides itself and `COMMON`."""

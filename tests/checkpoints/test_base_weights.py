@@ -9,12 +9,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertForMaskedLM, BertModel, CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+)
 
 import vlm
 from callbacks.stage_transition import write_stage
 from tests.conftest import golden
+from tests.support.blip2 import OPT
 from tests.support.systems import LLAMA, RATE, TOWER, llava_1_5
+from tests.support.xcomposer import EVA, xcomposer
 from tests.systems.test_contract import disturb
 from vlm.building.network import allocate, empty_weights, initialisers, load_or_init
 from vlm.building.weight_sources import base_source
@@ -118,6 +128,37 @@ def test_bert_becomes_a_q_former_or_a_med(description: Any, kind: type, tmp_path
 def _tower(image_size: int, weights: str | None = None, **changes: Any) -> TimmTower:
     options = {**TOWER, "img_size": image_size, **changes}
     return TimmTower("vit_large_patch14_clip_quickgelu_336", layer=-2, weights=weights, options=options)
+
+
+def test_a_tower_comes_out_of_a_folder_of_blip_2(tmp_path: Path) -> None:
+    """The published tower has the blocks that are computed and a zero bias of keys; what lies behind it stays there."""
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "image_size": 28, "patch_size": 7}
+    reader = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    config = Blip2Config(
+        vision_config=size | {"num_hidden_layers": 2},
+        qformer_config=reader | {"encoder_hidden_size": 32},
+        text_config=OPT,
+        num_query_tokens=4,
+    )
+    theirs = Blip2ForConditionalGeneration(config).eval()
+    for name, parameter in theirs.vision_model.named_parameters():
+        nn.init.normal_(parameter, std=0.2)
+        if name.endswith("qkv.bias"):
+            parameter.data[32:64] = 0
+    theirs.save_pretrained(tmp_path / "blip2")
+    tower = TimmTower(
+        "eva_giant_patch14_clip_224", layer=-2, class_token=True, options=EVA, weights=str(tmp_path / "blip2")
+    )
+    module = xcomposer(vision=tower)
+    module.configure_model()
+    module.eval()
+    pixels = torch.randn(2, 3, 28, 28)
+    theirs.vision_model.post_layernorm = nn.Identity()  # the norm behind the tower is the Q-Former's
+    with torch.no_grad():
+        expected = theirs.vision_model(pixels).last_hidden_state
+        ours = module.vision(pixels)
+    # 0 measured on features up to 8.9; another order of sums is allowed
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-5)
 
 
 def test_positions_are_stretched_by_the_published_rule() -> None:

@@ -400,7 +400,12 @@ def _stages() -> list[Any]:
 
 
 BATCHES = {
-    "blip-2_caption": 256, "blip-2_nlvr": 256, "blip-2_vqa": 256,
+    "blip-1_pretrain": 2880, "blip-2_caption": 256, "blip-2_nlvr": 256, "blip-2_vqa": 256,
+    "blip-2_retrieval_coco": 256, "blip-2_retrieval_flickr": 256,
+    "blip2-1_qformer": 1680, "blip2-2_opt": 1920, "blip2-2_vicuna": 1920, "blip2-2_flan_t5": 1520,
+    "blip2-3_caption": 256, "blip2-3_vqa": 128, "blip2-3_retrieval": 224,
+    "instructblip-1_instruct": 128, "instructblip-2_science_qa": 64,
+    "minigpt4-1_align": 256, "minigpt4-2_finetune": 12,
     "fuyu-1_finetune": 128, "llava-1_align": 128, "llava-2_chat": 32, "llava-2_science_qa": 32,
     "llava_1_5-1_align": 256, "llava_1_5-2_finetune": 128, "llava_next-1_align": 256, "llava_next-2_finetune": 128,
     "mini_gemini-1_align": 256, "mini_gemini-2_finetune": 128, "mini_gemini-2_finetune_hd": 128,
@@ -417,9 +422,11 @@ def test_recipes_say_what_a_device_computes_at_once_and_keep_the_published_batch
 ) -> None:
     data: dict[str, Any] = {}
     for file in node.configs:
-        data |= yaml.safe_load(file.read_text()).get("data", {}).get("init_args", {})
+        added = yaml.safe_load(file.read_text()).get("data", {}).get("init_args", {})
+        data |= added | {"batch": data.get("batch", {}) | added.get("batch", {})}
     assert data["batch"]["size"] == BATCHES[request.node.callspec.id]
     limits = [key for key in ("micro_batch_size", "max_tokens") if data.get(key) is not None]
+    limits += ["packs"] * ("packs" in data["batch"])  # of systems that compare samples
     assert len(limits) == 1
     if limits == ["micro_batch_size"]:
         assert data["batch"]["size"] % data["micro_batch_size"] == 0

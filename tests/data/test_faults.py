@@ -247,7 +247,7 @@ ROW_SYSTEMS = {name: system for name, system in SYSTEMS.items() if not system.ne
 def row_codecs() -> Iterator[tuple[str, RowCodec]]:
     for name, system in SYSTEMS.items():
         codec = system.make().codec
-        if isinstance(codec, RowCodec):
+        if isinstance(codec, RowCodec) and not system.needs_image and not isinstance(codec, EncoderDecoderCodec):
             yield name, codec
 
 
@@ -315,6 +315,26 @@ def test_text_of_data_spells_no_control_token(name: str) -> None:
         found, decoded = encoded(text)
         assert found == expected, text
         assert decoded.count(text) == 3, decoded
+
+
+@pytest.mark.parametrize("name", sorted(SYSTEMS.keys() - CODECS.keys()))
+def test_what_an_image_is_asked_spells_no_control_token(name: str, tmp_path: Path) -> None:
+    """In systems without one row of a conversation: every row has as many marks as with words in their place."""
+    codec, [sample] = SYSTEMS[name].make().codec, SYSTEMS[name].pool(tmp_path, 1)
+    tokenizers = [codec.tokenizer, *([codec.reader] if getattr(codec, "reader", None) else [])]
+
+    def marks(text: str) -> list[int]:
+        said = [replace(m, content=(*m.content, TextPart(f" {text}"))) for m in sample.messages]
+        item = codec.encode(replace(sample, messages=tuple(said)))
+        rows = [*item.text, *(sequence for row in item.rows.values() for sequence in row)]
+        return [sum(int((row.ids == mark).sum()) for mark in special) for row in rows]
+
+    for tokenizer in tokenizers:
+        added = tokenizer._opened.backend.get_added_tokens_decoder()
+        special = [index for index, token in added.items() if token.special]
+        spelled = [token.content for token in added.values() if token.special][:12]
+        # a placeholder of image slots is 0, which is a mark of some tokenizers: of both texts alike
+        assert marks(" ".join(spelled)) == marks(" ".join(["word"] * len(spelled)))
 
 
 @pytest.mark.parametrize("template", ["plain", "document"])

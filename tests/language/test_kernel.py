@@ -59,10 +59,10 @@ def test_what_the_kernel_cannot_goes_another_way(case: str, kernel: StandIn, mon
 def test_every_system_in_every_precision(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Forward and backward, and in half precision the host reads nothing on the way."""
     module = build(name)
-    items = [module.codec.encode(sample) for sample in samples(tmp_path)]
+    items = [module.codec.encode(sample) for sample in SYSTEMS[name].pool(tmp_path, 6)]
     batch = module.codec.collate(items, counts=step_counts(items))
     packed = module.language.config._attn_implementation == PACKED
-    assert packed or name == "blip2_t5"
+    assert packed or name in ("blip2_t5", "instructblip_t5")
     for precision in PRECISIONS:
         if precision == "bf16-true":
             module.bfloat16()

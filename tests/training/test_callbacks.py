@@ -353,7 +353,7 @@ def test_every_system_can_be_shown(tmp_path: Path) -> None:
         if "generate" not in system.uses:
             continue
         module = system.make()
-        data = InstructionData([ListSource(samples(tmp_path))], batch=BatchSpec(2))
+        data = InstructionData([ListSource(system.pool(tmp_path, 6))], batch=BatchSpec(2))
         shown = Predictions()._choose(data, module)
         assert len(shown) == 4, name
         for item in shown:

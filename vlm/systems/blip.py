@@ -108,6 +108,10 @@ class BLIP(BLIPTuned):
 
     codec: PairCodec
     language: Any
+    momentum: Any
+    projections: Projections
+    heads: Heads
+    queue: FeatureQueue
     in_batch_terms = ("itc", "itm")
     moving = ("momentum", "queue")
 

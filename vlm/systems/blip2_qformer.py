@@ -46,6 +46,8 @@ class BLIP2QFormer(BLIPTuned):
     system = "blip2"
     codec: PairCodec
     qformer: Any
+    projections: Projections
+    heads: Heads
     in_batch_terms = ("itc", "itm")
 
     def __init__(

@@ -127,6 +127,11 @@ class FeatureQueue(nn.Module):
         ids: which image each of them belongs to is kept too, int64[1, size]; -100 where none is yet.
     """
 
+    image: Tensor
+    text: Tensor
+    ids: Tensor | None
+    place: Tensor
+
     def __init__(self, dim: int, size: int, *, ids: bool) -> None:
         super().__init__()
         for kind in ("image", "text"):

@@ -10,17 +10,20 @@ from torch import Tensor
 from vlm.checkpoints.files.weights import WeightFiles
 from vlm.checkpoints.tables.base import BaseWeights, read_with_table
 from vlm.checkpoints.tables.clip import clip_table
+from vlm.checkpoints.tables.eva import eva_table
 from vlm.checkpoints.tables.mini_gemini import convnext_names
 
 
 def read_transformer(tower: Any, files: WeightFiles) -> BaseWeights:
-    """A vision transformer in Hugging Face CLIP's layout or in timm's.
+    """A vision transformer in Hugging Face CLIP's layout, in that of BLIP-2 or in timm's.
 
     What lies above its last built block is dropped, and of a tower without class token this and its position too.
     """
     keys = files.keys()
     prefix = next((p for p in ("vision_model.", "") if f"{p}embeddings.class_embedding" in keys), None)
-    if prefix is not None:
+    if "vision_model.encoder.layers.0.self_attn.qkv.weight" in keys:
+        base = read_with_table(eva_table(num_blocks=tower.facts.num_blocks), files, part="vision.")
+    elif prefix is not None:
         table = clip_table(theirs=prefix, num_blocks=tower.facts.num_blocks)
         base = read_with_table(table, files, part="vision.")
     else:

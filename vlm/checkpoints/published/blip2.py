@@ -14,10 +14,10 @@ from vlm.checkpoints.files.weights import WeightFiles
 from vlm.checkpoints.published import blip2_stage_1 as stage_1
 from vlm.checkpoints.published.entries import BOOKKEEPING, Entries, read_json
 from vlm.checkpoints.published.family import Load, PublishedFolder, Stream, as_dtype
-from vlm.checkpoints.published.instructblip import EVA, describe_tower
-from vlm.checkpoints.published.language_entries import read_language
+from vlm.checkpoints.published.instructblip import EVA, LAVIS_T5, describe_tower
+from vlm.checkpoints.published.language_entries import read_language, read_t5
 from vlm.checkpoints.published.one_folder import OneFolderFamily, OpenedFolder
-from vlm.checkpoints.published.tokenizer_entries import describe_tokenizer
+from vlm.checkpoints.published.tokenizer_entries import describe_t5_tokenizer, describe_tokenizer
 from vlm.checkpoints.report import LoadReport
 from vlm.checkpoints.resume.opened import read_trained
 from vlm.checkpoints.tables.bert import bert_unused, qformer_hub_rules, qformer_rules
@@ -256,39 +256,27 @@ def _language(kind: str, text: Mapping[str, Any], file: Path) -> dict[str, Any]:
     if kind == "llama":
         entries = {"model_type": "llama", **read_language(text, file, kind="llama")}
         return {"class_path": "vlm.language.CausalLM", "init_args": {"config": entries}}
+    if kind == "t5":
+        return {"class_path": "vlm.language.Seq2SeqLM", "init_args": {"config": read_t5(text)}}
     from transformers import CONFIG_MAPPING
 
-    known = frozenset(CONFIG_MAPPING[kind]().to_dict())
-    if kind == "t5":
-        known |= {"feed_forward_proj", "tie_word_embeddings", "scale_decoder_outputs"}
-    ignored = {"model_type", *BOOKKEEPING}
-    entries = {name: value for name, value in text.items() if name in known and name not in ignored}
-    if kind == "opt":
-        return {
-            "class_path": "vlm.language.CausalLM",
-            "init_args": {"config": {"model_type": "opt", **entries}},
-        }
-    # transformers 5 writes whether the head is a table of its own under another name
-    untied = entries.pop("scale_decoder_outputs", None) is False or entries.get("tie_word_embeddings") is False
-    for name in ("dense_act_fn", "is_gated_act"):  # they follow from feed_forward_proj
-        entries.pop(name, None)
-    entries["tie_word_embeddings"] = not untied
-    return {"class_path": "vlm.language.Seq2SeqLM", "init_args": {"config": {"model_type": "t5", **entries}}}
+    known = frozenset(CONFIG_MAPPING[kind]().to_dict()) - {"model_type", *BOOKKEEPING}
+    entries = {name: value for name, value in text.items() if name in known}
+    return {"class_path": "vlm.language.CausalLM", "init_args": {"config": {"model_type": kind, **entries}}}
 
 
 def _tokenizer(kind: str, folder: Path) -> dict[str, Any]:
-    if kind == "t5" and (folder / "spiece.model").is_file():
-        return {"class_path": "vlm.prompts.T5Tokenizer", "init_args": {"path": str(folder)}}
-    if kind == "opt" and (folder / "vocab.json").is_file():
-        return {"class_path": "vlm.prompts.OPTTokenizer", "init_args": {"path": str(folder)}}
+    if kind == "t5":
+        return describe_t5_tokenizer(folder)
     if kind == "llama":
         return describe_tokenizer(folder, added={"pad_token": "[PAD]", "bos_token": "</s>"})
+    if (folder / "vocab.json").is_file():
+        return {"class_path": "vlm.prompts.OPTTokenizer", "init_args": {"path": str(folder)}}
     if read_json(folder / "tokenizer.json") is None:
-        wanted = "spiece.model" if kind == "t5" else "vocab.json and merges.txt"
-        raise UserError(f"{folder}: has neither {wanted} nor tokenizer.json; put the tokenizer's files beside")
-    arguments: dict[str, Any] = {"path": str(folder), "pad_token": "<pad>", "eos_token": "</s>"}
-    if kind == "opt":
-        arguments |= {"add_bos": True, "eos_token": "\u010a"}
+        raise UserError(
+            f"{folder}: has neither vocab.json and merges.txt nor tokenizer.json; put the tokenizer's files beside"
+        )
+    arguments = {"path": str(folder), "pad_token": "<pad>", "eos_token": "\u010a", "add_bos": True}
     return {"class_path": "vlm.prompts.HubTokenizer", "init_args": arguments}
 
 
@@ -324,7 +312,7 @@ def _describe_trained(
             "connector": {"class_path": "vlm.connectors.Linear", "init_args": {}},
             "language": {
                 "class_path": "vlm.language.Seq2SeqLM" if is_t5 else "vlm.language.CausalLM",
-                "init_args": {"path": language},
+                "init_args": {"path": language, **({"config": LAVIS_T5} if is_t5 else {})},
             },
             "tokenizer": tokenizer,
             "template": {"opt_proj": "blip2_opt", "t5_proj": "blip2_t5", "llm_proj": "blip2_vicuna"}[projection],

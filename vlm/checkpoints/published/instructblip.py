@@ -12,9 +12,9 @@ from torch import Tensor
 from vlm.checkpoints.files.weights import WeightFiles
 from vlm.checkpoints.published.entries import Entries
 from vlm.checkpoints.published.family import Load, PublishedFolder, Stream
-from vlm.checkpoints.published.language_entries import read_language
+from vlm.checkpoints.published.language_entries import read_language, read_t5
 from vlm.checkpoints.published.one_folder import OneFolderFamily, OpenedFolder
-from vlm.checkpoints.published.tokenizer_entries import describe_tokenizer
+from vlm.checkpoints.published.tokenizer_entries import describe_t5_tokenizer, describe_tokenizer
 from vlm.checkpoints.tables.bert import bert_unused, qformer_hub_rules, qformer_rules
 from vlm.checkpoints.tables.eva import eva_rules, eva_unused
 from vlm.checkpoints.tables.rules import rename
@@ -57,13 +57,19 @@ _BERT_ONLY: dict[str, tuple[Any, ...]] = {"hidden_act": ("gelu",), "position_emb
 _BERT_DEFAULTS = {"vocab_size": 30522, "cross_attention_frequency": 2}
 _TRAINED = "Qformer.bert.embeddings.word_embeddings.weight"
 """Tensor of LAVIS' files."""
+_PROJECTIONS = {"llama": "llm_proj", "t5": "t5_proj"}
+"""How LAVIS calls the connector before each language model."""
+LAVIS_T5 = {"dense_act_fn": "gelu"}
+"""What LAVIS changes of FlanT5: its own file says `gelu_new`."""
 
 
 class InstructBLIPFamily(OneFolderFamily):
     system = "instructblip"
     marks: ClassVar = {"hf": "qformer.embeddings.word_embeddings.weight", "official": _TRAINED}
     hub_class = "InstructBlipForConditionalGeneration"
-    looks_for = "language_projection.weight and a config.json of instructblip; LAVIS' files are told by llm_proj"  # type: ignore[assignment]
+    looks_for = (
+        "language_projection.weight and a config.json of instructblip; LAVIS' files are told by llm_proj or t5_proj"  # type: ignore[assignment]
+    )
     files = (
         *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
         *("spiece.model", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
@@ -80,7 +86,7 @@ class InstructBLIPFamily(OneFolderFamily):
     def table(self, layout: str, config: Mapping[str, Any]) -> Table:
         sparse = ("qformer.layers.{i}.cross_attention.{rest}",)
         if layout == "official":
-            rules = (*qformer_rules(text=True), rename("llm_proj.{p}", "connector.{p}"))
+            rules = (*qformer_rules(text=True), rename(f"{config['projection']}.{{p}}", "connector.{p}"))
             return Table(layout="LAVIS", rules=rules, unused=bert_unused(ours="qformer."), sparse=sparse)
         return Table(
             layout="InstructBLIP hf",
@@ -103,7 +109,7 @@ class InstructBLIPFamily(OneFolderFamily):
         vision: str | Path | None = None,
         base: str | Path | None = None,
     ) -> OpenedFolder:
-        """As every family; LAVIS' file holds what was trained, and `vision` and `base` say where EVA and Vicuna lie."""
+        """As every family; LAVIS' file holds what was trained: `vision` and `base` say where EVA and the rest lie."""
         files = WeightFiles(path)
         if _TRAINED not in files.keys():  # noqa: SIM118
             return super().open(path, layout=layout, target=target, vision=vision, base=base)
@@ -114,12 +120,16 @@ class InstructBLIPFamily(OneFolderFamily):
         if vision is None or base is None:
             raise UserError(
                 f"{path}: holds the tensors that were trained alone; say with --vision where eva_vit_g.pth lies and "
-                "with --base where Vicuna lies"
+                "with --base where Vicuna or FlanT5 lies"
             )
-        table = self.table("official", {})
+        config = {"projection": "t5_proj" if "t5_proj.weight" in files else "llm_proj"}
+        table = self.table("official", config)
         shapes = table.check(files.shapes(), side="theirs")
-        model = _describe_trained(shapes, vision=str(vision), language=str(base))
-        return OpenedFolder(shapes, lambda: table.stream_to_ours(files.items()), "official", {}, model, lambda _: None)
+        describe = partial(_describe_trained, shapes, is_t5=config["projection"] == "t5_proj")
+        model = describe(vision=str(vision), language=str(base))
+        return OpenedFolder(
+            shapes, lambda: table.stream_to_ours(files.items()), "official", config, model, lambda _: None
+        )
 
     def open_artefact(
         self, path: str | Path, *, target: str, load: Load, vision: str | Path | None = None
@@ -127,7 +137,7 @@ class InstructBLIPFamily(OneFolderFamily):
         opened = super().open_artefact(path, target=target, load=load, vision=vision)
         if target != "official":
             return opened
-        table = self.table("official", {})  # what was trained, and nothing beside it
+        table = self.table("official", opened.config)  # what was trained, and nothing beside it
         kept = {name: shape for name, shape in opened.shapes.items() if table.has_place(name)}
         stream = partial(_only, opened.stream, frozenset(kept))
         return replace(opened, shapes=kept, stream=stream, write_files=lambda _: None)
@@ -135,7 +145,9 @@ class InstructBLIPFamily(OneFolderFamily):
     def translated(self, config: Mapping[str, Any], *, source: str, target: str) -> dict[str, Any]:
         if source == "official" and target == "hf":
             raise UserError("a file of trained tensors holds no tower and no language model; export a stage over it")
-        return {} if target == "official" else dict(config)
+        if target == "official" and source != "official":
+            return {"projection": _PROJECTIONS[config["text_config"]["model_type"]]}
+        return dict(config)
 
     def describe_folder(self, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         file = folder / "config.json"
@@ -145,12 +157,15 @@ class InstructBLIPFamily(OneFolderFamily):
         known = frozenset({*_BERT_READ, "encoder_hidden_size", "attention_probs_dropout_prob", "pad_token_id"})
         Entries(known, _BERT_ONLY).check(bert, f"{file}: qformer_config")
         reader = {ours: ({**_BERT_DEFAULTS, **bert})[theirs] for theirs, ours in _BERT_READ.items() if theirs in bert}
-        if text.get("model_type") != "llama":
-            raise UserError(f"{file}: a language model of the kind {text.get('model_type')!r}; here it is Vicuna")
-        language = {"model_type": "llama", **read_language(text, file, kind="llama")}
-        tokenizer = describe_tokenizer(folder, added={"pad_token": "[PAD]", "bos_token": "</s>"})
+        if (kind := text.get("model_type")) not in _PROJECTIONS:
+            raise UserError(f"{file}: a language model of the kind {kind!r}; here it is llama (Vicuna) or t5")
+        if kind == "t5":
+            language, tokenizer = read_t5(text), describe_t5_tokenizer(folder)
+        else:
+            language = {"model_type": "llama", **read_language(text, file, kind="llama")}
+            tokenizer = describe_tokenizer(folder, added={"pad_token": "[PAD]", "bos_token": "</s>"})
         return {
-            "class_path": "vlm.systems.InstructBLIP",
+            "class_path": _class(is_t5=kind == "t5"),
             "init_args": {
                 "vision": vision,
                 "qformer": {
@@ -162,7 +177,7 @@ class InstructBLIPFamily(OneFolderFamily):
                     "init_args": {"path": str(folder / TOKENIZER), "added_tokens": ["[DEC]"]},
                 },
                 "connector": {"class_path": "vlm.connectors.Linear", "init_args": {}},
-                "language": {"class_path": "vlm.language.CausalLM", "init_args": {"config": language}},
+                "language": {"class_path": _language(is_t5=kind == "t5"), "init_args": {"config": language}},
                 "tokenizer": tokenizer,
                 "template": "instructblip",
                 "image": "squash",
@@ -172,6 +187,12 @@ class InstructBLIPFamily(OneFolderFamily):
     def config(self, module: Any, layout: str) -> dict[str, Any]:
         qformer, trunk, facts = module.arguments["qformer"], module.vision.trunk, module.tower
         block, language = trunk.blocks[0], module.language.config
+        kind = language.model_type
+        if layout == "official":
+            return {"projection": _PROJECTIONS[kind]}
+        text = {**language.to_dict(), "model_type": kind}
+        if kind == "t5":
+            text["tie_word_embeddings"] = language.scale_decoder_outputs
         return {
             "architectures": [self.hub_class],
             "model_type": "instructblip",
@@ -183,9 +204,9 @@ class InstructBLIPFamily(OneFolderFamily):
                 "hidden_act": "gelu",
                 **{theirs: getattr(qformer, ours) for theirs, ours in _BERT_READ.items()},
             },
-            "text_config": {**language.to_dict(), "model_type": language.model_type},
+            "text_config": text,
             "torch_dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
-            "use_decoder_only_language_model": True,
+            "use_decoder_only_language_model": kind != "t5",
             "vision_config": {
                 "model_type": "instructblip_vision_model",
                 "hidden_act": "gelu",
@@ -220,7 +241,17 @@ def _only(stream: Stream, names: frozenset[str]) -> Iterator[tuple[str, Tensor]]
     return ((name, tensor) for name, tensor in stream() if name in names)
 
 
-def _describe_trained(shapes: Mapping[str, tuple[int, ...]], *, vision: str, language: str) -> dict[str, Any]:
+def _class(*, is_t5: bool) -> str:
+    return "vlm.systems.InstructBLIPT5" if is_t5 else "vlm.systems.InstructBLIP"
+
+
+def _language(*, is_t5: bool) -> str:
+    return "vlm.language.Seq2SeqLM" if is_t5 else "vlm.language.CausalLM"
+
+
+def _describe_trained(
+    shapes: Mapping[str, tuple[int, ...]], *, is_t5: bool, vision: str, language: str
+) -> dict[str, Any]:
     """The paper's network around a file of LAVIS', as large as its tensors say."""
     words = shapes["qformer.embeddings.words.weight"]
     reader = {
@@ -233,8 +264,14 @@ def _describe_trained(shapes: Mapping[str, tuple[int, ...]], *, vision: str, lan
         "num_queries": shapes["qformer.queries"][1],
         "text": True,
     }
+    tokenizer: dict[str, Any] = {
+        "class_path": "vlm.prompts.LlamaTokenizer",
+        "init_args": {"path": language, "pad_token": "[PAD]", "bos_token": "</s>"},
+    }
+    if is_t5:
+        tokenizer = {"class_path": "vlm.prompts.T5Tokenizer", "init_args": {"path": language}}
     return {
-        "class_path": "vlm.systems.InstructBLIP",
+        "class_path": _class(is_t5=is_t5),
         "init_args": {
             "vision": {
                 "class_path": "vlm.vision.TimmTower",
@@ -246,11 +283,11 @@ def _describe_trained(shapes: Mapping[str, tuple[int, ...]], *, vision: str, lan
                 "init_args": {"path": "google-bert/bert-base-uncased", "added_tokens": ["[DEC]"]},
             },
             "connector": {"class_path": "vlm.connectors.Linear", "init_args": {}},
-            "language": {"class_path": "vlm.language.CausalLM", "init_args": {"path": language}},
-            "tokenizer": {
-                "class_path": "vlm.prompts.LlamaTokenizer",
-                "init_args": {"path": language, "pad_token": "[PAD]", "bos_token": "</s>"},
+            "language": {
+                "class_path": _language(is_t5=is_t5),
+                "init_args": {"path": language, **({"config": LAVIS_T5} if is_t5 else {})},
             },
+            "tokenizer": tokenizer,
             "template": "instructblip",
             "image": "squash",
         },

@@ -111,6 +111,21 @@ def read_language(text: Mapping[str, Any], file: Path, *, kind: str) -> dict[str
     return language if kind == "llama" else {"model_type": kind, **language}
 
 
+def read_t5(text: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of a T5, whose activation (`dense_act_fn`) counts beside the kind of its layers (`feed_forward_proj`).
+
+    LAVIS computes FlanT5 with another activation than its own file says, and the published folders state it.
+    """
+    from transformers import CONFIG_MAPPING
+
+    known = frozenset(CONFIG_MAPPING["t5"]().to_dict()) | {"feed_forward_proj", "scale_decoder_outputs"}
+    known -= {"model_type", "is_gated_act", *BOOKKEEPING}  # the second follows from feed_forward_proj
+    entries = {name: value for name, value in text.items() if name in known}
+    # transformers 5 writes whether the head is a table of its own under another name
+    untied = entries.pop("scale_decoder_outputs", None) is False or entries.get("tie_word_embeddings") is False
+    return {"model_type": "t5", **entries, "tie_word_embeddings": not untied}
+
+
 def _defaults(kind: str) -> dict[str, Any]:
     if kind in DEFAULTS:
         return dict(DEFAULTS[kind])

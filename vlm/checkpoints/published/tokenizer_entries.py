@@ -67,6 +67,20 @@ def describe_tokenizer(
     return {"class_path": "vlm.prompts.LlamaTokenizer", "init_args": arguments}
 
 
+def describe_t5_tokenizer(folder: Path) -> dict[str, Any]:
+    """The same of a folder over T5.
+
+    Raises:
+        UserError: it has none.
+    """
+    if (folder / "spiece.model").is_file():
+        return {"class_path": "vlm.prompts.T5Tokenizer", "init_args": {"path": str(folder)}}
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder}: has neither spiece.model nor tokenizer.json; put the tokenizer's files beside")
+    arguments = {"path": str(folder), "pad_token": "<pad>", "eos_token": "</s>"}
+    return {"class_path": "vlm.prompts.HubTokenizer", "init_args": arguments}
+
+
 def _llama_settings(folder: Path) -> dict[str, Any]:
     """What `tokenizer_config.json` says of a SentencePiece model of LLaMA's kind, where that is not the usual."""
     file = folder / "tokenizer_config.json"

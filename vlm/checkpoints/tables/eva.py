@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from vlm.checkpoints.tables.rules import Part, Rule, Side, Split, rename
+from vlm.checkpoints.tables.table import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,3 +48,18 @@ def eva_rules(*, theirs: str = "vision_model.", ours: str = "vision.trunk.") -> 
 def eva_unused(*, ours: str = "vision.trunk.") -> tuple[str, ...]:
     """What is carried of it."""
     return (ours + "blocks.{i}.attn.k_bias",)
+
+
+def eva_table(*, num_blocks: int) -> Table:
+    """The tower inside a folder of BLIP-2 or InstructBLIP; everything behind it is dropped.
+
+    Args:
+        num_blocks: blocks the system computes.
+    """
+    behind = ("vision_model.post_layernorm.{p}", "query_tokens", "qformer.{rest}", "language_projection.{p}")
+    behind += ("language_model.{rest}", "embeddings.{rest}", "vision_projection.{p}", "text_projection.{p}")
+    return Table(
+        layout="BLIP-2 hf",
+        rules=(*eva_rules(), *(rename(name, None) for name in (*behind, "itm_head.{p}"))),
+        unused=(*eva_unused(), f"vision.trunk.blocks.{{i>={num_blocks}}}.{{rest}}"),
+    )
