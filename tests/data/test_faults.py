@@ -5,6 +5,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from vlm.data import ImageFolder, LlavaJson, WebDataset
 from vlm.errors import SampleError, UserError
 from vlm.prompts import LlamaTokenizer, get_template
 from vlm.sample import Message, Sample, TextPart, parse_sample
+from vlm.systems.encoder_decoder import EncoderDecoderCodec
 from vlm.systems.row import RowCodec
 
 ASKED = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "A boat."}]

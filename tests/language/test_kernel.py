@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.samples import samples
 from tests.support.systems import SYSTEMS, build
 from tests.support.varlen import CASES, PRECISIONS, SIGNATURES, StandIn, attend, gradients, inputs, no_host_reads
 from vlm.codec import step_counts

@@ -84,7 +84,10 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
 
 
 def merged(below: Any, above: Any) -> Any:
-    """One value over another, key by key, and entry by entry; another class starts anew."""
+    """One value over another, key by key, and entry by entry.
+
+    Another class keeps the arguments of the one before it, as jsonargparse keeps those that it has too.
+    """
     if isinstance(below, list) and isinstance(above, list):
         return [merged(below[n] if n < len(below) else None, item) for n, item in enumerate(above)]
     if isinstance(below, str) and isinstance(above, Mapping):
@@ -92,7 +95,5 @@ def merged(below: Any, above: Any) -> Any:
     if not isinstance(below, Mapping) or not isinstance(above, Mapping):
         return above
     below = dict(below)
-    if above.get("class_path", below.get("class_path")) != below.get("class_path"):
-        below.pop("init_args", None)
     named = {key.removesuffix("+"): value for key, value in above.items()}
     return below | {key: merged(below.get(key), value) for key, value in named.items()}

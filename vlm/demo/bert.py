@@ -5,6 +5,7 @@ import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import tokenizers
 import torch
@@ -17,7 +18,7 @@ from vlm.batch import IGNORE
 from vlm.demo.learning import by_length, learn
 from vlm.demo.texts import lesson, plain_texts
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "hidden_size": 96,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,

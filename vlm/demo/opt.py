@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
@@ -17,7 +18,7 @@ from vlm.demo.texts import lesson, plain_texts
 
 MARKS = ("<s>", "<pad>", "</s>", "<unk>")
 """The first rows. OPT starts each text with `</s>`, as each ends."""
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "hidden_size": 96,
     "word_embed_proj_dim": 96,
     "num_hidden_layers": 4,

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import sentencepiece
 import torch
@@ -18,7 +19,7 @@ from vlm.checkpoints.files.atomic import atomic_file
 from vlm.demo.learning import by_length, learn
 from vlm.demo.texts import lesson, plain_texts
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "d_model": 96,
     "d_kv": 24,
     "d_ff": 160,
@@ -117,7 +118,9 @@ def _exercise(random: Random) -> tuple[str, str]:
     if kind < 0.9:  # a prefix of its caption stands behind the scene
         at = random.randrange(len(words))
         return f"{found.told}\n{' '.join(words[:at])}", " ".join(words[at:])
-    holes, filled, place = [], [], 0
+    holes: list[str] = []
+    filled: list[str] = []
+    place = 0
     while place < len(words):
         if random.random() < 0.1:
             width, mark = random.randint(1, 3), f"<extra_id_{len(filled)}>"

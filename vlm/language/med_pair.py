@@ -58,7 +58,7 @@ class PairAttention(Attention):
     def look(self, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """float[S, n, D] texts and float[S, m, C] features of each image -> float[S, n, D]."""
         found = [self.look_up(x, context=first)[0], self.second.look_up(x, context=second)[0]]
-        joined = sum(found) / 2 if self.merge is None else self.merge(torch.cat(found, dim=-1))
+        joined = (found[0] + found[1]) / 2 if self.merge is None else self.merge(torch.cat(found, dim=-1))
         return self.added(x, joined)
 
 

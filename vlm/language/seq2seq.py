@@ -1,7 +1,7 @@
 """Encoder-decoder language models of transformers: T5 and FlanT5, as parts of a system."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,9 +61,19 @@ class Seq2SeqLM(LanguagePart):
         return model
 
     def read_base(self, model: nn.Module, files: WeightFiles) -> BaseWeights:
-        """T5's own names; old files have a tensor too many."""
+        """T5's own names; old files have a tensor too many, and those that tie the head to the tokens have it once."""
         dropped = (_UNUSED,) if _UNUSED in files else ()
-        return BaseWeights(frozenset(files.keys()) - set(dropped), files.items, dropped=dropped)
+        names = frozenset(files.keys()) - set(dropped)
+        if "lm_head.weight" in files:
+            return BaseWeights(names, files.items, dropped=dropped)
+
+        def items() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in files.items():
+                yield name, tensor
+                if name == "shared.weight":
+                    yield "lm_head.weight", tensor
+
+        return BaseWeights(names | {"lm_head.weight"}, items, dropped=dropped)
 
     def initialise(self, model: Any, module: nn.Module) -> None:
         # transformers draws a layer of T5 from the one that holds it; asked layer by layer it would be far off

@@ -170,7 +170,7 @@ class BLIPFamily(OneFolderFamily):
                 **texts,
                 "tokenizer": {"class_path": "vlm.prompts.BertTokenizer", "init_args": {"path": str(folder)}},
                 "max_tokens": text["max_position_embeddings"],
-                **({} if kind.pairs is None else kind.pairs | _pair_sizes(config)),
+                **({} if kind.pairs is None else {**kind.pairs, **_pair_sizes(config)}),
             },
         }
 
