@@ -3,6 +3,8 @@
 
 import vlm
 
+import importlib
+import inspect
 import json
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import cli
 import vlm.data
 from tests.data.test_benchmarks import TEN, _picture, _write, root, weights
 from vlm.errors import SampleError
+from vlm.language import Decoding
 from vlm.prompts import ImageMark, TextSpan, get_template
 
 CONFIGS = Path(__file__).parents[2] / "configs/eval"
@@ -129,10 +132,78 @@ def sources(config: dict) -> list:
     return [getattr(vlm.data, e["class_path"].removeprefix("vlm.data."))(**e["init_args"]) for e in entries]
 
 
+_FREE = {"max_new_tokens": 10, "min_new_tokens": 1, "num_beams": 5, "length_penalty": -1.0}
+_LAVIS = _FREE | {"repetition_penalty": 1.5}
+_TOLD = {"max_new_tokens": 80, "min_new_tokens": 10, "num_beams": 5}
+_TOLD_LAVIS = _TOLD | {"length_penalty": 1.0, "repetition_penalty": 1.5}
+_CHOSEN = {"options": "{choice}", "weighed": "sum"}
+# of systems whose samples are no conversations, or whose benchmarks lie in files of their own: decoding and the question
+OTHERS: dict[str, tuple[dict | None, str]] = {
+    "blip/coco_captions": ({"max_new_tokens": 16, "min_new_tokens": 1, "num_beams": 3}, ""),
+    "blip/nocaps": ({"max_new_tokens": 16, "min_new_tokens": 1, "num_beams": 3, "repetition_penalty": 1.1}, ""),
+    "blip/msrvtt_qa": ({"candidates_file": "data/eval/msrvtt_qa/answers.json"}, ""),
+    "blip/msvd_qa": ({"candidates_file": "data/eval/msvd_qa/answers.json"}, ""),
+    "blip/vqav2": ({"candidates_file": "data/blip/answer_list.json"}, ""),
+    "blip/vqav2_test_dev": ({"candidates_file": "data/blip/answer_list.json"}, ""),
+    "blip/nlvr2": (None, ""),
+    "blip/retrieval_coco": (None, ""),
+    "blip/retrieval_flickr": (None, ""),
+    "blip2/retrieval_coco": (None, ""),
+    "blip2/retrieval_flickr": (None, ""),
+    "blip2/vqav2": (_FREE, "Question: {} Answer:"),
+    "blip2/gqa": (_FREE, "Question: {} Answer:"),
+    "blip2/nocaps": (_TOLD, "a photo of"),
+    "blip2/flickr30k": (_TOLD, "a photo of"),
+    "instructblip/aokvqa": (_LAVIS, "Question: {} Short Answer:"),
+    "instructblip/aokvqa_choice": (_CHOSEN, "Question: {} Options: {options}. Short answer:"),
+    "instructblip/coco_captions": (_TOLD_LAVIS, "A short image caption."),
+    "instructblip/flickr30k": (_TOLD_LAVIS, "A short image caption."),
+    "instructblip/nocaps": (_TOLD_LAVIS, "A short image caption."),
+    "instructblip/gqa": (_LAVIS, "Question: {} Short answer:"),
+    "instructblip/hateful_memes": (_CHOSEN, 'This is an image with: "{}" written on it. Is it hateful? Answer:'),
+    "instructblip/icon_qa": (_CHOSEN, "Question: {} Options: {options}. Short answer:"),
+    "instructblip/ivqa": (_LAVIS, "Question: {} Short Answer:"),
+    "instructblip/msrvtt_qa": (_LAVIS, "Question: {} Short Answer:"),
+    "instructblip/msvd_qa": (_LAVIS | {"max_new_tokens": 30}, "Question: {} Short Answer:"),
+    "instructblip/msvd_qa_ranked": (
+        {"candidates_file": "data/eval/msvd/train_ans2label.json", "weighed": "sum"}, "Question: {} Short Answer:"
+    ),
+    "instructblip/ocr_vqa": (_LAVIS, "Question: {} Short answer:"),
+    "instructblip/okvqa": (_LAVIS, "Question: {} Short Answer:"),
+    "instructblip/science_qa": (_CHOSEN, "Context: {hint} Question: {} Options: {options}. Answer:"),
+    "instructblip/textvqa": (_LAVIS, "Question: {} Short answer:"),
+    "instructblip/vizwiz": (_LAVIS, "Question: {} Short answer:"),
+    "instructblip/vqav2": (_LAVIS, "Question: {} Short Answer:"),
+    "instructblip/vsr": (_CHOSEN, 'Based on the image, is this statement true or false? "{}" Answer:'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_decoding_and_questions_are_the_published_ones(name: str) -> None:
+    """And every class takes the arguments that it is given."""
+    decoding, question = OTHERS[name]
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    assert config["evaluation"].get("decoding") == decoding
+    entries = config["data"]["init_args"]["test_sources"]
+    for entry in entries:
+        given = entry["init_args"]
+        assert (given.get("request") or given.get("prompt") or "") == question
+        inspect.signature(getattr(vlm.data, entry["class_path"].removeprefix("vlm.data."))).bind(**given)
+    for metric in config["evaluation"]["metrics"].values():
+        for one in metric if isinstance(metric, list) else [metric]:
+            path, arguments = (one, {}) if isinstance(one, str) else (one["class_path"], one.get("init_args", {}))
+            module, _, kind = path.rpartition(".")
+            getattr(importlib.import_module(module), kind)(**arguments)
+    Decoding(**{key: value for key, value in (decoding or {}).items() if key != "candidates_file"})
+
+
 def test_every_protocol_stands_here() -> None:
-    assert sorted(f"{path.parent.name}/{path.stem}" for path in CONFIGS.glob("*/*.yaml")) == sorted(PROTOCOLS)
+    found = sorted(f"{path.parent.name}/{path.stem}" for path in CONFIGS.glob("*/*.yaml"))
+    assert found == sorted([*PROTOCOLS, *OTHERS])
     text = (CONFIGS.parents[1] / "docs/evaluation.md").read_text(encoding="utf-8")
     assert [name for name in PROTOCOLS if f"| `{name}` |" not in text] == []
+    told = {name: (f"`{name}`", f"`{name.partition('/')[2]}`") for name in OTHERS}
+    assert [name for name, forms in told.items() if not any(form in text for form in forms)] == []
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)

@@ -125,7 +125,7 @@ def _same(ours: dict[str, Tensor], theirs: dict[str, Tensor], *, atol: float) ->
 
 
 GRADIENTS, WEIGHTS = {"xcomposer": 1e-4}, {"xcomposer": 1e-4}
-"""Biases of its output projections have gradients of size 1. The norm that clips is a float32 sum over 2 million numbers,
+"""Biases of its output projections have gradients of size 1. The norm that clips is a float32 sum of 2 million numbers,
 which in two orders differs by 4e-5 of itself, and with it the next step: 3.6e-5 was seen in its gradients."""
 
 

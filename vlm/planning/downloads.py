@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from vlm.bert import BertSize
 from vlm.checkpoints.files.locate import find_files
-from vlm.connectors import QFormer
 from vlm.errors import UserError
 from vlm.planning.published import known_model, whole_folder
 from vlm.planning.system import Described
@@ -50,6 +50,6 @@ def _expected(path: str, what: Described, part: str) -> int:
     dtype = getattr(torch, known.stored) if known is not None else torch.float32
     with torch.device("meta"):
         description = what.arguments[part]
-        seen = (what.arguments["vision"].facts().dim,) if isinstance(description, QFormer) else ()
+        seen = (what.arguments["vision"].facts().dim,) if isinstance(description, BertSize) else ()
         parameters = description.build(*seen).parameters()
     return sum(parameter.numel() for parameter in parameters) * dtype.itemsize

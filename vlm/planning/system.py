@@ -11,7 +11,7 @@ from vlm.bert import BertSize
 from vlm.building.build import assemble
 from vlm.errors import UserError
 from vlm.hub import is_cached
-from vlm.language import CausalLM, Surgery
+from vlm.language import CausalLM, Seq2SeqLM, Surgery
 from vlm.planning.published import known_model, known_models
 from vlm.planning.tokenizer import RoughTokenizer
 from vlm.stages import Stage
@@ -73,13 +73,13 @@ def described(module: Any, stage: Stage) -> Described:
     arguments, notes = dict(module.arguments), []
     paths = {name: part.weights for name, part in arguments.items() if getattr(part, "weights", None)}
     language = arguments.get("language")
-    if isinstance(language, CausalLM) and language.path is not None and not Path(language.path).is_dir():
+    if isinstance(language, (CausalLM, Seq2SeqLM)) and language.path is not None and not Path(language.path).is_dir():
         arguments["language"], note = _known(language)
         notes.append(note)
     tokenizer, missing = arguments.get("tokenizer"), None
     if tokenizer is not None and not _is_here(tokenizer.path):
         missing = tokenizer.path
-        text = arguments["language"]
+        text = arguments.get("language") or arguments["qformer"]
         # a BERT's table counts the tokens that its tokenizer adds
         has_added = isinstance(text, BertSize)
         rows = text.vocab_size - len(tokenizer.added_tokens) if has_added else text.transformers_config().vocab_size
@@ -100,7 +100,7 @@ def described(module: Any, stage: Stage) -> Described:
     return Described(type(module), arguments, tuple(module.surgery), stage, paths, missing, notes)
 
 
-def _known(language: CausalLM) -> tuple[CausalLM, str]:
+def _known(language: CausalLM | Seq2SeqLM) -> tuple[CausalLM | Seq2SeqLM, str]:
     assert language.path is not None
     known = known_model(language.path)
     if known is None:
