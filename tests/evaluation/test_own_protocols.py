@@ -137,7 +137,7 @@ _LAVIS = _FREE | {"repetition_penalty": 1.5}
 _TOLD = {"max_new_tokens": 80, "min_new_tokens": 10, "num_beams": 5}
 _TOLD_LAVIS = _TOLD | {"length_penalty": 1.0, "repetition_penalty": 1.5}
 _CHOSEN = {"options": "{choice}", "weighed": "sum"}
-# of systems whose samples are no conversations, or whose benchmarks lie in files of their own: decoding and the question
+# where samples are no conversations, or benchmarks lie in files of their own: decoding and the question
 OTHERS: dict[str, tuple[dict | None, str]] = {
     "blip/coco_captions": ({"max_new_tokens": 16, "min_new_tokens": 1, "num_beams": 3}, ""),
     "blip/nocaps": ({"max_new_tokens": 16, "min_new_tokens": 1, "num_beams": 3, "repetition_penalty": 1.1}, ""),
