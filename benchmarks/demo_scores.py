@@ -40,7 +40,10 @@ DATA = {
     "runs/demo_articles": ("--format", "articles", "--num", "2000"),
 }
 """Folder that demo configurations name: options of `vlm demo-data`."""
-ELSEWHERE = {"llava/2_science_qa"}
+ELSEWHERE = {
+    *("blip/2_retrieval_coco", "blip/2_retrieval_flickr", "blip2/3_retrieval"),
+    *("instructblip/2_science_qa", "llava/2_science_qa"),
+}
 """Stages whose answers have a benchmark of their own and are not asked here."""
 LIMIT_S = 240.0
 """What the recipe of a demo may take on two cores."""

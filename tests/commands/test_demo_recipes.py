@@ -17,7 +17,12 @@ from vlm.recipes import Recipe, StageRef, TrainingStage, find_recipe, load_recip
 ROOT = Path(__file__).parents[2]
 STEPS = 2
 SHORTENED = [f"--trainer.max_steps={STEPS}", "--trainer.limit_val_batches=1", "--data.init_args.num_workers=0"]
-SMALL = {"runs/demo_blip": ["--num", "60"], "runs/demo_mmc4": ["--num", "60"], "runs/demo_coyo": ["--num", "200"]}
+SMALL = {
+    "runs/demo_articles": ["--num", "60"],
+    "runs/demo_blip": ["--num", "60"],
+    "runs/demo_mmc4": ["--num", "60"],
+    "runs/demo_coyo": ["--num", "200"],
+}
 
 
 def run(folder: Path, *arguments: str) -> None:
