@@ -4,10 +4,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from vlm.batch import IGNORE, Batch, TokenSequence
 from vlm.codec import Encoded
 from vlm.errors import UserError
 from vlm.prompts.instructblip import CUT_ANSWERS, encode_literal
@@ -15,11 +11,8 @@ from vlm.prompts.template import IMAGE, Tokenized
 from vlm.prompts.tokenizer import Tokenizer
 from vlm.sample import Sample, TextPart
 from vlm.systems.encoder_decoder import EncoderDecoderCodec, QueriedEncoderDecoder
-from vlm.systems.queried import QueriedDecoder
+from vlm.systems.queried import READ, QueriedDecoder, read_by
 from vlm.systems.spliced import SplicedCodec
-
-READ = "qformer"
-"""The row of what the Q-Former reads: of each image the question."""
 
 
 def read_question(codec: Any, item: Encoded) -> Encoded:
@@ -28,8 +21,7 @@ def read_question(codec: Any, item: Encoded) -> Encoded:
     asked = [message for message in item.sample.messages if message.role == "user"]
     text = "".join(part.text for message in asked for part in message.content if isinstance(part, TextPart)).strip()
     kept = encode_literal(reader, text)[: codec.max_text - 2]
-    ids = torch.tensor([reader.token_id("[CLS]"), *kept, reader.token_id("[SEP]")])
-    reads = (TokenSequence(ids, torch.full_like(ids, IGNORE)),) * len(item.sample.images)
+    reads = (read_by(reader, kept),) * len(item.sample.images)
     return replace(item, rows={**item.rows, READ: reads})
 
 
@@ -97,13 +89,6 @@ class _Reading(QueriedDecoder):
                 "one neither"
             )
         return super().codec_arguments() | {"max_text": given["max_text"], "reader": reader}
-
-    def look(self, features: Tensor, batch: Batch) -> Tensor:
-        reader = self.arguments["qformer_tokenizer"]
-        if reader is None:
-            return self.qformer(features)  # [V, Q, width]
-        read = batch.rows[READ].padded(reader.pad_id)  # [V, n]
-        return self.qformer(features, read.ids, read.mask)
 
 
 class BLIP2(_Reading):

@@ -5,9 +5,8 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
 
-from vlm.batch import IGNORE, Batch, TokenSequence, next_token_targets
+from vlm.batch import IGNORE, TokenSequence, next_token_targets
 from vlm.codec import Encoded
 from vlm.connectors import QFormer
 from vlm.errors import SetupError, UserError
@@ -15,12 +14,9 @@ from vlm.prompts.instructblip import CUT_INSTRUCTIONS, InstructTemplate, encode_
 from vlm.prompts.tokenizer import Tokenizer
 from vlm.sample import ImagePart, Sample
 from vlm.sample.places import places_named
-from vlm.systems.queried import QueriedDecoder
+from vlm.systems.queried import READ, QueriedDecoder, read_by
 from vlm.systems.row import concat_documents
 from vlm.systems.spliced import SplicedCodec
-
-READ = "qformer"
-"""The row of what the Q-Former reads: of each image the instruction."""
 
 
 class InstructCodec(SplicedCodec):
@@ -86,9 +82,7 @@ class InstructCodec(SplicedCodec):
     def read_instruction(self, instruction: str) -> tuple[TokenSequence, bool]:
         """What the Q-Former reads, and whether it had to be cut."""
         ids, room = encode_literal(self.reader, instruction), self.max_read - 2
-        kept = ids[max(0, len(ids) - room) :]
-        read = torch.tensor([self.reader.token_id("[CLS]"), *kept, self.reader.token_id("[SEP]")])
-        return TokenSequence(read, torch.full_like(read, IGNORE)), len(ids) > room
+        return read_by(self.reader, ids[max(0, len(ids) - room) :]), len(ids) > room
 
 
 def exchanges(sample: Sample) -> list[Sample]:
@@ -102,43 +96,8 @@ def exchanges(sample: Sample) -> list[Sample]:
     return found or [sample]
 
 
-def read_instructions(qformer: nn.Module, features: Tensor, batch: Batch, *, pad_id: int) -> Tensor:
-    """float[V, Q, D]: what the queries find in each image, given its instruction."""
-    read = batch.rows[READ].padded(pad_id)  # [V, n]
-    found: Tensor = qformer(features, read.ids, read.mask)
-    return found
-
-
-def instruct_arguments(given: Mapping[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """What an `InstructCodec` is made from, over what a `SplicedCodec` is.
-
-    Raises:
-        UserError: a conversation's template, or a Q-Former that does not read.
-    """
-    if not isinstance(found["template"], InstructTemplate):
-        raise UserError(f"model.template: {found['template'].name} is a conversation's; this system's is instructblip")
-    if not given["qformer"].text:
-        raise UserError("model.qformer.text: false, but the Q-Former of InstructBLIP reads instructions; set it")
-    limits = {"max_instruction": given["max_instruction"], "max_output": given["max_output"]}
-    return found | {
-        "template": replace(found["template"], **limits),
-        "reader": given["qformer_tokenizer"],
-        "max_read": given["max_instruction"],
-        "max_images": given["max_images"],
-    }
-
-
-class InstructBLIP(QueriedDecoder):
-    """The Q-Former reads the instruction, so that what it takes from the image depends on what is asked.
-
-    ::
-
-        image or up to four frames, 224 px -> EVA-CLIP-g/14 without its last block     float[V, 257, 1408]
-          -> LayerNorm -> Q-Former: [32 queries; instruction] see each other, the queries see the image
-          -> the queries alone -> Linear                                               float[V, 32, D]
-        [visual tokens of all images] `</s>` instruction output `</s>` -> Vicuna 1.1; loss on the output and its end
-
-    Trained are the Q-Former, its queries and norms, and the projection.
+class InstructedDecoder(QueriedDecoder):
+    """What both kinds of InstructBLIP share: limits on texts, and a Q-Former that reads the instruction.
 
     Args:
         qformer: as in `QueriedDecoder`, with `text`.
@@ -173,11 +132,35 @@ class InstructBLIP(QueriedDecoder):
             **kwargs,
         )
 
+    def codec_arguments(self) -> dict[str, Any]:
+        given, found = self.arguments, super().codec_arguments()
+        if not isinstance(found["template"], InstructTemplate):
+            raise UserError(
+                f"model.template: {found['template'].name} is a conversation's; this system's is instructblip"
+            )
+        if not given["qformer"].text:
+            raise UserError("model.qformer.text: false, but the Q-Former of InstructBLIP reads instructions; set it")
+        limits = {"max_instruction": given["max_instruction"], "max_output": given["max_output"]}
+        return found | {
+            "template": replace(found["template"], **limits),
+            "reader": given["qformer_tokenizer"],
+            "max_read": given["max_instruction"],
+            "max_images": given["max_images"],
+        }
+
+
+class InstructBLIP(InstructedDecoder):
+    """The Q-Former reads the instruction, so that what it takes from the image depends on what is asked.
+
+    ::
+
+        image or up to four frames, 224 px -> EVA-CLIP-g/14 without its last block     float[V, 257, 1408]
+          -> LayerNorm -> Q-Former: [32 queries; instruction] see each other, the queries see the image
+          -> the queries alone -> Linear                                               float[V, 32, D]
+        [visual tokens of all images] `</s>` instruction output `</s>` -> Vicuna 1.1; loss on the output and its end
+
+    Trained are the Q-Former, its queries and norms, and the projection.
+    """
+
     def make_codec(self) -> InstructCodec:
         return InstructCodec(**self.codec_arguments())
-
-    def codec_arguments(self) -> dict[str, Any]:
-        return instruct_arguments(self.arguments, super().codec_arguments())
-
-    def look(self, features: Tensor, batch: Batch) -> Tensor:
-        return read_instructions(self.qformer, features, batch, pad_id=self.codec.reader.pad_id)

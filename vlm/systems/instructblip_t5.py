@@ -1,21 +1,18 @@
 """InstructBLIP over FlanT5 (Dai et al., 2023): the encoder reads visual tokens and instruction, the decoder answers."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from vlm.batch import IGNORE, Batch, TokenSequence
-from vlm.connectors import QFormer
 from vlm.language import Decoding
 from vlm.language.choosing import options_of
 from vlm.language.seq2seq import rank_outputs
 from vlm.prompts.instructblip import CUT_ANSWERS, CUT_INSTRUCTIONS, encode_literal
-from vlm.prompts.tokenizer import Tokenizer
 from vlm.sample import ImagePart, Sample
 from vlm.systems.encoder_decoder import DECODER, QueriedEncoderDecoder
-from vlm.systems.instructblip import InstructCodec, instruct_arguments, read_instructions
+from vlm.systems.instructblip import InstructCodec, InstructedDecoder
 
 
 class InstructT5Codec(InstructCodec):
@@ -45,51 +42,18 @@ class InstructT5Codec(InstructCodec):
         return {"text": text, DECODER: TokenSequence(begun, targets)}, events
 
 
-class InstructBLIPT5(QueriedEncoderDecoder):
+class InstructBLIPT5(InstructedDecoder, QueriedEncoderDecoder):
     """As `InstructBLIP`, with FlanT5 behind the queries.
 
     ::
 
         [visual tokens of all images] instruction `</s>` -> encoder of FlanT5 -> decoder -> output `</s>`
-
-    Args:
-        qformer: as in `QueriedDecoder`, with `text`.
-        qformer_tokenizer, max_instruction, max_output, max_images: as in `InstructBLIP`.
-        **kwargs: as in `SplicedDecoder`.
     """
 
-    system = "instructblip"
     codec: InstructT5Codec  # type: ignore[assignment]
-
-    def __init__(
-        self,
-        *,
-        qformer: QFormer,
-        qformer_tokenizer: Tokenizer,
-        max_instruction: int = 128,
-        max_output: int = 256,
-        max_images: int = 4,
-        template: str = "instructblip",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            qformer=qformer,
-            qformer_tokenizer=qformer_tokenizer,
-            max_instruction=max_instruction,
-            max_output=max_output,
-            max_images=max_images,
-            template=template,
-            **kwargs,
-        )
 
     def make_codec(self) -> InstructT5Codec:  # type: ignore[override]
         return InstructT5Codec(**self.codec_arguments())
-
-    def codec_arguments(self) -> dict[str, Any]:
-        return instruct_arguments(self.arguments, super().codec_arguments())
-
-    def look(self, features: Tensor, batch: Batch) -> Tensor:
-        return read_instructions(self.qformer, features, batch, pad_id=self.codec.reader.pad_id)
 
     def answers(self, batch: Batch, decoding: Decoding) -> list[str]:
         if decoding.options is None and not decoding.candidates:

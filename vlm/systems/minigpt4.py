@@ -4,18 +4,15 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from vlm.batch import IGNORE, Batch
+from vlm.batch import IGNORE
 from vlm.codec import Encoded
 from vlm.connectors import QFormer
 from vlm.errors import UserError
 from vlm.prompts.instructblip import CUT_ANSWERS
 from vlm.prompts.minigpt4 import AnswerTemplate
 from vlm.sample import Sample
-from vlm.systems.row import STREAM
-from vlm.systems.spliced import SplicedCodec, SplicedDecoder
+from vlm.systems.queried import QueriedDecoder
+from vlm.systems.spliced import SplicedCodec
 
 
 class MiniGPT4Codec(SplicedCodec):
@@ -38,7 +35,7 @@ class MiniGPT4Codec(SplicedCodec):
         return replace(encoded, counts={**encoded.counts, CUT_ANSWERS: 1.0})
 
 
-class MiniGPT4(SplicedDecoder):
+class MiniGPT4(QueriedDecoder):
     """BLIP-2's frozen eyes, one linear layer, and a frozen Vicuna.
 
     ::
@@ -55,7 +52,7 @@ class MiniGPT4(SplicedDecoder):
     Args:
         qformer: the Q-Former; None: the connector takes the tower's features.
         max_answer: longest answer in tokens, its end mark among them; a longer one is cut, as published.
-        **kwargs: as in `SplicedDecoder`.
+        **kwargs: as in `QueriedDecoder`.
     """
 
     system = "minigpt4"
@@ -76,35 +73,10 @@ class MiniGPT4(SplicedDecoder):
 
     def codec_arguments(self) -> dict[str, Any]:
         given, found = self.arguments, super().codec_arguments()
-        template, qformer = found["template"], given["qformer"]
+        template = found["template"]
         if not isinstance(template, AnswerTemplate):
             raise UserError(
                 f"model.template: {template.name} is not MiniGPT-4's; take minigpt4_caption, minigpt4 or "
                 "minigpt4_llama_2"
             )
-        seen = self.tower.num_tokens if qformer is None else qformer.num_queries
-        return found | {
-            "template": replace(template, max_answer=given["max_answer"]),
-            "tower": replace(self.tower, num_tokens=given["connector"].num_tokens(seen)),
-        }
-
-    def build_parts(self) -> dict[str, nn.Module]:
-        language, qformer = self.build_language(), self.arguments["qformer"]
-        parts = {"vision": self.arguments["vision"].build()}
-        if qformer is not None:
-            parts["qformer"] = qformer.build(self.tower.dim)
-        dim = self.tower.dim if qformer is None else qformer.dim
-        connector = self.arguments["connector"].build(dim, language.config.hidden_size)
-        return parts | {"connector": connector, "language": language}
-
-    def image_modules(self) -> tuple[nn.Module, ...]:
-        qformer = () if self.arguments["qformer"] is None else (self.qformer,)
-        return self.vision, *qformer, self.connector
-
-    def encode_images(self, batch: Batch) -> Tensor:
-        features = batch.views[STREAM].pixels.to(next(self.vision.parameters()).dtype)
-        for part in self.image_modules()[:-1]:  # frozen ones keep nothing for a backward pass
-            learns = any(parameter.requires_grad for parameter in part.parameters())
-            with torch.set_grad_enabled(torch.is_grad_enabled() and (learns or features.requires_grad)):
-                features = part(features)
-        return self.connector(features)
+        return found | {"template": replace(template, max_answer=given["max_answer"])}
