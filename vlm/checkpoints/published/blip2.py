@@ -1,21 +1,30 @@
 """BLIP-2: Hugging Face's folders, whole, and LAVIS' files of the tensors that were trained."""
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from vlm.checkpoints.files.weights import WeightFiles
 from vlm.checkpoints.published import blip2_stage_1 as stage_1
 from vlm.checkpoints.published.entries import BOOKKEEPING, Entries, read_json
-from vlm.checkpoints.published.family import Load, PublishedFolder, Stream, as_dtype
-from vlm.checkpoints.published.instructblip import EVA, LAVIS_T5, describe_tower
+from vlm.checkpoints.published.family import Load, PublishedFolder, as_dtype
 from vlm.checkpoints.published.language_entries import read_language, read_t5
+from vlm.checkpoints.published.lavis import (
+    BERT_READ,
+    LAVIS_T5,
+    check_parts,
+    describe_tower,
+    keep_trained,
+    qformer_config,
+    qformer_sizes,
+    text_config,
+    tower_config,
+    trained_beside,
+    write_image_processor,
+)
 from vlm.checkpoints.published.one_folder import OneFolderFamily, OpenedFolder
 from vlm.checkpoints.published.tokenizer_entries import describe_t5_tokenizer, describe_tokenizer
 from vlm.checkpoints.report import LoadReport
@@ -38,16 +47,7 @@ _HARMLESS = frozenset(
     {"image_text_hidden_size", "initializer_factor", "initializer_range"}
     | {"image_token_index", "image_token_id", "is_composition", "tie_word_embeddings"}
 )
-_BERT_READ = {
-    "hidden_size": "dim",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "intermediate_size": "mlp_dim",
-    "max_position_embeddings": "max_positions",
-    "hidden_dropout_prob": "dropout",
-    "layer_norm_eps": "norm_eps",
-    "cross_attention_frequency": "cross_attention_every",
-}
+_BERT_READ = {theirs: ours for theirs, ours in BERT_READ.items() if ours != "vocab_size"}
 _BERT_ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu",),
     "position_embedding_type": ("absolute",),
@@ -109,15 +109,7 @@ class BLIP2Family(OneFolderFamily):
         if projection is None:
             opened = super().open(path, layout=layout, target=target, vision=vision, base=base)
             return stage_1.complete(opened) if opened.layout == "hf_retrieval" else opened
-        if layout not in ("auto", "official"):
-            raise UserError(f"{path}: is in the official layout, not in {layout!r}")
-        if target == "hf":
-            raise UserError(f"{path}: holds no tower and no language model; convert it to ours, then that to hf")
-        if vision is None or base is None:
-            raise UserError(
-                f"{path}: holds the tensors that were trained alone; say with --vision where eva_vit_g.pth lies and "
-                "with --base where the language model lies"
-            )
+        check_parts(path, layout=layout, target=target, vision=vision, base=base, language="the language model")
         config = {"projection": projection}
         table = self.table("official", config)
         shapes = table.check(files.shapes(), side="theirs")
@@ -132,23 +124,18 @@ class BLIP2Family(OneFolderFamily):
         opened = super().open_artefact(path, target=target, load=load, vision=vision)
         if target not in ("official", "official_stage_1"):
             return opened
-        table = self.table(target, opened.config)  # what was trained, and nothing beside it
-        kept = {name: shape for name, shape in opened.shapes.items() if table.has_place(name)}
-        stream = partial(_only, opened.stream, frozenset(kept))
-        return replace(opened, shapes=kept, stream=stream, write_files=lambda _: None)
+        return keep_trained(opened, self.table(target, opened.config))
 
     def translated(self, config: Mapping[str, Any], *, source: str, target: str) -> dict[str, Any]:
         if source == "official" and target == "hf":
             raise UserError("a file of trained tensors holds no tower and no language model; export a stage over it")
         if target == "official" and source != "official":
-            kind = config["text_config"]["model_type"]
-            return {"projection": {"opt": "opt_proj", "t5": "t5_proj"}.get(kind, "llm_proj")}
+            return {"projection": _projection(config["text_config"]["model_type"])}
         return dict(config)
 
     def carried(self, opened: OpenedFolder) -> Callable[[str], bool]:
-        is_carried = super().carried(
-            opened
-        )  # what lies beside Hugging Face's files for retrieval is computed with here
+        is_carried = super().carried(opened)
+        # what lies beside Hugging Face's files for retrieval is computed with here
         return lambda name: is_carried(name) and not name.startswith(("heads.", "qformer.head."))
 
     def read_config(self, files: WeightFiles, path: str | Path) -> dict[str, Any]:
@@ -190,55 +177,21 @@ class BLIP2Family(OneFolderFamily):
             return stage_1.config(module)
         if module.arguments["qformer"].text:
             raise UserError("a Q-Former that reads the question has no place in BLIP-2's published folders")
-        qformer, trunk, facts = module.arguments["qformer"], module.vision.trunk, module.tower
-        block, language = trunk.blocks[0], module.language.config
-        kind = language.model_type
         if layout == "official":
-            return {"projection": {"opt": "opt_proj", "t5": "t5_proj"}.get(kind, "llm_proj")}
-        text = {**language.to_dict(), "model_type": kind}
-        if kind == "t5":
-            text["tie_word_embeddings"] = language.scale_decoder_outputs
+            return {"projection": _projection(module.language.config.model_type)}
         return {
             "architectures": [self.hub_class],
             "model_type": "blip-2",
-            "num_query_tokens": qformer.num_queries,
-            "qformer_config": {
-                "model_type": "blip_2_qformer",
-                "encoder_hidden_size": facts.dim,
-                "attention_probs_dropout_prob": qformer.dropout,
-                "hidden_act": "gelu",
-                **{theirs: getattr(qformer, ours) for theirs, ours in _BERT_READ.items()},
-            },
-            "text_config": text,
+            "num_query_tokens": module.arguments["qformer"].num_queries,
+            "qformer_config": qformer_config(module, _BERT_READ, model_type="blip_2_qformer"),
             "torch_dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
-            "use_decoder_only_language_model": kind != "t5",
-            "vision_config": {
-                "model_type": "blip_2_vision_model",
-                "hidden_act": "gelu",
-                "hidden_size": facts.dim,
-                "image_size": facts.image_size,
-                "intermediate_size": block.mlp.fc1.out_features,
-                "layer_norm_eps": block.norm1.eps,
-                "num_attention_heads": block.attn.num_heads,
-                "num_hidden_layers": facts.num_blocks,
-                "patch_size": trunk.patch_embed.patch_size[0],
-                "qkv_bias": True,
-            },
+            "vision_config": tower_config(module, model_type="blip_2_vision_model"),
+            **text_config(module),
         }
 
     def write_files(self, folder: Path, module: Any) -> None:
         super().write_files(folder, module)
-        side = module.tower.image_size
-        content = {
-            "image_processor_type": "BlipImageProcessor",
-            "processor_class": "Blip2Processor",
-            "size": {"height": side, "width": side},
-            "image_mean": list(module.codec.transform.mean),
-            "image_std": list(module.codec.transform.std),
-            "resample": 3,
-            **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True),
-        }
-        (folder / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_image_processor(folder, module, processor="Blip2Processor")
 
     def export(self, folder: Path, path: str, *, dtype: torch.dtype | None, load: Load) -> LoadReport:
         first = read_trained(path, system=self.system).meta["model"]["class_path"].endswith(".BLIP2QFormer")
@@ -247,8 +200,9 @@ class BLIP2Family(OneFolderFamily):
         return self.fill(folder, replace(opened, stream=as_dtype(opened.stream, dtype)), target=layout)
 
 
-def _only(stream: Stream, names: frozenset[str]) -> Iterator[tuple[str, Tensor]]:
-    return ((name, tensor) for name, tensor in stream() if name in names)
+def _projection(kind: str) -> str:
+    """How LAVIS calls the connector before a kind of language model."""
+    return {"opt": "opt_proj", "t5": "t5_proj"}.get(kind, "llm_proj")
 
 
 def _language(kind: str, text: Mapping[str, Any], file: Path) -> dict[str, Any]:
@@ -284,14 +238,6 @@ def _describe_trained(
     shapes: Mapping[str, tuple[int, ...]], projection: str, *, vision: str, language: str
 ) -> dict[str, Any]:
     """The paper's network around a file of LAVIS', as large as its tensors say."""
-    _, num_queries, dim = shapes["qformer.queries"]
-    reader = {
-        "dim": dim,
-        "num_layers": len([name for name in shapes if name.endswith(".query_mlp.fc1.bias")]),
-        "num_heads": dim // 64,
-        "mlp_dim": shapes["qformer.layers.0.query_mlp.fc1.bias"][0],
-        "num_queries": num_queries,
-    }
     is_t5 = projection == "t5_proj"
     tokenizer = {
         "opt_proj": {"class_path": "vlm.prompts.OPTTokenizer", "init_args": {"path": language}},
@@ -304,11 +250,8 @@ def _describe_trained(
     return {
         "class_path": "vlm.systems.BLIP2T5" if is_t5 else "vlm.systems.BLIP2",
         "init_args": {
-            "vision": {
-                "class_path": "vlm.vision.TimmTower",
-                "init_args": {"name": EVA, "layer": -2, "class_token": True, "weights": vision},
-            },
-            "qformer": {"class_path": "vlm.connectors.QFormer", "init_args": reader},
+            "vision": trained_beside(vision),
+            "qformer": {"class_path": "vlm.connectors.QFormer", "init_args": qformer_sizes(shapes)},
             "connector": {"class_path": "vlm.connectors.Linear", "init_args": {}},
             "language": {
                 "class_path": "vlm.language.Seq2SeqLM" if is_t5 else "vlm.language.CausalLM",

@@ -11,7 +11,15 @@ from vlm.checkpoints.files.locate import CARRIED
 from vlm.checkpoints.files.weights import WeightFiles
 from vlm.checkpoints.published.entries import Entries
 from vlm.checkpoints.published.family import chained
-from vlm.checkpoints.published.instructblip import EVA, describe_tower
+from vlm.checkpoints.published.lavis import (
+    BERT_READ,
+    describe_tower,
+    qformer_config,
+    qformer_sizes,
+    text_sizes,
+    tower_config,
+    trained_beside,
+)
 from vlm.checkpoints.published.one_folder import OpenedFolder
 from vlm.checkpoints.tables.table import Table
 from vlm.errors import UserError
@@ -19,17 +27,6 @@ from vlm.errors import UserError
 CLASS = "Blip2ForImageTextRetrieval"
 MARKS = {"hf_retrieval": "vision_projection.weight", "official_stage_1": "vision_proj.weight"}
 """A tensor of each of its layouts that no other has."""
-BERT_READ = {
-    "hidden_size": "dim",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "intermediate_size": "mlp_dim",
-    "max_position_embeddings": "max_positions",
-    "hidden_dropout_prob": "dropout",
-    "layer_norm_eps": "norm_eps",
-    "cross_attention_frequency": "cross_attention_every",
-    "vocab_size": "vocab_size",
-}
 _BERT_ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu",),
     "position_embedding_type": ("absolute",),
@@ -97,22 +94,9 @@ def open_official(
             "--base where the vocab.txt of bert-base-uncased lies"
         )
     shapes = table.check(files.shapes(), side="theirs")
-    _, num_queries, dim = shapes["qformer.queries"]
-    words, positions = (shapes[f"qformer.embeddings.{name}.weight"][0] for name in ("words", "positions"))
-    qformer = {
-        "dim": dim,
-        "num_layers": len([name for name in shapes if name.endswith(".query_mlp.fc1.bias")]),
-        "num_heads": max(1, dim // 64),
-        "mlp_dim": shapes["qformer.layers.0.query_mlp.fc1.bias"][0],
-        "vocab_size": words,
-        "max_positions": positions,
-        "num_queries": num_queries,
-        "head": True,
-    }
-    tower = {"name": EVA, "layer": -2, "class_token": True, "weights": str(vision)}
     model = _model(
-        vision={"class_path": "vlm.vision.TimmTower", "init_args": tower},
-        qformer=qformer,
+        vision=trained_beside(vision),
+        qformer={**qformer_sizes(shapes), **text_sizes(shapes), "head": True},
         dim=shapes["projections.image.weight"][0],
         vocabulary=str(base),
     )
@@ -123,34 +107,15 @@ def open_official(
 
 def config(module: Any) -> dict[str, Any]:
     """`config.json` of Hugging Face's class for a system of ours."""
-    qformer, trunk, facts = module.arguments["qformer"], module.vision.trunk, module.tower
-    block = trunk.blocks[0]
     return {
         "architectures": [CLASS],
         "model_type": "blip-2",
-        "num_query_tokens": qformer.num_queries,
+        "num_query_tokens": module.arguments["qformer"].num_queries,
         "image_text_hidden_size": module.arguments["dim"],
-        "qformer_config": {
-            "model_type": "blip_2_qformer",
-            "encoder_hidden_size": facts.dim,
-            "attention_probs_dropout_prob": qformer.dropout,
-            "hidden_act": "gelu",
-            "use_qformer_text_input": True,
-            **{theirs: getattr(qformer, ours) for theirs, ours in BERT_READ.items()},
-        },
+        "qformer_config": qformer_config(module, BERT_READ, model_type="blip_2_qformer")
+        | {"use_qformer_text_input": True},
         "torch_dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
-        "vision_config": {
-            "model_type": "blip_2_vision_model",
-            "hidden_act": "gelu",
-            "hidden_size": facts.dim,
-            "image_size": facts.image_size,
-            "intermediate_size": block.mlp.fc1.out_features,
-            "layer_norm_eps": block.norm1.eps,
-            "num_attention_heads": block.attn.num_heads,
-            "num_hidden_layers": facts.num_blocks,
-            "patch_size": trunk.patch_embed.patch_size[0],
-            "qkv_bias": True,
-        },
+        "vision_config": tower_config(module, model_type="blip_2_vision_model"),
     }
 
 

@@ -1,12 +1,13 @@
 """MiniGPT-4: the published file holds the linear layer alone; what it stands between lies in other files."""
 
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from vlm.checkpoints.files.weights import WeightFiles
 from vlm.checkpoints.published.family import Load, PublishedFolder
+from vlm.checkpoints.published.lavis import EVA, keep_trained
 from vlm.checkpoints.published.one_folder import OneFolderFamily, OpenedFolder
 from vlm.checkpoints.tables.rules import rename
 from vlm.checkpoints.tables.table import Table
@@ -60,10 +61,8 @@ class MiniGPT4Family(OneFolderFamily):
         self, path: str | Path, *, target: str, load: Load, vision: str | Path | None = None
     ) -> OpenedFolder:
         opened = super().open_artefact(path, target=target, load=load, vision=vision)
-        table = self.table("official", {})  # the linear layer, and nothing beside it
-        kept = {name: shape for name, shape in opened.shapes.items() if table.has_place(name)}
-        stream = partial(_only, opened.stream, frozenset(kept))
-        return OpenedFolder(kept, stream, target, {}, opened.model, lambda _: None)
+        kept = keep_trained(opened, self.table("official", {}))  # the linear layer
+        return replace(kept, layout=target, config={})
 
     def describe_folder(self, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: holds the linear layer alone; convert it with --vision and --base")
@@ -72,15 +71,11 @@ class MiniGPT4Family(OneFolderFamily):
         return {}
 
 
-def _only(stream: Any, names: frozenset[str]) -> Any:
-    return ((name, tensor) for name, tensor in stream() if name in names)
-
-
 def _describe(shape: tuple[int, ...], *, vision: Path, language: str) -> dict[str, Any]:
     """The network around a linear layer of this shape."""
     joined = shape[1] == _JOINED
     tower = {
-        "name": "eva_giant_patch14_clip_224",
+        "name": EVA,
         "layer": -2,
         "class_token": not joined,
         "weights": str(vision / TOWER_FILE),
