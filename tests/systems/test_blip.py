@@ -32,6 +32,7 @@ from vlm.stages import Stage, Trained
 from vlm.systems import BLIP
 from vlm.systems import blip as code
 from vlm.systems.blip_base import IMAGES
+from vlm.systems import pairs as pair_code
 from vlm.systems.pairs import IMAGE_ID, draw
 from vlm.vision import TimmTower
 
@@ -108,7 +109,7 @@ def test_a_step_is_the_published_one(published: Any, monkeypatch: pytest.MonkeyP
         return found[-1]
 
     contrast, found = code.contrast, []
-    monkeypatch.setattr(code, "draw", recorded)
+    monkeypatch.setattr(pair_code, "draw", recorded)
     monkeypatch.setattr(code, "contrast", spied)
     module.on_step_start()
     module.training = True  # its parts are not, so nothing is dropped

@@ -35,7 +35,7 @@ from vlm.checkpoints.tables.blip2 import qformer_table
 from vlm.connectors import QFormer
 from vlm.prompts import BertTokenizer
 from vlm.systems import BLIP2QFormer
-from vlm.systems import blip2_qformer as code
+from vlm.systems import pairs as pair_code
 from vlm.systems.pairs import IMAGE_ID
 from vlm.vision import TimmTower
 
@@ -115,7 +115,7 @@ def check(
         compared.extend(BLIP2QFormer.compare(module, *arguments))
         return tuple(compared)
 
-    patch.setattr(code, "draw", recorded)
+    patch.setattr(pair_code, "draw", recorded)
     patch.setattr(module, "encode_images", lambda batch: inputs["image_features"])
     patch.setattr(module, "compare", compare)
     losses = module.losses(batch)
@@ -134,7 +134,7 @@ def check(
         named = {n: t for n, t in found.items() if not n.startswith("vision.")}
         theirs = qformer_table("official").from_ours(named, {})
         gradients |= {f"{name}/{key}": value for key, value in theirs.items()}
-    matched = module.judge_pairs(inputs["input_ids"], inputs["attention_mask"].bool(), inputs["image_features"])
+    matched = module.pair_logits(inputs["input_ids"], inputs["attention_mask"].bool(), inputs["image_features"])
     torch.testing.assert_close(matched[:, 1], tensors[f"outputs/{at}compute_itm_eval"], **close)
     return gradients
 

@@ -55,14 +55,13 @@ class LanguagePart(ABC):
 
 
 @dataclass(frozen=True)
-class CausalLM(LanguagePart):
-    """Which decoder to build.
+class PretrainedLM(LanguagePart):
+    """A language model of transformers, by its folder or by its entries.
 
     Attributes:
         path: folder or hub id with `config.json` and weights.
-        config: entries on top of the `config.json` of `path`. Without `path` it must hold `model_type` (`llama`,
-            `mistral`, `qwen2`, `gemma`, ...), and the weights are new. With `path`, another `model_type` builds that
-            class over the same weights (`qwen2` over a Llama computes the same: its biases are zero).
+        config: entries on top of the `config.json` of `path`; without `path` with their `model_type`, and the weights
+            are new.
         pretrained: False takes the architecture of `path` with new weights.
         checkpointing: recompute each layer's activations in the backward pass, also where the layers are frozen.
     """
@@ -75,6 +74,17 @@ class CausalLM(LanguagePart):
     @property
     def weights(self) -> str | None:  # type: ignore[override]
         return self.path if self.pretrained else None
+
+
+@dataclass(frozen=True)
+class CausalLM(PretrainedLM):
+    """Which decoder to build.
+
+    Attributes:
+        config: entries on top of the `config.json` of `path`. Without `path` it must hold `model_type` (`llama`,
+            `mistral`, `qwen2`, `gemma`, ...), and the weights are new. With `path`, another `model_type` builds that
+            class over the same weights (`qwen2` over a Llama computes the same: its biases are zero).
+    """
 
     def transformers_config(self) -> PretrainedConfig:
         """The configuration alone; no weights are read."""

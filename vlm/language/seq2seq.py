@@ -1,8 +1,8 @@
 """Encoder-decoder language models of transformers: T5 and FlanT5, as parts of a system."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from vlm.batch import IGNORE
 from vlm.checkpoints.files.weights import WeightFiles
 from vlm.checkpoints.tables.base import BaseWeights
 from vlm.errors import UserError
-from vlm.language.causal_lm import LanguagePart, read_transformers_config
+from vlm.language.causal_lm import PretrainedLM, read_transformers_config
 from vlm.language.choosing import Weighed
 
 _CHUNK = 64
@@ -24,25 +24,8 @@ _UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weigh
 
 
 @dataclass(frozen=True)
-class Seq2SeqLM(LanguagePart):
-    """Which encoder-decoder to build.
-
-    Attributes:
-        path: folder or hub id with `config.json` and weights.
-        config: entries on top of the `config.json` of `path`; without `path` with their `model_type`, and the weights
-            are new.
-        pretrained: False takes the architecture of `path` with new weights.
-        checkpointing: recompute each layer's activations in the backward pass, also where the layers are frozen.
-    """
-
-    path: str | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
-    pretrained: bool = True
-    checkpointing: bool = False
-
-    @property
-    def weights(self) -> str | None:  # type: ignore[override]
-        return self.path if self.pretrained else None
+class Seq2SeqLM(PretrainedLM):
+    """Which encoder-decoder to build."""
 
     def transformers_config(self) -> PretrainedConfig:
         """The configuration alone; no weights are read."""

@@ -11,17 +11,17 @@ from vlm.batch import Batch
 from vlm.errors import UserError
 from vlm.evaluation.retrieval import Embeddings
 from vlm.functional import token_loss
-from vlm.in_batch import candidates, draw_uniform, gather_detached
+from vlm.in_batch import candidates, gather_detached
 from vlm.language import Med
 from vlm.moving import update_copies
-from vlm.systems.blip_base import DECODER, ENCODER, IMAGES, STREAM, BLIPTuned
+from vlm.systems.blip_base import DECODER, ENCODER, IMAGES, STREAM
 from vlm.systems.pairs import (
     IMAGE_ID,
     FeatureQueue,
     Heads,
     PairCodec,
+    PairModule,
     Projections,
-    draw,
     first_texts,
     with_first,
 )
@@ -81,7 +81,7 @@ def contrast(
     return Contrast(losses, *similar)
 
 
-class BLIP(BLIPTuned):
+class BLIP(PairModule):
     """BLIP (Li et al., 2022): one text model, three uses, three losses.
 
     ::
@@ -224,7 +224,7 @@ class BLIP(BLIPTuned):
         wrong = self.wrong_weights(batch, found, image, text)
         made = {
             "itc": torch.where(batch.real, found.losses, 0.0).sum(),
-            "itm": self._match_loss(batch, features, ids, mask, wrong),
+            "itm": self.match_loss(batch, features, ids, mask, wrong),
         }
         if self.codec.writes:
             made["lm"] = self._write_loss(batch, features)
@@ -244,27 +244,6 @@ class BLIP(BLIPTuned):
         first, second = ((own @ other.T / self.heads.temperature).softmax(1) * allowed for own, other in pairs)
         return first, second
 
-    def _match_loss(
-        self, batch: Batch, features: Tensor, ids: Tensor, mask: Tensor, wrong: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        """Right pairs, each text with a wrong image, each image with a wrong text."""
-        chance = draw_uniform(batch, 2)
-        wrong_text, wrong_image = (draw(weights, chance[:, at]) for at, weights in enumerate(wrong))
-        if batch.negatives == "step":  # texts of one length everywhere
-            room = (0, self.arguments["max_tokens"] - ids.shape[1])
-            ids, mask = F.pad(ids, room, value=self.codec.tokenizer.pad_id), F.pad(mask, room)
-        others = candidates(features, batch, gradient=True)[wrong_image]
-        other_ids, other_mask = candidates(ids, batch)[wrong_text], candidates(mask, batch)[wrong_text]
-        logits = self.pair_logits(
-            torch.cat([ids, ids, other_ids]),
-            torch.cat([mask, mask, other_mask]),
-            torch.cat([features, others, features]),
-        )
-        labels = torch.arange(len(logits), device=logits.device) < len(ids)
-        losses = F.cross_entropy(logits.float(), labels.long(), reduction="none")
-        there = [weights.amax(1) > 0 for weights in reversed(wrong)]  # one sample alone has no wrong partner
-        return torch.where(torch.cat([batch.real, *(own & batch.real for own in there)]), losses, 0.0).sum()
-
     def pair_logits(self, ids: Tensor, mask: Tensor, features: Tensor) -> Tensor:
         """float[N, 2]: that texts and images, pair by pair, do not and do belong together."""
         ids = with_first(ids, self.codec.tokenizer.token_id(ENCODER))
@@ -276,7 +255,7 @@ class BLIP(BLIPTuned):
 
     def label_logits(self, batch: Batch) -> Tensor:
         if not self.codec.writes:
-            return super(BLIPTuned, self).label_logits(batch)
+            return super().label_logits(batch)
         return self._write_logits(batch, self._features(batch)[0])
 
     def _write_logits(self, batch: Batch, features: Tensor) -> Tensor:
@@ -300,14 +279,8 @@ class BLIP(BLIPTuned):
         row, pad_id = batch.text, self.codec.tokenizer.pad_id
         ids, mask = row.padded(pad_id)
         features, frames = self._features(batch)
-        state = F.pad(ids, (0, self.arguments["max_tokens"] - ids.shape[1]), value=pad_id)
         image, text = self.embed_images(self, features, frames), self.embed_texts(self, ids, mask)
-        return Embeddings(image, text, row.owner, features, state)
-
-    def match_logits(self, image_states: Tensor, text_states: Tensor) -> Tensor:
-        mask = text_states != self.codec.tokenizer.pad_id
-        longest = max(1, int(mask.sum(1).max()))
-        return self.pair_logits(text_states[:, :longest], mask[:, :longest], image_states)
+        return Embeddings(image, text, row.owner, features, self.text_states(ids))
 
     def _features(self, batch: Batch, vision: nn.Module | None = None) -> tuple[Tensor, int]:
         """float[B, m, C] of the images of each sample, side by side, and how many each has.

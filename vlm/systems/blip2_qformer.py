@@ -12,15 +12,15 @@ from vlm.connectors.qformer import QueryPass
 from vlm.errors import UserError
 from vlm.evaluation.retrieval import Embeddings, similarities
 from vlm.functional import token_loss
-from vlm.in_batch import candidates, draw_uniform, own_places
-from vlm.systems.blip_base import DECODER, BLIPTuned
-from vlm.systems.pairs import IMAGE_ID, Heads, PairCodec, Projections, draw, first_texts, with_first
+from vlm.in_batch import candidates, own_places
+from vlm.systems.blip_base import DECODER
+from vlm.systems.pairs import IMAGE_ID, Heads, PairCodec, PairModule, Projections, first_texts, with_first
 
 _SELF = -1e4
 """Similarity that stands in the place of a right pair where a wrong one is drawn."""
 
 
-class BLIP2QFormer(BLIPTuned):
+class BLIP2QFormer(PairModule):
     """BLIP-2 (Li et al., 2023), stage 1, and fine-tuned for retrieval: one Q-Former, three masks, three losses.
 
     ::
@@ -108,7 +108,7 @@ class BLIP2QFormer(BLIPTuned):
         similar = self.compare(image, text, batch)
         made = {
             "itc": self._contrast_loss(batch, *similar),
-            "itm": self._match_loss(batch, features, ids, mask, *similar),
+            "itm": self.match_loss(batch, features, ids, mask, self.wrong_weights(batch, *similar)),
         }
         if self.codec.writes:
             logits, smoothing = self._write_logits(batch, seen), self.arguments["label_smoothing"]
@@ -145,27 +145,7 @@ class BLIP2QFormer(BLIPTuned):
         real, right = candidates(batch.real, batch), self.right_pairs(batch)
         return [scores.masked_fill(right & real, _SELF).softmax(1) for scores in similar]
 
-    def _match_loss(self, batch: Batch, features: Tensor, ids: Tensor, mask: Tensor, *similar: Tensor) -> Tensor:
-        """Right pairs, each text with a wrong image, each image with a wrong text."""
-        chance = draw_uniform(batch, 2)
-        wrong_text, wrong_image = (
-            draw(weights, chance[:, at]) for at, weights in enumerate(self.wrong_weights(batch, *similar))
-        )
-        if batch.negatives == "step":  # texts of one length everywhere
-            room = (0, self.arguments["max_tokens"] - ids.shape[1])
-            ids, mask = F.pad(ids, room, value=self.codec.tokenizer.pad_id), F.pad(mask, room)
-        others = candidates(features, batch, gradient=True)[wrong_image]
-        other_ids, other_mask = candidates(ids, batch)[wrong_text], candidates(mask, batch)[wrong_text]
-        logits = self.judge_pairs(
-            torch.cat([ids, ids, other_ids]),
-            torch.cat([mask, mask, other_mask]),
-            torch.cat([features, others, features]),
-        )
-        labels = torch.arange(len(logits), device=logits.device) < len(ids)
-        losses = F.cross_entropy(logits.float(), labels.long(), reduction="none")
-        return torch.where(batch.real.repeat(3), losses, 0.0).sum()
-
-    def judge_pairs(self, ids: Tensor, mask: Tensor, features: Tensor) -> Tensor:
+    def pair_logits(self, ids: Tensor, mask: Tensor, features: Tensor) -> Tensor:
         """float[N, 2]: whether texts and images, pair by pair, do not match, or do; the mean of what queries say."""
         queries = self.qformer(features, ids, mask)  # [N, Q, D]
         return self.heads.match(queries).mean(1)
@@ -190,7 +170,7 @@ class BLIP2QFormer(BLIPTuned):
         ids, mask = first_texts(batch, self.codec.tokenizer.pad_id)
         features = self.encode_images(batch)
         similar = similarities(self.embed_images(self.qformer.look(features)), self.embed_texts(ids, mask))
-        return torch.cat([similar, self.judge_pairs(ids, mask, features)], dim=1)
+        return torch.cat([similar, self.pair_logits(ids, mask, features)], dim=1)
 
     # -- retrieval
 
@@ -198,11 +178,5 @@ class BLIP2QFormer(BLIPTuned):
         row, pad_id = batch.text, self.codec.tokenizer.pad_id
         ids, mask = row.padded(pad_id)
         features = self.encode_images(batch)
-        state = F.pad(ids, (0, self.arguments["max_tokens"] - ids.shape[1]), value=pad_id)
         image, text = self.embed_images(self.qformer.look(features)), self.embed_texts(ids, mask)
-        return Embeddings(image, text, row.owner, features, state)
-
-    def match_logits(self, image_states: Tensor, text_states: Tensor) -> Tensor:
-        mask = text_states != self.codec.tokenizer.pad_id
-        longest = max(1, int(mask.sum(1).max()))
-        return self.judge_pairs(text_states[:, :longest], mask[:, :longest], image_states)
+        return Embeddings(image, text, row.owner, features, self.text_states(ids))

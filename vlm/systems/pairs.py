@@ -1,5 +1,6 @@
 """What systems share that compare images with texts: the codec, which candidates are drawn, the queue."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 from vlm.batch import IGNORE, Batch, Padded, TokenSequence
 from vlm.codec import Encoded
 from vlm.errors import UserError
+from vlm.in_batch import candidates, draw_uniform
 from vlm.prompts.cleaning import clean_caption
 from vlm.sample import Sample
 from vlm.sample.places import places_named
 from vlm.seeding import seed_from
-from vlm.systems.blip_base import BLIPCodec, text_of, unlabelled
+from vlm.systems.blip_base import BLIPCodec, BLIPTuned, text_of, unlabelled
 
 IMAGE_ID = "image_id"
 """Entry of `Batch.labels`: int64[B], the same for samples that show the same image."""
@@ -98,6 +100,52 @@ def draw(weights: Tensor, chance: Tensor) -> Tensor:
     found = torch.searchsorted(sums, wanted, right=True).squeeze(1)
     last = (weights > 0).to(torch.int64) * torch.arange(weights.shape[1], device=weights.device)
     return found.minimum(last.amax(1))
+
+
+class PairModule(BLIPTuned):
+    """Compares images with texts, and looks at a pair again: what BLIP and BLIP-2's first stage share.
+
+    A subclass says in `pair_logits` how a pair is looked at.
+    """
+
+    codec: PairCodec
+
+    @abstractmethod
+    def pair_logits(self, ids: Tensor, mask: Tensor, features: Tensor) -> Tensor:
+        """float[N, 2]: that texts and images, pair by pair, do not and do belong together."""
+
+    def match_loss(self, batch: Batch, features: Tensor, ids: Tensor, mask: Tensor, wrong: Sequence[Tensor]) -> Tensor:
+        """Right pairs, each text with a wrong image, each image with a wrong text.
+
+        Args:
+            wrong: float[B, C] each: how likely a candidate is drawn as the wrong text of an image, and as the wrong
+                image of a text.
+        """
+        chance = draw_uniform(batch, 2)
+        wrong_text, wrong_image = (draw(weights, chance[:, at]) for at, weights in enumerate(wrong))
+        if batch.negatives == "step":  # texts of one length everywhere
+            room = (0, self.arguments["max_tokens"] - ids.shape[1])
+            ids, mask = F.pad(ids, room, value=self.codec.tokenizer.pad_id), F.pad(mask, room)
+        others = candidates(features, batch, gradient=True)[wrong_image]
+        other_ids, other_mask = candidates(ids, batch)[wrong_text], candidates(mask, batch)[wrong_text]
+        logits = self.pair_logits(
+            torch.cat([ids, ids, other_ids]),
+            torch.cat([mask, mask, other_mask]),
+            torch.cat([features, others, features]),
+        )
+        labels = torch.arange(len(logits), device=logits.device) < len(ids)
+        losses = F.cross_entropy(logits.float(), labels.long(), reduction="none")
+        there = [weights.amax(1) > 0 for weights in reversed(wrong)]  # one sample alone has no wrong partner
+        return torch.where(torch.cat([batch.real, *(own & batch.real for own in there)]), losses, 0.0).sum()
+
+    def text_states(self, ids: Tensor) -> Tensor:
+        """int64[S, `max_tokens`]: texts as `match_logits` takes them, of one length in all packs."""
+        return F.pad(ids, (0, self.arguments["max_tokens"] - ids.shape[1]), value=self.codec.tokenizer.pad_id)
+
+    def match_logits(self, image_states: Tensor, text_states: Tensor) -> Tensor:
+        mask = text_states != self.codec.tokenizer.pad_id
+        longest = max(1, int(mask.sum(1).max()))
+        return self.pair_logits(text_states[:, :longest], mask[:, :longest], image_states)
 
 
 class Projections(nn.Module):
