@@ -64,8 +64,9 @@ def check_written(folder: Path, family: "Family", path: str | Path) -> list[str]
                 "texts were made or cut otherwise in training (max_tokens, max_words), which this layout does not say"
             ]
         return [
-            f"trained with {_told(ours.codec)}, which this layout does not say: opened here it is talked to with "
-            f"{_told(theirs.codec)}, which makes other tokens; `vlm convert --to ours --template` says the template"
+            f"trained with template {ours.codec.template.name} and {ours.codec.tokenizer}, which this layout does not "
+            f"say: opened here it is talked to with {theirs.codec.template.name} and {theirs.codec.tokenizer}, which "
+            "makes other tokens; `vlm convert --to ours --template` says the template"
         ]
     return []
 
@@ -107,9 +108,3 @@ def _batch(module: Any) -> "Batch":
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one, other)
-
-
-def _told(codec: Any) -> str:
-    """What makes tokens of a sample; systems without conversations have no template."""
-    template = getattr(codec, "template", None)
-    return " and ".join([*([f"template {template.name}"] if template is not None else []), str(codec.tokenizer)])

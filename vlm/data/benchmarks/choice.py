@@ -90,16 +90,12 @@ def _cell(row: Mapping[str, str | None], name: str) -> str:
     return "" if cell.lower() in ("nan", "none") else cell
 
 
-class SeedBench(Benchmark):
-    """SEED-Bench: `SEED-Bench.json`, {"questions": [{question_id, question, choice_a.., answer, data_id, data_type}]}.
-
-    The questions about images alone; those about videos are left out.
+class FormedChoice(Benchmark):
+    """Questions with options, written as a form says.
 
     Args:
         form: the text of `{question}` and `{options}`, which are lines such as `A. a cat`.
     """
-
-    task = "seed_bench"
 
     def __init__(
         self,
@@ -111,6 +107,15 @@ class SeedBench(Benchmark):
     ) -> None:
         super().__init__(path, image_root, **keywords)
         self.form = form
+
+
+class SeedBench(FormedChoice):
+    """SEED-Bench: `SEED-Bench.json`, {"questions": [{question_id, question, choice_a.., answer, data_id, data_type}]}.
+
+    The questions about images alone; those about videos are left out.
+    """
+
+    task = "seed_bench"
 
     def questions(self) -> Iterator[dict[str, Any]]:
         for number, record in enumerate(read_list(self.path, "questions")):
@@ -130,26 +135,12 @@ class SeedBench(Benchmark):
             }
 
 
-class QBench(Benchmark):
+class QBench(FormedChoice):
     """Q-Bench's questions about how an image looks (LLVisionQA): a list of {img_path, question, candidates,
     correct_ans}; the test split has no answers.
-
-    Args:
-        form: the text of `{question}` and `{options}`, which are lines such as `A. blurry`.
     """
 
     task = "q_bench"
-
-    def __init__(
-        self,
-        path: str | Path,
-        image_root: str | Path | None = None,
-        *,
-        form: str = f"{{question}}\n{{options}}\n{LETTER}",
-        **keywords: Any,
-    ) -> None:
-        super().__init__(path, image_root, **keywords)
-        self.form = form
 
     def questions(self) -> Iterator[dict[str, Any]]:
         for number, record in enumerate(records(self.path)):
