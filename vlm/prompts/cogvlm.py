@@ -7,7 +7,6 @@ cogvlm-chat-v1.1 and `cogvlm_chat` of the chat models after it. Prompt and answe
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vlm.errors import UserError
 from vlm.prompts.regions import REGION_FORMS
 from vlm.prompts.spans import ImageMark, Span, TextSpan
 from vlm.prompts.template import Form, Template
@@ -23,15 +22,20 @@ class CogTemplate(Template):
     trained all the same.
 
     Attributes:
-        joins: what stands between a question and an earlier answer; None: earlier exchanges are no part of a prompt,
-            only their images are, and training takes a single exchange.
+        joins: what stands between a question and an earlier answer; None: of earlier exchanges only the images are
+            there, before the last question.
     """
 
     joins: str | None = None
 
+    @property
+    def is_single(self) -> bool:
+        """Whether it writes one exchange."""
+        return self.joins is None
+
     def turns(self, messages: Sequence[Message], *, generate: bool = False) -> list[list[Span]]:
-        if self.joins is None:
-            messages = _asked_last(messages) if generate else _single(messages, self.name)
+        if self.is_single:
+            messages = _asked_last(messages)
         opening, *turns = super().turns(messages, generate=generate)
         closing = [] if generate else [turns.pop()]
         last = len(turns) - 1  # what is answered now, or the cue of it
@@ -65,23 +69,14 @@ def _image_first(turn: list[Span], at: int) -> list[Span]:
 
 def _asked_last(messages: Sequence[Message]) -> list[Message]:
     """The system's text, the last question with the images of earlier ones, and what answers it."""
+    messages = [*messages]
     questions = [at for at, message in enumerate(messages) if message.role == "user"]
     if len(questions) < 2:
-        return list(messages)
+        return messages
     system = [message for message in messages[:1] if message.role == "system"]
     earlier = [part for at in questions[:-1] for part in messages[at].content if isinstance(part, ImagePart)]
     question = messages[questions[-1]]
     return [*system, replace(question, content=(*earlier, *question.content)), *messages[questions[-1] + 1 :]]
-
-
-def _single(messages: Sequence[Message], name: str) -> Sequence[Message]:
-    count = sum(message.role == "user" for message in messages)
-    if count > 1:
-        raise UserError(
-            f"template {name!r} is trained on one question and its answer, found {count} of them; take "
-            "model.template: cogvlm_chat_old, or make a sample of each"
-        )
-    return messages
 
 
 def _template(name: str, user: str, *, between: str = "", joins: str | None = None) -> CogTemplate:

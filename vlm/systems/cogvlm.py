@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from vlm.batch import TokenSequence
+from vlm.codec import Encoded
 from vlm.language import VisualExpert
+from vlm.prompts.cogvlm import CogTemplate
 from vlm.sample import Sample
-from vlm.systems.row import STREAM
+from vlm.systems.row import STREAM, concat_documents, exchanges
 from vlm.systems.spliced import SplicedCodec, SplicedDecoder
 
 
@@ -31,7 +33,16 @@ def image_blocks(ids: Tensor, slots: Tensor, width: int) -> tuple[Tensor, Tensor
 
 
 class CogVLMCodec(SplicedCodec):
-    """Rows that say which tokens show an image, and give all patches of one the same position."""
+    """Rows that say which tokens show an image, and give all patches of one the same position.
+
+    Under a template of one exchange, a conversation is a sequence for each answer that is trained, behind all images.
+    """
+
+    def encode(self, sample: Sample, *, seed: int | None = None, generate: bool = False) -> Encoded:
+        if generate or not (isinstance(self.template, CogTemplate) and self.template.is_single):
+            return super().encode(sample, seed=seed, generate=generate)
+        items = [super(CogVLMCodec, self).encode(asked, seed=seed) for asked in exchanges(sample)]
+        return concat_documents(items) if len(items) > 1 else items[0]
 
     def sequence(self, sample: Sample, ids: Sequence[int], targets: Tensor, slots: Sequence[int]) -> TokenSequence:
         sequence = super().sequence(sample, ids, targets, slots)
