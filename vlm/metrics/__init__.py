@@ -1,5 +1,6 @@
 """Metrics of generated answers, as published. All are updated alike: `metric.update(answers, batch.samples)`."""
 
+from vlm.metrics.agents import ActionMatching, ElementAccuracy, StepSuccess
 from vlm.metrics.anls import ANLS
 from vlm.metrics.answers import Answers
 from vlm.metrics.base import AnswerMetric
@@ -20,10 +21,12 @@ __all__ = [
     "BLEU",
     "MME",
     "POPE",
+    "ActionMatching",
     "AnswerMetric",
     "Answers",
     "CIDErD",
     "CircularAccuracy",
+    "ElementAccuracy",
     "ExactMatch",
     "GroundingAccuracy",
     "IVQAAccuracy",
@@ -31,6 +34,7 @@ __all__ = [
     "MultipleChoice",
     "QwenGQA",
     "RelaxedAccuracy",
+    "StepSuccess",
     "TextVQAAccuracy",
     "VQAAccuracy",
 ]
