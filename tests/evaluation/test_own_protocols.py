@@ -136,6 +136,7 @@ _FREE = {"max_new_tokens": 10, "min_new_tokens": 1, "num_beams": 5, "length_pena
 _LAVIS = _FREE | {"repetition_penalty": 1.5}
 _TOLD = {"max_new_tokens": 80, "min_new_tokens": 10, "num_beams": 5}
 _TOLD_LAVIS = _TOLD | {"length_penalty": 1.0, "repetition_penalty": 1.5}
+STEP = 'What steps do I need to take to "{task}"? Previous steps: {previous}(with grounding)'
 _CHOSEN = {"options": "{choice}", "weighed": "sum"}
 # where samples are no conversations, or benchmarks lie in files of their own: decoding and the question
 OTHERS: dict[str, tuple[dict | None, str]] = {
@@ -154,6 +155,9 @@ OTHERS: dict[str, tuple[dict | None, str]] = {
     "blip2/gqa": (_FREE, "Question: {} Answer:"),
     "blip2/nocaps": (_TOLD, "a photo of"),
     "blip2/flickr30k": (_TOLD, "a photo of"),
+    "cogagent/aitw": ({"max_new_tokens": 512}, STEP),
+    "cogagent/mind2web": ({"max_new_tokens": 512}, STEP),
+    "cogagent/screen_spot": ({"max_new_tokens": 512}, 'What steps do I need to take to "{}"?(with grounding)'),
     "instructblip/aokvqa": (_LAVIS, "Question: {} Short Answer:"),
     "instructblip/aokvqa_choice": (_CHOSEN, "Question: {} Options: {options}. Short answer:"),
     "instructblip/coco_captions": (_TOLD_LAVIS, "A short image caption."),

@@ -8,6 +8,7 @@ from typing import Any
 
 from vlm.data.sources.base import JsonSource
 from vlm.data.sources.fields import Fields, Record, read_object
+from vlm.data.sources.forms import read_with
 from vlm.data.sources.json_records import RecordFile
 from vlm.data.sources.record_sources import ObjectSource, Part, RecordSource, after_image, box, exchange, text
 from vlm.data.sources.requests import asked, filled
@@ -63,7 +64,7 @@ class Mind2Web(StepSource):
                        "bbox": {"x": 60.0, "y": 163.0, "width": 146.2, "height": 34.0}, ...}]}]
 
     Hovering and pressing Enter are a click, as there. What of a box lies outside of its screenshot is cut off. Steps
-    without a box are in no sample; `vlm fit` and `vlm check-data` say how many there are.
+    without a box are in no sample; every command says how many there are.
 
     Args:
         path: JSON list, `mind2web_data_{train,test_task,test_website,test_domain}.json`.
@@ -84,8 +85,9 @@ class Mind2Web(StepSource):
         file = RecordFile(self.path, flag=bool)
         for index in range(len(file)):
             fields = Fields(file[index], identity=index, source=self.path)
-            task, identity = fields.text("confirmed_task"), fields.text("annotation_id")
-            told, actions = fields.texts("action_reprs"), fields.objects("actions")
+            with read_with("Mind2Web", file[index]):
+                task, identity = fields.text("confirmed_task"), fields.text("annotation_id")
+                told, actions = fields.texts("action_reprs"), fields.objects("actions")
             if len(told) != len(actions):
                 raise fields.error(f"{len(told)} 'action_reprs' but {len(actions)} 'actions'; fetch the file again")
             told = [" ".join(one.split()) for one in told]
@@ -149,13 +151,21 @@ class AndroidInTheWild(StepSource):
         subset: one of general, single, webshopping, install and googleapps; each is reported by itself, and CogAgent
             takes a tenth of googleapps.
         image_pattern: file name from `img_filename`.
-        **keywords: as in `StepSource`; the `name` is the subset where nothing else is said.
+        name: of the source; the subset where nothing else is said.
+        **keywords: as in `StepSource`.
     """
 
     task = "aitw"
 
-    def __init__(self, path: str | Path, subset: str, image_pattern: str = "{}.png", **keywords: Any) -> None:
-        super().__init__(path, **{"name": subset, **keywords})
+    def __init__(
+        self,
+        path: str | Path,
+        subset: str,
+        image_pattern: str = "{}.png",
+        name: str | None = None,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(path, name=subset if name is None else name, **keywords)
         self.subset, self.image_pattern = subset, image_pattern
 
     def records(self) -> Iterator[Record]:
