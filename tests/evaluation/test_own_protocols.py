@@ -155,6 +155,11 @@ OTHERS: dict[str, tuple[dict | None, str]] = {
     "blip2/gqa": (_FREE, "Question: {} Answer:"),
     "blip2/nocaps": (_TOLD, "a photo of"),
     "blip2/flickr30k": (_TOLD, "a photo of"),
+    **{
+        f"cogagent/{name}": ({"max_new_tokens": 30}, "{}")
+        for name in ("chartqa", "docvqa", "infovqa", "ocr_vqa", "okvqa", "pope", "st_vqa", "textvqa", "vqav2")
+    },
+    "cogagent/mm_vet": ({"max_new_tokens": 1024}, ""),
     "cogagent/aitw": ({"max_new_tokens": 512}, STEP),
     "cogagent/mind2web": ({"max_new_tokens": 512}, STEP),
     "cogagent/screen_spot": ({"max_new_tokens": 512}, 'What steps do I need to take to "{}"?(with grounding)'),
