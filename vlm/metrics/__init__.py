@@ -13,6 +13,7 @@ from vlm.metrics.mme import MME
 from vlm.metrics.mmmu import MMMUAccuracy
 from vlm.metrics.pope import POPE
 from vlm.metrics.relaxed import RelaxedAccuracy
+from vlm.metrics.tdiuc import TDIUCAccuracy
 from vlm.metrics.vqa import IVQAAccuracy, TextVQAAccuracy, VQAAccuracy
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "MultipleChoice",
     "QwenGQA",
     "RelaxedAccuracy",
+    "TDIUCAccuracy",
     "TextVQAAccuracy",
     "VQAAccuracy",
 ]
