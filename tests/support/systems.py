@@ -28,6 +28,7 @@ from tests.support.instructblip import (
 from tests.support.minigpt4 import minigpt4, minigpt4_llama_2
 from tests.support.samples import pairs, questions, samples
 from tests.support.xcomposer import xcomposer
+from tests.support.xcomposer2 import PARTIAL, UNREACHED, xcomposer2
 from vlm.codec import step_counts
 from vlm.connectors import MLP, Downsample, Linear, Resampler
 from tests.support.blip2 import EVA_TENSORS, QFORMER, T5_DECODER, blip2, blip2_t5, t5_base_weights, t5_reference
@@ -311,6 +312,9 @@ TWO_BLOCKS = names(
     "vision.trunk.{cls_token,pos_embed,patch_embed.proj.weight,norm_pre.weight,norm_pre.bias}",
     "vision.trunk.blocks.{0,1}.{norm1,norm2,attn.qkv,attn.proj,mlp.fc1,mlp.fc2}.{weight,bias}",
 )
+CLIP_TENSORS = TWO_BLOCKS | names(
+    "vision.trunk.blocks.2.{norm1,norm2,attn.qkv,attn.proj,mlp.fc1,mlp.fc2}.{weight,bias}"
+)
 EXPERT = names(
     "language.model.layers.{0,1}.self_attn.{q,k,v,o}_proj.expert.weight",
     "language.model.layers.{0,1}.mlp.{gate,up,down}_proj.expert.weight",
@@ -344,6 +348,7 @@ PAIR_HEADS = names("heads.temperature", "heads.match.{weight,bias}")
 PAIR_READS = names("language.layers.{0,1}.attention.{query,key,value,dense,norm}.{weight,bias}")
 PAIR_COPIES = BLIP_TOWER | PAIRS | PAIR_READS | {n for n in BLIP_WRITES if "decoder_" not in n and ".head." not in n}
 RATE = Trained(lr=1e-2)
+XCOMPOSER2_BRIDGE = {"vision": Trained(lr=1e-2, layer_decay=0.9), "connector": RATE}
 BRIDGE = {"qformer": RATE, "connector": RATE}
 LINEAR = names("connector.{weight,bias}")
 LLAVA_STAGES = {  # without new tokens (tests/systems/test_llava.py has those); 2_science_qa trains what 2_chat does
@@ -591,6 +596,25 @@ SYSTEMS: dict[str, System] = {
         reference=spliced_reference,
     ),
     "xcomposer": System(xcomposer, XCOMPOSER_STAGES, causal_base_weights, reference=spliced_reference),
+    "xcomposer2": System(
+        xcomposer2,
+        {
+            "1_pretrain": TinyStage(
+                XCOMPOSER2_BRIDGE | {"language.model.layers.*.Plora_*": RATE},
+                CLIP_TENSORS | CONNECTOR | names(*PARTIAL),
+                unreached=names(*UNREACHED),
+            ),
+            "2_sft": TinyStage(
+                XCOMPOSER2_BRIDGE | {"language": Trained(lr=2e-3)},
+                CLIP_TENSORS | CONNECTOR | names(*PARTIAL) | DECODER,
+                {"vision": "vision", "connector": "connector", "language": "language"},
+                unreached=names(*UNREACHED),
+            ),
+        },
+        causal_base_weights,
+        reference=spliced_reference,
+        surgery=(PartialLoRA(rank=2),),
+    ),
     "tied": System(
         lambda **changes: llava_1_5(**({"language": CausalLM(config=LLAMA | {"tie_word_embeddings": True})} | changes)),
         {
@@ -601,29 +625,6 @@ SYSTEMS: dict[str, System] = {
         causal_base_weights,
         reference=spliced_reference,
         ties={"language.lm_head.weight": "language.model.embed_tokens.weight"},
-    ),
-    "partial_lora": System(
-        llava_1_5,
-        {
-            "1_pretrain": TinyStage(
-                {"vision": RATE, "connector": RATE, "language.model.layers.*.Plora_*": RATE},
-                TWO_BLOCKS
-                | CONNECTOR
-                | names(
-                    "language.model.layers.{0,1}.self_attn.{q,o}_proj.Plora_A.weight",  # that of q is of k and v too
-                    "language.model.layers.{0,1}.self_attn.{q,k,v,o}_proj.Plora_B.weight",
-                    "language.model.layers.{0,1}.mlp.{gate,up,down}_proj.Plora_{A,B}.weight",
-                ),
-                # above the last attention no label looks at an image token, and these act on image tokens alone
-                unreached=names(
-                    "language.model.layers.1.self_attn.{o_proj.Plora_A,q_proj.Plora_B,o_proj.Plora_B}.weight",
-                    "language.model.layers.1.mlp.{gate,up,down}_proj.Plora_{A,B}.weight",
-                ),
-            ),
-        },
-        causal_base_weights,
-        reference=spliced_reference,
-        surgery=(PartialLoRA(rank=2),),
     ),
     "blip": System(
         blip_caption,

@@ -12,6 +12,8 @@ from vlm.prompts.spans import ImageMark, Span, TextSpan
 from vlm.prompts.template import Form, Template
 from vlm.sample import ImagePart, Message
 
+_SHORT, _ANSWER = " Short answer:", TextSpan(" Answer:")
+
 
 @dataclass(frozen=True)
 class CogTemplate(Template):
@@ -20,6 +22,9 @@ class CogTemplate(Template):
     Several images of a turn stay where they are, with nothing between them and the text; those that it begins with
     stand before it. Earlier answers are joined with the text around them and have no end mark; in training they are
     trained all the same.
+
+    A question that ends in `Short answer:` (the request of a source) is not followed by `Answer:` as well: the chat
+    model is trained on both.
 
     Attributes:
         joins: what stands between a question and an earlier answer; None: of earlier exchanges only the images are
@@ -64,7 +69,8 @@ def _image_first(turn: list[Span], at: int) -> list[Span]:
     behind = list(spans)
     for mark in leading:
         behind.remove(mark)
-    return [*between, *leading, *behind]
+    asks_shortly = any(isinstance(span, TextSpan) and span.text.endswith(_SHORT) for span in behind if span != _ANSWER)
+    return [*between, *leading, *(span for span in behind if not (asks_shortly and span == _ANSWER))]
 
 
 def _asked_last(messages: Sequence[Message]) -> list[Message]:
