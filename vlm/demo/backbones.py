@@ -13,8 +13,11 @@
     fuyu/tokenizer.json      the same tokenizer with Fuyu's marks and a token for each small number
     fuyu/artefact            a small Fuyu, pretrained on text in its template and on images (`vlm.demo.pictures`)
     eva/, blip_vit/model.safetensors  towers of the classes that BLIP-2 and BLIP have, the same
+    eva02_e/model.safetensors  a tower of CogVLM's class (blocks normalised behind), the same on squashed images
+    eva02_l/model.safetensors  a tower of CogAgent's second class, the same on 224 px with up to nine scenes
     bert/, opt/, t5/         language models of their classes with their tokenizers, pretrained on text
                              (`vlm.demo.bert`, `vlm.demo.opt`, `vlm.demo.t5`)
+    internlm2/               a decoder of InternLM2's class made of that of LLaMA's (`vlm.demo.internlm2`)
     qwen_vl/artefact         tower and resampler of a small Qwen-VL behind a long first stage (`vlm.demo.pictures`)
 
 Everything is learned from training compositions alone: none of validation or test (`scenes.split_of`) was ever drawn
@@ -27,7 +30,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import sentencepiece
 import timm
@@ -42,12 +45,13 @@ from vlm.checkpoints.artefact import write_artefact
 from vlm.checkpoints.files.atomic import atomic_file
 from vlm.connectors import Resampler
 from vlm.demo.bert import make_bert
+from vlm.demo.internlm2 import make_internlm2
 from vlm.demo.language import CHAT_TEMPLATES, train_language
 from vlm.demo.opt import make_opt
 from vlm.demo.pictures import train_on_pictures
 from vlm.demo.t5 import make_t5
 from vlm.demo.texts import CUT, training_texts
-from vlm.demo.tower import train_pyramid, train_tower
+from vlm.demo.tower import View, padded_scene, screen, squashed_scene, train_pyramid, train_tower
 from vlm.language import CausalLM
 from vlm.language.attention import PACKED
 from vlm.prompts import FuyuTokenizer, LlamaTokenizer
@@ -58,12 +62,48 @@ from vlm.vision import ConvNeXtPyramid, TimmTower
 from vlm.vision.patches import Patches
 
 TOWER_OPTIONS: dict[str, Any] = {"img_size": 98, "embed_dim": 128, "depth": 5, "num_heads": 4}
-TOWERS: dict[str, tuple[str, dict[str, Any], int]] = {
-    "clip": ("vit_large_patch14_clip_quickgelu_336", TOWER_OPTIONS, 4000),
-    "eva": ("eva_giant_patch14_clip_224", {"img_size": 98, "embed_dim": 112, "depth": 5, "num_heads": 4}, 1500),
-    "blip_vit": ("vit_base_patch16_224", {"img_size": 112, "embed_dim": 96, "depth": 4, "num_heads": 4}, 1500),
+
+
+class SmallTower(NamedTuple):
+    """A tower of `TOWERS`.
+
+    Attributes:
+        architecture: timm's name of it.
+        options: of timm's constructor.
+        steps: of its pretraining.
+        view: what it sees then.
+        batch: images a step.
+    """
+
+    architecture: str
+    options: dict[str, Any]
+    steps: int
+    view: View = padded_scene
+    batch: int = 48
+
+
+TOWERS = {
+    "clip": SmallTower("vit_large_patch14_clip_quickgelu_336", TOWER_OPTIONS, 4000),
+    "eva": SmallTower(
+        "eva_giant_patch14_clip_224", {"img_size": 98, "embed_dim": 112, "depth": 5, "num_heads": 4}, 1500
+    ),
+    "blip_vit": SmallTower(
+        "vit_base_patch16_224", {"img_size": 112, "embed_dim": 96, "depth": 4, "num_heads": 4}, 1500
+    ),
+    "eva02_e": SmallTower(
+        "eva02_enormous_patch14_clip_224",
+        {"img_size": 98, "embed_dim": 96, "depth": 5, "num_heads": 4, "mlp_ratio": 4.0},
+        1500,
+        squashed_scene,
+    ),
+    "eva02_l": SmallTower(
+        "eva02_large_patch14_clip_336",
+        {"img_size": 224, "embed_dim": 80, "depth": 5, "num_heads": 4},
+        1500,
+        screen,
+        batch=16,
+    ),
 }
-"""(timm architecture, its options, steps)."""
 TEXT_MODELS = {"bert": make_bert, "opt": make_opt, "t5": make_t5}
 PYRAMID = "convnext_large_mlp"
 PYRAMID_SIZE = 112
@@ -143,14 +183,14 @@ def train_tokenizer() -> bytes:
 def make_tower(folder: Path, name: str) -> None:
     """Writes the pretrained tower of this name in `TOWERS`."""
     torch.manual_seed(0)
-    architecture, options, steps = TOWERS[name]
-    trunk = timm.create_model(architecture, num_classes=0, **options)
-    for line in train_tower(trunk, steps=steps):
+    tower = TOWERS[name]
+    trunk = timm.create_model(tower.architecture, num_classes=0, **tower.options)
+    for line in train_tower(trunk, steps=tower.steps, view=tower.view, batch=tower.batch):
         print(name, line, flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     state = trunk.half().state_dict()
-    if name == "eva":  # no system builds what is above the feature, its last block and norm
-        above = (f"blocks.{options['depth'] - 1}.", "norm.")
+    if name.startswith("eva"):  # no system builds what is above the feature, its last block and norm
+        above = (f"blocks.{tower.options['depth'] - 1}.", "norm.")
         state = {key: tensor for key, tensor in state.items() if not key.startswith(above)}
     save_file(state, folder / "model.safetensors")
 
@@ -227,7 +267,7 @@ def main(arguments: list[str]) -> int:
     """`python -m vlm.demo.backbones FOLDER`."""
     parser = argparse.ArgumentParser(prog="python -m vlm.demo.backbones")
     parser.add_argument("folder", type=Path)
-    parts = ("tokenizer", "llama", *TEXT_MODELS, *TOWERS, "convnext", "fuyu", "qwen_vl")
+    parts = ("tokenizer", "llama", *TEXT_MODELS, *TOWERS, "convnext", "fuyu", "qwen_vl", "internlm2")
     parser.add_argument("--only", choices=parts, help="default: all")
     options = parser.parse_args(arguments)
     llama, clip = options.folder / "llama", options.folder / "clip"
@@ -267,6 +307,9 @@ def main(arguments: list[str]) -> int:
         make_fuyu(options.folder / "fuyu", llama=llama)
     if options.only in (None, "qwen_vl"):
         make_qwen_vl(options.folder / "qwen_vl", llama=llama, clip=clip)
+    if options.only in (None, "internlm2"):
+        for line in make_internlm2(options.folder / "internlm2", llama=llama):
+            print("internlm2", line, flush=True)
     return 0
 
 
