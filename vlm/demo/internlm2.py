@@ -19,7 +19,7 @@ MARKS = ("[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]")
 """End and begin of a turn, in the order of their published ids."""
 GROUPS = 2
 FEED_FORWARD = 192
-STEPS = 700
+STEPS = 800
 
 
 def write_tokenizer(folder: Path, *, llama: Path) -> None:
@@ -42,8 +42,8 @@ def make_internlm2(folder: Path, *, llama: Path) -> Iterator[str]:
     tokenizer = LlamaTokenizer(str(folder), added_tokens=MARKS)
     torch.manual_seed(0)
     model = smaller(LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32), vocab_size=len(tokenizer))
-    # chats with a system text and without one, as the stages have them
-    yield from train_language(model, tokenizer, steps=STEPS, templates=("xcomposer2", "xcomposer2"))
+    # chats, with a system text and without one, as the stages have them
+    yield from train_language(model, tokenizer, steps=STEPS, batch=8, templates=("xcomposer2", "xcomposer2"))
     model.half().save_pretrained(folder)
 
 

@@ -72,7 +72,7 @@ View = Callable[[Random, int], tuple[Image.Image, Placed]]
 """(chance, side in pixels) -> (square RGB image, what lies where on it)."""
 
 
-class _Patches(Dataset):
+class LabelledViews(Dataset):
     """(pixels float32[3, size, size], what each patch lies on float32[P, 7]) of view number `index`."""
 
     def __init__(self, view: View, *, size: int, grid: int, num: int) -> None:
@@ -152,7 +152,7 @@ def train_tower(
         _, (before, last) = trunk.forward_intermediates(pixels, indices=[depth - 2, depth - 1], output_fmt="NLC")
         return [before, trunk.norm(last)]
 
-    data = _Patches(view, size=size, grid=grid, num=steps * batch)
+    data = LabelledViews(view, size=size, grid=grid, num=steps * batch)
     return _teach(trunk, read, data, dims=(trunk.embed_dim,) * 2, batch=batch, rate=rate, workers=workers)
 
 
@@ -165,14 +165,14 @@ def train_pyramid(
         A line of progress every hundred steps.
     """
     facts = tower.facts
-    data = _Patches(padded_scene, size=facts.image_size, grid=facts.grid, num=steps * batch)
+    data = LabelledViews(padded_scene, size=facts.image_size, grid=facts.grid, num=steps * batch)
     return _teach(tower, lambda x: [tower(x)], data, dims=(facts.dim,), batch=batch, rate=rate, workers=workers)
 
 
 def _teach(
     tower: nn.Module,
     read: Callable[[Tensor], list[Tensor]],
-    data: _Patches,
+    data: LabelledViews,
     *,
     dims: Sequence[int],
     batch: int,
