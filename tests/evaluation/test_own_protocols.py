@@ -15,8 +15,10 @@ import cli
 import vlm.data
 from tests.data.test_benchmarks import TEN, _picture, _write, root, weights
 from vlm.errors import SampleError
+from vlm.geometry import Placement, View
 from vlm.language import Decoding
 from vlm.prompts import ImageMark, TextSpan, get_template
+from vlm.prompts.regions import write_regions
 
 CONFIGS = Path(__file__).parents[2] / "configs/eval"
 OPTIONS = "A. a ball\nB. air"
@@ -237,7 +239,8 @@ def test_prompts_and_decoding_are_the_published_ones(name: str, files: Path) -> 
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     assert config["evaluation"]["decoding"] == decoding
     template = get_template(config["model"]["init_args"]["template"])
-    samples = [source[0] for source in sources(config)]
+    whole = View(Placement(), (1.0, 1.0))
+    samples = [write_regions(source[0], template.regions, view=lambda _: whole) for source in sources(config)]
     assert all(sample.images[0].read(sample).size == (20, 14) for sample in samples)
     written = [template.render(sample.messages, generate=True) for sample in samples]
     assert all(sum(isinstance(span, ImageMark) for span in spans) == 1 for spans in written)
