@@ -63,6 +63,7 @@ _HOMES = {
     "TextVQATokens": "sources.scene_text",
     "VideoQuestions": "sources.video",
     "VisionLanguageData": "modules.base",
+    "VisualDialog": "sources.dialog",
     "VisualFlan": "sources.flan",
     "VizWiz": "benchmarks",
     "VQAv2": "benchmarks",
