@@ -239,12 +239,11 @@ def test_ranks_and_areas_by_hand() -> None:
         AreaUnderCurve().update([weighed(1, 2, 3)], [three])
     with pytest.raises(UserError, match=r"auroc weighs choices; set options or candidates"):
         AnswerJudge([area])
-    judge = AnswerJudge([area, MultipleChoice()], Decoding(options="{choice}"))
+    judge = AnswerJudge([AreaUnderCurve(), MultipleChoice()], Decoding(options="{choice}"))
     judge.start(torch.device("cpu"))
-    told = [info("B", choices=("no", "yes")), info("A", choices=("no", "yes"))]
-    area.record = lambda prediction, sample: [0.0, 0]  # type: ignore[method-assign]
-    judge.hear([weighed(1, 0), weighed(1, 0)], told)
-    assert judge.metrics[1].values() == {"accuracy": 0.5}
+    judge.hear([weighed(1, 0), weighed(1, 0)], [yes, no])
+    assert judge.finish(None) == {"auroc": 0.5, "accuracy": 0.5}
+    assert [row["answer"] for row in judge.records()] == ["B", "B"]
 
 
 def test_answers_are_lemmatized_where_spacy_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 import cli
+from tests.procedures.test_shards import write_clip
 from tests.support.xcomposer import xcomposer
+from tests.systems.test_xcomposer import published_folder
 from vlm.errors import UserError
 from vlm.language import Decoding
 from vlm.procedures.compose import requests
@@ -120,6 +122,41 @@ def test_an_article_step_by_step(paths: list[Path], tmp_path: Path) -> None:
     assert (second.section, second.candidates, second.image) == (2, tuple(paths[:4]), paths[0])
     images = [image.path for image in module.asked[-1][0].images]
     assert images == [paths[6], *paths[:4]]
+
+
+def test_a_real_model_chooses_from_a_real_index(
+    paths: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Captions and choices are written by a network of random weights, candidates are an index's by CLIP. The article
+    and its places are kept from before: random weights name none.
+    """
+    paths[8].write_bytes(b"no image")
+    write_clip(tmp_path / "clip")
+    weights = str(published_folder(tmp_path / "xcomposer"))
+    index, out = str(tmp_path / "index"), tmp_path / "out"
+    made = ["--weights", str(tmp_path / "clip"), "--out", index, "--device", "cpu"]
+    assert cli.main(["run", "index-images", str(paths[0].parent), *made]) == 0
+    command = ["run", "compose", "--title", "Sea", "--weights", weights, "--index", index, "--out", str(out)]
+    command += ["--device", "cpu", "--max_new_tokens", "4"]
+    assert cli.main(command) == 1  # the model writes, and places nothing
+    assert "names none of the" in capsys.readouterr().err
+    file = out / "Sea" / STEPS
+    stored = json.loads(file.read_text())
+    said = {"article": ARTICLE, "places": "<Seg2>, <Seg0>"}
+    sections = ("A day at sea", "The boat leaves.", "A whale comes up.")
+    asked = {"article": stored["steps"][0]["prompt"], "places": shown(requests.ask_places(sections, None))}
+    stored["steps"] = [
+        stored["steps"][0] | {"name": name, "prompt": asked[name], "answer": said[name]} for name in said
+    ]
+    file.write_text(json.dumps(stored))
+    assert cli.main(command) == 0, capsys.readouterr().err
+    steps = {step["name"]: step for step in json.loads(file.read_text())["steps"]}
+    offered = [steps[f"candidates {at}"] for at in (2, 0)]
+    assert {"caption 2", "caption 0", "choice 0", "choice 2"} <= steps.keys()
+    found = [Path(path) for step in offered for path in step["answer"]]
+    assert len(set(found)) == 8  # none twice, and all that could be read
+    assert {path.name for path in found} == {path.name for path in paths[:8]}
+    assert (out / "Sea/article.html").read_text().count("<img ") == 2 + 2 * 4
 
 
 def test_what_is_asked_goes_to_the_system_as_it_is_shown(paths: list[Path]) -> None:
