@@ -16,7 +16,7 @@ from tests.systems.test_xcomposer import published_folder
 from vlm.errors import UserError
 from vlm.language import Decoding
 from vlm.procedures.compose import requests
-from vlm.procedures.compose.composer import MAX_TOKENS, STEPS, Composer, Steps, shown, speaking
+from vlm.procedures.compose.composer import DECODINGS, MAX_TOKENS, STEPS, Composer, Steps, shown, speaking
 from vlm.procedures.compose.page import write_article
 from vlm.procedures.image_index import ImageIndex
 from vlm.sample import ImageFile, Sample
@@ -125,38 +125,30 @@ def test_an_article_step_by_step(paths: list[Path], tmp_path: Path) -> None:
 
 
 def test_a_real_model_chooses_from_a_real_index(
-    paths: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Captions and choices are written by a network of random weights, candidates are an index's by CLIP. The article
     and its places are kept from before: random weights name none.
     """
+    monkeypatch.setitem(DECODINGS, "caption", Decoding(max_new_tokens=5, repetition_penalty=5.0))
     paths[8].write_bytes(b"no image")
     write_clip(tmp_path / "clip")
-    weights = str(published_folder(tmp_path / "xcomposer"))
-    index, out = str(tmp_path / "index"), tmp_path / "out"
+    weights, index = str(published_folder(tmp_path / "xcomposer")), str(tmp_path / "index")
     made = ["--weights", str(tmp_path / "clip"), "--out", index, "--device", "cpu"]
     assert cli.main(["run", "index-images", str(paths[0].parent), *made]) == 0
-    command = ["run", "compose", "--title", "Sea", "--weights", weights, "--index", index, "--out", str(out)]
-    command += ["--device", "cpu", "--max_new_tokens", "4"]
-    assert cli.main(command) == 1  # the model writes, and places nothing
-    assert "names none of the" in capsys.readouterr().err
-    file = out / "Sea" / STEPS
-    stored = json.loads(file.read_text())
-    said = {"article": ARTICLE, "places": "<Seg2>, <Seg0>"}
+    facts = {"title": "Sea", "weights": weights, "index": index, "article": str(DECODINGS["article"])}
+    (tmp_path / "out/Sea").mkdir(parents=True)
+    steps = Steps.open(tmp_path / "out/Sea" / STEPS, facts)
     sections = ("A day at sea", "The boat leaves.", "A whale comes up.")
-    asked = {"article": stored["steps"][0]["prompt"], "places": shown(requests.ask_places(sections, None))}
-    stored["steps"] = [
-        stored["steps"][0] | {"name": name, "prompt": asked[name], "answer": said[name]} for name in said
-    ]
-    file.write_text(json.dumps(stored))
-    assert cli.main(command) == 0, capsys.readouterr().err
-    steps = {step["name"]: step for step in json.loads(file.read_text())["steps"]}
-    offered = [steps[f"candidates {at}"] for at in (2, 0)]
-    assert {"caption 2", "caption 0", "choice 0", "choice 2"} <= steps.keys()
-    found = [Path(path) for step in offered for path in step["answer"]]
-    assert len(set(found)) == 8  # none twice, and all that could be read
-    assert {path.name for path in found} == {path.name for path in paths[:8]}
-    assert (out / "Sea/article.html").read_text().count("<img ") == 2 + 2 * 4
+    steps.keep("article", shown(requests.ask_article("Sea")), answer=ARTICLE)
+    steps.keep("places", shown(requests.ask_places(sections, None)), answer="<Seg2>, <Seg0>")
+    command = ["run", "compose", "--title", "Sea", "--weights", weights, "--index", index, "--device", "cpu"]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0, capsys.readouterr().err
+    done = Steps.open(steps.path, facts).done
+    assert {"caption 2", "caption 0", "choice 0", "choice 2"} <= done.keys()
+    found = [Path(path).name for at in (2, 0) for path in done[f"candidates {at}"]["answer"]]
+    assert sorted(found) == [path.name for path in paths[:8]]  # none twice, and all that can be read
+    assert (tmp_path / "out/Sea/article.html").read_text().count("<img ") == 2 + 2 * 4
 
 
 def test_what_is_asked_goes_to_the_system_as_it_is_shown(paths: list[Path]) -> None:
