@@ -130,7 +130,8 @@ def test_a_real_model_chooses_from_a_real_index(
     """Captions and choices are written by a network of random weights, candidates are an index's by CLIP. The article
     and its places are kept from before: random weights name none.
     """
-    monkeypatch.setitem(DECODINGS, "caption", Decoding(max_new_tokens=5, repetition_penalty=5.0))
+    for kind in ("caption", "choice"):
+        monkeypatch.setitem(DECODINGS, kind, Decoding(max_new_tokens=3))
     paths[8].write_bytes(b"no image")
     write_clip(tmp_path / "clip")
     weights, index = str(published_folder(tmp_path / "xcomposer")), str(tmp_path / "index")

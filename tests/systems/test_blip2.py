@@ -115,7 +115,8 @@ def test_fine_tuning_for_questions_reads_with_the_first_stage(tmp_path: Path) ->
     first = blip2_qformer(vision=EVA, qformer=QFormer(**QUERIES, text=True, head=True, vocab_size=701), tokenizer=READS)
     second = blip2(seed=1)
     for name, module in (("1_qformer", first), ("2_opt", second)):
-        module.stage = Stage(name, {"qformer": Trained(lr=1e-3)})
+        parts = ("qformer", "connector") if name == "2_opt" else ("qformer",)
+        module.stage = Stage(name, {part: Trained(lr=1e-3) for part in parts})
         module.configure_model()
         write_stage(tmp_path / name, module, global_step=1)
     [stage] = [node for node in load_recipe(find_recipe("blip2")).nodes if node.name == "3_vqa"]
@@ -219,7 +220,7 @@ def test_an_exported_stage_is_asked_through_its_processor(kind: str, tmp_path: P
     if kind == "opt":
         module = blip2(language=CausalLM(config=OPT | {"vocab_size": len(opt_tokenizer())}))
     else:
-        module = blip2_t5(language=Seq2SeqLM(config=T5 | {"vocab_size": len(t5_tokenizer())}))
+        module = blip2_t5(seed=2, language=Seq2SeqLM(config=T5 | {"vocab_size": len(t5_tokenizer())}))
     module.stage = Stage("2", {part: Trained(lr=1e-3) for part in ("qformer", "connector")})
     module.configure_model()
     write_stage(tmp_path / "run", module, global_step=1)
