@@ -65,9 +65,9 @@ def options_of(samples: Sequence[SampleInfo], form: str) -> tuple[list[Sequence[
     for sample in samples:
         count, by_text = len(sample.choices), "{choice}" in form
         if (by_text and not count and not sample.filler) or (not by_text and count > len(ascii_uppercase)):
-            most = "" if by_text else f" to {len(ascii_uppercase)}"
+            wanted = "at least 1" if by_text else f"at most {len(ascii_uppercase)}, which is how many letters there are"
             raise SampleError(
-                f"has {count} 'choices' to rank; give it at least 1{most}", sample_id=sample.id, source=sample.source
+                f"has {count} 'choices' to rank; give it {wanted}", sample_id=sample.id, source=sample.source
             )
         choices = sample.choices or ("?",)  # a filler's answer is never heard
         names.append(sample.choices if count > len(ascii_uppercase) else ascii_uppercase[: len(choices)])

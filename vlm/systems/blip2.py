@@ -35,7 +35,7 @@ class _ReadingCodec(SplicedCodec):
         item = super().encode(sample, seed=seed, generate=generate)
         if self.reader is None:
             return item
-        asked = [message for message in sample.messages if message.role == "user"]
+        asked = [message for message in item.sample.messages if message.role == "user"]
         text = "".join(part.text for message in asked for part in message.content if isinstance(part, TextPart)).strip()
         kept = encode_literal(self.reader, text)[: self.max_text - 2]
         reads = (read_by(self.reader, kept),) * len(sample.images)

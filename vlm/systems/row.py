@@ -305,10 +305,8 @@ class RowDecoder(VisionLanguageModule):
 
     def weigh(self, batch: Batch, decoding: Decoding) -> list[WeighedChoices]:
         prompts = Prompt.split(self.embed_row(batch), batch.text, self.layer_inputs(batch))
-        together = self.is_sharded
-        return weigh_choices(
-            self.language, prompts, batch.samples, decoding, encode=self._option_ids, together=together
-        )
+        encode, sharded = self._option_ids, self.is_sharded
+        return weigh_choices(self.language, prompts, batch.samples, decoding, encode=encode, together=sharded)
 
     def _option_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of texts that are chosen from; they are the same for sample after sample, so each is encoded once."""
