@@ -48,7 +48,13 @@ class PairCodec(BLIPCodec):
             begun = [clean_caption(text_of(message), self.max_words) for message in sample.messages if message.begun]
             ids = self.ids(sample, DECODER, "".join(begun), end=False)
             return Encoded(sample, (unlabelled(ids),), seed=seed, places=places_named(sample))
-        captions = [text_of(message) for message in sample.messages if message.role == "assistant"]
+        told = [message for message in sample.messages if message.role == "assistant"]
+        if weights := {message.weight for message in told} - {1.0}:
+            raise sample.error(
+                f"its text has weight {weights.pop():g}, but pairs are compared with each other, all of them alike; "
+                "remove the weight, or the sample"
+            )
+        captions = [text_of(message) for message in told]
         if seed is None and sample.answers:
             captions = [text for text, _ in sample.answers]
         captions = [clean_caption(text, len(text) + 1) for text in captions]
