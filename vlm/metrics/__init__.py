@@ -15,6 +15,7 @@ from vlm.metrics.pope import POPE
 from vlm.metrics.relaxed import RelaxedAccuracy
 from vlm.metrics.tdiuc import TDIUCAccuracy
 from vlm.metrics.vqa import IVQAAccuracy, TextVQAAccuracy, VQAAccuracy
+from vlm.metrics.weighed import AreaUnderCurve, MeanReciprocalRank
 
 __all__ = [
     "ANLS",
@@ -23,12 +24,14 @@ __all__ = [
     "POPE",
     "AnswerMetric",
     "Answers",
+    "AreaUnderCurve",
     "CIDErD",
     "CircularAccuracy",
     "ExactMatch",
     "GroundingAccuracy",
     "IVQAAccuracy",
     "MMMUAccuracy",
+    "MeanReciprocalRank",
     "MultipleChoice",
     "QwenGQA",
     "RelaxedAccuracy",
