@@ -13,11 +13,11 @@ import cli
 from tests.procedures.test_shards import write_clip
 from tests.support.xcomposer import xcomposer
 from tests.support.xcomposer2 import xcomposer2
+from tests.systems.test_xcomposer import published_folder
 from vlm.errors import UserError
 from vlm.language import Decoding
 from vlm.procedures.compose import free_form, requests
-from vlm.procedures.compose.composer import STEPS, Composer, Steps, shown, speaking, DECODINGS
-from tests.systems.test_xcomposer import published_folder
+from vlm.procedures.compose.composer import STEPS, Composer, Steps, shown, speaking
 from vlm.procedures.compose.page import write_article
 from vlm.procedures.image_index import ImageIndex
 from vlm.sample import ImageFile, Sample
@@ -132,13 +132,13 @@ def test_a_real_model_chooses_from_a_real_index(
     and its places are kept from before: random weights name none.
     """
     for kind in ("caption", "choice"):
-        monkeypatch.setitem(DECODINGS, kind, Decoding(max_new_tokens=3))
+        monkeypatch.setitem(requests.DECODINGS, kind, Decoding(max_new_tokens=3))
     paths[8].write_bytes(b"no image")
     write_clip(tmp_path / "clip")
     weights, index = str(published_folder(tmp_path / "xcomposer")), str(tmp_path / "index")
     made = ["--weights", str(tmp_path / "clip"), "--out", index, "--device", "cpu"]
     assert cli.main(["run", "index-images", str(paths[0].parent), *made]) == 0
-    facts = {"title": "Sea", "weights": weights, "index": index, "article": str(DECODINGS["article"])}
+    facts = {"title": "Sea", "weights": weights, "index": index, "article": str(requests.DECODINGS["article"])}
     (tmp_path / "out/Sea").mkdir(parents=True)
     steps = Steps.open(tmp_path / "out/Sea" / STEPS, facts)
     sections = ("A day at sea", "The boat leaves.", "A whale comes up.")

@@ -27,10 +27,8 @@ def check_base(part: str, folder: Path, network: Any) -> None:
         network: built, without values.
 
     Raises:
-        UserError: an entry of a CLIP tower, a Qwen-7B, an InternLM-7B or an InternLM2 that the
+        UserError: an entry of a CLIP tower, of BLIP-2's tower, of a Qwen-7B, an InternLM-7B or an InternLM2 that the
             part does not compute.
-        UserError: an entry of a CLIP tower, of BLIP-2's tower, of a Qwen-7B or an InternLM-7B that the part does not
-            compute.
     """
     file = folder / "config.json"
     content = read_json(file) or {}
@@ -40,7 +38,6 @@ def check_base(part: str, folder: Path, network: Any) -> None:
         check_internlm(content, file)
     if content.get("model_type") == "internlm2":
         check_internlm2(content, file)
-    if content.get("model_type") not in ("clip", "clip_vision_model") or not hasattr(network, "facts"):
     if not hasattr(network, "facts"):
         return
     heads = network.trunk.blocks[0].attn.num_heads
