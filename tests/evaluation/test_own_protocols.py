@@ -42,6 +42,11 @@ CHAT = (
 DETAIL = "Describe this image in detail."
 # name: decoding, and of each source the first prompt
 PROTOCOLS = {
+    "cogvlm/tdiuc": ({"max_new_tokens": 30}, "PATHQuestion: Is it red? Short answer:"),
+    "cogvlm/visual7w": (
+        {"max_new_tokens": 64}, "PATHWhich one barks? Candidates: "
+        "[[150,000,650,500;000,000,500,500;050,000,550,500;100,000,600,500]]"
+    ),
     "fuyu/vqav2": (SHORT, f"PATH<s>{ASKED.format('What is it?')}"),
     "fuyu/okvqa": (SHORT, f"PATH<s>{ASKED.format('Why 0?')}"),
     "fuyu/ai2d": (SHORT, f"PATH<s>{ASKED.format('What eats algae?')}"),
@@ -117,6 +122,16 @@ def files(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "data/eval/nocaps/images/a.jpg": picture,
         **{f"data/eval/{n}/{n}_{s}.jsonl": [BOXES | {"sent": f"dog of {s}"}] for n, s in names},
         "data/eval/coco/val2014/a.jpg": picture,
+        "data/eval/tdiuc/OpenEnded_mscoco_val2014_questions.json": {
+            "questions": [{"question_id": 3, "image_id": 42, "question": "Is it red?"}]},
+        "data/eval/tdiuc/mscoco_val2014_annotations.json": {"annotations": [
+            {"question_id": 3, "question_type": "color", "answers": [{"answer": "yes", "answer_id": 1}]}]},
+        "data/eval/tdiuc/val2014/COCO_val2014_000000000042.jpg": picture,
+        "data/eval/visual7w/dataset_v7w_pointing.json": {
+            "boxes": [{"box_id": n, "x": n, "y": 0, "width": 10, "height": 7, "name": "dog"} for n in range(4)],
+            "images": [{"filename": "a.jpg", "split": "test", "qa_pairs": [
+                {"qa_id": 9, "question": "Which one barks?", "answer": 2, "multiple_choices": [0, 1, 3]}]}]},
+        "data/eval/visual7w/images/a.jpg": picture,
         "data/eval/q_bench/llvisionqa_dev.json": [
             {"img_path": "a.jpg", "question": "How sharp is it?", "candidates": ["Sharp", "Blurry"],
              "correct_ans": "Blurry", "type": 0, "concern": 1}],
@@ -149,12 +164,27 @@ OTHERS: dict[str, tuple[dict | None, str]] = {
     "blip/nlvr2": (None, ""),
     "blip/retrieval_coco": (None, ""),
     "blip/retrieval_flickr": (None, ""),
+    "cogvlm/coco_captions": ({"max_new_tokens": 64}, ""),
+    "cogvlm/flickr30k": ({"max_new_tokens": 64}, ""),
+    "cogvlm/nocaps": ({"max_new_tokens": 64}, ""),
+    "cogvlm/ocr_vqa": ({"max_new_tokens": 100}, "{}"),
+    "cogvlm/okvqa": ({"max_new_tokens": 30}, "{}"),
+    "cogvlm/refcoco": ({"max_new_tokens": 64}, "Where is {}? answer in [[x0,y0,x1,y1]] format."),
+    "cogvlm/refcoco_plus": ({"max_new_tokens": 64}, "Where is {}? answer in [[x0,y0,x1,y1]] format."),
+    "cogvlm/refcocog": ({"max_new_tokens": 64}, "Where is {}? answer in [[x0,y0,x1,y1]] format."),
+    "cogvlm/textvqa": ({"max_new_tokens": 30}, "{}"),
+    "cogvlm/vqav2": ({"max_new_tokens": 30}, "{}"),
     "blip2/retrieval_coco": (None, ""),
     "blip2/retrieval_flickr": (None, ""),
     "blip2/vqav2": (_FREE, "Question: {} Answer:"),
     "blip2/gqa": (_FREE, "Question: {} Answer:"),
     "blip2/nocaps": (_TOLD, "a photo of"),
     "blip2/flickr30k": (_TOLD, "a photo of"),
+    **{
+        f"cogagent/{name}": ({"max_new_tokens": 30}, "{}")
+        for name in ("chartqa", "docvqa", "infovqa", "ocr_vqa", "okvqa", "pope", "st_vqa", "textvqa", "vqav2")
+    },
+    "cogagent/mm_vet": ({"max_new_tokens": 1024}, ""),
     "cogagent/aitw": ({"max_new_tokens": 512}, STEP),
     "cogagent/mind2web": ({"max_new_tokens": 512}, STEP),
     "cogagent/screen_spot": ({"max_new_tokens": 512}, 'What steps do I need to take to "{}"?(with grounding)'),

@@ -14,6 +14,7 @@ from vlm.metrics.mme import MME
 from vlm.metrics.mmmu import MMMUAccuracy
 from vlm.metrics.pope import POPE
 from vlm.metrics.relaxed import RelaxedAccuracy
+from vlm.metrics.tdiuc import TDIUCAccuracy
 from vlm.metrics.vqa import IVQAAccuracy, TextVQAAccuracy, VQAAccuracy
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "QwenGQA",
     "RelaxedAccuracy",
     "StepSuccess",
+    "TDIUCAccuracy",
     "TextVQAAccuracy",
     "VQAAccuracy",
 ]

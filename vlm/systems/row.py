@@ -28,7 +28,7 @@ from vlm.prompts.documents import documents_of, fit_document
 from vlm.prompts.regions import find_boxes, write_regions
 from vlm.prompts.template import IMAGE, Template, Tokenized
 from vlm.prompts.tokenizer import Tokenizer
-from vlm.sample import Sample
+from vlm.sample import ImagePart, Sample
 from vlm.sample.places import places_named
 from vlm.seeding import seed_from
 
@@ -179,6 +179,17 @@ def concat_documents(items: Sequence[Encoded]) -> Encoded:
     text = tuple(sequence for item in items for sequence in item.text)
     rows = {name: tuple(sequence for item in items for sequence in item.rows[name]) for name in items[0].rows}
     return replace(items[0], sample=sample, text=text, rows=rows, counts=counts)
+
+
+def exchanges(sample: Sample) -> list[Sample]:
+    """A conversation as one for each answer that is trained, in which those before it are only read."""
+    found, messages = [], sample.messages
+    for at, message in enumerate(messages):
+        if message.role == "assistant" and message.weight:
+            before = (replace(m, weight=0.0) if m.role == "assistant" else m for m in messages[:at])
+            shown = sum(isinstance(part, ImagePart) for m in messages[:at] for part in m.content)
+            found.append(replace(sample, messages=(*before, message), images=sample.images[:shown]))
+    return found or [sample]
 
 
 class RowDecoder(VisionLanguageModule):
