@@ -75,11 +75,18 @@ def write_coarse(folder: Path) -> Path:
         if "continues" in stage:
             change["stage"]["schedule"] = {"total_steps": None}
             stages[name] |= {"continues": None, "follows": follows}
+        else:
+            stages[name]["follows"] = [{**one, "parts": without_fine(one["parts"])} for one in stage["follows"]]
         for place in (folder, folder / "demo"):
             (place / f"{name}_coarse.yaml").write_text(yaml.safe_dump(change))
     content = {"base": os.path.relpath(COGAGENT / "recipe.yaml", folder), "stages": stages}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
     return folder / "recipe.yaml"
+
+
+def without_fine(parts: Mapping[str, str]) -> dict[str, str]:
+    """The parts that a stage takes from the one before it: the fine tower is never trained, and in no artefact."""
+    return {ours: theirs for ours, theirs in parts.items() if ours != "vision_high"}
 
 
 def coarse(train: Mapping[str, Any]) -> dict[str, Any]:
