@@ -65,18 +65,20 @@ def write_coarse(folder: Path) -> Path:
     base = yaml.safe_load((COGAGENT / "recipe.yaml").read_text())["stages"]
     (folder / "demo").mkdir(parents=True, exist_ok=True)
     stages: dict[str, Any] = {FIRST: None}
-    follows = base[FIRST]["follows"]
+    first = base.pop(FIRST)["follows"]
+    trained = {}
     for name, stage in base.items():
-        if name == FIRST:
-            continue
         demo = yaml.safe_load((COGAGENT / "demo" / stage["configs"][-1]).read_text())
-        change: dict[str, Any] = {"stage": {"train": coarse(demo["stage"]["train"])}}
+        trained[name] = coarse(demo["stage"]["train"])
+        change: dict[str, Any] = {"stage": {"train": trained[name]}}
         stages[name] = {"add": [f"{name}_coarse.yaml"]}
         if "continues" in stage:
             change["stage"]["schedule"] = {"total_steps": None}
-            stages[name] |= {"continues": None, "follows": follows}
+            stages[name] |= {"continues": None, "follows": first}
         else:
-            stages[name]["follows"] = [{**one, "parts": without_fine(one["parts"])} for one in stage["follows"]]
+            [before] = stage["follows"]
+            parts = _coarse_parts(before["parts"], trained[before["artefact"].rpartition("/")[2]])
+            stages[name]["follows"] = [{**before, "parts": parts, "fresh": first[0]["fresh"]}]
         for place in (folder, folder / "demo"):
             (place / f"{name}_coarse.yaml").write_text(yaml.safe_dump(change))
     content = {"base": os.path.relpath(COGAGENT / "recipe.yaml", folder), "stages": stages}
@@ -84,9 +86,10 @@ def write_coarse(folder: Path) -> Path:
     return folder / "recipe.yaml"
 
 
-def without_fine(parts: Mapping[str, str]) -> dict[str, str]:
-    """The parts that a stage takes from the one before it: the fine tower is never trained, and in no artefact."""
-    return {ours: theirs for ours, theirs in parts.items() if ours != "vision_high"}
+def _coarse_parts(parts: Mapping[str, str], trained: Mapping[str, Any]) -> dict[str, str]:
+    """The parts that a stage takes from one that trained this; what was never trained is in no artefact."""
+    kept = {ours: theirs for ours, theirs in parts.items() if ours not in ("vision_high", "places")}
+    return kept | ({"places.low": "places.low"} if "places.low" in trained else {})
 
 
 def coarse(train: Mapping[str, Any]) -> dict[str, Any]:
