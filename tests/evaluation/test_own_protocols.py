@@ -15,8 +15,10 @@ import cli
 import vlm.data
 from tests.data.test_benchmarks import TEN, _picture, _write, root, weights
 from vlm.errors import SampleError
+from vlm.geometry import Placement, View
 from vlm.language import Decoding
 from vlm.prompts import ImageMark, TextSpan, get_template
+from vlm.prompts.regions import write_regions
 
 CONFIGS = Path(__file__).parents[2] / "configs/eval"
 OPTIONS = "A. a ball\nB. air"
@@ -40,6 +42,12 @@ CHAT = (
     "Please answer my questions."
 )
 DETAIL = "Describe this image in detail."
+# InternLM-XComposer2: the image stands before the user's turn
+ROW = "PATH[UNUSED_TOKEN_146]user\nQuestion: {}\nContext: {}\nOptions: {}[UNUSED_TOKEN_145]\n"
+ROW += "[UNUSED_TOKEN_146]assistant\nThe answer is"
+WORD = "PATH[UNUSED_TOKEN_146]user\nAnswer the question using a single word or phrase.{}[UNUSED_TOKEN_145]\n"
+WORD += "[UNUSED_TOKEN_146]assistant\n"
+MMBENCH_ROW = ROW.format("What is it?", "Look at the ground.", 'A. a ball B. a "big" box')
 # name: decoding, and of each source the first prompt
 PROTOCOLS = {
     "cogvlm/tdiuc": ({"max_new_tokens": 30}, "PATHQuestion: Is it red? Short answer:"),
@@ -87,6 +95,20 @@ PROTOCOLS = {
         " <|User|>:PATH Is the word \"A\"? Please answer yes or no. Answer this question briefly"
         "<TOKENS_UNUSED_0> <|Bot|>:",
     ),
+    "xcomposer2/mmbench": ({"max_new_tokens": 5, "num_beams": 5}, MMBENCH_ROW),
+    "xcomposer2/mmbench_cn": ({"max_new_tokens": 5, "num_beams": 5}, MMBENCH_ROW),
+    "xcomposer2/ccbench": ({"max_new_tokens": 5, "num_beams": 5}, MMBENCH_ROW),
+    "xcomposer2/seed_bench": (
+        {"max_new_tokens": 5, "num_beams": 5}, ROW.format("How many?", "N/A", SEED.replace("\n", " "))
+    ),
+    "xcomposer2/q_bench": (
+        {"max_new_tokens": 500, "num_beams": 3}, ROW.format("How sharp is it?", "N/A", "A. Sharp B. Blurry ")
+    ),
+    "xcomposer2/pope": ({"max_new_tokens": 500, "num_beams": 3}, WORD.format("Is there a snowboard in the image?")),
+    "xcomposer2/chartqa": (
+        {"max_new_tokens": 500, "num_beams": 3}, WORD.format("How much?"), WORD.format("Which is the tallest?")
+    ),
+    "xcomposer2/mme": ({"max_new_tokens": 500, "num_beams": 3}, WORD.format('Is the word "A"?')),
 }  # fmt: skip
 CHART = {"imgname": "1.png", "label": "7"}
 BOXES = {"image": "val2014/a.jpg", "bbox": [10.5, 0, 20, 7], "width": 20, "height": 14}
@@ -178,6 +200,10 @@ OTHERS: dict[str, tuple[dict | None, str]] = {
     "blip2/retrieval_flickr": (None, ""),
     "blip2/vqav2": (_FREE, "Question: {} Answer:"),
     "blip2/gqa": (_FREE, "Question: {} Answer:"),
+    "blip2/okvqa": (_FREE, "Question: {} Answer:"),
+    "blip2/vqav2_flan_t5": (_FREE, "Question: {} Short answer:"),
+    "blip2/gqa_flan_t5": (_FREE, "Question: {} Short answer:"),
+    "blip2/okvqa_flan_t5": (_FREE, "Question: {} Short answer:"),
     "blip2/nocaps": (_TOLD, "a photo of"),
     "blip2/flickr30k": (_TOLD, "a photo of"),
     **{
@@ -206,8 +232,11 @@ OTHERS: dict[str, tuple[dict | None, str]] = {
     "instructblip/okvqa": (_LAVIS, "Question: {} Short Answer:"),
     "instructblip/science_qa": (_CHOSEN, "Context: {hint} Question: {} Options: {options}. Answer:"),
     "instructblip/textvqa": (_LAVIS, "Question: {} Short answer:"),
+    "instructblip/visual_dialog": (_CHOSEN, "Question: {} Short answer:"),
     "instructblip/vizwiz": (_LAVIS, "Question: {} Short answer:"),
     "instructblip/vqav2": (_LAVIS, "Question: {} Short Answer:"),
+    "xcomposer2/mm_vet": ({"max_new_tokens": 500, "num_beams": 3}, "{}Answer this question in detail."),
+    "xcomposer2/llava_bench_wild": ({"max_new_tokens": 500, "num_beams": 3}, "{}Answer this question in detail."),
     "instructblip/vsr": (_CHOSEN, 'Based on the image, is this statement true or false? "{}" Answer:'),
 }  # fmt: skip
 
@@ -246,7 +275,8 @@ def test_prompts_and_decoding_are_the_published_ones(name: str, files: Path) -> 
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     assert config["evaluation"]["decoding"] == decoding
     template = get_template(config["model"]["init_args"]["template"])
-    samples = [source[0] for source in sources(config)]
+    whole = View(Placement(), (1.0, 1.0))
+    samples = [write_regions(source[0], template.regions, view=lambda _: whole) for source in sources(config)]
     assert all(sample.images[0].read(sample).size == (20, 14) for sample in samples)
     written = [template.render(sample.messages, generate=True) for sample in samples]
     assert all(sum(isinstance(span, ImageMark) for span in spans) == 1 for spans in written)

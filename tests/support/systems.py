@@ -16,7 +16,7 @@ from tests.support.blip import blip
 from tests.support.blip_tasks import answered, asked_about, blip_caption, blip_nlvr, blip_vqa, judged, judged_about
 from tests.support.cogagent import cogagent
 from tests.support.cogvlm import cogvlm
-from tests.support.blip2_qformer import BLIP2_QFORMER, blip2_qformer
+from tests.support.blip2_qformer import BLIP2_QFORMER, blip2_qformer, begun
 from tests.support.instructblip import (
     READER_TENSORS,
     UNREAD,
@@ -474,10 +474,11 @@ SYSTEMS: dict[str, System] = {
         blip2_qformer,
         {"1_qformer": TinyStage(dict.fromkeys(("qformer", "projections", "heads"), RATE), names(*BLIP2_QFORMER))},
         tower_base_weights,
-        uses=("score", "embed", "match"),
+        uses=("score", "generate", "embed", "match"),
         reference=qformer_reference,
         splices=False,
         pool=pairs,
+        asked=begun,
         needs_image=True,
         batch=BatchSpec(8, negatives="pack", packs=4),
     ),

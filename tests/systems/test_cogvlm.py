@@ -18,14 +18,15 @@ from tests.conftest import GOLDEN, golden, golden_json
 from tests.support.cogvlm import cogvlm
 from tests.support.parity import assert_same_scores, assert_same_state
 from tests.support.samples import samples
-from tests.systems.test_contract import disturb
+from tests.systems.test_contract import collate, disturb
 from vlm.batch import IGNORE, Batch, Row, TokenSequence, Views, next_token_targets
 from vlm.building.network import empty_weights
 from vlm.checkpoints.published.family import get_family
 from vlm.commands.convert import convert
 from vlm.connectors import GLU
 from vlm.errors import SampleError, UserError
-from vlm.language import CausalLM, VisualExpert
+from vlm.language import CausalLM, PeftAdapter, VisualExpert
+from vlm.language.adapters import replace_adapters
 from vlm.prompts import get_template
 from vlm.prompts.template import IMAGE
 from vlm.sample import ImagePart, Message, TextPart
@@ -202,6 +203,44 @@ def test_a_template_of_one_exchange_makes_a_sequence_of_each(tmp_path: Path) -> 
     assert len(chat.encode(more).text) == 1
     with pytest.raises(SampleError, match="over the limit of 20"):
         cogvlm(max_tokens=20).codec.encode(more)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_lies_over_both_ways_through_a_layer(dora: bool, tmp_path: Path) -> None:
+    """Text and image tokens meet one each; merged, the plain weights of both compute the same."""
+    base = cogvlm()
+    base.stage = Stage("base", {"language": Trained(1.0)})
+    base.configure_model()
+    disturb(base, base.trained_names())
+    write_stage(tmp_path / "0", base, global_step=1)
+    module, follows = cogvlm(), InitFrom(str(tmp_path / "0"))
+    module.register_surgery(PeftAdapter(rank=2, alpha=4, dora=dora))
+    module.stage = Stage("lora", {"adapters": Trained(1.0)}, follows=[follows])
+    module.configure_model()
+    batch = collate(module, samples(tmp_path, 6))
+    before = module.eval().label_logits(batch)
+    names = module.trained_names()
+    of_expert = {name for name in names if ".expert.lora_" in name}
+    assert len(of_expert) == len(names) / 2
+    disturb(module, of_expert)
+    text = collate(module, [sample for sample in samples(tmp_path, 6) if not sample.images])
+    assert torch.equal(module.label_logits(text), base.eval().label_logits(text))
+    disturb(module, names)
+    logits = module.label_logits(batch)
+    assert (logits - before).abs().max() > 1e-3
+    write_stage(tmp_path / "1", module, global_step=1)
+    assert torch.equal(vlm.load(tmp_path / "1").label_logits(batch), logits)
+    merged = cogvlm()
+    merged.stage = Stage(
+        "next", {"connector": Trained(1.0)}, follows=[follows, InitFrom(str(tmp_path / "1"), merge=True)]
+    )
+    merged.configure_model()
+    assert merged.surgery == [VisualExpert()]
+    # W x + B A x and (W + B A) x: rounded elsewhere
+    torch.testing.assert_close(merged.eval().label_logits(batch), logits, atol=2e-6, rtol=1e-5)
+    replace_adapters(module, merge=True)
+    torch.testing.assert_close(module.label_logits(batch), logits, atol=2e-6, rtol=1e-5)
 
 
 # -- released files

@@ -67,6 +67,7 @@ _HOMES = {
     "TextVQATokens": "sources.scene_text",
     "VideoQuestions": "sources.video",
     "VisionLanguageData": "modules.base",
+    "VisualDialog": "sources.dialog",
     "VisualFlan": "sources.flan",
     "Visual7W": "sources.visual7w",
     "VizWiz": "benchmarks",

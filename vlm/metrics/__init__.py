@@ -16,6 +16,7 @@ from vlm.metrics.pope import POPE
 from vlm.metrics.relaxed import RelaxedAccuracy
 from vlm.metrics.tdiuc import TDIUCAccuracy
 from vlm.metrics.vqa import IVQAAccuracy, TextVQAAccuracy, VQAAccuracy
+from vlm.metrics.weighed import AreaUnderCurve, MeanReciprocalRank
 
 __all__ = [
     "ANLS",
@@ -25,6 +26,7 @@ __all__ = [
     "ActionMatching",
     "AnswerMetric",
     "Answers",
+    "AreaUnderCurve",
     "CIDErD",
     "CircularAccuracy",
     "ElementAccuracy",
@@ -32,6 +34,7 @@ __all__ = [
     "GroundingAccuracy",
     "IVQAAccuracy",
     "MMMUAccuracy",
+    "MeanReciprocalRank",
     "MultipleChoice",
     "QwenGQA",
     "RelaxedAccuracy",

@@ -20,10 +20,8 @@ class Pope(Benchmark):
     task = "pope"
     categories = ("random", "popular", "adversarial")
 
-    def __init__(
-        self, path: str | Path, image_root: str | Path | None = None, *, request: str = SHORT, **keywords: Any
-    ) -> None:
-        super().__init__(path, image_root, **keywords)
+    def __init__(self, path: str | Path, *, request: str = SHORT, **keywords: Any) -> None:
+        super().__init__(path, **keywords)
         self.request = request
 
     def questions(self) -> Iterator[dict[str, Any]]:
