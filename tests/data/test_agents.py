@@ -15,7 +15,7 @@ from tests.data.test_benchmarks import weights  # noqa: F401
 from tests.evaluation.test_metrics import info, value
 from vlm.batch import SampleInfo
 from vlm.data import AndroidInTheWild, ChatJson, Mind2Web, ScreenElements
-from vlm.demo import write_format
+from vlm.demo import web_pages, write_format
 from vlm.demo.gui import COLUMNS, ROWS, make_screen
 from vlm.errors import SampleError, UserError
 from vlm.geometry import Placement, View
@@ -291,3 +291,39 @@ def test_screens_say_what_they_show(tmp_path: Path) -> None:
             metric = GroundingAccuracy(form="cogvlm", references="llava")
             assert value(metric, (told(sample), asked_of(sample))) == 1.0
         assert value(StepSuccess(), (told(agent), asked_of(agent)))["step_success"] == 1.0
+
+
+# -- pages of the web
+
+
+def test_web_pages_are_those_of_the_command_with_boxes_inside_their_screenshots() -> None:
+    made = web_pages.pages()
+    names = {path.stem for path in (web_pages.WEB / "html").glob("*.html")}
+    assert names == set(made)
+    assert len(names) == 50
+    for name, text in made.items():
+        assert (web_pages.WEB / f"html/{name}.html").read_text(encoding="utf-8") == text
+    sizes, number = set(), 0
+    for split in ("train", "test"):
+        source = ScreenElements(web_pages.WEB / f"{split}.jsonl", image_root=web_pages.WEB)
+        for index in range(len(source)):
+            sample = source[index]
+            width, height = sample.images[0].size(sample)
+            sizes.add((width, height))
+            told_html = [message.content[-1].text for message in sample.messages[::2]]  # type: ignore[union-attr]
+            assert len(set(told_html)) == len(told_html), "an element that stands there twice has no one box"
+            for message in sample.messages[1::2]:
+                [part] = message.content
+                assert isinstance(part, RegionPart)
+                (left, top), (right, bottom) = part.points
+                assert 0 <= left < right <= width
+                assert 0 <= top < bottom <= height
+                number += 1
+    assert number > 800
+    assert sizes == set(web_pages.WINDOWS)
+    assert sum(path.stat().st_size for path in web_pages.WEB.rglob("*") if path.is_file()) < 2.5e6
+
+
+def test_a_page_without_its_browser_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no-such-browser cannot show a page .*; give a browser with --browser"):
+        web_pages.write_pages(tmp_path, "no-such-browser")
