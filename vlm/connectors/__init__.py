@@ -1,5 +1,15 @@
 from vlm.connectors.mining import PatchMining
-from vlm.connectors.projectors import MLP, Connector, Downsample, FlaggedLinear, JoinedLinear, Linear, Newline
+from vlm.connectors.projectors import (
+    MLP,
+    Connector,
+    Downsample,
+    FlaggedLinear,
+    JoinedLinear,
+    JoinNeighbours,
+    Linear,
+    Newline,
+    Separators,
+)
 from vlm.connectors.qformer import QFormer
 from vlm.connectors.resampler import Resampler
 
@@ -8,10 +18,12 @@ __all__ = [
     "Connector",
     "Downsample",
     "FlaggedLinear",
+    "JoinNeighbours",
     "JoinedLinear",
     "Linear",
     "Newline",
     "PatchMining",
     "QFormer",
     "Resampler",
+    "Separators",
 ]

@@ -156,7 +156,10 @@ class SplicedDecoder(RowDecoder):
         return self.vision, self.connector
 
     def encode_images(self, batch: Batch) -> Tensor:
+        return self.connector(self.see(batch))
+
+    def see(self, batch: Batch) -> Tensor:
+        """float[V, P, D] features of the tower."""
         pixels = batch.views[STREAM].pixels
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())):
-            features = self.vision(pixels.to(next(self.vision.parameters()).dtype))
-        return self.connector(features)
+            return self.vision(pixels.to(next(self.vision.parameters()).dtype))
