@@ -15,6 +15,7 @@ from vlm.systems.minigpt4 import MiniGPT4
 from vlm.systems.qwen_vl import QwenVL
 from vlm.systems.vila import VILA
 from vlm.systems.xcomposer import XComposer
+from vlm.systems.xcomposer2 import XComposer2
 
 __all__ = [
     "BLIP",
@@ -35,4 +36,5 @@ __all__ = [
     "MiniGemini",
     "QwenVL",
     "XComposer",
+    "XComposer2",
 ]
