@@ -27,6 +27,7 @@ from tests.support.instructblip import (
 from tests.support.minigpt4 import minigpt4, minigpt4_llama_2
 from tests.support.samples import pairs, questions, samples
 from tests.support.xcomposer import xcomposer
+from tests.support.xcomposer2_4khd import xcomposer2_4khd
 from vlm.codec import step_counts
 from vlm.connectors import MLP, Downsample, Linear, Resampler
 from tests.support.blip2 import EVA_TENSORS, QFORMER, T5_DECODER, blip2, blip2_t5, t5_base_weights, t5_reference
@@ -321,6 +322,16 @@ EXPERT = names(
     "language.model.layers.{0,1}.self_attn.{q,k,v,o}_proj.expert.weight",
     "language.model.layers.{0,1}.mlp.{gate,up,down}_proj.expert.weight",
 )
+PARTIAL_LORA = names(
+    "language.model.layers.{0,1}.self_attn.{q,o}_proj.Plora_A.weight",  # that of q is of k and v too
+    "language.model.layers.{0,1}.self_attn.{q,k,v,o}_proj.Plora_B.weight",
+    "language.model.layers.{0,1}.mlp.{gate,up,down}_proj.Plora_{A,B}.weight",
+)
+# above the last attention no label looks at an image token, and these act on image tokens alone
+UNREACHED_LORA = names(
+    "language.model.layers.1.self_attn.{o_proj.Plora_A,q_proj.Plora_B,o_proj.Plora_B}.weight",
+    "language.model.layers.1.mlp.{gate,up,down}_proj.Plora_{A,B}.weight",
+)
 CROSS_ATTENTION = names(
     "language.model.layers.{0,1}.cross_attn.{query,key_value,dense}.weight",
     "language.model.layers.{0,1}.post_cross_attention_layernorm.weight",
@@ -540,6 +551,25 @@ SYSTEMS: dict[str, System] = {
         reference=spliced_reference,
     ),
     "xcomposer": System(xcomposer, XCOMPOSER_STAGES, causal_base_weights, reference=spliced_reference),
+    "xcomposer2_4khd": System(
+        xcomposer2_4khd,
+        {
+            "1_pretrain": TinyStage(
+                {"vision": RATE, "connector": RATE, "separators": RATE, "language.model.layers.*.Plora_*": RATE},
+                TWO_BLOCKS | THREE_BLOCKS | CONNECTOR | PARTIAL_LORA | names("separators.{row_end,between}"),
+                unreached=UNREACHED_LORA,
+            ),
+            "2_sft": TinyStage(
+                dict.fromkeys(("vision", "connector", "separators", "language"), RATE),
+                TWO_BLOCKS | THREE_BLOCKS | CONNECTOR | DECODER | PARTIAL_LORA | names("separators.{row_end,between}"),
+                {part: part for part in ("vision", "connector", "separators", "language")},
+                unreached=UNREACHED_LORA,
+            ),
+        },
+        causal_base_weights,
+        reference=spliced_reference,
+        surgery=(PartialLoRA(rank=2),),
+    ),
     "tied": System(
         lambda **changes: llava_1_5(**({"language": CausalLM(config=LLAMA | {"tie_word_embeddings": True})} | changes)),
         {
@@ -556,18 +586,8 @@ SYSTEMS: dict[str, System] = {
         {
             "1_pretrain": TinyStage(
                 {"vision": RATE, "connector": RATE, "language.model.layers.*.Plora_*": RATE},
-                TWO_BLOCKS
-                | CONNECTOR
-                | names(
-                    "language.model.layers.{0,1}.self_attn.{q,o}_proj.Plora_A.weight",  # that of q is of k and v too
-                    "language.model.layers.{0,1}.self_attn.{q,k,v,o}_proj.Plora_B.weight",
-                    "language.model.layers.{0,1}.mlp.{gate,up,down}_proj.Plora_{A,B}.weight",
-                ),
-                # above the last attention no label looks at an image token, and these act on image tokens alone
-                unreached=names(
-                    "language.model.layers.1.self_attn.{o_proj.Plora_A,q_proj.Plora_B,o_proj.Plora_B}.weight",
-                    "language.model.layers.1.mlp.{gate,up,down}_proj.Plora_{A,B}.weight",
-                ),
+                TWO_BLOCKS | CONNECTOR | PARTIAL_LORA,
+                unreached=UNREACHED_LORA,
             ),
         },
         causal_base_weights,

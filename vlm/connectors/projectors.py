@@ -141,9 +141,9 @@ class Downsample(Connector):
 class JoinNeighbours(nn.Module):
     """The features of a square map, 2 x 2 of them one behind the other.
 
-    An odd side gets a row and a column of zeros at its end. As VILA publishes it, tokens go down the columns: the second
-    one is below the first, not beside it. The four features of a token are top left, top right, bottom left, bottom
-    right.
+    An odd side gets a row and a column of zeros at its end. As published with VILA, tokens go down the columns: the
+    second one is below the first, not beside it. The four features of a token are top left, top right, bottom left,
+    bottom right.
 
     Args:
         by_rows: tokens go along the rows (InternLM-XComposer2-4KHD).

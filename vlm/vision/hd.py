@@ -1,6 +1,6 @@
 """Images of any shape as tiles in whole numbers along both sides, up to 4K (InternLM-XComposer2-4KHD, 2024).
 
-As `HD_transform` in InternLM/InternLM-XComposer (InternLM-XComposer-2.0/finetune/ixc_utils.py) and the released network.
+As `HD_transform` in InternLM/InternLM-XComposer (InternLM-XComposer-2.0/finetune/ixc_utils.py) and the released code.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 from vlm.errors import UserError
 
 ROW_END, SEPARATOR = -2, -1
-"""Tokens of a layout that show no feature: the end of a row of a map, and what stands between the whole and its tiles."""
+"""Tokens of a layout that show no feature: the end of a row of a map, and what stands between two maps."""
 _WHITE = (255, 255, 255)
 
 
