@@ -40,6 +40,12 @@ CHAT = (
     "Please answer my questions."
 )
 DETAIL = "Describe this image in detail."
+# InternLM-XComposer2: the image stands before the user's turn
+ROW = "PATH[UNUSED_TOKEN_146]user\nQuestion: {}\nContext: {}\nOptions: {}[UNUSED_TOKEN_145]\n"
+ROW += "[UNUSED_TOKEN_146]assistant\nThe answer is"
+WORD = "PATH[UNUSED_TOKEN_146]user\nAnswer the question using a single word or phrase.{}[UNUSED_TOKEN_145]\n"
+WORD += "[UNUSED_TOKEN_146]assistant\n"
+MMBENCH_ROW = ROW.format("What is it?", "Look at the ground.", 'A. a ball B. a "big" box')
 # name: decoding, and of each source the first prompt
 PROTOCOLS = {
     "fuyu/vqav2": (SHORT, f"PATH<s>{ASKED.format('What is it?')}"),
@@ -82,6 +88,20 @@ PROTOCOLS = {
         " <|User|>:PATH Is the word \"A\"? Please answer yes or no. Answer this question briefly"
         "<TOKENS_UNUSED_0> <|Bot|>:",
     ),
+    "xcomposer2/mmbench": ({"max_new_tokens": 5, "num_beams": 5}, MMBENCH_ROW),
+    "xcomposer2/mmbench_cn": ({"max_new_tokens": 5, "num_beams": 5}, MMBENCH_ROW),
+    "xcomposer2/ccbench": ({"max_new_tokens": 5, "num_beams": 5}, MMBENCH_ROW),
+    "xcomposer2/seed_bench": (
+        {"max_new_tokens": 5, "num_beams": 5}, ROW.format("How many?", "N/A", SEED.replace("\n", " "))
+    ),
+    "xcomposer2/q_bench": (
+        {"max_new_tokens": 500, "num_beams": 3}, ROW.format("How sharp is it?", "N/A", "A. Sharp B. Blurry ")
+    ),
+    "xcomposer2/pope": ({"max_new_tokens": 500, "num_beams": 3}, WORD.format("Is there a snowboard in the image?")),
+    "xcomposer2/chartqa": (
+        {"max_new_tokens": 500, "num_beams": 3}, WORD.format("How much?"), WORD.format("Which is the tallest?")
+    ),
+    "xcomposer2/mme": ({"max_new_tokens": 500, "num_beams": 3}, WORD.format('Is the word "A"?')),
 }  # fmt: skip
 CHART = {"imgname": "1.png", "label": "7"}
 BOXES = {"image": "val2014/a.jpg", "bbox": [10.5, 0, 20, 7], "width": 20, "height": 14}
@@ -174,6 +194,8 @@ OTHERS: dict[str, tuple[dict | None, str]] = {
     "instructblip/textvqa": (_LAVIS, "Question: {} Short answer:"),
     "instructblip/vizwiz": (_LAVIS, "Question: {} Short answer:"),
     "instructblip/vqav2": (_LAVIS, "Question: {} Short Answer:"),
+    "xcomposer2/mm_vet": ({"max_new_tokens": 500, "num_beams": 3}, "{}Answer this question in detail."),
+    "xcomposer2/llava_bench_wild": ({"max_new_tokens": 500, "num_beams": 3}, "{}Answer this question in detail."),
     "instructblip/vsr": (_CHOSEN, 'Based on the image, is this statement true or false? "{}" Answer:'),
 }  # fmt: skip
 

@@ -27,6 +27,7 @@ from tests.support.instructblip import (
 from tests.support.minigpt4 import minigpt4, minigpt4_llama_2
 from tests.support.samples import pairs, questions, samples
 from tests.support.xcomposer import xcomposer
+from tests.support.xcomposer2 import PARTIAL, UNREACHED, xcomposer2
 from tests.support.xcomposer2_4khd import xcomposer2_4khd
 from vlm.codec import step_counts
 from vlm.connectors import MLP, Downsample, Linear, Resampler
@@ -317,20 +318,13 @@ TWO_BLOCKS = names(
     "vision.trunk.{cls_token,pos_embed,patch_embed.proj.weight,norm_pre.weight,norm_pre.bias}",
     "vision.trunk.blocks.{0,1}.{norm1,norm2,attn.qkv,attn.proj,mlp.fc1,mlp.fc2}.{weight,bias}",
 )
+CLIP_TENSORS = TWO_BLOCKS | names(
+    "vision.trunk.blocks.2.{norm1,norm2,attn.qkv,attn.proj,mlp.fc1,mlp.fc2}.{weight,bias}"
+)
 HIGH_BLOCKS = frozenset(name.replace("vision.", "vision_high.") for name in TWO_BLOCKS)
 EXPERT = names(
     "language.model.layers.{0,1}.self_attn.{q,k,v,o}_proj.expert.weight",
     "language.model.layers.{0,1}.mlp.{gate,up,down}_proj.expert.weight",
-)
-PARTIAL_LORA = names(
-    "language.model.layers.{0,1}.self_attn.{q,o}_proj.Plora_A.weight",  # that of q is of k and v too
-    "language.model.layers.{0,1}.self_attn.{q,k,v,o}_proj.Plora_B.weight",
-    "language.model.layers.{0,1}.mlp.{gate,up,down}_proj.Plora_{A,B}.weight",
-)
-# above the last attention no label looks at an image token, and these act on image tokens alone
-UNREACHED_LORA = names(
-    "language.model.layers.1.self_attn.{o_proj.Plora_A,q_proj.Plora_B,o_proj.Plora_B}.weight",
-    "language.model.layers.1.mlp.{gate,up,down}_proj.Plora_{A,B}.weight",
 )
 CROSS_ATTENTION = names(
     "language.model.layers.{0,1}.cross_attn.{query,key_value,dense}.weight",
@@ -361,6 +355,8 @@ PAIR_HEADS = names("heads.temperature", "heads.match.{weight,bias}")
 PAIR_READS = names("language.layers.{0,1}.attention.{query,key,value,dense,norm}.{weight,bias}")
 PAIR_COPIES = BLIP_TOWER | PAIRS | PAIR_READS | {n for n in BLIP_WRITES if "decoder_" not in n and ".head." not in n}
 RATE = Trained(lr=1e-2)
+SEPARATORS = names("separators.{row_end,between}")
+XCOMPOSER2_BRIDGE = {"vision": Trained(lr=1e-2, layer_decay=0.9), "connector": RATE}
 BRIDGE = {"qformer": RATE, "connector": RATE}
 LINEAR = names("connector.{weight,bias}")
 LLAVA_STAGES = {  # without new tokens (tests/systems/test_llava.py has those); 2_science_qa trains what 2_chat does
@@ -551,19 +547,38 @@ SYSTEMS: dict[str, System] = {
         reference=spliced_reference,
     ),
     "xcomposer": System(xcomposer, XCOMPOSER_STAGES, causal_base_weights, reference=spliced_reference),
+    "xcomposer2": System(
+        xcomposer2,
+        {
+            "1_pretrain": TinyStage(
+                XCOMPOSER2_BRIDGE | {"language.model.layers.*.Plora_*": RATE},
+                CLIP_TENSORS | CONNECTOR | names(*PARTIAL),
+                unreached=names(*UNREACHED),
+            ),
+            "2_sft": TinyStage(
+                XCOMPOSER2_BRIDGE | {"language": Trained(lr=2e-3)},
+                CLIP_TENSORS | CONNECTOR | names(*PARTIAL) | DECODER,
+                {"vision": "vision", "connector": "connector", "language": "language"},
+                unreached=names(*UNREACHED),
+            ),
+        },
+        causal_base_weights,
+        reference=spliced_reference,
+        surgery=(PartialLoRA(rank=2),),
+    ),
     "xcomposer2_4khd": System(
         xcomposer2_4khd,
         {
             "1_pretrain": TinyStage(
-                {"vision": RATE, "connector": RATE, "separators": RATE, "language.model.layers.*.Plora_*": RATE},
-                TWO_BLOCKS | THREE_BLOCKS | CONNECTOR | PARTIAL_LORA | names("separators.{row_end,between}"),
-                unreached=UNREACHED_LORA,
+                XCOMPOSER2_BRIDGE | {"separators": RATE, "language.model.layers.*.Plora_*": RATE},
+                CLIP_TENSORS | CONNECTOR | SEPARATORS | names(*PARTIAL),
+                unreached=names(*UNREACHED),
             ),
             "2_sft": TinyStage(
-                dict.fromkeys(("vision", "connector", "separators", "language"), RATE),
-                TWO_BLOCKS | THREE_BLOCKS | CONNECTOR | DECODER | PARTIAL_LORA | names("separators.{row_end,between}"),
+                XCOMPOSER2_BRIDGE | {"separators": RATE, "language": Trained(lr=2e-3)},
+                CLIP_TENSORS | CONNECTOR | SEPARATORS | names(*PARTIAL) | DECODER,
                 {part: part for part in ("vision", "connector", "separators", "language")},
-                unreached=UNREACHED_LORA,
+                unreached=names(*UNREACHED),
             ),
         },
         causal_base_weights,
@@ -580,19 +595,6 @@ SYSTEMS: dict[str, System] = {
         causal_base_weights,
         reference=spliced_reference,
         ties={"language.lm_head.weight": "language.model.embed_tokens.weight"},
-    ),
-    "partial_lora": System(
-        llava_1_5,
-        {
-            "1_pretrain": TinyStage(
-                {"vision": RATE, "connector": RATE, "language.model.layers.*.Plora_*": RATE},
-                TWO_BLOCKS | CONNECTOR | PARTIAL_LORA,
-                unreached=UNREACHED_LORA,
-            ),
-        },
-        causal_base_weights,
-        reference=spliced_reference,
-        surgery=(PartialLoRA(rank=2),),
     ),
     "cog": System(
         cog,

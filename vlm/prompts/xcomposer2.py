@@ -17,6 +17,8 @@ from vlm.sample import Message
 
 START, END = "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]"
 """Begin and end of a turn (ids 92543 and 92542)."""
+STOP = "[UNUSED_TOKEN_0]"
+"""Ends an article (id 92397)."""
 _EOS = "</s>"
 _META = (
     "You are an AI assistant whose name is InternLM-XComposer (浦语·灵笔).\n"
@@ -107,8 +109,17 @@ TEMPLATES: dict[str, XComposer2Template] = {
     for template in (
         _CHAT,
         _PLAIN,
+        # the user's text says itself where its images and blanks are (`vlm run compose`)
+        replace(
+            _PLAIN,
+            name="xcomposer2_compose",
+            training=replace(_TRAINING, place="given", trim=False),
+            generation=replace(_PROMPT, place="given"),
+            stop=(END, STOP),
+        ),
         # as the published evaluation asks: BOS, image, turn
         replace(_PLAIN, name="xcomposer2_asked", image_first=True),
+        replace(_CHAT, name="xcomposer2_detail", image_first=True, bos_everywhere=False),
         replace(
             _PLAIN,
             name="xcomposer2_options",

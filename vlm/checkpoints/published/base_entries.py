@@ -10,6 +10,7 @@ from vlm.checkpoints.published.entries import read_json, refusal
 from vlm.checkpoints.published.llava_entries import check_clip
 from vlm.checkpoints.published.qwen_vl import check_qwen
 from vlm.checkpoints.published.xcomposer import check_internlm
+from vlm.checkpoints.published.xcomposer2 import check_internlm2
 
 _ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
@@ -25,7 +26,8 @@ def check_base(part: str, folder: Path, network: Any) -> None:
         network: built, without values.
 
     Raises:
-        UserError: an entry of a CLIP tower, a Qwen-7B or an InternLM-7B that the part does not compute.
+        UserError: an entry of a CLIP tower, a Qwen-7B, an InternLM-7B or an InternLM2 that the
+            part does not compute.
     """
     file = folder / "config.json"
     content = read_json(file) or {}
@@ -33,6 +35,8 @@ def check_base(part: str, folder: Path, network: Any) -> None:
         check_qwen(content, file)
     if content.get("model_type") == "internlm":
         check_internlm(content, file)
+    if content.get("model_type") == "internlm2":
+        check_internlm2(content, file)
     if content.get("model_type") not in ("clip", "clip_vision_model") or not hasattr(network, "facts"):
         return
     stated = content.get("vision_config") or content
