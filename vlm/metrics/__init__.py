@@ -11,6 +11,7 @@ from vlm.metrics.exact import ExactMatch, QwenGQA
 from vlm.metrics.grounding import GroundingAccuracy
 from vlm.metrics.mme import MME
 from vlm.metrics.mmmu import MMMUAccuracy
+from vlm.metrics.ocr_bench import OCRBench
 from vlm.metrics.pope import POPE
 from vlm.metrics.relaxed import RelaxedAccuracy
 from vlm.metrics.vqa import IVQAAccuracy, TextVQAAccuracy, VQAAccuracy
@@ -29,6 +30,7 @@ __all__ = [
     "IVQAAccuracy",
     "MMMUAccuracy",
     "MultipleChoice",
+    "OCRBench",
     "QwenGQA",
     "RelaxedAccuracy",
     "TextVQAAccuracy",
