@@ -32,7 +32,7 @@ class StandIn:
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         for found in re.finditer("|".join(map(re.escape, _MARKS)) + "|.", text, re.DOTALL):
-            these = _MARKS.get(found[0], [ord(found[0]) - _CONTENT])
+            these = _MARKS[found[0]] if found[0] in _MARKS else [ord(found[0]) - _CONTENT]
             ids += these
             offsets += [found.span()] * len(these)
         return ids, offsets

@@ -32,7 +32,7 @@ def xcomposer2(**changes: Any) -> XComposer2:
         "language": CausalLM(config=INTERNLM2),
         "partial_lora": PartialLoRA(rank=2),
         "tokenizer": LlamaTokenizer(model, pad_token="<unk>"),
-        "template": "xcomposer2",
+        "template": "xcomposer2_plain",
         "image": "squash",
         "max_tokens": 512,
     }
