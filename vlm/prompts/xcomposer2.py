@@ -70,7 +70,8 @@ class XComposer2Template(DocumentTemplate):
         turns = DocumentTemplate.turns(self if generate else replace(self, system=""), messages, generate=generate)
         if generate and self.image_first:
             marks: list[Span] = [span for turn in turns for span in turn if isinstance(span, ImageMark)]
-            return [marks, *([span for span in turn if not isinstance(span, ImageMark)] for turn in turns)]
+            texts: list[list[Span]] = [[span for span in turn if not isinstance(span, ImageMark)] for turn in turns]
+            return [marks, *texts]
         if not generate and turns[-1] == [_trained(_EOS)]:
             *answer, newline = turns[-2]
             assert newline == _masked("\n"), newline

@@ -5,13 +5,14 @@ that are chosen from, each once. Every answer is sampled, as in the demo.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from vlm.language import Decoding
 from vlm.procedures.compose.requests import Request, numbered
 from vlm.sample import ImageFile
 
 TEMPLATE = "xcomposer2_compose"
-_SAMPLED = {"temperature": 1.0, "top_p": 0.8, "top_k": 40, "repetition_penalty": 1.005}
+_SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_p": 0.8, "top_k": 40, "repetition_penalty": 1.005}
 DECODINGS = {
     "article": Decoding(max_new_tokens=1024, **_SAMPLED),  # the length is the user's choice in the demo
     "places": Decoding(max_new_tokens=200, **_SAMPLED),
