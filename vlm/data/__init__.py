@@ -42,6 +42,7 @@ _HOMES = {
     "MMVet": "benchmarks",
     "MultitaskData": "modules.multitask",
     "NLVR2": "sources.blip",
+    "OCRBench": "benchmarks",
     "Obelics": "sources.documents",
     "OCRVQA": "sources.scene_text",
     "Parquet": "sources.parquet",

@@ -12,6 +12,7 @@ from vlm.checkpoints.files.atomic import atomic_directory
 from vlm.demo import tasks
 from vlm.demo.blip_formats import write_blip
 from vlm.demo.gui import write_gui
+from vlm.demo.large_pages import write_large_pages
 from vlm.demo.pages import Placed, make_chart, make_page, make_screen
 from vlm.demo.scenes import Scene
 from vlm.demo.write import scenes
@@ -302,6 +303,7 @@ FORMATS: dict[str, Callable[[Path, int, int, int], None]] = {
     "chart_qa": _chart_qa,
     "screens": _screens,
     "gui": write_gui,
+    "large_pages": write_large_pages,
     "pairs": _pairs,
     "mmc4": _mmc4,
     "obelics": _obelics,
