@@ -1,6 +1,7 @@
 """BLIP's pre-training and retrieval against the published code's numbers and rules, and transformers' class."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BlipConfig, BlipForImageTextRetrieval
 
+import cli
 from callbacks.stage_transition import write_stage
 from tests.conftest import golden, golden_json
 from tests.support.blip import blip
-from tests.support.blip_tasks import TOKENIZER
-from tests.support.samples import pairs
+from tests.support.blip_tasks import TOKENIZER, blip_vqa
+from tests.support.samples import pairs, picture
 from vlm.batch import IGNORE, Batch, Row, SampleInfo, TokenSequence, Views
 from vlm.building.build import assemble
 from vlm.building.network import empty_weights
@@ -36,6 +38,7 @@ from vlm.systems import pairs as pair_code
 from vlm.systems.pairs import IMAGE_ID, draw
 from vlm.vision import TimmTower
 
+ROOT = Path(__file__).parents[2]
 CASE = "blip_pretrain_step__a"
 TERMS = {"itc": "ita", "itm": "itm", "lm": "lm"}
 
@@ -300,3 +303,36 @@ def test_a_video_is_the_mean_of_its_frames(tmp_path: Path) -> None:
     torch.testing.assert_close(said.image[0], torch.nn.functional.normalize(mean, dim=0))
     with pytest.raises(UserError, match="different numbers of images"):
         module.embed([video, samples[0]])
+
+
+def test_videos_are_found_and_asked_about_by_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """MSRVTT by its protocols: 8 frames, texts of 40 words; 16 frames and a ranked answer."""
+    for name, module in (("pairs", blip(dropout=0.0)), ("vqa", blip_vqa())):
+        module.stage = Stage(name, {"language": Trained(lr=1e-3), "vision": Trained(lr=1e-3)})
+        module.configure_model()
+        write_stage(tmp_path / name, module, global_step=1)
+    for folder in ("msrvtt/frames", "msrvtt_qa/frames"):
+        for number in range(3):
+            (tmp_path / "data/eval" / folder / f"video{number}").mkdir(parents=True)
+            for frame in range(18):
+                picture(tmp_path / "data/eval" / folder / f"video{number}", f"{frame:05d}", (30, 20), number + 1)
+    files = {
+        "msrvtt/msrvtt_test.jsonl": [{"clip_name": f"video{n}", "caption": "a red card " * 12} for n in range(3)],
+        "msrvtt_qa/test_qa.json": [{"video_id": n, "question": "what?", "answer": "ball", "id": n} for n in range(3)],
+        "msrvtt_qa/answers.json": ["ball", "card"],
+    }
+    for name, content in files.items():
+        lines = (json.dumps(content),) if name.endswith(".json") else map(json.dumps, content)
+        (tmp_path / "data/eval" / name).write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    options = ["--data.init_args.num_workers=0", "--trainer.accelerator=cpu"]
+    for protocol, weights in (("msrvtt_retrieval", "pairs"), ("msrvtt_qa", "vqa")):
+        command = ["test", "-c", str(ROOT / f"configs/eval/blip/{protocol}.yaml"), "--weights", weights]
+        assert cli.main([*command, *options]) == 0, capfd.readouterr().err
+    found = json.loads((tmp_path / "evaluation/msrvtt_retrieval/scores.json").read_text())
+    assert {f"msrvtt_retrieval/{way}@{k}" for way in ("TR", "IR") for k in (1, 5, 10)} <= found["scores"].keys()
+    assert found["counts"]["msrvtt_retrieval"] == 3
+    lines = (tmp_path / "evaluation/msrvtt_qa/answers.jsonl").read_text().splitlines()
+    assert [json.loads(line)["answer"] in ("ball", "card") for line in lines] == [True] * 3

@@ -61,6 +61,7 @@ _HOMES = {
     "TextLines": "sources.regions",
     "TextVQA": "benchmarks",
     "TextVQATokens": "sources.scene_text",
+    "VideoCaptions": "sources.video",
     "VideoQuestions": "sources.video",
     "VisionLanguageData": "modules.base",
     "VisualFlan": "sources.flan",
