@@ -9,7 +9,7 @@ import vlm  # first: repairs torchvision
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, distributed
 from transformers import BlipConfig, BlipForImageTextRetrieval
 
 import cli
@@ -17,6 +17,7 @@ from callbacks.stage_transition import write_stage
 from tests.conftest import golden, golden_json
 from tests.support.blip import blip
 from tests.support.blip_tasks import TOKENIZER, blip_vqa
+from tests.support.ranks import run_ranks
 from tests.support.samples import pairs, picture
 from vlm.batch import IGNORE, Batch, Row, SampleInfo, TokenSequence, Views
 from vlm.building.build import assemble
@@ -27,6 +28,7 @@ from vlm.checkpoints.tables.blip import pair_table
 from vlm.codec import step_counts
 from vlm.commands.convert import convert
 from vlm.errors import SampleError, UserError
+from vlm.in_batch import draw_uniform
 from vlm.language import Med
 from vlm.prompts import BertTokenizer
 from vlm.sample import Message, TextPart
@@ -190,6 +192,65 @@ def test_all_texts_of_an_image_are_right_for_it(tmp_path: Path) -> None:
         torch.testing.assert_close(weights, expected)
         chosen = torch.stack([draw(weights, torch.full((4,), chance)) for chance in (0.0, 0.3, 0.9999999)])
         assert (weights.expand(3, -1, -1).gather(2, chosen[:, :, None]) > 0).all()
+
+
+def finding(folder: Path, rank: int) -> tuple[BLIP, Batch]:
+    """A pack of retrieval whose wrong pairs come from all packs; each image has texts in both of two packs."""
+    module = blip(same_image=True, language={"decoder": False}, dropout=0.0, queue=8)
+    module.configure_model()
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(not name.startswith("momentum"))
+    samples = [dataclasses.replace(sample, group=f"g{at % 3}") for at, sample in enumerate(pairs(folder, 8))]
+    items = [module.codec.encode(sample, seed=at) for at, sample in enumerate(samples)][4 * rank : 4 * rank + 4]
+    batch = module.codec.collate(items, counts=step_counts(items))
+    return module, dataclasses.replace(batch, negatives="step", pack=rank, packs=2, seed=5)
+
+
+def _on_a_rank(folder: Path) -> tuple[Tensor, dict[str, Tensor]]:
+    module, batch = finding(folder, distributed.get_rank())
+    loss = module.losses(batch)["itm"]
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def test_wrong_pairs_come_from_all_devices(tmp_path: Path) -> None:
+    """Two packs on two devices against pairs put together one by one; gradients reach images of the other pack too."""
+    torch.manual_seed(0)
+    parts = [finding(tmp_path, rank) for rank in (0, 1)]
+    module, batches = parts[0][0], [batch for _, batch in parts]
+    features = [module._features(batch)[0] for batch in batches]
+    texts = [code.first_texts(batch, module.codec.tokenizer.pad_id) for batch in batches]
+    known, images = torch.cat([batch.labels[IMAGE_ID] for batch in batches]), torch.cat(features)
+    with torch.no_grad():
+        embedded = [
+            (module.embed_images(module, own, 1), module.embed_texts(module, *text))
+            for own, text in zip(features, texts, strict=True)
+        ]
+    every = [torch.cat(kind) for kind in zip(*embedded, strict=True)]
+    words = [(ids[at], mask[at]) for ids, mask in texts for at in range(4)]
+    expected = []
+    for rank, (batch, own) in enumerate(zip(batches, embedded, strict=True)):
+        chance, losses = draw_uniform(batch, 2), []
+        for at in range(4):
+            place = 4 * rank + at
+            wrong = []
+            for kind in (0, 1):  # a text for the image, an image for the text
+                similar = (own[kind][at] @ every[1 - kind].T / module.heads.temperature).softmax(0)
+                sums = similar.masked_fill(known == known[place], 0.0).cumsum(0)
+                wrong.append(next(c for c in range(8) if sums[c] > chance[at, kind] * sums[-1]))
+            for text, image, is_right in ((place, place, 1), (place, wrong[1], 0), (wrong[0], place, 0)):
+                ids, mask = words[text]
+                logits = module.pair_logits(ids[None], mask[None], images[image : image + 1])
+                losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor([is_right])))
+        expected.append(torch.stack(losses).sum())
+    torch.stack(expected).sum().backward()
+    found = run_ranks(_on_a_rank, 2, tmp_path)
+    for (loss, _), theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(loss, theirs.detach(), atol=1e-5, rtol=1e-5)
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None:
+            total = found[0][1][name] + found[1][1][name]
+            torch.testing.assert_close(total, parameter.grad, atol=1e-5, rtol=1e-4)
 
 
 # -- weights
