@@ -4,14 +4,14 @@ What the demos learn, and how long they take, is measured by `make demo-scores`,
 """
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from benchmarks.demo_scores import DATA, asked_stages, demo_data, first_stage, judge_config, other_systems
+import cli
+
+from benchmarks.demo_scores import DATA, asked_stages, demo_data, first_stage, judge_config
 from vlm.recipes import Recipe, StageRef, TrainingStage, find_recipe, load_recipe, systems
 
 ROOT = Path(__file__).parents[2]
@@ -26,15 +26,11 @@ SMALL = {
 
 
 def run(folder: Path, *arguments: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "cli", *arguments],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, f"{arguments}:\n{done.stdout[-3000:]}"
+    """In this process, which saves the start of another one; a recipe starts one for each stage all the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        assert cli.main(list(arguments)) == 0, arguments
 
 
 @pytest.fixture(scope="session")
@@ -49,11 +45,24 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(place: Path, system: str) -> None:
-    """And before it the systems that it starts from."""
-    for other in other_systems(load_recipe(find_recipe(system))):
-        train(place, other)
-    run(place, "fit", "--recipe", system, "--demo", "--", *SHORTENED)
+def train(place: Path, system: str, stages: Sequence[str] | None = None) -> None:
+    """Stages of a system, all of them by default, and before them what they start from in other systems."""
+    recipe = load_recipe(find_recipe(system))
+    nodes = [node for node in recipe.nodes if stages is None or node.name in stages]
+    for item in [item for node in nodes if isinstance(node, TrainingStage) for item in node.follows]:
+        if item.system != system:
+            train(place, item.system, lineage(item))
+    for options in [[]] if stages is None else [["--stage", name] for name in stages]:
+        run(place, "fit", "--recipe", system, "--demo", *options, "--", *SHORTENED)
+
+
+def lineage(stage: StageRef) -> list[str]:
+    """A stage and those of its own system that it starts from, the first one first."""
+    node = load_recipe(find_recipe(stage.system)).node(stage.stage)
+    assert isinstance(node, TrainingStage)
+    before = [item for item in node.follows if item.system == stage.system]
+    before += [StageRef(stage.system, node.continues)] if node.continues else []
+    return list(dict.fromkeys([*(name for item in before for name in lineage(item)), stage.stage]))
 
 
 def check_stage(recipe: Recipe, stage: TrainingStage, runs: Path) -> None:

@@ -195,6 +195,15 @@ def plan(capsys: pytest.CaptureFixture[str], *options: str) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
+def test_a_stage_inherits_what_its_recipe_did_to_the_network(capsys: pytest.CaptureFixture[str]) -> None:
+    """InternLM-XComposer's third stage trains the adapter of its second, whose artefact is not there."""
+    stages = [
+        plan(capsys, "--recipe", "xcomposer", "--stage", stage, "--demo")[0] for stage in ("2_multitask", "3_instruct")
+    ]
+    assert stages[0]["parameters"] == stages[1]["parameters"]
+    assert stages[1]["parameters"]["language"]["trained"] > 0
+
+
 def test_paper_size_without_files(capsys: pytest.CaptureFixture[str]) -> None:
     """Neither weights nor tokenizer nor data are here: sizes are exact, and what is estimated is said."""
     (found,) = plan(capsys, "--recipe", "llava_1_5", "--stage", "1_align", "--gpu", "141", "--devices", "8")

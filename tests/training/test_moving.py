@@ -148,7 +148,8 @@ def test_packs_may_be_shared_by_ranks(how: str, one: tuple[Path, dict]) -> None:
         assert worst(back["tensors"], expected["tensors"]) < 5e-6
 
 
-@pytest.mark.parametrize("how", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_four_ranks(how: str, one: tuple[Path, dict]) -> None:
     folder, expected = one
     ranks = run_ranks(fit, 4, folder, folder / f"{how} 4", how)

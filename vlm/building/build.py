@@ -3,14 +3,14 @@
 `VisionLanguageModule.configure_model` runs `assemble` and `fill`.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
 
 from vlm.building.blocks import recompute_blocks
-from vlm.building.inherited_surgery import inherited_surgery
+from vlm.building.inherited_surgery import PlannedSurgery, inherited_surgery, of_parts
 from vlm.building.network import allocate, find_ties, initialisers, load_or_init, tie
 from vlm.building.precision import compute_dtype, keep_frozen_in
 from vlm.building.stage_record import references
@@ -58,10 +58,13 @@ def stands(module: Any) -> bool:
     return False
 
 
-def assemble(module: Any) -> set[str]:
+def assemble(module: Any, *, planned: Sequence[PlannedSurgery] = ()) -> set[str]:
     """Builds a network without values: parts, surgery, what is trained, recomputation.
 
     Runs under `empty_weights`, or under the meta device where nothing will be filled (`vlm.planning`).
+
+    Args:
+        planned: what earlier stages will have done, where their artefacts are not there yet.
 
     Returns:
         Names of the parameters that surgery added.
@@ -69,7 +72,7 @@ def assemble(module: Any) -> set[str]:
     for part, network in module.build_parts().items():
         module.add_module(part, network)
     plain = {name for name, _ in module.named_parameters()}
-    inherited = inherited_surgery(module)
+    inherited = [pair for earlier in planned for pair in of_parts(module, *earlier)] + inherited_surgery(module)
     if not module.quantized:
         inherited = [(origin, operation.unquantized()) for origin, operation in inherited]
     module.surgery = combine(module, inherited, module.surgery)

@@ -1,7 +1,7 @@
 """The surgery that a network's weights were trained with."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from vlm.building.followed import open_followed
 from vlm.building.instantiate import instantiate
@@ -9,6 +9,20 @@ from vlm.checkpoints.artefact import Artefact
 from vlm.checkpoints.published.open import describe_published
 from vlm.language import PeftAdapter, Surgery
 from vlm.stages import matches
+
+
+class PlannedSurgery(NamedTuple):
+    """What a stage will have done to the weights that a later one starts from.
+
+    Attributes:
+        origin: the stage.
+        operations: in order.
+        parts: of the later stage's network, that start from it; empty: all of it.
+    """
+
+    origin: str
+    operations: Sequence[Surgery]
+    parts: Collection[str]
 
 
 def inherited_surgery(module: Any) -> list[tuple[str, Surgery]]:
@@ -34,7 +48,13 @@ def _surgery_of(module: Any, followed: Artefact | str, parts: Mapping[str, str])
         origin, described = followed, describe_published(followed).surgery
     else:
         origin, described = str(followed.folder), followed.meta["surgery"]
-    operations: list[Surgery] = instantiate(described)
+    return of_parts(module, origin, instantiate(described), parts)
+
+
+def of_parts(
+    module: Any, origin: str, operations: Iterable[Surgery], parts: Collection[str]
+) -> list[tuple[str, Surgery]]:
+    """(`origin`, operation) of the operations that change one of these parts of `module`; no parts: all of it."""
     return [
         (origin, operation)
         for operation in operations

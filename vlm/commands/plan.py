@@ -2,10 +2,11 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from vlm.building.inherited_surgery import PlannedSurgery
 from vlm.checkpoints.published.open import is_hub_id
 from vlm.commands.check_data.stage_view import StageParser, StageView
 from vlm.errors import UserError
@@ -18,7 +19,7 @@ from vlm.planning.samples import LOOKED_AT
 from vlm.planning.stage import Planner, Run
 from vlm.recipes.catalogue import find_recipe, systems
 from vlm.recipes.configs import add_stage_options, stage_options
-from vlm.recipes.graph import TrainingStage
+from vlm.recipes.graph import Recipe, StageRef, TrainingStage
 from vlm.recipes.reading import load_recipe
 
 
@@ -58,9 +59,12 @@ def main(arguments: Sequence[str], *, describe: StageParser) -> int:
     gpu = find_gpu(own.gpu)
     speed = {"per_second": own.flops or gpu.flops, "utilization": own.utilization}
     plans = []
-    for options in _stages(own):
+    for options, earlier in _stages(own):
         view = describe([*options, *others], on_gpu=True)
-        planner = Planner(view.module, view.trains, view.data, _run(view.trainer), own.samples)
+        planned = [
+            PlannedSurgery(str(at.stage), describe(at.options, on_gpu=True).module.surgery, at.parts) for at in earlier
+        ]
+        planner = Planner(view.module, view.trains, view.data, _run(view.trainer), own.samples, planned)
         machine = Machine(gpu, own.devices or _devices(view), _strategy(view))
         plans.append((planner, planner.plan(machine)))
     if own.json:
@@ -87,13 +91,63 @@ def _refuse_download(options: Sequence[str]) -> None:
         )
 
 
-def _stages(own: argparse.Namespace) -> list[list[str]]:
-    """Options of each stage that is planned."""
-    if own.recipe is None or own.stage is not None:
-        return [stage_options(own)]
+class _Earlier(NamedTuple):
+    """A stage that one starts from, near or far.
+
+    Attributes:
+        options: of `vlm fit`.
+        parts: {part of the one that starts from it: its part}; empty: everything.
+    """
+
+    stage: StageRef
+    options: list[str]
+    parts: Mapping[str, str]
+
+
+def _stages(own: argparse.Namespace) -> list[tuple[list[str], list[_Earlier]]]:
+    """Options of each stage that is planned, and the stages before it."""
+    if own.recipe is None:
+        return [(stage_options(own), [])]
     recipe = load_recipe(find_recipe(own.recipe))
-    names = [node.name for node in recipe.nodes if isinstance(node, TrainingStage)]
-    return [stage_options(argparse.Namespace(**{**vars(own), "stage": name})) for name in names]
+    nodes = [node for node in recipe.nodes if isinstance(node, TrainingStage)]
+    if own.stage is not None or len(nodes) == 1:
+        options = stage_options(own)
+        nodes = [node for node in nodes if own.stage in (None, node.name)]
+        return [(options, _earlier(recipe, nodes[0], {}, demo=own.demo))]
+    return [(_options(own.recipe, node.name, own.demo), _earlier(recipe, node, {}, demo=own.demo)) for node in nodes]
+
+
+def _options(recipe: str, stage: str, demo: bool) -> list[str]:
+    return stage_options(argparse.Namespace(recipe=recipe, stage=stage, demo=demo))
+
+
+def _earlier(recipe: Recipe, node: TrainingStage, parts: Mapping[str, str], *, demo: bool) -> list[_Earlier]:
+    """The stages that a stage starts from, the first ones first.
+
+    Args:
+        parts: {part of the stage that is planned: part of this one}; empty: everything.
+    """
+    found = []
+    sources = [*node.follows, *([StageRef(recipe.system, node.continues)] if node.continues else [])]
+    for source in sources:
+        taken = _through(parts, source.parts)
+        if taken is None:
+            continue
+        path = recipe.path if source.system == recipe.system else find_recipe(source.system)
+        origin = load_recipe(path)
+        earlier = origin.node(source.stage)
+        assert isinstance(earlier, TrainingStage)
+        found += _earlier(origin, earlier, taken, demo=demo)
+        found.append(_Earlier(source, _options(str(path), source.stage, demo), taken))
+    return found
+
+
+def _through(later: Mapping[str, str], earlier: Mapping[str, str]) -> Mapping[str, str] | None:
+    """Two steps of {our part: its part} as one; None: they have no part in common."""
+    if not later or not earlier:
+        return later or earlier
+    both = {ours: earlier[middle] for ours, middle in later.items() if middle in earlier}
+    return both or None
 
 
 def _run(trainer: Any) -> Run:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vlm.building.inherited_surgery import PlannedSurgery
 from vlm.building.precision import AUTOCAST, keep_frozen_in
 from vlm.data import VisionLanguageData
 from vlm.planning.downloads import Download, downloads_of
@@ -93,6 +94,7 @@ class Planner:
     Args:
         module: as configured, not built; callbacks have registered their surgery.
         stage: what it trains.
+        planned: what earlier stages of a recipe will have done to the network.
     """
 
     module: Any
@@ -100,9 +102,10 @@ class Planner:
     data: VisionLanguageData
     run: Run
     looked_at: int = LOOKED_AT
+    planned: Sequence[PlannedSurgery] = ()
 
     def __post_init__(self) -> None:
-        self.what: Described = described(self.module, self.stage)
+        self.what: Described = described(self.module, self.stage, self.planned)
         self.samples = samples_of(
             self.what.make().codec,
             self.data,

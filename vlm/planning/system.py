@@ -9,6 +9,7 @@ import torch
 
 from vlm.bert import BertSize
 from vlm.building.build import assemble
+from vlm.building.inherited_surgery import PlannedSurgery
 from vlm.errors import UserError
 from vlm.hub import is_cached
 from vlm.language import CausalLM, Seq2SeqLM, Surgery
@@ -25,6 +26,7 @@ class Described:
         system: its class.
         arguments: of its constructor; every file they name that is needed to build it is here, or has a stand-in.
         surgery: registered by callbacks.
+        planned: what earlier stages will have done.
         stage: what is trained.
         paths: {part: folder or hub id of its base weights}, stand-ins or not.
         tokenizer_path: of the tokenizer that a stand-in counts for; None: the tokenizer is here.
@@ -34,6 +36,7 @@ class Described:
     system: type
     arguments: Mapping[str, Any]
     surgery: Sequence[Surgery]
+    planned: Sequence[PlannedSurgery]
     stage: Stage
     paths: Mapping[str, str]
     tokenizer_path: str | None = None
@@ -57,15 +60,16 @@ class Described:
         """The system, built on the meta device; `changes` as in `make`."""
         module = self.make(**changes)
         with torch.device("meta"):
-            assemble(module)
+            assemble(module, planned=self.planned)
         return module
 
 
-def described(module: Any, stage: Stage) -> Described:
+def described(module: Any, stage: Stage, planned: Sequence[PlannedSurgery] = ()) -> Described:
     """A system and its stage, with stand-ins for what is not here.
 
     Args:
         module: as configured, not built; callbacks have registered their surgery.
+        planned: what earlier stages will have done.
 
     Raises:
         UserError: nothing is known of the language model.
@@ -97,7 +101,7 @@ def described(module: Any, stage: Stage) -> Described:
         )
     stage, lost = _without_missing(stage)
     notes += lost
-    return Described(type(module), arguments, tuple(module.surgery), stage, paths, missing, notes)
+    return Described(type(module), arguments, tuple(module.surgery), planned, stage, paths, missing, notes)
 
 
 def _known(language: CausalLM | Seq2SeqLM) -> tuple[CausalLM | Seq2SeqLM, str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from vlm.checkpoints.files.weights import WeightFiles
@@ -157,6 +158,14 @@ class TimmTower(TowerDescription):
         return TowerFacts(trunk.embed_dim, grid, num_tokens, image_size, num_blocks, depth)
 
 
+def _match_key_bias(attention: Any, _: Any) -> None:
+    """Has the zeros that EVA adds to its keys, a buffer, take the type of the biases that they are joined with.
+
+    Sharded mixed precision rounds parameters and leaves buffers as they are.
+    """
+    attention.k_bias = attention.k_bias.to(attention.q_bias.dtype)
+
+
 class Tower(nn.Module):
     """pixels float[V, 3, H, W] -> features float[V, P, D]."""
 
@@ -167,6 +176,9 @@ class Tower(nn.Module):
         self.trunk = trunk
         self.facts = facts
         self.class_token = class_token
+        for layer in trunk.modules():
+            if isinstance(layer, EvaAttention) and layer.k_bias is not None:
+                layer.register_forward_pre_hook(_match_key_bias)
 
     def adopt(self, name: str, value: Tensor) -> tuple[Tensor, str] | None:
         """A table of positions for another resolution, stretched to this one's as BLIP, CLIP, EVA and Qwen-VL do it."""
