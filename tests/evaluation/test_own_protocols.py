@@ -181,6 +181,7 @@ OTHERS: dict[str, tuple[dict | None, str]] = {
     "blip/coco_captions": ({"max_new_tokens": 16, "min_new_tokens": 1, "num_beams": 3}, ""),
     "blip/nocaps": ({"max_new_tokens": 16, "min_new_tokens": 1, "num_beams": 3, "repetition_penalty": 1.1}, ""),
     "blip/msrvtt_qa": ({"candidates_file": "data/eval/msrvtt_qa/answers.json"}, ""),
+    "blip/msrvtt_retrieval": (None, ""),
     "blip/msvd_qa": ({"candidates_file": "data/eval/msvd_qa/answers.json"}, ""),
     "blip/vqav2": ({"candidates_file": "data/blip/answer_list.json"}, ""),
     "blip/vqav2_test_dev": ({"candidates_file": "data/blip/answer_list.json"}, ""),

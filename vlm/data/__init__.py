@@ -66,6 +66,7 @@ _HOMES = {
     "TextLines": "sources.regions",
     "TextVQA": "benchmarks",
     "TextVQATokens": "sources.scene_text",
+    "VideoCaptions": "sources.video",
     "VideoQuestions": "sources.video",
     "VisionLanguageData": "modules.base",
     "VisualDialog": "sources.dialog",
