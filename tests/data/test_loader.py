@@ -251,11 +251,12 @@ def test_settings_that_cannot_work_are_refused(build, message):
 # workers ------------------------------------------------------------------------------------------------------------
 
 
-def test_workers_deliver_the_same_and_leave_the_global_generator_alone():
+@pytest.mark.parametrize("world", [1, 2])  # alone, the packs of a step come one by one
+def test_workers_deliver_the_same_and_leave_the_global_generator_alone(world):
     state = torch.get_rng_state()
     data = make(40, num_workers=2)
-    with_workers = data.train_loader(CODEC, world=2, rank=1, accumulate=2)
-    without = make(40).train_loader(CODEC, world=2, rank=1, accumulate=2)
+    with_workers = data.train_loader(CODEC, world=world, rank=world - 1, accumulate=2)
+    without = make(40).train_loader(CODEC, world=world, rank=world - 1, accumulate=2)
     for epoch in (0, 1, 3):  # the same workers serve all of them
         assert all(same(a, b) for a, b in zip(epoch_of(with_workers, epoch), epoch_of(without, epoch), strict=True))
     assert torch.equal(state, torch.get_rng_state())
@@ -282,10 +283,10 @@ def _shared(data, accumulate):
     return epochs, encoded, validation
 
 
-@pytest.mark.parametrize(("workers", "batch"), [(0, {}), (2, {}), (0, {"packs": 4, "negatives": "pack"})])
-def test_ranks_that_tell_each_other_sizes_have_the_same_packs(workers, batch):
+@pytest.mark.parametrize("batch", [{}, {"packs": 4, "negatives": "pack"}], ids=["balanced", "in order"])
+def test_ranks_that_tell_each_other_sizes_have_the_same_packs(batch):
     """As a rank that encodes all of the step itself, and each encodes a share: once to measure it, once to read it."""
-    data = InstructionData([samples(40)], batch=BatchSpec(16, **batch), num_workers=workers)
+    data = InstructionData([samples(40)], batch=BatchSpec(16, **batch))
     every = sum(len(step) for step in data.steps(0, encoder=Encoder(data.samples, CODEC)))
     for rank, (epochs, encoded, validation) in enumerate(run_ranks(_shared, 2, data, 2)):
         alone = data.train_loader(CODEC, world=2, rank=rank, accumulate=2)
@@ -293,8 +294,7 @@ def test_ranks_that_tell_each_other_sizes_have_the_same_packs(workers, batch):
             assert all(same(a, b) for a, b in zip(packs, epoch_of(alone, epoch), strict=True))
         judged = data.eval_loader(samples(11), CODEC, world=2, rank=rank)
         assert all(same(a, b) for a, b in zip(validation, judged, strict=True))
-        if not workers:
-            assert encoded <= 2 * (every + len(packs))  # both epochs, with fillers
+        assert encoded <= 2 * (every + len(packs))  # both epochs, with fillers
 
 
 def _error_of(data):
