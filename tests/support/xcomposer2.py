@@ -32,8 +32,19 @@ def xcomposer2(**changes: Any) -> XComposer2:
         "language": CausalLM(config=INTERNLM2),
         "partial_lora": PartialLoRA(rank=2),
         "tokenizer": LlamaTokenizer(model, pad_token="<unk>"),
-        "template": "xcomposer2",
+        "template": "xcomposer2_plain",
         "image": "squash",
         "max_tokens": 512,
     }
     return XComposer2(**(arguments | changes))
+
+
+PARTIAL = (
+    "language.model.layers.{0,1}.self_attn.{q,o}_proj.Plora_A.weight",  # that of q is of k and v too
+    "language.model.layers.{0,1}.self_attn.{q,k,v,o}_proj.Plora_B.weight",
+    "language.model.layers.{0,1}.mlp.{gate,up,down}_proj.Plora_{A,B}.weight",
+)
+UNREACHED = (  # above the last attention no label looks at an image token, and these act on image tokens alone
+    "language.model.layers.1.self_attn.{o_proj.Plora_A,q_proj.Plora_B,o_proj.Plora_B}.weight",
+    "language.model.layers.1.mlp.{gate,up,down}_proj.Plora_{A,B}.weight",
+)

@@ -7,7 +7,7 @@ from vlm.errors import UserError
 PROCEDURES = {
     "bootstrap": ("bootstrap", "a set of what a filter kept, and pairs of people (BLIP's CapFilt)"),
     "caption-images": ("caption_images", "captions of images, by samples or beams (BLIP, BLIP-2)"),
-    "compose": ("compose", "illustrated articles of titles (InternLM-XComposer)"),
+    "compose": ("compose", "illustrated articles (InternLM-XComposer and -XComposer2)"),
     "filter-captions": ("filter_captions", "a balanced part of noisy captions (LLaVA's CC3M-595K)"),
     "filter-pairs": ("filter_pairs", "which texts belong to their images, by a matching head (BLIP)"),
     "imagine": ("imagine", "pictures of the prompts that Mini-Gemini writes between <h> and </h>"),

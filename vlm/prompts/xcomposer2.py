@@ -17,6 +17,8 @@ from vlm.sample import Message
 
 START, END = "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]"
 """Begin and end of a turn (ids 92543 and 92542)."""
+STOP = "[UNUSED_TOKEN_0]"
+"""Ends an article (id 92397)."""
 _EOS = "</s>"
 _META = (
     "You are an AI assistant whose name is InternLM-XComposer (浦语·灵笔).\n"
@@ -68,7 +70,8 @@ class XComposer2Template(DocumentTemplate):
         turns = DocumentTemplate.turns(self if generate else replace(self, system=""), messages, generate=generate)
         if generate and self.image_first:
             marks: list[Span] = [span for turn in turns for span in turn if isinstance(span, ImageMark)]
-            return [marks, *([span for span in turn if not isinstance(span, ImageMark)] for turn in turns)]
+            texts: list[list[Span]] = [[span for span in turn if not isinstance(span, ImageMark)] for turn in turns]
+            return [marks, *texts]
         if not generate and turns[-1] == [_trained(_EOS)]:
             *answer, newline = turns[-2]
             assert newline == _masked("\n"), newline
@@ -107,8 +110,17 @@ TEMPLATES: dict[str, XComposer2Template] = {
     for template in (
         _CHAT,
         _PLAIN,
+        # the user's text says itself where its images and blanks are (`vlm run compose`)
+        replace(
+            _PLAIN,
+            name="xcomposer2_compose",
+            training=replace(_TRAINING, place="given", trim=False),
+            generation=replace(_PROMPT, place="given"),
+            stop=(END, STOP),
+        ),
         # as the published evaluation asks: BOS, image, turn
         replace(_PLAIN, name="xcomposer2_asked", image_first=True),
+        replace(_CHAT, name="xcomposer2_detail", image_first=True, bos_everywhere=False),
         replace(
             _PLAIN,
             name="xcomposer2_options",

@@ -30,7 +30,7 @@ _LANGUAGE_ONLY: dict[str, tuple[Any, ...]] = {
 }
 _READ = _LANGUAGE | {"img_size", "max_length", "vision", "partial_lora"}  # the last two are ours
 # what no config.json says: constants of the published code
-_VISION = {"patch_size": 14, "embed_dim": 1024, "depth": 24, "num_heads": 16}
+_VISION = {"patch_size": 14, "embed_dim": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4.0}
 _PARTIAL = {"rank": 256, "scale": 1.0, "dropout": 0.05}
 _WIDE = 490
 """Side of the views of the models that talk about images; the one that composes articles has 224."""
@@ -102,6 +102,7 @@ class XComposer2Family(OneFolderFamily):
             "embed_dim": facts.dim,
             "depth": facts.num_blocks,
             "num_heads": trunk.blocks[0].attn.num_heads,
+            "mlp_ratio": trunk.blocks[0].mlp.fc1.out_features / facts.dim,
         }
         if facts.depth != facts.num_blocks:
             raise UserError("vision.layer: the published code has features of the last block alone; use the artefact")
