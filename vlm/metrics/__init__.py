@@ -13,7 +13,9 @@ from vlm.metrics.mme import MME
 from vlm.metrics.mmmu import MMMUAccuracy
 from vlm.metrics.pope import POPE
 from vlm.metrics.relaxed import RelaxedAccuracy
+from vlm.metrics.tdiuc import TDIUCAccuracy
 from vlm.metrics.vqa import IVQAAccuracy, TextVQAAccuracy, VQAAccuracy
+from vlm.metrics.weighed import AreaUnderCurve, MeanReciprocalRank
 
 __all__ = [
     "ANLS",
@@ -22,15 +24,18 @@ __all__ = [
     "POPE",
     "AnswerMetric",
     "Answers",
+    "AreaUnderCurve",
     "CIDErD",
     "CircularAccuracy",
     "ExactMatch",
     "GroundingAccuracy",
     "IVQAAccuracy",
     "MMMUAccuracy",
+    "MeanReciprocalRank",
     "MultipleChoice",
     "QwenGQA",
     "RelaxedAccuracy",
+    "TDIUCAccuracy",
     "TextVQAAccuracy",
     "VQAAccuracy",
 ]
