@@ -173,12 +173,15 @@ _FREE = {"max_new_tokens": 10, "min_new_tokens": 1, "num_beams": 5, "length_pena
 _LAVIS = _FREE | {"repetition_penalty": 1.5}
 _TOLD = {"max_new_tokens": 80, "min_new_tokens": 10, "num_beams": 5}
 _TOLD_LAVIS = _TOLD | {"length_penalty": 1.0, "repetition_penalty": 1.5}
+STEP = 'What steps do I need to take to "{task}"? Previous steps: {previous}(with grounding)'
+BROKEN = "Answer the question using a single word or phrase." + 26 * " " + "{}"
 _CHOSEN = {"options": "{choice}", "weighed": "sum"}
 # where samples are no conversations, or benchmarks lie in files of their own: decoding and the question
 OTHERS: dict[str, tuple[dict | None, str]] = {
     "blip/coco_captions": ({"max_new_tokens": 16, "min_new_tokens": 1, "num_beams": 3}, ""),
     "blip/nocaps": ({"max_new_tokens": 16, "min_new_tokens": 1, "num_beams": 3, "repetition_penalty": 1.1}, ""),
     "blip/msrvtt_qa": ({"candidates_file": "data/eval/msrvtt_qa/answers.json"}, ""),
+    "blip/msrvtt_retrieval": (None, ""),
     "blip/msvd_qa": ({"candidates_file": "data/eval/msvd_qa/answers.json"}, ""),
     "blip/vqav2": ({"candidates_file": "data/blip/answer_list.json"}, ""),
     "blip/vqav2_test_dev": ({"candidates_file": "data/blip/answer_list.json"}, ""),
@@ -205,6 +208,14 @@ OTHERS: dict[str, tuple[dict | None, str]] = {
     "blip2/okvqa_flan_t5": (_FREE, "Question: {} Short answer:"),
     "blip2/nocaps": (_TOLD, "a photo of"),
     "blip2/flickr30k": (_TOLD, "a photo of"),
+    **{
+        f"cogagent/{name}": ({"max_new_tokens": 30}, "{}")
+        for name in ("chartqa", "docvqa", "infovqa", "ocr_vqa", "okvqa", "pope", "st_vqa", "textvqa", "vqav2")
+    },
+    "cogagent/mm_vet": ({"max_new_tokens": 1024}, ""),
+    "cogagent/aitw": ({"max_new_tokens": 512}, STEP),
+    "cogagent/mind2web": ({"max_new_tokens": 512}, STEP),
+    "cogagent/screen_spot": ({"max_new_tokens": 512}, 'What steps do I need to take to "{}"?(with grounding)'),
     "instructblip/aokvqa": (_LAVIS, "Question: {} Short Answer:"),
     "instructblip/aokvqa_choice": (_CHOSEN, "Question: {} Options: {options}. Short answer:"),
     "instructblip/coco_captions": (_TOLD_LAVIS, "A short image caption."),
@@ -228,6 +239,17 @@ OTHERS: dict[str, tuple[dict | None, str]] = {
     "instructblip/vqav2": (_LAVIS, "Question: {} Short Answer:"),
     "xcomposer2/mm_vet": ({"max_new_tokens": 500, "num_beams": 3}, "{}Answer this question in detail."),
     "xcomposer2/llava_bench_wild": ({"max_new_tokens": 500, "num_beams": 3}, "{}Answer this question in detail."),
+    **{
+        f"xcomposer2_4khd/{name}": ({"max_new_tokens": 100, "num_beams": 3}, BROKEN)
+        for name in ("chartqa", "docvqa", "infovqa", "ocr_bench", "textvqa")
+    },
+    **{
+        f"xcomposer2_4khd/{name}": ({"max_new_tokens": 5, "num_beams": 5}, "")
+        for name in ("ai2d", "mmbench", "mmbench_cn", "mmstar", "seed_bench")
+    },
+    "xcomposer2_4khd/q_bench": ({"max_new_tokens": 500, "num_beams": 3}, ""),
+    "xcomposer2_4khd/mme": ({"max_new_tokens": 500, "num_beams": 5}, "{} Answer this question briefly"),
+    "xcomposer2_4khd/mm_vet": ({"max_new_tokens": 500, "num_beams": 3}, "{}Answer this question in detail."),
     "instructblip/vsr": (_CHOSEN, 'Based on the image, is this statement true or false? "{}" Answer:'),
 }  # fmt: skip
 

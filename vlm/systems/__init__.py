@@ -4,6 +4,7 @@ from vlm.systems.blip2_qformer import BLIP2QFormer
 from vlm.systems.blip_caption import BLIPCaption
 from vlm.systems.blip_nlvr import BLIPNLVR
 from vlm.systems.blip_vqa import BLIPVQA
+from vlm.systems.cogagent import CogAgent
 from vlm.systems.cogvlm import CogVLM
 from vlm.systems.fuyu import Fuyu
 from vlm.systems.instructblip import InstructBLIP
@@ -17,6 +18,7 @@ from vlm.systems.qwen_vl import QwenVL
 from vlm.systems.vila import VILA
 from vlm.systems.xcomposer import XComposer
 from vlm.systems.xcomposer2 import XComposer2
+from vlm.systems.xcomposer2_4khd import XComposer2HD4K
 
 __all__ = [
     "BLIP",
@@ -27,6 +29,7 @@ __all__ = [
     "VILA",
     "BLIP2QFormer",
     "BLIPCaption",
+    "CogAgent",
     "CogVLM",
     "Fuyu",
     "InstructBLIP",
@@ -39,4 +42,5 @@ __all__ = [
     "QwenVL",
     "XComposer",
     "XComposer2",
+    "XComposer2HD4K",
 ]

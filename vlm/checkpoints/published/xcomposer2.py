@@ -44,6 +44,8 @@ class XComposer2Family(OneFolderFamily):
     system = "xcomposer2"
     marks: ClassVar = {"official": PLORA}
     files = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    own_entries: ClassVar[frozenset[str]] = frozenset()
+    """Of `config.json`, that this family reads besides."""
 
     def claims(self, folder: PublishedFolder) -> bool:
         return super().claims(folder) and SEPARATOR not in folder.keys
@@ -72,7 +74,7 @@ class XComposer2Family(OneFolderFamily):
         return [{"class_path": "vlm.language.PartialLoRA", "init_args": _partial(config)}]
 
     def describe_folder(self, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-        _check(config, folder / "config.json", read=_READ)
+        _check(config, folder / "config.json", read=_READ | self.own_entries)
         tower = {
             "name": "vit_large_patch14_clip_quickgelu_336",
             "layer": -1,
