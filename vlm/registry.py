@@ -41,6 +41,8 @@ SYSTEMS: dict[str, System] = {
     "blip2": System(
         "vlm.systems.BLIP2", f"{_PUBLISHED}.blip2.BLIP2Family", ("vlm.systems.BLIP2QFormer", "vlm.systems.BLIP2T5")
     ),
+    "cogagent": System("vlm.systems.CogAgent", f"{_PUBLISHED}.cogagent.CogAgentFamily"),
+    "cogvlm": System("vlm.systems.CogVLM", f"{_PUBLISHED}.cogvlm.CogVLMFamily"),
     "fuyu": System("vlm.systems.Fuyu", f"{_PUBLISHED}.fuyu.FuyuFamily"),
     "instructblip": System(
         "vlm.systems.InstructBLIP",
@@ -55,6 +57,8 @@ SYSTEMS: dict[str, System] = {
     "qwen_vl": System("vlm.systems.QwenVL", f"{_PUBLISHED}.qwen_vl.QwenVLFamily"),
     "vila": System("vlm.systems.VILA", f"{_PUBLISHED}.llava_family.VILAFamily"),
     "xcomposer": System("vlm.systems.XComposer", f"{_PUBLISHED}.xcomposer.XComposerFamily"),
+    "xcomposer2": System("vlm.systems.XComposer2", f"{_PUBLISHED}.xcomposer2.XComposer2Family"),
+    "xcomposer2_4khd": System("vlm.systems.XComposer2HD4K", f"{_PUBLISHED}.xcomposer2_4khd.XComposer2HD4KFamily"),
 }
 
 

@@ -406,12 +406,17 @@ BATCHES = {
     "blip2-3_caption": 256, "blip2-3_vqa": 128, "blip2-3_retrieval": 224,
     "instructblip-1_instruct": 128, "instructblip-2_science_qa": 64,
     "minigpt4-1_align": 256, "minigpt4-2_finetune": 12,
+    "cogagent-1a_cross": 4608, "cogagent-1b_expert": 4608, "cogagent-2_multitask": 1024, "cogagent-3_agent": 1024,
+    "cogvlm-1_pretrain": 8192, "cogvlm-2a_grounding": 1024, "cogvlm-2b_grounding_490": 1024, "cogvlm-3_sft": 1024,
+    "cogvlm-3_generalist": 1024,
     "fuyu-1_finetune": 128, "llava-1_align": 128, "llava-2_chat": 32, "llava-2_science_qa": 32,
     "llava_1_5-1_align": 256, "llava_1_5-2_finetune": 128, "llava_next-1_align": 256, "llava_next-2_finetune": 128,
     "mini_gemini-1_align": 256, "mini_gemini-2_finetune": 128, "mini_gemini-2_finetune_hd": 128,
     "qwen_vl-1_pretrain": 30720, "qwen_vl-2_multitask": 4096, "qwen_vl-3_sft": 128,
     "vila-0_align": 256, "vila-1_pretrain": 1024, "vila-2_sft": 128,
     "xcomposer-1_pretrain": 7680, "xcomposer-2_multitask": 256, "xcomposer-3_instruct": 256,
+    "xcomposer2-1_pretrain": 4096, "xcomposer2-2_sft": 2048, "xcomposer2-3_compose": 64,
+    "xcomposer2_4khd-1_pretrain": 4096, "xcomposer2_4khd-2_sft": 2048,
 }  # fmt: skip
 """As the papers and official scripts have them."""
 

@@ -10,11 +10,14 @@ import pytest
 from PIL import Image
 
 import cli
+from tests.procedures.test_shards import write_clip
 from tests.support.xcomposer import xcomposer
+from tests.support.xcomposer2 import xcomposer2
+from tests.systems.test_xcomposer import published_folder
 from vlm.errors import UserError
 from vlm.language import Decoding
-from vlm.procedures.compose import requests
-from vlm.procedures.compose.composer import MAX_TOKENS, STEPS, Composer, Steps, shown, speaking
+from vlm.procedures.compose import free_form, requests
+from vlm.procedures.compose.composer import STEPS, Composer, Steps, shown, speaking
 from vlm.procedures.compose.page import write_article
 from vlm.procedures.image_index import ImageIndex
 from vlm.sample import ImageFile, Sample
@@ -78,7 +81,7 @@ def test_the_command_writes_an_article(
         assert message in capsys.readouterr().err
     module.system = "llava"
     assert cli.main(command) == 2
-    assert "is llava, and only xcomposer was taught to compose" in capsys.readouterr().err
+    assert "is llava, and only xcomposer and xcomposer2 were taught to compose" in capsys.readouterr().err
 
 
 ARTICLE = "A day at sea\n\n  \nThe boat leaves.\n\t\nA whale comes up.\n"
@@ -122,6 +125,34 @@ def test_an_article_step_by_step(paths: list[Path], tmp_path: Path) -> None:
     assert images == [paths[6], *paths[:4]]
 
 
+def test_a_real_model_chooses_from_a_real_index(
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Captions and choices are written by a network of random weights, candidates are an index's by CLIP. The article
+    and its places are kept from before: random weights name none.
+    """
+    for kind in ("caption", "choice"):
+        monkeypatch.setitem(requests.DECODINGS, kind, Decoding(max_new_tokens=3))
+    paths[8].write_bytes(b"no image")
+    write_clip(tmp_path / "clip")
+    weights, index = str(published_folder(tmp_path / "xcomposer")), str(tmp_path / "index")
+    made = ["--weights", str(tmp_path / "clip"), "--out", index, "--device", "cpu"]
+    assert cli.main(["run", "index-images", str(paths[0].parent), *made]) == 0
+    facts = {"title": "Sea", "weights": weights, "index": index, "article": str(requests.DECODINGS["article"])}
+    (tmp_path / "out/Sea").mkdir(parents=True)
+    steps = Steps.open(tmp_path / "out/Sea" / STEPS, facts)
+    sections = ("A day at sea", "The boat leaves.", "A whale comes up.")
+    steps.keep("article", shown(requests.ask_article("Sea")), answer=ARTICLE)
+    steps.keep("places", shown(requests.ask_places(sections, None)), answer="<Seg2>, <Seg0>")
+    command = ["run", "compose", "--title", "Sea", "--weights", weights, "--index", index, "--device", "cpu"]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0, capsys.readouterr().err
+    done = Steps.open(steps.path, facts).done
+    assert {"caption 2", "caption 0", "choice 0", "choice 2"} <= done.keys()
+    found = [Path(path).name for at in (2, 0) for path in done[f"candidates {at}"]["answer"]]
+    assert sorted(found) == [path.name for path in paths[:8]]  # none twice, and all that can be read
+    assert (tmp_path / "out/Sea/article.html").read_text().count("<img ") == 2 + 2 * 4
+
+
 def test_what_is_asked_goes_to_the_system_as_it_is_shown(paths: list[Path]) -> None:
     """One BOS, one run of tokens between images, the cue whole."""
     module = Said([])
@@ -146,7 +177,7 @@ def test_an_article_that_is_too_long_for_a_choice_loses_its_beginning(paths: lis
     request = composer._fitted(requests.ask_choice(sections, 39, [], offered), "t")
     with speaking(module, request.template) as codec:
         length = codec.encode(request.sample("t"), generate=True).num_tokens - 1
-        assert MAX_TOKENS - 120 < length <= MAX_TOKENS
+        assert requests.MAX_TOKENS - 120 < length <= requests.MAX_TOKENS
     assert (request.parts[0], request.parts[-1]) == ("根据给定上下文和候选图像，选择合适的配图：", "\n\n")
     assert str(request.parts[-10]).startswith("line 39")
     assert composer._fitted(requests.ask_choice(sections[:3], 2, [], offered), "t").parts[1] == sections[0] + "\n"
@@ -206,3 +237,78 @@ def test_a_candidate_that_cannot_be_read_is_named(paths: list[Path], tmp_path: P
     paths[5].write_bytes(b"no image")
     with pytest.raises(UserError, match=r"Sea: choice 0.*5\.png"):
         Composer(Said([*ANSWERS]), Folder(paths)).compose("Sea", Steps.open(tmp_path / STEPS, {}))
+
+
+# -- free instructions, and images of one's own
+
+
+class Said2(Said):
+    system = "xcomposer2"
+
+    def __init__(self, answers: list[str]) -> None:
+        super().__init__(answers)
+        self.codec = xcomposer2(max_tokens=4096).codec
+
+
+def _turn(text: str, begun: str = "") -> str:
+    return f"[UNUSED_TOKEN_146]user\n{text}[UNUSED_TOKEN_145]\n[UNUSED_TOKEN_146]assistant\n{begun}"
+
+
+def test_an_article_of_an_instruction_and_images(paths: list[Path], tmp_path: Path) -> None:
+    """The images are shown, and each is chosen once; of the last one nothing is asked."""
+    module = Said2([ARTICLE, "<Seg2> <Seg0> <Seg1>", "B", "A"])
+    steps = Steps.open(tmp_path / "out" / STEPS, {"title": "Sea"})
+    composer = Composer(module, None, words=free_form, images=paths[:2])
+    article = composer.compose("Write of the sea.", steps)
+    lines = "<Seg0> A day at sea\n<Seg1> The boat leaves.\n<Seg2> A whale comes up.\n"
+    assert {name: step["prompt"] for name, step in steps.done.items()} == {
+        "article": _turn("<ImageHere> <ImageHere>Write of the sea."),
+        "places": _turn(
+            f'<ImageHere> <ImageHere> 给定文章"{lines}" 根据上述文章，选择适合插入图像的行', "适合插入图像的行是"
+        ),
+        "choice 0": _turn(
+            "根据给定上下文和候选图像，选择合适的配图：A day at sea\n候选图像包括: A.<ImageHere>\nB.<ImageHere>",
+            "最合适的图是",
+        ),
+    }
+    assert [(made.section, made.image) for made in article.illustrations] == [(0, paths[1]), (1, paths[0])]
+    decoding = module.asked[0][2]
+    assert (decoding.temperature, decoding.top_p, decoding.top_k, decoding.repetition_penalty) == (1.0, 0.8, 40, 1.005)
+    write_article(tmp_path / "out", article)
+    assert "![](images/1.png)" in (tmp_path / "out/article.md").read_text()
+
+
+def test_an_article_of_an_instruction_and_an_index(paths: list[Path], tmp_path: Path) -> None:
+    module = Said2([ARTICLE, "<Seg2>, <Seg0>", 'A whale beside a boat" and', "The sea", "C", "x"])
+    steps = Steps.open(tmp_path / STEPS, {})
+    article = Composer(module, Folder(paths), words=free_form).compose("Write of the sea.", steps)
+    lines = "<Seg0> A day at sea\n<Seg1> The boat leaves.\n"
+    prompts = {name: step["prompt"] for name, step in steps.done.items()}
+    assert prompts["caption 0"] == _turn(
+        f'给定文章"{lines}" 现在<Seg2>后插入图像对应的标题是"A whale beside a boat"。'
+        "给出适合在<Seg0>后插入的图像对应的标题。",
+        '标题是"',
+    )
+    offered = "候选图像包括: A.<ImageHere>\nB.<ImageHere>\nC.<ImageHere>\nD.<ImageHere>"
+    head = "根据给定上下文和候选图像，选择合适的配图：A day at sea\n"
+    assert prompts["choice 2"] == _turn(
+        f"{head}<ImageHere>The boat leaves.\nA whale comes up.\n{offered}", "最合适的图是"
+    )
+    assert [made.image for made in article.illustrations] == [paths[6], paths[0]]
+
+
+def test_what_the_command_takes(
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = Said2([ARTICLE, "<Seg0>", "B"])
+    monkeypatch.setattr("vlm.loading.open_system", lambda weights, **options: module)
+    command = ["run", "compose", "--title", "Sea", "--weights", "w", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    images = ["--images", str(paths[0]), str(paths[1])]
+    assert cli.main([*command, *images]) == 0
+    assert "3 lines, 1 images" in capsys.readouterr().out
+    for wrong, message in (([], "give --index, or --images"), ([*images, "--index", "i"], "and not both")):
+        assert cli.main([*command, *wrong]) == 2
+        assert message in capsys.readouterr().err
+    module.system = "xcomposer"
+    assert cli.main([*command, *images]) == 2
+    assert "xcomposer is shown no images of one's own" in capsys.readouterr().err

@@ -14,8 +14,9 @@ from torch import Tensor
 from tests.conftest import GOLDEN
 from tests.support.blip import blip
 from tests.support.blip_tasks import answered, asked_about, blip_caption, blip_nlvr, blip_vqa, judged, judged_about
-from tests.support.cog import TinyCog
-from tests.support.blip2_qformer import BLIP2_QFORMER, blip2_qformer
+from tests.support.cogagent import cogagent
+from tests.support.cogvlm import cogvlm
+from tests.support.blip2_qformer import BLIP2_QFORMER, blip2_qformer, begun
 from tests.support.instructblip import (
     READER_TENSORS,
     UNREAD,
@@ -27,6 +28,8 @@ from tests.support.instructblip import (
 from tests.support.minigpt4 import minigpt4, minigpt4_llama_2
 from tests.support.samples import pairs, questions, samples
 from tests.support.xcomposer import xcomposer
+from tests.support.xcomposer2 import PARTIAL, UNREACHED, xcomposer2
+from tests.support.xcomposer2_4khd import xcomposer2_4khd
 from vlm.codec import step_counts
 from vlm.connectors import MLP, Downsample, Linear, Resampler
 from tests.support.blip2 import EVA_TENSORS, QFORMER, T5_DECODER, blip2, blip2_t5, t5_base_weights, t5_reference
@@ -145,12 +148,6 @@ def _llava_arguments() -> dict[str, Any]:
         "template": "v1",
         "max_tokens": 512,
     }
-
-
-def cog(**changes: Any) -> TinyCog:
-    """18 image tokens per picture, 16 of them patches, and 36 finer places to look at."""
-    high = TimmTower("vit_large_patch14_clip_quickgelu_336", layer=-2, options=TOWER | {"img_size": 42})
-    return TinyCog(**(_llava_arguments() | {"vision_high": high} | changes))
 
 
 def names(*patterns: str) -> frozenset[str]:
@@ -316,7 +313,9 @@ TWO_BLOCKS = names(
     "vision.trunk.{cls_token,pos_embed,patch_embed.proj.weight,norm_pre.weight,norm_pre.bias}",
     "vision.trunk.blocks.{0,1}.{norm1,norm2,attn.qkv,attn.proj,mlp.fc1,mlp.fc2}.{weight,bias}",
 )
-HIGH_BLOCKS = frozenset(name.replace("vision.", "vision_high.") for name in TWO_BLOCKS)
+CLIP_TENSORS = TWO_BLOCKS | names(
+    "vision.trunk.blocks.2.{norm1,norm2,attn.qkv,attn.proj,mlp.fc1,mlp.fc2}.{weight,bias}"
+)
 EXPERT = names(
     "language.model.layers.{0,1}.self_attn.{q,k,v,o}_proj.expert.weight",
     "language.model.layers.{0,1}.mlp.{gate,up,down}_proj.expert.weight",
@@ -350,6 +349,8 @@ PAIR_HEADS = names("heads.temperature", "heads.match.{weight,bias}")
 PAIR_READS = names("language.layers.{0,1}.attention.{query,key,value,dense,norm}.{weight,bias}")
 PAIR_COPIES = BLIP_TOWER | PAIRS | PAIR_READS | {n for n in BLIP_WRITES if "decoder_" not in n and ".head." not in n}
 RATE = Trained(lr=1e-2)
+SEPARATORS = names("separators.{row_end,between}")
+XCOMPOSER2_BRIDGE = {"vision": Trained(lr=1e-2, layer_decay=0.9), "connector": RATE}
 BRIDGE = {"qformer": RATE, "connector": RATE}
 LINEAR = names("connector.{weight,bias}")
 LLAVA_STAGES = {  # without new tokens (tests/systems/test_llava.py has those); 2_science_qa trains what 2_chat does
@@ -400,6 +401,53 @@ XCOMPOSER_STAGES = {  # the others train an adapter over the language model (tes
     "1_pretrain": TinyStage(BRIDGE | {"language": RATE}, names(*QFORMER) | XCOMPOSER_DECODER),
 }
 
+EXPERT_PATHS = {"connector": RATE, "language.model.layers.*.expert.weight": RATE}
+GLU_TENSORS = names(
+    "connector.{start,end}", "connector.{linear,norm,gate_proj,up_proj,down_proj}.weight", "connector.norm.bias"
+)
+UNSEEN_EXPERT = names(  # above the last attention no label looks at an image token
+    "language.model.layers.1.self_attn.{q,o}_proj.expert.weight",
+    "language.model.layers.1.mlp.{gate,up,down}_proj.expert.weight",
+)
+EVA_E_TENSORS = names(
+    "vision.trunk.{cls_token,pos_embed,patch_embed.proj.weight,patch_embed.proj.bias}",
+    "vision.trunk.blocks.{0,1}.{norm1,norm2,attn.proj,mlp.fc1,mlp.fc2}.{weight,bias}",
+    "vision.trunk.blocks.{0,1}.attn.{q_bias,v_bias,qkv.weight}",
+)
+COGVLM_STAGES = {
+    "1_pretrain": TinyStage(EXPERT_PATHS, GLU_TENSORS | EXPERT, unreached=UNSEEN_EXPERT),
+    "3_sft": TinyStage(
+        EXPERT_PATHS | {"vision": Trained(lr=1e-3)},
+        GLU_TENSORS | EXPERT | EVA_E_TENSORS,
+        {"connector": "connector", "language": "language"},
+        unreached=UNSEEN_EXPERT,
+    ),
+}
+
+FINE_TOWER = names(
+    "vision_high.trunk.{cls_token,pos_embed,patch_embed.proj.weight,patch_embed.proj.bias}",
+    "vision_high.trunk.blocks.{0,1}.{norm1,norm2,attn.norm,attn.proj,mlp.norm}.{weight,bias}",
+    "vision_high.trunk.blocks.{0,1}.mlp.{fc1_g,fc1_x,fc2}.{weight,bias}",
+    "vision_high.trunk.blocks.{0,1}.attn.{q_proj.weight,q_proj.bias,k_proj.weight,v_proj.weight,v_proj.bias}",
+)
+CROSS_PATHS = {"vision_high": RATE, "places.high": RATE, "language.model.layers.*cross_att*": RATE}
+CROSS_TENSORS = FINE_TOWER | CROSS_ATTENTION | names("places.high")
+COGAGENT_STAGES = {
+    "1a_cross": TinyStage(CROSS_PATHS, CROSS_TENSORS),
+    "1b_expert": TinyStage(
+        CROSS_PATHS | EXPERT_PATHS,
+        CROSS_TENSORS | GLU_TENSORS | EXPERT,
+        {part: part for part in ("vision_high", "places", "language")},
+        unreached=UNSEEN_EXPERT,
+    ),
+    "2_multitask": TinyStage(  # 3_agent trains the same
+        dict.fromkeys(("vision", "vision_high", "places", "connector", "language"), RATE),
+        EVA_E_TENSORS | CROSS_TENSORS | names("places.low") | GLU_TENSORS | DECODER | EXPERT,
+        {part: part for part in ("vision_high", "places", "connector", "language")},
+        unreached=UNSEEN_EXPERT,
+    ),
+}
+
 PERSIMMON_DECODER = names(
     "language.model.embed_tokens.weight",
     "language.model.final_layernorm.{weight,bias}",
@@ -428,10 +476,11 @@ SYSTEMS: dict[str, System] = {
         blip2_qformer,
         {"1_qformer": TinyStage(dict.fromkeys(("qformer", "projections", "heads"), RATE), names(*BLIP2_QFORMER))},
         tower_base_weights,
-        uses=("score", "embed", "match"),
+        uses=("score", "generate", "embed", "match"),
         reference=qformer_reference,
         splices=False,
         pool=pairs,
+        asked=begun,
         needs_image=True,
         batch=BatchSpec(8, negatives="pack", packs=4),
     ),
@@ -446,6 +495,16 @@ SYSTEMS: dict[str, System] = {
         t5_base_weights,
         reference=t5_reference,
         ties={f"language.{part}.embed_tokens.weight": "language.shared.weight" for part in ("encoder", "decoder")},
+    ),
+    "cogagent": System(
+        cogagent,
+        COGAGENT_STAGES,
+        causal_base_weights,
+        reference=spliced_reference,
+        surgery=(VisualExpert(), CrossAttention(context=32, width=16, heads=2)),
+    ),
+    "cogvlm": System(
+        cogvlm, COGVLM_STAGES, causal_base_weights, reference=spliced_reference, surgery=(VisualExpert(),)
     ),
     "fuyu": System(
         fuyu,
@@ -540,6 +599,44 @@ SYSTEMS: dict[str, System] = {
         reference=spliced_reference,
     ),
     "xcomposer": System(xcomposer, XCOMPOSER_STAGES, causal_base_weights, reference=spliced_reference),
+    "xcomposer2": System(
+        xcomposer2,
+        {
+            "1_pretrain": TinyStage(
+                XCOMPOSER2_BRIDGE | {"language.model.layers.*.Plora_*": RATE},
+                CLIP_TENSORS | CONNECTOR | names(*PARTIAL),
+                unreached=names(*UNREACHED),
+            ),
+            "2_sft": TinyStage(
+                XCOMPOSER2_BRIDGE | {"language": Trained(lr=2e-3)},
+                CLIP_TENSORS | CONNECTOR | names(*PARTIAL) | DECODER,
+                {"vision": "vision", "connector": "connector", "language": "language"},
+                unreached=names(*UNREACHED),
+            ),
+        },
+        causal_base_weights,
+        reference=spliced_reference,
+        surgery=(PartialLoRA(rank=2),),
+    ),
+    "xcomposer2_4khd": System(
+        xcomposer2_4khd,
+        {
+            "1_pretrain": TinyStage(
+                XCOMPOSER2_BRIDGE | {"separators": RATE, "language.model.layers.*.Plora_*": RATE},
+                CLIP_TENSORS | CONNECTOR | SEPARATORS | names(*PARTIAL),
+                unreached=names(*UNREACHED),
+            ),
+            "2_sft": TinyStage(
+                XCOMPOSER2_BRIDGE | {"separators": RATE, "language": Trained(lr=2e-3)},
+                CLIP_TENSORS | CONNECTOR | SEPARATORS | names(*PARTIAL) | DECODER,
+                {part: part for part in ("vision", "connector", "separators", "language")},
+                unreached=names(*UNREACHED),
+            ),
+        },
+        causal_base_weights,
+        reference=spliced_reference,
+        surgery=(PartialLoRA(rank=2),),
+    ),
     "tied": System(
         lambda **changes: llava_1_5(**({"language": CausalLM(config=LLAMA | {"tie_word_embeddings": True})} | changes)),
         {
@@ -550,50 +647,6 @@ SYSTEMS: dict[str, System] = {
         causal_base_weights,
         reference=spliced_reference,
         ties={"language.lm_head.weight": "language.model.embed_tokens.weight"},
-    ),
-    "partial_lora": System(
-        llava_1_5,
-        {
-            "1_pretrain": TinyStage(
-                {"vision": RATE, "connector": RATE, "language.model.layers.*.Plora_*": RATE},
-                TWO_BLOCKS
-                | CONNECTOR
-                | names(
-                    "language.model.layers.{0,1}.self_attn.{q,o}_proj.Plora_A.weight",  # that of q is of k and v too
-                    "language.model.layers.{0,1}.self_attn.{q,k,v,o}_proj.Plora_B.weight",
-                    "language.model.layers.{0,1}.mlp.{gate,up,down}_proj.Plora_{A,B}.weight",
-                ),
-                # above the last attention no label looks at an image token, and these act on image tokens alone
-                unreached=names(
-                    "language.model.layers.1.self_attn.{o_proj.Plora_A,q_proj.Plora_B,o_proj.Plora_B}.weight",
-                    "language.model.layers.1.mlp.{gate,up,down}_proj.Plora_{A,B}.weight",
-                ),
-            ),
-        },
-        causal_base_weights,
-        reference=spliced_reference,
-        surgery=(PartialLoRA(rank=2),),
-    ),
-    "cog": System(
-        cog,
-        {
-            "1_cross": TinyStage(
-                {"vision_high": RATE, "language.model.layers.*cross_att*": RATE},
-                HIGH_BLOCKS | CROSS_ATTENTION,
-            ),
-            "2_expert": TinyStage(
-                {"vision_high": RATE, "connector": RATE, "marks": RATE, "language": RATE},
-                HIGH_BLOCKS | CROSS_ATTENTION | CONNECTOR | DECODER | EXPERT | names("marks.{boi,eoi}"),
-                {"vision_high": "vision_high", "language": "language"},
-                unreached=names(  # above the last attention no label looks at an image token
-                    "language.model.layers.1.self_attn.{q,o}_proj.expert.weight",
-                    "language.model.layers.1.mlp.{gate,up,down}_proj.expert.weight",
-                ),
-            ),
-        },
-        causal_base_weights,
-        reference=spliced_reference,
-        surgery=(VisualExpert(), CrossAttention(context=32, width=16, heads=2)),
     ),
     "blip": System(
         blip_caption,

@@ -9,7 +9,7 @@ from vlm.building.instantiate import instantiate
 from vlm.checkpoints.artefact import Artefact
 from vlm.checkpoints.files.weights import CHANGED, Change, WeightSource, fingerprint_of, hash_tensor
 from vlm.errors import UserError
-from vlm.language import PeftAdapter
+from vlm.language import PartialLoRA, PeftAdapter
 from vlm.language.adapters import ADAPTER, merged_weight
 from vlm.stages import is_adapter
 
@@ -50,9 +50,12 @@ def merges_of(artefact: Artefact, chain: Sequence[WeightSource]) -> dict[str, Me
     Raises:
         UserError: it was trained without an adapter.
     """
-    adapters = [operation for operation in instantiate(artefact.meta["surgery"]) if isinstance(operation, PeftAdapter)]
+    operations = instantiate(artefact.meta["surgery"])
+    adapters = [operation for operation in operations if isinstance(operation, PeftAdapter)]
     if not adapters:
-        raise UserError(f"{artefact.folder}: was trained without an adapter, so there is nothing to merge")
+        partial = [operation for operation in operations if isinstance(operation, PartialLoRA)]
+        why = f" ({partial[0].cannot_merge})" if partial else ""
+        raise UserError(f"{artefact.folder}: was trained without an adapter, so there is nothing to merge{why}")
     tensors: dict[str, Tensor] = {}
     for source in chain:
         if any(is_adapter(name) for name in source.names):

@@ -34,7 +34,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--base", help="folder or hub id of the LLaMA that SRC is a delta over (LLaVA's first releases)"
     )
+    parser.add_argument(
+        "--visual_expert",
+        action="store_true",
+        help="with --to ours: the partial LoRA of SRC as a visual expert, which computes the same",
+    )
     args = parser.parse_args(argv)
+    if args.visual_expert:
+        if args.to != "ours":
+            raise UserError(f"--visual_expert --to {args.to}: only our artefacts hold a visual expert; use --to ours")
+        from vlm.commands.expert import write_expert
+
+        print(write_expert(args.src, args.dst))
+        print(f"written: {args.dst}")
+        return 0
     report = convert(
         args.src,
         args.dst,

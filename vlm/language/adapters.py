@@ -1,5 +1,6 @@
 """Adapters of peft, whose layers take the place of linear ones without renaming anything."""
 
+import functools
 import math
 import re
 from collections import Counter
@@ -14,8 +15,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from vlm.errors import UserError
+from vlm.language.layer_inputs import extend
+from vlm.language.partial_lora import PartialLoRA, PartialLoRALinear
 from vlm.language.quantized import FourBitLinear
-from vlm.language.surgery import Surgery, Up
+from vlm.language.surgery import Surgery, Up, plain
+from vlm.language.visual_expert import VisualExpert, is_routed, route
 
 ADAPTER = "default"
 """Peft's name of its first adapter, part of the names of the new tensors: `q_proj.lora_A.default.weight`."""
@@ -66,6 +70,13 @@ class PeftAdapter(Surgery):
     def cannot_shard(self) -> str | None:
         return "weights in 4 bits cannot be sharded; use DDP, or leave `quantize` out" if self.quantize else None
 
+    def lies_over(self, other: Surgery) -> bool:
+        """Over partial LoRA and visual experts, which stay as they are: what it adds to `W x` can be merged into W.
+
+        An expert is a linear layer of its own (`q_proj.expert`), and so adapted by itself.
+        """
+        return isinstance(other, PartialLoRA | VisualExpert)
+
     def adapts(self, name: str) -> bool:
         """Whether a linear layer of this full name is adapted."""
         return in_blocks(name, self.parts) and (not self.targets or any(_fits(t, name) for t in self.targets))
@@ -85,11 +96,14 @@ class PeftAdapter(Surgery):
         self._check(module, linears)
         for name in self.find_layers(module):
             parent, _, leaf = name.rpartition(".")
-            layer: nn.Module = linears[name]
+            found: Any = linears[name]
+            layer: nn.Module = plain(found) if is_routed(found) else found
             if self.quantizes(name):
                 layer = FourBitLinear.like(linears[name])
             if self.adapts(name):
                 layer = self._adapted(layer)
+            if is_routed(found):
+                route(layer, found.expert, sort=found.sort, restore=found.restore)
             _call_forward_of_qkv(module.get_submodule(parent))
             setattr(module.get_submodule(parent), leaf, layer)
 
@@ -102,6 +116,12 @@ class PeftAdapter(Surgery):
                 )
             if not any(in_blocks(name, [part]) for name in linears):
                 raise UserError(f"surgery PeftAdapter: {part} has no linear layer in blocks; name some under targets")
+        for name in linears:
+            if self.quantizes(name) and isinstance(module.get_submodule(name), PartialLoRALinear):
+                raise UserError(
+                    f"surgery PeftAdapter: {name} has partial LoRA, whose weight is not kept in 4 bits; leave "
+                    "`quantize` out"
+                )
         for target in self.targets:
             if not any(_fits(target, name) and in_blocks(name, self.parts) for name in linears):
                 raise UserError(f"surgery PeftAdapter: target {target!r} matches no linear layer")
@@ -126,7 +146,9 @@ class PeftAdapter(Surgery):
 
     def summary(self, module: nn.Module) -> list[str]:
         layers = self._layers(module)
-        count = sum(p.numel() for layer in layers.values() for n, p in layer.named_parameters() if "lora_" in n)
+        count = sum(
+            p.numel() for layer in layers.values() for n, p in layer.named_parameters() if n.startswith("lora_")
+        )
         of_parts = Counter(name.split(".")[0] for name in layers)
         where = " and ".join(f"{number} linear layers of {part}" for part, number in of_parts.items())
         lines = [f"{self}: {where}, {count:,} parameters"]
@@ -148,7 +170,7 @@ class PeftAdapter(Surgery):
             re.sub(r"\.\d+(?=\.)", ".*", name)
             for name, parameter in module.named_parameters()
             if parameter.ndim > 1 and in_blocks(name, parts)
-            if not ({"lora_A", "lora_B"} & {*name.split(".")}) and name.removesuffix(".weight") not in layers
+            if not _ADDED.search(name) and name.removesuffix(".weight") not in layers
         }
 
     def _adapted(self, linear: Any) -> nn.Module:
@@ -160,6 +182,7 @@ class PeftAdapter(Surgery):
             from peft.tuners.lora.bnb import Linear4bit as kind
         config = LoraConfig(lora_dropout=self.dropout, use_dora=self.dora, init_lora_weights=False)
         alpha: Any = self.alpha  # annotated as an integer there
+        partial_lora, linear = (linear, plain(linear)) if isinstance(linear, PartialLoRALinear) else (None, linear)
         layer: Any = kind(linear, ADAPTER, config=config, r=self.rank, lora_alpha=alpha)
         layer.lora_A[ADAPTER] = Down(linear.in_features, self.rank, bias=False)
         layer.lora_B[ADAPTER] = Up(self.rank, linear.out_features, bias=False)
@@ -167,6 +190,10 @@ class PeftAdapter(Surgery):
             magnitude = layer.lora_magnitude_vector[ADAPTER]
             magnitude.initialise_new = partial(_draw_magnitude, magnitude, linear)
         _keep_names(layer, linear)
+        if partial_lora is not None:
+            extend(layer, _beside_partial_lora)
+            layer._modules |= partial_lora._modules
+            object.__setattr__(layer, "partial", partial_lora)  # no child: its tensors have their names here
         return layer
 
 
@@ -193,7 +220,9 @@ def replace_adapters(module: nn.Module, *, merge: bool) -> None:
         layer: Any = found
         if not hasattr(layer, "lora_A"):
             continue
-        linear = layer.base_layer
+        linear = getattr(layer, "partial", layer.base_layer)
+        if is_routed(layer):
+            route(linear, layer.expert, sort=layer.sort, restore=layer.restore)
         if merge:
             down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
             magnitude = layer.lora_magnitude_vector[ADAPTER].weight if ADAPTER in layer.lora_magnitude_vector else None
@@ -215,6 +244,8 @@ def in_blocks(name: str, parts: Collection[str]) -> bool:
 
 
 _IN_BLOCK = re.compile(r"\.\d+\.")
+_ADDED = re.compile(r"\.(lora_[AB]|Plora_[AB])\.")
+"""What low-rank paths hold themselves."""
 
 
 def _fits(target: str, name: str) -> bool:
@@ -222,11 +253,13 @@ def _fits(target: str, name: str) -> bool:
 
 
 def _linears(module: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that are called: nn.MultiheadAttention reads the weight of its own instead."""
+    """The linear layers that are called, without those of low-rank paths: nn.MultiheadAttention reads the weight of its
+    own instead."""
     return {
         name: child
         for name, child in module.named_modules()
         if isinstance(child, nn.Linear) and not isinstance(child, NonDynamicallyQuantizableLinear)
+        if not _ADDED.search(f"{name}.")
     }
 
 
@@ -264,3 +297,16 @@ def _keep_names(layer: Any, linear: nn.Linear) -> None:
     del layer._modules["base_layer"]
     object.__setattr__(layer, "base_layer", linear)
     layer._parameters = linear._parameters
+
+
+@functools.cache
+def _beside_partial_lora(base: Any) -> type:
+    """Partial LoRA adds to what an adapter computes, so that the adapter can be merged into W."""
+
+    class Adapted(base):
+        partial: PartialLoRALinear
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return self.partial.updated(super().forward(x, *args, **kwargs), x)
+
+    return Adapted

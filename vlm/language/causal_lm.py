@@ -23,7 +23,7 @@ from vlm.checkpoints.tables.base import BaseWeights
 from vlm.errors import UserError
 from vlm.language.attention import PACKED
 from vlm.language.base_weights import read_decoder
-from vlm.language.internlm import as_llama
+from vlm.language.internlm import as_llama, internlm2_as_llama
 from vlm.language.layer_inputs import LayerInputs
 from vlm.language.qwen import as_qwen2
 
@@ -126,6 +126,8 @@ def read_transformers_config(path: str | None, changes: Mapping[str, Any]) -> Pr
             config = AutoConfig.for_model(**as_qwen2(stated))
         elif stated.get("model_type") == "internlm":
             config = AutoConfig.for_model(**as_llama(stated))
+        elif stated.get("model_type") == "internlm2":
+            config = AutoConfig.for_model(**internlm2_as_llama(stated))
         else:
             config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -63,6 +63,10 @@ class Surgery(ABC):
         """Why a changed network cannot be sharded, and what to do instead; None: it can."""
         return None
 
+    def lies_over(self, other: "Surgery") -> bool:
+        """Whether it may change a layer that `other` changed before."""
+        return False
+
     @property
     def cannot_merge(self) -> str | None:
         """Why no weights of the unchanged network compute the same; None: there are such weights."""
@@ -86,7 +90,7 @@ def combine(module: nn.Module, inherited: Sequence[tuple[str, Surgery]], own: Se
         if operation in combined:
             continue
         for name in operation.find_layers(module):
-            if name in owner:
+            if name in owner and not operation.lies_over(owner[name][1]):
                 raise UserError(_explain_conflict(name, *owner[name], origin, operation))
             owner[name] = origin, operation
         combined.append(operation)
@@ -150,6 +154,13 @@ def refuse_changed(operations: Sequence[Surgery], source: object) -> None:
             f"{source}: was changed by {names}, which published files have no place for{because}; use the artefact "
             "itself: `vlm predict --weights`, or `vlm.load` in Python"
         )
+
+
+def plain(linear: nn.Linear) -> nn.Linear:
+    """A layer over the same tensors that computes `W x + b` alone."""
+    made = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+    made._parameters = linear._parameters
+    return made
 
 
 class Up(nn.Linear):

@@ -4,6 +4,8 @@ from vlm.systems.blip2_qformer import BLIP2QFormer
 from vlm.systems.blip_caption import BLIPCaption
 from vlm.systems.blip_nlvr import BLIPNLVR
 from vlm.systems.blip_vqa import BLIPVQA
+from vlm.systems.cogagent import CogAgent
+from vlm.systems.cogvlm import CogVLM
 from vlm.systems.fuyu import Fuyu
 from vlm.systems.instructblip import InstructBLIP
 from vlm.systems.instructblip_t5 import InstructBLIPT5
@@ -15,6 +17,8 @@ from vlm.systems.minigpt4 import MiniGPT4
 from vlm.systems.qwen_vl import QwenVL
 from vlm.systems.vila import VILA
 from vlm.systems.xcomposer import XComposer
+from vlm.systems.xcomposer2 import XComposer2
+from vlm.systems.xcomposer2_4khd import XComposer2HD4K
 
 __all__ = [
     "BLIP",
@@ -25,6 +29,8 @@ __all__ = [
     "VILA",
     "BLIP2QFormer",
     "BLIPCaption",
+    "CogAgent",
+    "CogVLM",
     "Fuyu",
     "InstructBLIP",
     "InstructBLIPT5",
@@ -35,4 +41,6 @@ __all__ = [
     "MiniGemini",
     "QwenVL",
     "XComposer",
+    "XComposer2",
+    "XComposer2HD4K",
 ]

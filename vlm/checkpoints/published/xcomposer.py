@@ -3,7 +3,7 @@
 Half of the tensors are in half precision and the others, the adapter among them, are not; each keeps its type.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -121,7 +121,7 @@ class XComposerFamily(OneFolderFamily):
                 },
                 "connector": {"class_path": "vlm.connectors.FlaggedLinear", "init_args": {}},
                 "language": {"class_path": "vlm.language.CausalLM", "init_args": {"config": as_llama(config)}},
-                "tokenizer": _tokenizer(folder),
+                "tokenizer": describe_tokenizer(folder, marks=(EOH, EOA)),
                 "template": "xcomposer_vl" if is_vl else "xcomposer",
                 "image": "squash",
                 "max_tokens": config["max_position_embeddings"],
@@ -176,19 +176,22 @@ def check_internlm(config: Mapping[str, Any], file: Path) -> None:
     Entries(_LANGUAGE, _LANGUAGE_ONLY, frozenset({"rotary"})).check(config, file)
 
 
-def _tokenizer(folder: Path) -> dict[str, Any]:
+def describe_tokenizer(folder: Path, *, marks: Sequence[str]) -> dict[str, Any]:
     """`tokenizer.model` with the tokens that files add to it; of a folder that was written here, its `tokenizer.json`.
+
+    Args:
+        marks: of a turn; the model has them, and text that spells them is text.
 
     Raises:
         UserError: there is neither.
     """
     if (folder / "tokenizer.json").is_file():
-        settings: dict[str, Any] = {"add_bos": starts_with_bos(folder), "added_tokens": [EOH, EOA]}
+        settings: dict[str, Any] = {"add_bos": starts_with_bos(folder), "added_tokens": [*marks]}
         return {"class_path": "vlm.prompts.HubTokenizer", "init_args": {"path": str(folder), **settings}}
     if not (folder / "tokenizer.model").is_file():
         raise UserError(f"{folder}: has no tokenizer.model; put the tokenizer's files beside")
     added = read_json(folder / "added_tokens.json") or {}
-    settings = {"added_tokens": [EOH, EOA, *sorted(added, key=added.__getitem__)], "pad_token": "</s>"}
+    settings = {"added_tokens": [*marks, *sorted(added, key=added.__getitem__)], "pad_token": "</s>"}
     return {"class_path": "vlm.prompts.LlamaTokenizer", "init_args": {"path": str(folder), **settings}}
 
 

@@ -33,7 +33,7 @@ class MMBench(Benchmark):
     Args:
         language: of the request for a letter: `en`, or `cn` for MMBench-CN.
         form: instead of it, the text of `{hint}` (N/A where there is none), `{question}` and `{options}`, which are
-            lines such as `A. a cat`.
+            lines such as `A. a cat`, or `{row}`: the same behind one another, with a blank between.
     """
 
     task = "mmbench"
@@ -55,7 +55,7 @@ class MMBench(Benchmark):
             if self.form is None:
                 text = "\n".join([*([hint] if hint else []), question, _lines(choices), self.request])
             else:
-                text = filled(self.form, hint=hint or "N/A", question=question, options=_lines(choices))
+                text = filled(self.form, hint=hint or "N/A", question=question, **_options(choices))
             image = fields.text("image")
             if len(image) < 64 and image in pictures:  # a later rotation names the row that has the image
                 pictures[index] = pictures[image]
@@ -94,7 +94,8 @@ class FormedChoice(Benchmark):
     """Questions with options, written as a form says.
 
     Args:
-        form: the text of `{question}` and `{options}`, which are lines such as `A. a cat`.
+        form: the text of `{question}` and `{options}`, which are lines such as `A. a cat`, or `{row}`: the same behind
+            one another, with a blank between.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class SeedBench(FormedChoice):
             yield {
                 "id": identity,
                 "image": fields.text("data_id"),
-                "text": filled(self.form, question=question, options=_lines(choices)),
+                "text": filled(self.form, question=question, **_options(choices)),
                 "choices": choices,
                 "answers": [fields.text("answer")],
                 "group": str(record.get("question_type_id", "")),
@@ -150,7 +151,7 @@ class QBench(FormedChoice):
             found = {
                 "id": str(number),
                 "image": fields.text("img_path"),
-                "text": filled(self.form, question=question, options=_lines(choices)),
+                "text": filled(self.form, question=question, **_options(choices)),
                 "choices": choices,
             }
             if not fields.has("correct_ans"):
@@ -203,6 +204,11 @@ class ScienceQAPictures(Benchmark):
                 "choices": choices,
                 "answers": [letter],
             }
+
+
+def _options(choices: Sequence[str]) -> dict[str, str]:
+    lines = _lines(choices)
+    return {"options": lines, "row": " ".join(lines.split("\n"))}
 
 
 def _lines(choices: Sequence[str]) -> str:

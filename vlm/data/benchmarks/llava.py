@@ -6,7 +6,7 @@ from typing import Any
 
 from vlm.data.benchmarks.base import Benchmark, records
 from vlm.data.sources.fields import read_object
-from vlm.data.sources.requests import LETTER
+from vlm.data.sources.requests import LETTER, asked
 
 LETTERS = "ABCDE"
 
@@ -19,6 +19,7 @@ class LlavaQuestions(Benchmark):
         task: name of the benchmark.
         image_pattern: file name of an image from what the file calls it; LLaVA-Bench (COCO) needs
             `COCO_val2014_{}`.
+        request: text with `{}` in the place of the question.
         id_key: what names a question; VizWiz' server wants the image.
     """
 
@@ -28,9 +29,11 @@ class LlavaQuestions(Benchmark):
         task: str,
         image_pattern: str = "{}",
         id_key: str = "question_id",
+        request: str = "{}",
         **keywords: Any,
     ) -> None:
         self.task = task
+        self.request = request
         self.id_key = id_key
         self.image_pattern = image_pattern
         super().__init__(path, **keywords)
@@ -41,7 +44,7 @@ class LlavaQuestions(Benchmark):
             fields = self.fields(record, identity)
             fields.text("image")
             image = fields.file_name(self.image_pattern, "image")
-            found = {"id": identity, "image": image, "text": fields.text("text")}
+            found = {"id": identity, "image": image, "text": asked(fields.text("text"), self.request)}
             yield found | ({"group": str(record["category"])} if "category" in record else {})
 
 
@@ -49,9 +52,16 @@ class MMVet(Benchmark):
     """MM-Vet: `mm-vet.json`, {"v1_0": {imagename, question, answer, capability: [...]}}; the question stands alone.
 
     The reference, in which alternatives stand between <OR> and parts between <AND>, is for the judge.
+
+    Args:
+        request: text with `{}` in the place of the question.
     """
 
     task = "mm_vet"
+
+    def __init__(self, path: str | Path, *, request: str = "{}", **keywords: Any) -> None:
+        super().__init__(path, **keywords)
+        self.request = request
 
     def questions(self) -> Iterator[dict[str, Any]]:
         for identity, record in read_object(self.path).items():
@@ -59,7 +69,7 @@ class MMVet(Benchmark):
             yield {
                 "id": identity,
                 "image": fields.text("imagename"),
-                "text": fields.text("question"),
+                "text": asked(fields.text("question"), self.request),
                 "answers": [fields.text("answer")],
             }
 

@@ -11,10 +11,18 @@ from vlm.sample import MAX_PIXELS
 
 
 class Pope(Benchmark):
-    """POPE: a folder with `coco_pope_{random,popular,adversarial}.json`, lines of {question_id, image, text, label}."""
+    """POPE: a folder with `coco_pope_{random,popular,adversarial}.json`, lines of {question_id, image, text, label}.
+
+    Args:
+        request: on a line behind the question, or text with `{}` in the place of the question.
+    """
 
     task = "pope"
     categories = ("random", "popular", "adversarial")
+
+    def __init__(self, path: str | Path, *, request: str = SHORT, **keywords: Any) -> None:
+        super().__init__(path, **keywords)
+        self.request = request
 
     def questions(self) -> Iterator[dict[str, Any]]:
         for category in self.categories:
@@ -27,7 +35,7 @@ class Pope(Benchmark):
                 yield {
                     "id": identity,
                     "image": fields.text("image"),
-                    "text": f"{fields.text('text')}\n{SHORT}",
+                    "text": asked(fields.text("text"), self.request),
                     "answers": [label],
                     "group": category,
                 }

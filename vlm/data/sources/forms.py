@@ -81,6 +81,8 @@ _FORMS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], bool]], ...] 
     (("VideoCaptions",), _has("clip_name", "caption")),
     (("TextLines",), _has("image", "lines")),
     (("ScreenElements",), _has("image", "elements")),
+    (("ScreenSpot",), _has("img_filename", "instruction", "bbox")),
+    (("Mind2Web",), _has("annotation_id", "actions", "action_reprs")),
     (("ChartQA",), _has("imgname", "query", "label")),
     (("CocoCaptions",), _has("images", "annotations")),
     (("KarpathyCaptions",), lambda record: "sentences" in _first(record, "images")),

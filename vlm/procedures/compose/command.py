@@ -9,6 +9,8 @@ from typing import Any
 from vlm.errors import UserError
 from vlm.options import OptionParser
 
+_SEARCH = ("max_new_tokens", "num_beams", "repetition_penalty", "temperature")
+
 
 def main(arguments: list[str]) -> int:
     """`vlm run compose --title ... --weights ... --index ... --out ...`; 1 where an article could not be finished.
@@ -17,25 +19,35 @@ def main(arguments: list[str]) -> int:
         UserError: no titles, weights of another system, or an index that cannot be opened.
     """
     from vlm.loading import open_system
-    from vlm.procedures.compose.composer import DECODINGS, STEPS, Composer, Steps
+    from vlm.procedures.compose import free_form, requests
+    from vlm.procedures.compose.composer import STEPS, Composer, Steps
     from vlm.procedures.compose.page import write_article
     from vlm.procedures.image_index import ImageIndex
 
     options = _parser().parse_args(arguments)
     folders = _folders(options)
-    index = ImageIndex.open(options.index, device=options.device)
+    if (options.index is None) == (not options.images):
+        raise UserError("vlm run compose: give --index, or --images of your own to choose from, and not both")
+    index = None if options.index is None else ImageIndex.open(options.index, device=options.device)
     module = open_system(options.weights, device=options.device, dtype=options.dtype)
-    if module.system != "xcomposer":
-        raise UserError(f"--weights {options.weights}: is {module.system}, and only xcomposer was taught to compose")
-    article = replace(
-        DECODINGS["article"],
-        max_new_tokens=options.max_new_tokens,
-        num_beams=1 if options.temperature > 0 else options.num_beams,
-        repetition_penalty=options.repetition_penalty,
-        temperature=options.temperature,
-        seed=options.seed,
+    dialects = {"xcomposer": requests, "xcomposer2": free_form}
+    if module.system not in dialects:
+        known = " and ".join(dialects)
+        raise UserError(f"--weights {options.weights}: is {module.system}, and only {known} were taught to compose")
+    words: Any = dialects[module.system]
+    if options.images and words is requests:
+        raise UserError("--images: xcomposer is shown no images of one's own; give --index, or weights of xcomposer2")
+    if len(options.images) > len(free_form.LETTERS):
+        raise UserError(f"--images: {len(options.images)} of them; at most {len(free_form.LETTERS)} can be chosen from")
+    given = {name: getattr(options, name) for name in _SEARCH if getattr(options, name) is not None}
+    if given.get("temperature", 0) > 0:
+        given.setdefault("num_beams", 1)
+    elif given.get("num_beams", 1) > 1:
+        given |= {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
+    article = replace(words.DECODINGS["article"], **given, seed=options.seed)
+    composer = Composer(
+        module, index, num_images=options.num_images, article=article, words=words, images=options.images
     )
-    composer = Composer(module, index, num_images=options.num_images, article=article)
     failed = 0
     for title, folder in folders.items():
         facts = {
@@ -43,6 +55,7 @@ def main(arguments: list[str]) -> int:
             "weights": str(options.weights),
             "index": str(options.index),
             "article": str(article),
+            **({"images": [str(path) for path in options.images]} if options.images else {}),
         }
         try:
             made = composer.compose(title, Steps.open(folder / STEPS, facts))
@@ -86,16 +99,25 @@ def _parser() -> argparse.ArgumentParser:
         prog="vlm run compose",
         description="Writes an illustrated article of a title: text, places, captions, and images of an index.",
     )
-    parser.add_argument("--title", nargs="+", default=[], metavar="TEXT", help="titles; the model knows Chinese best")
+    parser.add_argument(
+        "--title", nargs="+", default=[], metavar="TEXT", help="titles, or instructions (InternLM-XComposer2)"
+    )
     parser.add_argument("--titles", type=Path, help="a file with a title on each line")
-    parser.add_argument("--weights", required=True, help="of InternLM-XComposer, as in `vlm predict`")
-    parser.add_argument("--index", type=Path, required=True, help="images to choose from: `vlm run index-images`")
+    parser.add_argument("--weights", required=True, help="of InternLM-XComposer or -XComposer2, as in `vlm predict`")
+    parser.add_argument("--index", type=Path, help="images to choose from: `vlm run index-images`")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="instead: images of your own, shown with the instruction and each chosen once (InternLM-XComposer2)",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the articles; one begun earlier goes on")
     parser.add_argument("--num_images", type=int, help="of an article; default: as many as the model likes")
-    parser.add_argument("--max_new_tokens", type=int, default=999, help="of the text (default %(default)s)")
-    parser.add_argument("--num_beams", type=int, default=5, help="of its search (default %(default)s)")
-    parser.add_argument("--repetition_penalty", type=float, default=5.0, help="of the text (default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="above 0 samples the text (default %(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, help="of the text (default as published: 999, 1024)")
+    parser.add_argument("--num_beams", type=int, help="of its search (default as published: 5, 1)")
+    parser.add_argument("--repetition_penalty", type=float, help="of the text (default as published: 5, 1.005)")
+    parser.add_argument("--temperature", type=float, help="above 0 samples the text (default as published: 0, 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights")

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,16 +17,6 @@ from vlm.prompts import ImageMark, get_template
 from vlm.sample import ImageFile
 
 STEPS = "compose.json"
-# `max_length` of the published calls counts the token that an answer starts behind, hence one less of each
-DECODINGS = {
-    "article": Decoding(max_new_tokens=999, num_beams=5, repetition_penalty=5.0),
-    "places": Decoding(max_new_tokens=299, num_beams=5),
-    "caption": Decoding(max_new_tokens=99, repetition_penalty=5.0),
-    "choice": Decoding(max_new_tokens=9, num_beams=5),
-}
-"""How each kind of answer is searched for."""
-MAX_TOKENS = 1678
-"""Of a choice between images, without BOS: 1,680 in `web_demo.py`, of which its last two are cut off."""
 
 
 class Index(Protocol):
@@ -110,21 +100,33 @@ class Steps:
 
 
 class Composer:
-    """Writes articles with a system of InternLM-XComposer's texts and an index of images.
+    """Writes articles with an InternLM-XComposer and an index of images, or images of one's own.
 
     Args:
         module: the system.
+        index: of images; None where there are `images`.
         num_images: of an article; None: as many as the model likes.
-        article: how articles are searched for.
+        article: how articles are searched for; None: as published.
+        words: what the system is asked (`requests` or `free_form`).
+        images: shown with the instruction and chosen from, each once (`free_form`).
     """
 
     def __init__(
-        self, module: Any, index: Index, *, num_images: int | None = None, article: Decoding = DECODINGS["article"]
+        self,
+        module: Any,
+        index: Index | None,
+        *,
+        num_images: int | None = None,
+        article: Decoding | None = None,
+        words: Any = requests,
+        images: Sequence[Path] = (),
     ) -> None:
         self.module = module
         self.index = index
         self.num_images = num_images
-        self.decodings = DECODINGS | {"article": article}
+        self.words = words
+        self.images = tuple(images)
+        self.decodings = words.DECODINGS | ({} if article is None else {"article": article})
 
     def compose(self, title: str, steps: Steps) -> Article:
         """The article of a title.
@@ -133,11 +135,12 @@ class Composer:
             UserError: no article, no place in it, too few candidates, or an image that cannot be read; `steps` keeps
                 what was said until then.
         """
-        sections = requests.sections_of(self._ask(requests.ask_article(title), title, steps))
+        words, shown = self.words, {"images": [_file(path) for path in self.images]} if self.images else {}
+        sections = requests.sections_of(self._ask(words.ask_article(title, **shown), title, steps))
         if not any(section.strip() for section in sections):
             raise UserError("the model wrote no article; try another title, or sample one (--temperature)")
         num_images = None if self.num_images is None else min(self.num_images, len(sections))
-        answer = self._ask(requests.ask_places(sections, num_images), title, steps)
+        answer = self._ask(words.ask_places(sections, num_images, **shown), title, steps)
         places = requests.read_places(answer, len(sections))
         if not places:
             raise UserError(
@@ -145,17 +148,23 @@ class Composer:
                 f"{answer[:60]!r}); ask for a number of them (--num_images)"
             )
         captions: dict[int, str] = {}
-        for place in places:
-            request = requests.ask_caption(sections, place, list(captions.items()))
+        for place in [] if self.images else places:
+            request = words.ask_caption(sections, place, list(captions.items()))
             captions[place] = requests.read_caption(self._ask(request, title, steps))
         candidates = self._candidates(captions, steps)
         illustrations: list[Illustration] = []
         for place in sorted(places):
-            before = [(made.section, _file(made.image)) for made in illustrations]
-            offered = candidates[place]
-            request = requests.ask_choice(sections, place, before, [_file(path) for path in offered])
-            chosen = requests.read_choice(self._ask(self._fitted(request, title), title, steps))
-            illustrations.append(Illustration(place, captions[place], offered, chosen))
+            used = [made.image for made in illustrations]
+            offered = candidates.get(place) or tuple(path for path in self.images if path not in used)
+            if not offered:  # more lines than images
+                break
+            chosen = 0
+            if len(offered) > 1:
+                before = [(made.section, _file(made.image)) for made in illustrations]
+                request = words.ask_choice(sections, place, before, [_file(path) for path in offered])
+                answer = self._ask(self._fitted(request, title, count=len(offered)), title, steps)
+                chosen = requests.read_choice(answer, count=len(offered))
+            illustrations.append(Illustration(place, captions.get(place, ""), offered, chosen))
         return Article(title, tuple(sections), tuple(illustrations))
 
     def _candidates(self, captions: Mapping[int, str], steps: Steps) -> dict[int, tuple[Path, ...]]:
@@ -167,6 +176,7 @@ class Composer:
             if (earlier := steps.earlier(name, asked)) is not None:
                 paths = [Path(path) for path in earlier["answer"]]
             else:
+                assert self.index is not None, "captions are asked for where there is an index"
                 paths = self.index.nearest(asked, count=requests.NUM_CANDIDATES, exclude=taken)
             if len(paths) < requests.NUM_CANDIDATES:
                 raise UserError(
@@ -192,25 +202,28 @@ class Composer:
         steps.keep(request.name, asked, answer=answer)
         return answer
 
-    def _fitted(self, request: Request, title: str) -> Request:
+    def _fitted(self, request: Request, title: str, *, count: int = requests.NUM_CANDIDATES) -> Request:
         """A choice whose prompt is not too long: the beginning of the article goes.
 
         The published demo cuts off the end instead, with the candidates and the question.
+
+        Args:
+            count: of the candidates.
         """
-        fixed, candidates = 1, 2 * requests.NUM_CANDIDATES + 1
+        fixed, candidates, limit = 1, 2 * count + 1, self.words.MAX_TOKENS
         with speaking(self.module, request.template) as codec:
             while True:
                 error = None
                 try:
                     length = codec.encode(request.sample(title), generate=True).num_tokens
-                    if length - (codec.tokenizer.bos_id is not None) <= MAX_TOKENS:
+                    if length - (codec.tokenizer.bos_id is not None) <= limit:
                         return request
                 except SampleError as found:
                     if found.kind != "too long":
                         raise
                     error = found
                 if len(request.parts) <= fixed + candidates:
-                    raise error or UserError(f"four images alone take more than {MAX_TOKENS} tokens")
+                    raise error or UserError(f"{count} images alone take more than {limit} tokens")
                 request = request.without_first(fixed)
 
 

@@ -11,7 +11,6 @@ from vlm.drawing.html import chip, escape, figure, write_page
 from vlm.procedures.compose.composer import Article, Illustration
 
 _WIDE, _SMALL = 560, 150
-_LETTERS = "ABCD"
 
 
 def write_article(folder: Path, article: Article) -> None:
@@ -61,7 +60,7 @@ def _candidates(illustration: Illustration) -> str:
     for at, path in enumerate(illustration.candidates):
         with Image.open(path) as image:
             mark = "chosen" if at == illustration.chosen else ""
-            drawn = figure(image, f"{_LETTERS[at]}. {path.name}", side=_SMALL)
+            drawn = figure(image, f"{chr(ord('A') + at)}. {path.name}", side=_SMALL)
         shown.append(f"<div>{drawn}{chip(mark, kind='good') if mark else ''}</div>")
     head = f'<div class="head"><b>line {illustration.section}</b><span>{escape(illustration.caption)}</span></div>'
     return f'<div class="card">{head}<div class="pictures">{"".join(shown)}</div></div>\n'

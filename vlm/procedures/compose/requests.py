@@ -7,8 +7,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from vlm.language import Decoding
 from vlm.sample import ImageFile, ImagePart, Message, Sample, TextPart
 
+# `max_length` of the published calls counts the token that an answer starts behind, hence one less of each
+DECODINGS = {
+    "article": Decoding(max_new_tokens=999, num_beams=5, repetition_penalty=5.0),
+    "places": Decoding(max_new_tokens=299, num_beams=5),
+    "caption": Decoding(max_new_tokens=99, repetition_penalty=5.0),
+    "choice": Decoding(max_new_tokens=9, num_beams=5),
+}
+"""How each kind of answer is searched for."""
+MAX_TOKENS = 1678
+"""Of a choice between images, without BOS: 1,680 in `web_demo.py`, of which its last two are cut off."""
 MAX_SECTIONS = 60
 NUM_CANDIDATES = 4
 CAPTION_CHARACTERS = 53
@@ -113,7 +124,7 @@ def ask_choice(
     return Request(f"choice {place}", tuple(parts), "最合适的图是", template="xcomposer_choose")
 
 
-def read_choice(answer: str) -> int:
-    """The place of the chosen candidate; the first one where the answer names none."""
-    letter = answer.strip()[:1]
-    return "ABCD".index(letter) if letter and letter in "ABCD" else 0
+def read_choice(answer: str, *, count: int = NUM_CANDIDATES) -> int:
+    """The place of the chosen one of `count` candidates; the first one where the answer names none."""
+    place = ord(answer.strip()[:1] or "A") - ord("A")
+    return place if 0 <= place < count else 0
