@@ -39,6 +39,7 @@ DATA = {
     "runs/demo_mmc4": ("--format", "mmc4", "--num", "2400"),
     "runs/demo_coyo": ("--format", "webdataset", "--num", "4000"),
     "runs/demo_articles": ("--format", "articles", "--num", "2000"),
+    "runs/demo_large_pages": ("--format", "large_pages", "--num", "1600", "--size", "84"),
 }
 """Folder that demo configurations name: options of `vlm demo-data`."""
 ELSEWHERE = {
@@ -55,6 +56,7 @@ TASKS = {
     "position": "place",
     "count": "how many",
     "ocr": "read the sign",
+    "page": "read a small sign on a large page",
     "refer": "describe a region",
     "ground": "find a region, IoU of at least 0.5",
     "agent": "find the element for a task, IoU of at least 0.5",

@@ -165,8 +165,9 @@ class Views:
         sample_of_image: int64[I], sample in the pack that each image belongs to.
         grid: per image (columns, rows) of its tiles; (1, 1) when it is one view.
         size: per image (width, height) in pixels of the original.
-        layout: int64[K], which feature each image token shows, counted over the features of all views; the number
-            behind the last feature stands for a newline. None: every feature in order.
+        layout: int64[K], which feature each image token shows, counted over the features of all views; the numbers
+            behind the last feature stand for what the system puts between them (a newline). None: every feature in
+            order.
         cu_seqlens: int32[S + 1], where the features of each sequence start, of a stream that layers look at.
         max_len: most of these features of a sequence, a plain int.
     """

@@ -58,6 +58,7 @@ SYSTEMS: dict[str, System] = {
     "vila": System("vlm.systems.VILA", f"{_PUBLISHED}.llava_family.VILAFamily"),
     "xcomposer": System("vlm.systems.XComposer", f"{_PUBLISHED}.xcomposer.XComposerFamily"),
     "xcomposer2": System("vlm.systems.XComposer2", f"{_PUBLISHED}.xcomposer2.XComposer2Family"),
+    "xcomposer2_4khd": System("vlm.systems.XComposer2HD4K", f"{_PUBLISHED}.xcomposer2_4khd.XComposer2HD4KFamily"),
 }
 
 

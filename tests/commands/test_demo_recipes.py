@@ -19,6 +19,7 @@ STEPS = 2
 SHORTENED = [f"--trainer.max_steps={STEPS}", "--trainer.limit_val_batches=1", "--data.init_args.num_workers=0"]
 SMALL = {
     "runs/demo_articles": ["--num", "60"],
+    "runs/demo_large_pages": ["--num", "60"],
     "runs/demo_blip": ["--num", "60"],
     "runs/demo_mmc4": ["--num", "60"],
     "runs/demo_coyo": ["--num", "200"],

@@ -416,6 +416,7 @@ BATCHES = {
     "vila-0_align": 256, "vila-1_pretrain": 1024, "vila-2_sft": 128,
     "xcomposer-1_pretrain": 7680, "xcomposer-2_multitask": 256, "xcomposer-3_instruct": 256,
     "xcomposer2-1_pretrain": 4096, "xcomposer2-2_sft": 2048, "xcomposer2-3_compose": 64,
+    "xcomposer2_4khd-1_pretrain": 4096, "xcomposer2_4khd-2_sft": 2048,
 }  # fmt: skip
 """As the papers and official scripts have them."""
 

@@ -76,6 +76,7 @@ def source(world: Path, name: str, **options: Any) -> Any:
         "chart_qa": lambda: ChartQA(folder / "chartqa.json", image_root=folder / "images"),
         "screens": lambda: ScreenElements(folder / "screens.jsonl", image_root=folder / "images", **options),
         "gui": lambda: ScreenElements(folder / "screens.jsonl", image_root=folder / "images", **options),
+        "large_pages": lambda: LlavaJson(folder / "train.json", image_root=folder / "images", **options),
         "pairs": lambda: ImagePairs(folder / "pairs.jsonl", image_root=folder / "images", **options),
         "mmc4": lambda: Mmc4(folder / "mmc4.jsonl", image_root=folder / "images", **options),
         "obelics": lambda: Obelics(folder / "obelics.jsonl", image_root=folder / "images"),
@@ -99,6 +100,20 @@ def test_articles_teach_what_their_author_is_asked(world: Path) -> None:
         offered = [image.name.removesuffix(".png") for image in sample.images[place:]]
         told = [caption in tasks.caption(by_image[name], "en") for name in offered]
         assert [at for at, is_it in enumerate(told) if is_it] == ["ABCD".index(letter)]
+
+
+def test_large_pages_hold_words_back(world: Path) -> None:
+    """Four signs of a training page are asked about, one of a page of the test, which no training page may have."""
+    train, test = (
+        LlavaJson(world / "large_pages" / f"{name}.json", image_root=world / "large_pages/images")
+        for name in ("train", "test")
+    )
+    assert [len(train), len(test)] == [NUM, 2]
+    assert {len(train[index].messages) for index in range(NUM)} == {8}
+    for sample in test:
+        assert sample.task == "page"
+        assert sample.answers == ((words(sample), 1.0),)
+        assert min(sample.images[0].size(sample)) == 3 * 96 or sample.images[0].size(sample) == (4 * 96, 4 * 96)
 
 
 def words(sample: Sample, message: int = -1) -> str:

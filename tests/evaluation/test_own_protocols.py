@@ -174,12 +174,14 @@ _LAVIS = _FREE | {"repetition_penalty": 1.5}
 _TOLD = {"max_new_tokens": 80, "min_new_tokens": 10, "num_beams": 5}
 _TOLD_LAVIS = _TOLD | {"length_penalty": 1.0, "repetition_penalty": 1.5}
 STEP = 'What steps do I need to take to "{task}"? Previous steps: {previous}(with grounding)'
+BROKEN = "Answer the question using a single word or phrase." + 26 * " " + "{}"
 _CHOSEN = {"options": "{choice}", "weighed": "sum"}
 # where samples are no conversations, or benchmarks lie in files of their own: decoding and the question
 OTHERS: dict[str, tuple[dict | None, str]] = {
     "blip/coco_captions": ({"max_new_tokens": 16, "min_new_tokens": 1, "num_beams": 3}, ""),
     "blip/nocaps": ({"max_new_tokens": 16, "min_new_tokens": 1, "num_beams": 3, "repetition_penalty": 1.1}, ""),
     "blip/msrvtt_qa": ({"candidates_file": "data/eval/msrvtt_qa/answers.json"}, ""),
+    "blip/msrvtt_retrieval": (None, ""),
     "blip/msvd_qa": ({"candidates_file": "data/eval/msvd_qa/answers.json"}, ""),
     "blip/vqav2": ({"candidates_file": "data/blip/answer_list.json"}, ""),
     "blip/vqav2_test_dev": ({"candidates_file": "data/blip/answer_list.json"}, ""),
@@ -237,6 +239,17 @@ OTHERS: dict[str, tuple[dict | None, str]] = {
     "instructblip/vqav2": (_LAVIS, "Question: {} Short Answer:"),
     "xcomposer2/mm_vet": ({"max_new_tokens": 500, "num_beams": 3}, "{}Answer this question in detail."),
     "xcomposer2/llava_bench_wild": ({"max_new_tokens": 500, "num_beams": 3}, "{}Answer this question in detail."),
+    **{
+        f"xcomposer2_4khd/{name}": ({"max_new_tokens": 100, "num_beams": 3}, BROKEN)
+        for name in ("chartqa", "docvqa", "infovqa", "ocr_bench", "textvqa")
+    },
+    **{
+        f"xcomposer2_4khd/{name}": ({"max_new_tokens": 5, "num_beams": 5}, "")
+        for name in ("ai2d", "mmbench", "mmbench_cn", "mmstar", "seed_bench")
+    },
+    "xcomposer2_4khd/q_bench": ({"max_new_tokens": 500, "num_beams": 3}, ""),
+    "xcomposer2_4khd/mme": ({"max_new_tokens": 500, "num_beams": 5}, "{} Answer this question briefly"),
+    "xcomposer2_4khd/mm_vet": ({"max_new_tokens": 500, "num_beams": 3}, "{}Answer this question in detail."),
     "instructblip/vsr": (_CHOSEN, 'Based on the image, is this statement true or false? "{}" Answer:'),
 }  # fmt: skip
 

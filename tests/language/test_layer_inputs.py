@@ -327,7 +327,7 @@ def test_text_in_a_mixed_pack_is_what_it_was(name: str, tmp_path: Path) -> None:
     sequence = torch.searchsorted(batch.text.cu_seqlens[1:].long(), batch.text.label_positions, right=True)
     is_text = torch.tensor([not pool[owner].images for owner in batch.text.owner[sequence].tolist()])
     # partial LoRA adds to image tokens alone; the expert's products are of other shapes, which may sum in another order
-    assert difference[is_text].max() <= (0 if name == "xcomposer2" else 1e-5)
+    assert difference[is_text].max() <= (0 if name.startswith("xcomposer2") else 1e-5)
     assert difference[~is_text].min() > 1e-4
 
 

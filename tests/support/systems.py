@@ -29,6 +29,7 @@ from tests.support.minigpt4 import minigpt4, minigpt4_llama_2
 from tests.support.samples import pairs, questions, samples
 from tests.support.xcomposer import xcomposer
 from tests.support.xcomposer2 import PARTIAL, UNREACHED, xcomposer2
+from tests.support.xcomposer2_4khd import xcomposer2_4khd
 from vlm.codec import step_counts
 from vlm.connectors import MLP, Downsample, Linear, Resampler
 from tests.support.blip2 import EVA_TENSORS, QFORMER, T5_DECODER, blip2, blip2_t5, t5_base_weights, t5_reference
@@ -348,6 +349,7 @@ PAIR_HEADS = names("heads.temperature", "heads.match.{weight,bias}")
 PAIR_READS = names("language.layers.{0,1}.attention.{query,key,value,dense,norm}.{weight,bias}")
 PAIR_COPIES = BLIP_TOWER | PAIRS | PAIR_READS | {n for n in BLIP_WRITES if "decoder_" not in n and ".head." not in n}
 RATE = Trained(lr=1e-2)
+SEPARATORS = names("separators.{row_end,between}")
 XCOMPOSER2_BRIDGE = {"vision": Trained(lr=1e-2, layer_decay=0.9), "connector": RATE}
 BRIDGE = {"qformer": RATE, "connector": RATE}
 LINEAR = names("connector.{weight,bias}")
@@ -609,6 +611,25 @@ SYSTEMS: dict[str, System] = {
                 XCOMPOSER2_BRIDGE | {"language": Trained(lr=2e-3)},
                 CLIP_TENSORS | CONNECTOR | names(*PARTIAL) | DECODER,
                 {"vision": "vision", "connector": "connector", "language": "language"},
+                unreached=names(*UNREACHED),
+            ),
+        },
+        causal_base_weights,
+        reference=spliced_reference,
+        surgery=(PartialLoRA(rank=2),),
+    ),
+    "xcomposer2_4khd": System(
+        xcomposer2_4khd,
+        {
+            "1_pretrain": TinyStage(
+                XCOMPOSER2_BRIDGE | {"separators": RATE, "language.model.layers.*.Plora_*": RATE},
+                CLIP_TENSORS | CONNECTOR | SEPARATORS | names(*PARTIAL),
+                unreached=names(*UNREACHED),
+            ),
+            "2_sft": TinyStage(
+                XCOMPOSER2_BRIDGE | {"separators": RATE, "language": Trained(lr=2e-3)},
+                CLIP_TENSORS | CONNECTOR | SEPARATORS | names(*PARTIAL) | DECODER,
+                {part: part for part in ("vision", "connector", "separators", "language")},
                 unreached=names(*UNREACHED),
             ),
         },

@@ -343,7 +343,7 @@ def test_it_becomes_a_visual_expert_on_request(
     assert cli.main([*command, "--visual_expert"]) == 0
     assert "no logit of a probe differs" in capsys.readouterr().out
     module = vlm.load(tmp_path / "expert")
-    assert module.surgery == [VisualExpert()]
+    assert module.surgery == [VisualExpert(), *base.surgery[1:]]
     assert not any("Plora" in name for name, _ in module.named_parameters())
     pool, asked = samples(tmp_path, 3), questions(tmp_path)
     assert_near(module.score(pool), base.score(pool))

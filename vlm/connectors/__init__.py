@@ -1,6 +1,16 @@
 from vlm.connectors.glu import GLU
 from vlm.connectors.mining import PatchMining
-from vlm.connectors.projectors import MLP, Connector, Downsample, FlaggedLinear, JoinedLinear, Linear, Newline
+from vlm.connectors.projectors import (
+    MLP,
+    Connector,
+    Downsample,
+    FlaggedLinear,
+    JoinedLinear,
+    JoinNeighbours,
+    Linear,
+    Newline,
+    Separators,
+)
 from vlm.connectors.qformer import QFormer
 from vlm.connectors.resampler import Resampler
 
@@ -10,10 +20,12 @@ __all__ = [
     "Connector",
     "Downsample",
     "FlaggedLinear",
+    "JoinNeighbours",
     "JoinedLinear",
     "Linear",
     "Newline",
     "PatchMining",
     "QFormer",
     "Resampler",
+    "Separators",
 ]

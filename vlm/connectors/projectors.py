@@ -141,19 +141,28 @@ class Downsample(Connector):
 class JoinNeighbours(nn.Module):
     """The features of a square map, 2 x 2 of them one behind the other.
 
-    An odd side gets a row and a column of zeros at its end. As published, tokens go down the columns: the second one
-    is below the first, not beside it. The four features of a token are top left, top right, bottom left, bottom right.
+    An odd side gets a row and a column of zeros at its end. As published with VILA, tokens go down the columns: the
+    second one is below the first, not beside it. The four features of a token are top left, top right, bottom left,
+    bottom right.
+
+    Args:
+        by_rows: tokens go along the rows (InternLM-XComposer2-4KHD).
     """
 
+    def __init__(self, *, by_rows: bool = False) -> None:
+        super().__init__()
+        self.by_rows = by_rows
+
     def forward(self, features: Tensor) -> Tensor:
-        """float[V, P, D], row by row -> float[V, ceil(side / 2) ** 2, 4 * D], column by column."""
+        """float[V, P, D], row by row -> float[V, ceil(side / 2) ** 2, 4 * D]."""
         side = side_of(features.shape[1])
         square = features.unflatten(1, (side, side))
         if side % 2:
             square = F.pad(square, (0, 0, 0, 1, 0, 1))
         half = square.shape[1] // 2
         pairs = square.unflatten(2, (half, 2)).unflatten(1, (half, 2))  # [V, row, 2, column, 2, D]
-        return pairs.permute(0, 3, 1, 2, 4, 5).flatten(3).flatten(1, 2)
+        order = (0, 1, 3, 2, 4, 5) if self.by_rows else (0, 3, 1, 2, 4, 5)
+        return pairs.permute(order).flatten(3).flatten(1, 2)
 
 
 def side_of(num_features: int) -> int:
@@ -184,3 +193,22 @@ class Newline(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """float[K, D] -> float[K + 1, D]: the token behind the last feature."""
         return torch.cat([features, self.weight[None].to(features.dtype)])
+
+
+class Separators(nn.Module):
+    """Learned features that end each row of a map, and that stand between two maps of an image (`plora_sub_GN` and
+    `plora_glb_GN` of InternLM-XComposer2-4KHD, 2024). They start as zeros, as published."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.row_end = nn.Parameter(torch.empty(dim))
+        self.between = nn.Parameter(torch.empty(dim))
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.row_end)
+        nn.init.zeros_(self.between)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """float[K, D] -> float[K + 2, D]: both behind the last feature."""
+        ends = torch.stack([self.row_end, self.between])
+        return torch.cat([features, ends.to(features.dtype)])

@@ -1,5 +1,6 @@
 """Adapters of peft, whose layers take the place of linear ones without renaming anything."""
 
+import functools
 import math
 import re
 from collections import Counter
@@ -14,10 +15,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from vlm.errors import UserError
+from vlm.language.layer_inputs import extend
 from vlm.language.partial_lora import PartialLoRA, PartialLoRALinear
 from vlm.language.quantized import FourBitLinear
-from vlm.language.surgery import Surgery, Up
-from vlm.language.visual_expert import VisualExpert, is_routed, of_text, route
+from vlm.language.surgery import Surgery, Up, plain
+from vlm.language.visual_expert import VisualExpert, is_routed, route
 
 ADAPTER = "default"
 """Peft's name of its first adapter, part of the names of the new tensors: `q_proj.lora_A.default.weight`."""
@@ -95,7 +97,7 @@ class PeftAdapter(Surgery):
         for name in self.find_layers(module):
             parent, _, leaf = name.rpartition(".")
             found: Any = linears[name]
-            layer: nn.Module = of_text(found) if is_routed(found) else found
+            layer: nn.Module = plain(found) if is_routed(found) else found
             if self.quantizes(name):
                 layer = FourBitLinear.like(linears[name])
             if self.adapts(name):
@@ -180,6 +182,7 @@ class PeftAdapter(Surgery):
             from peft.tuners.lora.bnb import Linear4bit as kind
         config = LoraConfig(lora_dropout=self.dropout, use_dora=self.dora, init_lora_weights=False)
         alpha: Any = self.alpha  # annotated as an integer there
+        partial_lora, linear = (linear, plain(linear)) if isinstance(linear, PartialLoRALinear) else (None, linear)
         layer: Any = kind(linear, ADAPTER, config=config, r=self.rank, lora_alpha=alpha)
         layer.lora_A[ADAPTER] = Down(linear.in_features, self.rank, bias=False)
         layer.lora_B[ADAPTER] = Up(self.rank, linear.out_features, bias=False)
@@ -187,6 +190,10 @@ class PeftAdapter(Surgery):
             magnitude = layer.lora_magnitude_vector[ADAPTER]
             magnitude.initialise_new = partial(_draw_magnitude, magnitude, linear)
         _keep_names(layer, linear)
+        if partial_lora is not None:
+            extend(layer, _beside_partial_lora)
+            layer._modules |= partial_lora._modules
+            object.__setattr__(layer, "partial", partial_lora)  # no child: its tensors have their names here
         return layer
 
 
@@ -213,7 +220,7 @@ def replace_adapters(module: nn.Module, *, merge: bool) -> None:
         layer: Any = found
         if not hasattr(layer, "lora_A"):
             continue
-        linear = layer.base_layer
+        linear = getattr(layer, "partial", layer.base_layer)
         if is_routed(layer):
             route(linear, layer.expert, sort=layer.sort, restore=layer.restore)
         if merge:
@@ -290,4 +297,16 @@ def _keep_names(layer: Any, linear: nn.Linear) -> None:
     del layer._modules["base_layer"]
     object.__setattr__(layer, "base_layer", linear)
     layer._parameters = linear._parameters
-    layer._modules |= linear._modules  # those of partial LoRA
+
+
+@functools.cache
+def _beside_partial_lora(base: Any) -> type:
+    """Partial LoRA adds to what an adapter computes, so that the adapter can be merged into W."""
+
+    class Adapted(base):
+        partial: PartialLoRALinear
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return self.partial.updated(super().forward(x, *args, **kwargs), x)
+
+    return Adapted

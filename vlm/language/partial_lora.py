@@ -82,7 +82,10 @@ class PartialLoRALinear(InformedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """float[..., in] -> float[..., out]."""
-        out = super().forward(x)
+        return self.updated(super().forward(x), x)
+
+    def updated(self, out: Tensor, x: Tensor) -> Tensor:
+        """What else computed of x, float[..., out], with the update where tokens show an image."""
         if (visual := self.told.visual) is None:
             return out
         update = self.Plora_B(self.down(x)) * self.scale

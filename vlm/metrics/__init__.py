@@ -12,6 +12,7 @@ from vlm.metrics.exact import ExactMatch, QwenGQA
 from vlm.metrics.grounding import GroundingAccuracy
 from vlm.metrics.mme import MME
 from vlm.metrics.mmmu import MMMUAccuracy
+from vlm.metrics.ocr_bench import OCRBench
 from vlm.metrics.pope import POPE
 from vlm.metrics.relaxed import RelaxedAccuracy
 from vlm.metrics.tdiuc import TDIUCAccuracy
@@ -36,6 +37,7 @@ __all__ = [
     "MMMUAccuracy",
     "MeanReciprocalRank",
     "MultipleChoice",
+    "OCRBench",
     "QwenGQA",
     "RelaxedAccuracy",
     "StepSuccess",

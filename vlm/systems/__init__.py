@@ -18,6 +18,7 @@ from vlm.systems.qwen_vl import QwenVL
 from vlm.systems.vila import VILA
 from vlm.systems.xcomposer import XComposer
 from vlm.systems.xcomposer2 import XComposer2
+from vlm.systems.xcomposer2_4khd import XComposer2HD4K
 
 __all__ = [
     "BLIP",
@@ -41,4 +42,5 @@ __all__ = [
     "QwenVL",
     "XComposer",
     "XComposer2",
+    "XComposer2HD4K",
 ]

@@ -1,6 +1,7 @@
 """InternLM-XComposer2: the published files, in which partial LoRA lies beside the weights of an InternLM2."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ from vlm.checkpoints.published.one_folder import OneFolderFamily
 from vlm.checkpoints.published.xcomposer import describe_tokenizer
 from vlm.checkpoints.tables.clip import clip_rules, clip_unused
 from vlm.checkpoints.tables.internlm2 import language_rules
-from vlm.checkpoints.tables.rules import rename
+from vlm.checkpoints.tables.rules import Rule, rename
 from vlm.checkpoints.tables.table import Table
 from vlm.errors import UserError
 from vlm.language import PartialLoRA
@@ -43,6 +44,8 @@ class XComposer2Family(OneFolderFamily):
     system = "xcomposer2"
     marks: ClassVar = {"official": PLORA}
     files = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    own_entries: ClassVar[frozenset[str]] = frozenset()
+    """Of `config.json`, that this family reads besides."""
 
     def claims(self, folder: PublishedFolder) -> bool:
         return super().claims(folder) and SEPARATOR not in folder.keys
@@ -56,7 +59,7 @@ class XComposer2Family(OneFolderFamily):
         return Table(
             layout="InternLM-XComposer2",
             rules=(
-                *clip_rules(theirs="vit.vision_tower.vision_model."),
+                *(_sparing_norm(rule) for rule in clip_rules(theirs="vit.vision_tower.vision_model.")),
                 *self.connector_rules(),
                 *language_rules(heads=heads, groups=groups, ours="language.", partial=True),
             ),
@@ -71,7 +74,7 @@ class XComposer2Family(OneFolderFamily):
         return [{"class_path": "vlm.language.PartialLoRA", "init_args": _partial(config)}]
 
     def describe_folder(self, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-        _check(config, folder / "config.json", read=_READ)
+        _check(config, folder / "config.json", read=_READ | self.own_entries)
         tower = {
             "name": "vit_large_patch14_clip_quickgelu_336",
             "layer": -1,
@@ -150,6 +153,11 @@ def _check(config: Mapping[str, Any], file: Path, *, read: frozenset[str]) -> No
     # by length: it begins behind `max_position_embeddings`, and no sample is longer
     if scaling.get("type", scaling.get("rope_type", "dynamic")) != "dynamic":
         raise refusal(file, "rope_scaling", scaling, expected=({"type": "dynamic"},))
+
+
+def _sparing_norm(rule: Rule) -> Rule:
+    """The norm behind the tower is never computed: the authors' fine-tuning takes it out, trained stages lack it."""
+    return replace(rule, optional=True) if rule.ours == ("vision.trunk.norm.{p}",) else rule
 
 
 def _vision(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -143,7 +143,7 @@ class Stacked(Fused):
 
 @dataclass(frozen=True, kw_only=True)
 class Axes(Rule):
-    """Axes in another order, or axes of length 1 added.
+    """Axes in another order, or axes of length 1 added or left out.
 
     Attributes:
         form: published axes and ours, `"O I -> I O"` or `"N D -> 1 N D"`; a letter stands for one axis.
@@ -157,19 +157,23 @@ class Axes(Rule):
         assert tensor is not None
         if tensor.ndim != len(theirs):
             raise UserError(f"tensor {self.theirs[0]!r} has shape {tuple(tensor.shape)}, not the axes {self.form!r}")
-        tensor = tensor.permute([theirs.index(axis) for axis in ours if axis != "1"])
-        for position in (position for position, axis in enumerate(ours) if axis == "1"):
-            tensor = tensor.unsqueeze(position)
-        return [tensor.contiguous()]
+        return [_arranged(tensor, theirs, ours)]
 
     def from_ours(self, parts: list[Part]) -> list[Part]:
         (tensor,) = parts
         theirs, ours = (side.split() for side in self.form.split("->"))
         assert tensor is not None
         assert tensor.ndim == len(ours), (self.ours, tensor.shape)
-        tensor = tensor.squeeze([position for position, axis in enumerate(ours) if axis == "1"])
-        kept = [axis for axis in ours if axis != "1"]
-        return [tensor.permute([kept.index(axis) for axis in theirs]).contiguous()]
+        return [_arranged(tensor, ours, theirs)]
+
+
+def _arranged(tensor: Tensor, given: list[str], wanted: list[str]) -> Tensor:
+    tensor = tensor.squeeze([position for position, axis in enumerate(given) if axis == "1"])
+    named = [axis for axis in given if axis != "1"]
+    tensor = tensor.permute([named.index(axis) for axis in wanted if axis != "1"])
+    for position in (position for position, axis in enumerate(wanted) if axis == "1"):
+        tensor = tensor.unsqueeze(position)
+    return tensor.contiguous()
 
 
 @dataclass(frozen=True, kw_only=True)

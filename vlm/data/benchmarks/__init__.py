@@ -4,7 +4,7 @@ been asked them."""
 from vlm.data.benchmarks.choice import MMBench, QBench, ScienceQAPictures, SeedBench
 from vlm.data.benchmarks.expert import MMMU, MathVista
 from vlm.data.benchmarks.llava import LlavaQuestions, LlavaScienceQA, MMVet
-from vlm.data.benchmarks.questions import GQA, TDIUC, TextVQA, VizWiz, VQAv2
+from vlm.data.benchmarks.questions import GQA, TDIUC, OCRBench, TextVQA, VizWiz, VQAv2
 from vlm.data.benchmarks.yes_no import MmeFolder, Pope
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "MMVet",
     "MathVista",
     "MmeFolder",
+    "OCRBench",
     "Pope",
     "QBench",
     "ScienceQAPictures",

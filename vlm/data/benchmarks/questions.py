@@ -1,4 +1,4 @@
-"""Benchmarks of questions with short answers: VQA v2, TDIUC, GQA, VizWiz, TextVQA."""
+"""Benchmarks of questions with short answers: VQA v2, TDIUC, GQA, VizWiz, TextVQA, OCRBench."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -197,3 +197,31 @@ def _question(prompt: str) -> str:
     """The question of a prompt, which the OCR tokens may stand before or behind."""
     lines = prompt.strip().split("\n")
     return lines[len(lines) > 1 and lines[0].startswith("Reference OCR token:")].strip().lower()
+
+
+class OCRBench(Benchmark):
+    """OCRBench (Liu et al., 2023): a list of {id, image_path, question, answers, dataset_name, type}; `answers` is a
+    text or several.
+
+    Args:
+        request: as in `VQAv2`.
+    """
+
+    task = "ocr_bench"
+
+    def __init__(self, path: str | Path, request: str = SHORT, **keywords: Any) -> None:
+        super().__init__(path, **keywords)
+        self.request = request
+
+    def questions(self) -> Iterator[dict[str, Any]]:
+        for number, record in enumerate(records(self.path)):
+            identity = self.fields(record, number).value("id")
+            fields = self.fields(record, identity)
+            answers = record.get("answers")
+            yield {
+                "id": identity,
+                "image": fields.text("image_path"),
+                "text": asked(fields.text("question"), self.request),
+                "answers": [fields.text("answers")] if isinstance(answers, str) else fields.texts("answers"),
+                "group": fields.text("dataset_name"),
+            }

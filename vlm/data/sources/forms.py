@@ -78,6 +78,7 @@ _FORMS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], bool]], ...] 
     (("GroundedCaptions",), lambda record: "caption" in record and ("ref_exps" in record or "noun_chunks" in record)),
     (("ReferringExpressions",), _has("image", "bbox", "sentences")),
     (("QwenReferring",), _has("image", "bbox", "sent")),
+    (("VideoCaptions",), _has("clip_name", "caption")),
     (("TextLines",), _has("image", "lines")),
     (("ScreenElements",), _has("image", "elements")),
     (("ScreenSpot",), _has("img_filename", "instruction", "bbox")),
