@@ -199,11 +199,9 @@ def informing(layer: nn.Module, inputs: LayerInputs | None) -> Iterator[None]:
     """
     if inputs is None:
         raise ValueError("a changed layer takes `layer_inputs`; in generation it is the cache that has them")
-    # an adapter's layer calls the one that it lies over, which is no child of it
-    called = (part for child in layer.modules() for part in (child, getattr(child, "base_layer", None)))
+    # an adapter's layer calls the partial LoRA that it lies over, which is no child of it
+    called = (part for child in layer.modules() for part in (child, getattr(child, "partial", None)))
     linears: list[Any] = [part for part in called if hasattr(part, "inform")]
-    called = (getattr(child, "partial", child) for child in layer.modules())
-    linears = [child for child in called if isinstance(child, InformedLinear)]
     for linear in linears:
         linear.inform(inputs)
     try:

@@ -164,10 +164,3 @@ def see(tower: nn.Module, pixels: Tensor) -> Tensor:
     parameters = list(tower.parameters())
     with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
         return tower(pixels.to(parameters[0].dtype))
-        return self.connector(self.see(batch))
-
-    def see(self, batch: Batch) -> Tensor:
-        """float[V, P, D] features of the tower."""
-        pixels = batch.views[STREAM].pixels
-        with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())):
-            return self.vision(pixels.to(next(self.vision.parameters()).dtype))

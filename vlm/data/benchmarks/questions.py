@@ -1,6 +1,4 @@
-"""Benchmarks of questions with short answers: VQA v2, TDIUC, GQA, VizWiz, TextVQA."""
-
-"""Benchmarks of questions with short answers: VQA v2, GQA, VizWiz, TextVQA, OCRBench."""
+"""Benchmarks of questions with short answers: VQA v2, TDIUC, GQA, VizWiz, TextVQA, OCRBench."""
 
 from collections.abc import Iterator
 from pathlib import Path
