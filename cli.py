@@ -299,6 +299,8 @@ def _describe(options: Sequence[str], *, on_gpu: bool | None = None) -> Any:
     for callback in made.trainer.callbacks or []:
         if (surgery := getattr(callback, "surgery", None)) is not None:
             made.model.register_surgery(surgery)
+        if getattr(callback, "keeps_averages", False):
+            made.model.averages = {}
     return StageView(made.model, made.stage.stage, made.data, made.trainer)
 
 

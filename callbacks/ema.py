@@ -27,6 +27,9 @@ class EMA(Callback):
         decay: share of the average that stays at each step; CogVLM does not print its own.
     """
 
+    keeps_averages = True
+    """Told to whoever counts memory."""
+
     def __init__(self, decay: float) -> None:
         if not 0 <= decay < 1:
             raise UserError(f"callbacks.EMA: decay must be at least 0 and below 1, found {decay}")

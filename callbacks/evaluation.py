@@ -52,6 +52,8 @@ class Evaluation(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         assert isinstance(pl_module, VisionLanguageModule)
         pl_module.judges = Judges(self.judges)
+        for judge in self.judges.values():
+            judge.check()
         if self.submission is not None and stage != "fit":
             self.submission.check()
 

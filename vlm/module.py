@@ -34,6 +34,7 @@ from vlm.evaluation.judges import Judges
 from vlm.evaluation.means import EpochMeans, with_loss
 from vlm.evaluation.retrieval import Embeddings, concat_embeddings
 from vlm.language import Decoding, Surgery
+from vlm.language.choosing import WeighedChoices
 from vlm.moving import changing_names
 from vlm.sample import Sample
 from vlm.seeding import seed_from
@@ -146,6 +147,10 @@ class VisionLanguageModule(LightningModule):
     def answers(self, batch: Batch, decoding: Decoding) -> list[str]:
         """What the system says to each sample of a pack that was encoded with `generate=True`."""
         raise UserError(f"{self.system} does not answer: evaluate it by its losses, or by retrieval")
+
+    def weigh(self, batch: Batch, decoding: Decoding) -> list[WeighedChoices]:
+        """How likely each choice of each sample is, of a pack that was encoded with `generate=True`."""
+        raise UserError(f"{self.system} does not weigh choices: leave out the metrics that compare them")
 
     def embeddings(self, batch: Batch) -> Embeddings:
         """What the images and texts of a pack are compared by."""

@@ -45,9 +45,10 @@ def copied_layers(module: nn.Module) -> dict[str, str]:
     """{tensor: the tensor that it starts as a copy of}, of layers that surgery puts beside another (`starts_as`)."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return {
-        f"{path}.{name}": names[id(child.starts_as.get_parameter(name))]
+        f"{path}.{name}": names[id(layer.starts_as.get_parameter(name))]
         for path, child in module.named_modules()
-        if isinstance(getattr(child, "starts_as", None), nn.Module)
+        # of an adapter, what it lies over
+        if isinstance(getattr(layer := getattr(child, "base_layer", child), "starts_as", None), nn.Module)
         for name, _ in child.named_parameters(recurse=False)
     }
 

@@ -159,6 +159,9 @@ def test_a_tower_comes_out_of_a_folder_of_blip_2(tmp_path: Path) -> None:
         ours = module.vision(pixels)
     # 0 measured on features up to 8.9; another order of sums is allowed
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-5)
+    other = xcomposer(vision=dataclasses.replace(tower, options=EVA | {"num_heads": 2}))
+    with pytest.raises(UserError, match=r"config\.json: vision_config.num_attention_heads .* is 4, and only 2 is"):
+        other.configure_model()
 
 
 def test_positions_are_stretched_by_the_published_rule() -> None:

@@ -27,7 +27,7 @@ from vlm.demo.scenes import COLORS, SPLITS, make_scene, split_of
 from vlm.demo.sprites import NOUNS, WORDS, sprite, word_mask
 from vlm.demo.tasks import LANGUAGES, TASKS, caption, padded_box, questions
 from vlm.demo.texts import PROMPTS
-from vlm.demo.tower import patch_labels
+from vlm.demo.tower import padded_place, patch_labels
 from vlm.errors import UserError
 from vlm.vision import TimmTower
 from vlm.vision.preprocess import ImageTransform
@@ -149,7 +149,7 @@ def test_boxes_are_on_the_padded_square_that_the_model_sees() -> None:
             assert square.getpixel((round(200 * (x0 + 0.05 * (x1 - x0))), round(100 * (y0 + y1)))) == pytest.approx(
                 COLORS[thing.color], abs=12
             )
-            labels = patch_labels(scene, grid=50).unflatten(0, (50, 50))
+            labels = patch_labels([(scene, padded_place(scene))], grid=50).unflatten(0, (50, 50))
             middle = labels[int(25 * (y0 + y1)), int(25 * (x0 + x1))].tolist()
             assert middle[:3] == [NOUNS.index(thing.noun), list(COLORS).index(thing.color), -1]
             assert middle[3:] == pytest.approx([x0, y0, x1, y1], abs=0.006)
@@ -197,8 +197,7 @@ def test_the_small_parts_around_blip_open_as_published_ones_do() -> None:
         "blip_vit": {"layer": -1, "final_norm": True},
     }
     for part, how in towers.items():
-        architecture, options, _ = TOWERS[part]
-        description = TimmTower(architecture, options=options, class_token=True, **how)
+        description = TimmTower(TOWERS[part].architecture, options=TOWERS[part].options, class_token=True, **how)
         tower = description.build()
         assert {f"trunk.{name}" for name in load_file(ASSETS / part / "model.safetensors")} == {*tower.state_dict()}
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import vlm  # noqa: F401
@@ -18,6 +19,7 @@ from vlm.data import (
     TextCaps,
     TextVQATokens,
     VideoQuestions,
+    VisualDialog,
     VQAv2Training,
     WithInstructions,
 )
@@ -113,6 +115,29 @@ def test_frames_are_taken_evenly(tmp_path: Path) -> None:
     assert [image.name[-9:] for image in source[0].images] == ["00001.png", "00003.png", "00006.png", "00008.png"]
     with pytest.raises(SampleError, match=r"no frames of video 'video8.mp4' in .*frames/video8"):
         source[1]
+
+
+def test_visual_dialog_tells_what_was_said(tmp_path: Path) -> None:
+    turns = [{"question": 0, "answer": 1, "answer_options": [0, 1], "gt_index": 1}]
+    turns.append({"question": 1, "answer": 0, "answer_options": [1, 0, 2], "gt_index": 1})
+    data = {"questions": ["is it day", "who"], "answers": ["a man", "yes", "no"]}
+    dialog = {"image_id": 7, "caption": "a boat", "dialog": turns}
+
+    def opened(**changes: Any) -> VisualDialog:
+        content = {"data": data | {"dialogs": [dialog | changes]}}
+        return VisualDialog(write(tmp_path / "d.json", content), request="Question: {} Short answer:")
+
+    first, second = opened()
+    caption = 'This image has the caption "a boat".'
+    assert said(first) == (f"*\n{caption} Question: is it day Short answer:", "yes")
+    told = "dialog history: q: is it day a: yes\nQuestion: who Short answer:"
+    assert said(second) == (f"*\n{caption} {told}", "a man")
+    assert (second.id, second.choices, second.answers) == ("7-1", ("yes", "a man", "no"), (("a man", 1.0),))
+    assert second.images[0].name == "VisualDialog_val2018_000000000007.jpg"
+    with pytest.raises(SampleError, match=r"'gt_index' 2 is none of its 2 'answer_options'"):
+        opened(dialog=[turns[0] | {"gt_index": 2}])[0]
+    with pytest.raises(SampleError, match=r"d\.json: sample 'dialog 0': number 9 names none of the 3 texts"):
+        opened(dialog=[turns[0] | {"answer": 9}])[0]
 
 
 def test_science_qa_asks_for_the_text_of_a_choice(tmp_path: Path) -> None:

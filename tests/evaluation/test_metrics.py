@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,17 +11,23 @@ import torch
 from torchmetrics import Metric
 
 from tests.support.ranks import run_ranks
+from vlm import english
 from vlm.batch import SampleInfo
 from vlm.errors import SampleError, UserError
+from vlm.evaluation.judges import AnswerJudge
+from vlm.language import Decoding
+from vlm.language.choosing import WeighedChoices
 from vlm.metrics import (
     ANLS,
     BLEU,
     MME,
     POPE,
     AnswerMetric,
+    AreaUnderCurve,
     CIDErD,
     ExactMatch,
     GroundingAccuracy,
+    MeanReciprocalRank,
     MMMUAccuracy,
     MultipleChoice,
     QwenGQA,
@@ -210,6 +217,53 @@ def test_mme_by_hand() -> None:
     )
     # count: 3 of 4 questions, 1 of 2 images; the answer with "yes" behind its first four characters is wrong
     assert values == {"perception": 125.0, "cognition": 50.0, "count": 125.0, "code_reasoning": 50.0}
+
+
+def weighed(*losses: float) -> WeighedChoices:
+    return WeighedChoices("ABCDE"[: len(losses)], torch.tensor(losses))
+
+
+def test_ranks_and_areas_by_hand() -> None:
+    three = info("c", choices=("a", "b", "c"))
+    cases = [(weighed(1, 2, 0.5), three), (weighed(1, 2, 3), three), (weighed(2, 2, 2), three)]  # of equals the first
+    assert value(MeanReciprocalRank(), *cases) == pytest.approx((1 + 1 / 3 + 1 / 3) / 3)
+    no, yes = (info(word, choices=("no", "yes")) for word in ("no", "yes"))
+    margins = [(0.0, no), (1.0, no), (1.0, yes), (900.0, yes), (800.0, no)]  # large ones lie apart too
+    area = AreaUnderCurve()
+    # of the six pairs of yes and no: 1 > 0, 1 = 1, 1 < 800, and 900 over all
+    assert value(area, *[(weighed(margin, 0.0), sample) for margin, sample in margins]) == pytest.approx(4.5 / 6)
+    assert math.isnan(value(AreaUnderCurve(), (weighed(0, 1), yes)))
+    with pytest.raises(SampleError, match="its answer 'd' is none of its 3 'choices'"):
+        MeanReciprocalRank().update([weighed(1, 2, 3)], [info("d", choices=("a", "b", "c"))])
+    with pytest.raises(SampleError, match="has 3 'choices'; this metric compares two"):
+        AreaUnderCurve().update([weighed(1, 2, 3)], [three])
+    with pytest.raises(UserError, match=r"auroc weighs choices; set options or candidates"):
+        AnswerJudge([area])
+    judge = AnswerJudge([AreaUnderCurve(), MultipleChoice()], Decoding(options="{choice}"))
+    judge.start(torch.device("cpu"))
+    judge.hear([weighed(1, 0), weighed(1, 0)], [yes, no])
+    assert judge.finish(None) == {"auroc": 0.5, "accuracy": 0.5}
+    assert [row["answer"] for row in judge.records()] == ["B", "B"]
+
+
+def test_answers_are_lemmatized_where_spacy_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metric = VQAAccuracy(lemmas=True)
+    monkeypatch.setattr(english, "find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"VQAAccuracy.lemmas: spaCy or its model en_core_web_sm is not installed; `pip"
+    ):
+        metric.check()
+    tags = {"dogs": ("NOUN", "dog"), "ran": ("VERB", "run"), "faster": ("ADV", "fast")}
+
+    def nlp(text: str) -> list[SimpleNamespace]:
+        found = [(word, *tags.get(word, ("X", "?"))) for word in text.split()]
+        return [SimpleNamespace(text=word, pos_=kind, lemma_=lemma) for word, kind, lemma in found]
+
+    monkeypatch.setattr(english, "_tagger", lambda: nlp)
+    monkeypatch.setattr(english, "find_spec", lambda name: name)
+    metric.check()
+    assert english.lemmatize("red dogs ran faster") == "red dog run faster"
+    assert value(metric, ("dogs", info("dog")), ("faster", info("fast"))) == 0.5
 
 
 # -- all of them

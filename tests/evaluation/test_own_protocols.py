@@ -15,8 +15,10 @@ import cli
 import vlm.data
 from tests.data.test_benchmarks import TEN, _picture, _write, root, weights
 from vlm.errors import SampleError
+from vlm.geometry import Placement, View
 from vlm.language import Decoding
 from vlm.prompts import ImageMark, TextSpan, get_template
+from vlm.prompts.regions import write_regions
 
 CONFIGS = Path(__file__).parents[2] / "configs/eval"
 OPTIONS = "A. a ball\nB. air"
@@ -48,6 +50,11 @@ WORD += "[UNUSED_TOKEN_146]assistant\n"
 MMBENCH_ROW = ROW.format("What is it?", "Look at the ground.", 'A. a ball B. a "big" box')
 # name: decoding, and of each source the first prompt
 PROTOCOLS = {
+    "cogvlm/tdiuc": ({"max_new_tokens": 30}, "PATHQuestion: Is it red? Short answer:"),
+    "cogvlm/visual7w": (
+        {"max_new_tokens": 64}, "PATHWhich one barks? Candidates: "
+        "[[150,000,650,500;000,000,500,500;050,000,550,500;100,000,600,500]]"
+    ),
     "fuyu/vqav2": (SHORT, f"PATH<s>{ASKED.format('What is it?')}"),
     "fuyu/okvqa": (SHORT, f"PATH<s>{ASKED.format('Why 0?')}"),
     "fuyu/ai2d": (SHORT, f"PATH<s>{ASKED.format('What eats algae?')}"),
@@ -137,6 +144,16 @@ def files(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "data/eval/nocaps/images/a.jpg": picture,
         **{f"data/eval/{n}/{n}_{s}.jsonl": [BOXES | {"sent": f"dog of {s}"}] for n, s in names},
         "data/eval/coco/val2014/a.jpg": picture,
+        "data/eval/tdiuc/OpenEnded_mscoco_val2014_questions.json": {
+            "questions": [{"question_id": 3, "image_id": 42, "question": "Is it red?"}]},
+        "data/eval/tdiuc/mscoco_val2014_annotations.json": {"annotations": [
+            {"question_id": 3, "question_type": "color", "answers": [{"answer": "yes", "answer_id": 1}]}]},
+        "data/eval/tdiuc/val2014/COCO_val2014_000000000042.jpg": picture,
+        "data/eval/visual7w/dataset_v7w_pointing.json": {
+            "boxes": [{"box_id": n, "x": n, "y": 0, "width": 10, "height": 7, "name": "dog"} for n in range(4)],
+            "images": [{"filename": "a.jpg", "split": "test", "qa_pairs": [
+                {"qa_id": 9, "question": "Which one barks?", "answer": 2, "multiple_choices": [0, 1, 3]}]}]},
+        "data/eval/visual7w/images/a.jpg": picture,
         "data/eval/q_bench/llvisionqa_dev.json": [
             {"img_path": "a.jpg", "question": "How sharp is it?", "candidates": ["Sharp", "Blurry"],
              "correct_ans": "Blurry", "type": 0, "concern": 1}],
@@ -169,10 +186,24 @@ OTHERS: dict[str, tuple[dict | None, str]] = {
     "blip/nlvr2": (None, ""),
     "blip/retrieval_coco": (None, ""),
     "blip/retrieval_flickr": (None, ""),
+    "cogvlm/coco_captions": ({"max_new_tokens": 64}, ""),
+    "cogvlm/flickr30k": ({"max_new_tokens": 64}, ""),
+    "cogvlm/nocaps": ({"max_new_tokens": 64}, ""),
+    "cogvlm/ocr_vqa": ({"max_new_tokens": 100}, "{}"),
+    "cogvlm/okvqa": ({"max_new_tokens": 30}, "{}"),
+    "cogvlm/refcoco": ({"max_new_tokens": 64}, "Where is {}? answer in [[x0,y0,x1,y1]] format."),
+    "cogvlm/refcoco_plus": ({"max_new_tokens": 64}, "Where is {}? answer in [[x0,y0,x1,y1]] format."),
+    "cogvlm/refcocog": ({"max_new_tokens": 64}, "Where is {}? answer in [[x0,y0,x1,y1]] format."),
+    "cogvlm/textvqa": ({"max_new_tokens": 30}, "{}"),
+    "cogvlm/vqav2": ({"max_new_tokens": 30}, "{}"),
     "blip2/retrieval_coco": (None, ""),
     "blip2/retrieval_flickr": (None, ""),
     "blip2/vqav2": (_FREE, "Question: {} Answer:"),
     "blip2/gqa": (_FREE, "Question: {} Answer:"),
+    "blip2/okvqa": (_FREE, "Question: {} Answer:"),
+    "blip2/vqav2_flan_t5": (_FREE, "Question: {} Short answer:"),
+    "blip2/gqa_flan_t5": (_FREE, "Question: {} Short answer:"),
+    "blip2/okvqa_flan_t5": (_FREE, "Question: {} Short answer:"),
     "blip2/nocaps": (_TOLD, "a photo of"),
     "blip2/flickr30k": (_TOLD, "a photo of"),
     "instructblip/aokvqa": (_LAVIS, "Question: {} Short Answer:"),
@@ -193,6 +224,7 @@ OTHERS: dict[str, tuple[dict | None, str]] = {
     "instructblip/okvqa": (_LAVIS, "Question: {} Short Answer:"),
     "instructblip/science_qa": (_CHOSEN, "Context: {hint} Question: {} Options: {options}. Answer:"),
     "instructblip/textvqa": (_LAVIS, "Question: {} Short answer:"),
+    "instructblip/visual_dialog": (_CHOSEN, "Question: {} Short answer:"),
     "instructblip/vizwiz": (_LAVIS, "Question: {} Short answer:"),
     "instructblip/vqav2": (_LAVIS, "Question: {} Short Answer:"),
     "xcomposer2/mm_vet": ({"max_new_tokens": 500, "num_beams": 3}, "{}Answer this question in detail."),
@@ -246,7 +278,8 @@ def test_prompts_and_decoding_are_the_published_ones(name: str, files: Path) -> 
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     assert config["evaluation"]["decoding"] == decoding
     template = get_template(config["model"]["init_args"]["template"])
-    samples = [source[0] for source in sources(config)]
+    whole = View(Placement(), (1.0, 1.0))
+    samples = [write_regions(source[0], template.regions, view=lambda _: whole) for source in sources(config)]
     assert all(sample.images[0].read(sample).size == (20, 14) for sample in samples)
     written = [template.render(sample.messages, generate=True) for sample in samples]
     assert all(sum(isinstance(span, ImageMark) for span in spans) == 1 for spans in written)

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import cli
+from callbacks import EMA
 from tests.support.systems import LLAMA, SYSTEMS, llava_1_5
 from vlm.building.build import assemble
 from vlm.checkpoints.artefact import read_artefact
@@ -22,6 +24,8 @@ from vlm.language import CausalLM, PeftAdapter
 from vlm.language.attention import planned_for_a_gpu
 from vlm.planning.depth import at_full_depth
 from vlm.planning.fake import fake_batch, fake_weights, fakes
+from vlm.planning.machine import Machine, find_gpu
+from vlm.planning.memory import memory_of
 from vlm.planning.operators import ATTENTION
 from vlm.planning.packs import PackCosts, Precision
 from vlm.planning.parameters import optimizer_bytes, sizes_of
@@ -93,6 +97,18 @@ def test_parameters_flops_and_activations_are_those_of_the_network(name: str, st
     optimizer.step()
     moments = [t for state in optimizer.state.values() for n, t in state.items() if n != "step"]
     assert optimizer_bytes(planned, AdamW()) == sum(t.nbytes for t in moments)
+
+
+def test_moving_averages_take_four_bytes_of_each_trained_parameter() -> None:
+    """Each rank has its share of them; the callback tells the plan that they are kept."""
+    module = on_meta(llava_1_5, TRAIN)
+    nothing: Any = SimpleNamespace(alive={})
+    machines = [Machine(find_gpu("80")), Machine(find_gpu("80"), 8, "fsdp2")]
+    before = [memory_of(module, nothing, machine).total for machine in machines]
+    module.averages = {} if EMA.keeps_averages else None
+    after = [memory_of(module, nothing, machine).total for machine in machines]
+    trained = sum(size.trained for size in sizes_of(module).values())
+    assert [b - a for a, b in zip(before, after, strict=True)] == [4 * trained, -(-4 * trained // 8)]
 
 
 SIX = CausalLM(config=LLAMA | {"num_hidden_layers": 6})

@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 import cli
+from tests.procedures.test_shards import write_clip
 from tests.support.xcomposer import xcomposer
 from tests.support.xcomposer2 import xcomposer2
+from tests.systems.test_xcomposer import published_folder
 from vlm.errors import UserError
 from vlm.language import Decoding
 from vlm.procedures.compose import free_form, requests
@@ -121,6 +123,34 @@ def test_an_article_step_by_step(paths: list[Path], tmp_path: Path) -> None:
     assert (second.section, second.candidates, second.image) == (2, tuple(paths[:4]), paths[0])
     images = [image.path for image in module.asked[-1][0].images]
     assert images == [paths[6], *paths[:4]]
+
+
+def test_a_real_model_chooses_from_a_real_index(
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Captions and choices are written by a network of random weights, candidates are an index's by CLIP. The article
+    and its places are kept from before: random weights name none.
+    """
+    for kind in ("caption", "choice"):
+        monkeypatch.setitem(requests.DECODINGS, kind, Decoding(max_new_tokens=3))
+    paths[8].write_bytes(b"no image")
+    write_clip(tmp_path / "clip")
+    weights, index = str(published_folder(tmp_path / "xcomposer")), str(tmp_path / "index")
+    made = ["--weights", str(tmp_path / "clip"), "--out", index, "--device", "cpu"]
+    assert cli.main(["run", "index-images", str(paths[0].parent), *made]) == 0
+    facts = {"title": "Sea", "weights": weights, "index": index, "article": str(requests.DECODINGS["article"])}
+    (tmp_path / "out/Sea").mkdir(parents=True)
+    steps = Steps.open(tmp_path / "out/Sea" / STEPS, facts)
+    sections = ("A day at sea", "The boat leaves.", "A whale comes up.")
+    steps.keep("article", shown(requests.ask_article("Sea")), answer=ARTICLE)
+    steps.keep("places", shown(requests.ask_places(sections, None)), answer="<Seg2>, <Seg0>")
+    command = ["run", "compose", "--title", "Sea", "--weights", weights, "--index", index, "--device", "cpu"]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0, capsys.readouterr().err
+    done = Steps.open(steps.path, facts).done
+    assert {"caption 2", "caption 0", "choice 0", "choice 2"} <= done.keys()
+    found = [Path(path).name for at in (2, 0) for path in done[f"candidates {at}"]["answer"]]
+    assert sorted(found) == [path.name for path in paths[:8]]  # none twice, and all that can be read
+    assert (tmp_path / "out/Sea/article.html").read_text().count("<img ") == 2 + 2 * 4
 
 
 def test_what_is_asked_goes_to_the_system_as_it_is_shown(paths: list[Path]) -> None:

@@ -1,11 +1,15 @@
 """The first stage of BLIP-2 at the size of tests."""
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 from tests.support.blip2 import READER
 from tests.support.blip_tasks import VOCABULARY
+from tests.support.samples import pairs
 from vlm.connectors import QFormer
 from vlm.prompts import BertTokenizer
+from vlm.sample import Message, Sample, TextPart
 from vlm.systems import BLIP2QFormer
 from vlm.vision import TimmTower
 
@@ -30,6 +34,16 @@ def blip2_qformer(**changes: Any) -> BLIP2QFormer:
         "max_tokens": 300,
     }
     return BLIP2QFormer(**(arguments | changes))
+
+
+def begun(folder: Path) -> list[Sample]:
+    """Images whose caption is begun at very different lengths, or not at all."""
+    texts = ("a red ball " * 40, "", "a red", "a card with " * 9)
+    made = zip(pairs(folder, len(texts)), texts, strict=True)
+    return [
+        dataclasses.replace(one, messages=(one.messages[0], Message("assistant", (TextPart(text),), begun=True)))
+        for one, text in made
+    ]
 
 
 BLIP2_QFORMER = (

@@ -15,7 +15,8 @@ from tests.conftest import GOLDEN
 from tests.support.blip import blip
 from tests.support.blip_tasks import answered, asked_about, blip_caption, blip_nlvr, blip_vqa, judged, judged_about
 from tests.support.cog import TinyCog
-from tests.support.blip2_qformer import BLIP2_QFORMER, blip2_qformer
+from tests.support.cogvlm import cogvlm
+from tests.support.blip2_qformer import BLIP2_QFORMER, blip2_qformer, begun
 from tests.support.instructblip import (
     READER_TENSORS,
     UNREAD,
@@ -407,6 +408,28 @@ XCOMPOSER_STAGES = {  # the others train an adapter over the language model (tes
     "1_pretrain": TinyStage(BRIDGE | {"language": RATE}, names(*QFORMER) | XCOMPOSER_DECODER),
 }
 
+EXPERT_PATHS = {"connector": RATE, "language.model.layers.*.expert.weight": RATE}
+GLU_TENSORS = names(
+    "connector.{start,end}", "connector.{linear,norm,gate_proj,up_proj,down_proj}.weight", "connector.norm.bias"
+)
+UNSEEN_EXPERT = names(  # above the last attention no label looks at an image token
+    "language.model.layers.1.self_attn.{q,o}_proj.expert.weight",
+    "language.model.layers.1.mlp.{gate,up,down}_proj.expert.weight",
+)
+COGVLM_STAGES = {
+    "1_pretrain": TinyStage(EXPERT_PATHS, GLU_TENSORS | EXPERT, unreached=UNSEEN_EXPERT),
+    "3_sft": TinyStage(
+        EXPERT_PATHS | {"vision": Trained(lr=1e-3)},
+        GLU_TENSORS
+        | EXPERT
+        | names("vision.trunk.{cls_token,pos_embed,patch_embed.proj.weight,patch_embed.proj.bias}")
+        | names("vision.trunk.blocks.{0,1}.{norm1,norm2,attn.proj,mlp.fc1,mlp.fc2}.{weight,bias}")
+        | names("vision.trunk.blocks.{0,1}.attn.{q_bias,v_bias,qkv.weight}"),
+        {"connector": "connector", "language": "language"},
+        unreached=UNSEEN_EXPERT,
+    ),
+}
+
 PERSIMMON_DECODER = names(
     "language.model.embed_tokens.weight",
     "language.model.final_layernorm.{weight,bias}",
@@ -435,10 +458,11 @@ SYSTEMS: dict[str, System] = {
         blip2_qformer,
         {"1_qformer": TinyStage(dict.fromkeys(("qformer", "projections", "heads"), RATE), names(*BLIP2_QFORMER))},
         tower_base_weights,
-        uses=("score", "embed", "match"),
+        uses=("score", "generate", "embed", "match"),
         reference=qformer_reference,
         splices=False,
         pool=pairs,
+        asked=begun,
         needs_image=True,
         batch=BatchSpec(8, negatives="pack", packs=4),
     ),
@@ -453,6 +477,9 @@ SYSTEMS: dict[str, System] = {
         t5_base_weights,
         reference=t5_reference,
         ties={f"language.{part}.embed_tokens.weight": "language.shared.weight" for part in ("encoder", "decoder")},
+    ),
+    "cogvlm": System(
+        cogvlm, COGVLM_STAGES, causal_base_weights, reference=spliced_reference, surgery=(VisualExpert(),)
     ),
     "fuyu": System(
         fuyu,
@@ -607,10 +634,7 @@ SYSTEMS: dict[str, System] = {
                 {"vision_high": RATE, "connector": RATE, "marks": RATE, "language": RATE},
                 HIGH_BLOCKS | CROSS_ATTENTION | CONNECTOR | DECODER | EXPERT | names("marks.{boi,eoi}"),
                 {"vision_high": "vision_high", "language": "language"},
-                unreached=names(  # above the last attention no label looks at an image token
-                    "language.model.layers.1.self_attn.{q,o}_proj.expert.weight",
-                    "language.model.layers.1.mlp.{gate,up,down}_proj.expert.weight",
-                ),
+                unreached=UNSEEN_EXPERT,
             ),
         },
         causal_base_weights,

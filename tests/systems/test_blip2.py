@@ -2,24 +2,35 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import vlm
+import yaml
 from safetensors.torch import load_file
-from transformers import Blip2Config, Blip2ForConditionalGeneration
+from transformers import AutoProcessor, Blip2Config, Blip2ForConditionalGeneration
 
-from tests.support.blip2 import OPT, T5, blip2, blip2_t5, opt_tokenizer, t5_tokenizer
+from callbacks.stage_transition import write_stage
+from tests.support.blip2 import EVA, OPT, T5, blip2, blip2_t5, opt_tokenizer, t5_tokenizer
+from tests.support.blip2 import READER as QUERIES
+from tests.support.blip2_qformer import blip2_qformer
+from tests.support.instructblip import READS
 from tests.support.samples import picture
 from vlm.batch import IGNORE
 from vlm.building.network import empty_weights
 from vlm.checkpoints.published.blip2 import BLIP2Family
 from vlm.commands.convert import convert
+from vlm.commands.export import export
 from vlm.connectors import Linear, QFormer
-from vlm.errors import UserError
-from vlm.language import CausalLM, Decoding
+from vlm.errors import SampleError, UserError
+from vlm.language import CausalLM, Decoding, Seq2SeqLM
+from vlm.recipes.catalogue import find_recipe
+from vlm.recipes.reading import load_recipe
+from vlm.registry import recipe_folder
 from vlm.sample import ImagePart, Message, Sample, TextPart
-from vlm.systems import BLIP2
+from vlm.stages import InitFrom, Stage, Trained
+from vlm.systems import BLIP2, BLIP2T5
 from vlm.vision import TimmTower
 
 TOWER = {
@@ -71,10 +82,55 @@ def test_every_token_of_a_caption_is_a_target_and_no_token_of_a_prompt(tmp_path:
     assert t5.rows["decoder"][0].targets.tolist() == [*red, 1]
 
 
-def test_a_q_former_reads_the_question(tmp_path: Path) -> None:
-    reader = opt_tokenizer()
+@torch.no_grad()
+@pytest.mark.parametrize(("make", "template"), [(blip2, "blip2_opt_vqa"), (blip2_t5, "blip2_t5_vqa")])
+def test_a_q_former_reads_the_question(make: Any, template: str, tmp_path: Path) -> None:
+    """The user's text between BERT's marks, without the prompt, as long as texts may be; each image with its own."""
     with pytest.raises(UserError, match=r"qformer\.text and qformer_tokenizer belong together"):
-        blip2(qformer_tokenizer=reader)
+        make(qformer_tokenizer=READS)
+    queries = QFormer(**QUERIES, text=True, vocab_size=701)
+    module = make(qformer=queries, qformer_tokenizer=READS, max_text=12, template=template)
+    module.configure_model()
+    module.eval()
+    short, long = (ask(tmp_path, text, "red") for text in ("what is at the top left?", "what is it? " * 9))
+    items = [module.codec.encode(sample, generate=True) for sample in (short, long)]
+    asked, cut = (READS.encode(text)[0] for text in ("what is at the top left?", "what is it? " * 9))
+    marks = READS.token_id("[CLS]"), READS.token_id("[SEP]")
+    reads = [item.rows["qformer"][0].ids.tolist() for item in items]
+    assert reads == [[marks[0], *asked, marks[1]], [marks[0], *cut[:10], marks[1]]]
+    found = module.encode_images(module.codec.collate(items, counts={}))
+    seen = module.vision(module.codec.collate(items, counts={}).views["image"].pixels)
+    for row, ids in enumerate(reads):
+        ids = torch.tensor([ids])
+        alone = module.qformer.match(seen[row : row + 1], ids, torch.ones_like(ids).bool())[:, : queries.num_queries]
+        # padded to the longer one in a batch: 1e-7 seen
+        torch.testing.assert_close(found[row], module.connector(alone)[0], atol=1e-5, rtol=1e-5)
+    assert (found[0] - found[1]).abs().max() > 1e-3  # of the same image
+    with pytest.raises(SampleError, match="has no image for the Q-Former to look at"):
+        module.codec.encode(Sample("1", short.messages[1:]))
+
+
+def test_fine_tuning_for_questions_reads_with_the_first_stage(tmp_path: Path) -> None:
+    """By the recipe: what reads comes from stage 1, what looks from stage 2."""
+    first = blip2_qformer(vision=EVA, qformer=QFormer(**QUERIES, text=True, head=True, vocab_size=701), tokenizer=READS)
+    second = blip2(seed=1)
+    for name, module in (("1_qformer", first), ("2_opt", second)):
+        parts = ("qformer", "connector") if name == "2_opt" else ("qformer",)
+        module.stage = Stage(name, {part: Trained(lr=1e-3) for part in parts})
+        module.configure_model()
+        write_stage(tmp_path / name, module, global_step=1)
+    [stage] = [node for node in load_recipe(find_recipe("blip2")).nodes if node.name == "3_vqa"]
+    follows = [InitFrom(str(tmp_path / entry.stage), entry.parts, leave_out=entry.leave_out) for entry in stage.follows]
+    module = blip2(qformer=QFormer(**QUERIES, text=True, vocab_size=701), qformer_tokenizer=READS)
+    module.stage = Stage("3_vqa", {"qformer": Trained(lr=1e-3)}, follows=follows)
+    module.configure_model()
+    taken, looks = module.qformer.state_dict(), second.qformer.state_dict()
+    assert all(torch.equal(taken[name], tensor) for name, tensor in looks.items())
+    reads = {name for name in taken if name not in looks}
+    assert reads == {name for name in taken if ".mlp." in name or name.startswith(("embeddings.w", "embeddings.p"))}
+    given = first.qformer.state_dict()
+    assert all(torch.equal(taken[name], given[name]) for name in reads)
+    assert not any(name.startswith("qformer") for name in module.load_report.new)
 
 
 @pytest.fixture(scope="module", params=["opt", "t5"])
@@ -157,6 +213,76 @@ def test_published_weights_there_and_back(published: Path, tmp_path: Path) -> No
     assert all(torch.equal(again[name], tensor) for name, tensor in trained.items())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+def test_an_exported_stage_is_asked_through_its_processor(kind: str, tmp_path: Path) -> None:
+    """Ids and pixels of ours, and answers as ours; the table of tokens has a row for `<image>`, which ours lacks."""
+    if kind == "opt":
+        module = blip2(language=CausalLM(config=OPT | {"vocab_size": len(opt_tokenizer())}))
+    else:
+        module = blip2_t5(seed=2, language=Seq2SeqLM(config=T5 | {"vocab_size": len(t5_tokenizer())}))
+    module.stage = Stage("2", {part: Trained(lr=1e-3) for part in ("qformer", "connector")})
+    module.configure_model()
+    write_stage(tmp_path / "run", module, global_step=1)
+    report = export(tmp_path / "run", tmp_path / "hf")
+    assert not any("opened again" in note for note in report.notes)
+    sample = ask(tmp_path, "a photo of")
+    item = module.codec.encode(sample, generate=True)
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf", backend="pil")
+    given = processor(images=sample.images[0].read(sample), text="a photo of", return_tensors="pt")
+    image = processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert given["input_ids"].tolist() == [[*[image] * 4, *item.text[0].ids[4:].tolist()]]
+    pixels = module.codec.collate([item], counts={}).views["image"].pixels
+    torch.testing.assert_close(given["pixel_values"], pixels, atol=1e-5, rtol=0)
+    theirs = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
+    theirs.vision_model.post_layernorm.eps = 1e-5  # as LAVIS has it
+    assert theirs.config.image_token_id == image < theirs.config.text_config.vocab_size
+    search = {"max_new_tokens": 6, "eos_token_id": module.codec.tokenizer.eos_id, "decoder_start_token_id": 0}
+    written = theirs.generate(**given, **search, pad_token_id=image)[0].tolist()
+    answer = module.generate([sample], decoding=Decoding(max_new_tokens=6))[0]
+    assert answer
+    assert module.codec.decode([token for token in written[-6:] if token not in (0, image)]) == answer
+
+
+def shapes_of(module: Any) -> dict[str, tuple[int, ...]]:
+    """Of a network that is not built."""
+    with empty_weights():
+        parts = module.build_parts()
+    return {f"{part}.{n}": tuple(t.shape) for part, network in parts.items() for n, t in network.state_dict().items()}
+
+
+def test_flan_t5_has_the_names_and_shapes_of_transformers_at_paper_size() -> None:
+    """Over FlanT5-XL; LAVIS' tensors alone are the Q-Former's without words, the norm and the projection."""
+    sizes = yaml.safe_load((Path(vlm.__file__).parent / "planning/published.yaml").read_text())["language_models"]
+    xl = sizes["flan-t5-xl"]["config"]
+    with torch.device("meta"):
+        network = Blip2ForConditionalGeneration(Blip2Config(text_config=xl, num_query_tokens=32))
+        network.language_model.lm_head.weight = torch.nn.Parameter(torch.empty(xl["vocab_size"], xl["d_model"]))
+    theirs = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    table = BLIP2Family().table("hf", {})
+    found = table.check(theirs, side="theirs")
+    arguments = yaml.safe_load((recipe_folder("blip2") / "model.yaml").read_text())["model"]["init_args"]
+    module = BLIP2T5(
+        vision=TimmTower(**arguments["vision"]["init_args"] | {"weights": None}),
+        qformer=QFormer(),
+        connector=Linear(),
+        language=Seq2SeqLM(config=xl),
+        tokenizer=t5_tokenizer(),
+        template="blip2_t5",
+    )
+    ours = shapes_of(module)
+    carried = {name for name in found if table.is_carried(name)}
+    assert ours == {name: shape for name, shape in found.items() if name not in carried}
+    tied = {"language.encoder.embed_tokens.weight", "language.decoder.embed_tokens.weight"}
+    count = sum(torch.Size(shape).numel() for name, shape in ours.items() if name not in tied)
+    # Hugging Face's folder has 3,942,446,592, of which a zero bias of keys in each of 39 blocks
+    assert count == 985_894_528 + 105_165_056 + 768 * 2048 + 2048 + 2_849_757_184  # tower, Q-Former, projection, FlanT5
+    assert count + 39 * 1408 == 3_942_446_592
+    trained = {name: shape for name, shape in ours.items() if name.startswith(("qformer.", "connector."))}
+    official = BLIP2Family().table("official", {"projection": "t5_proj"}).check(trained, side="ours")
+    assert {"t5_proj.weight", "query_tokens", "ln_vision.bias"} <= official.keys()
+
+
 def test_paper_size_has_the_published_numbers() -> None:
     """BLIP-2 with OPT-2.7B: the official tensors with the language model, and Hugging Face's folder."""
     language = {
@@ -176,14 +302,7 @@ def test_paper_size_has_the_published_numbers() -> None:
         tokenizer=opt_tokenizer(),
         template="blip2_opt",
     )
-    with empty_weights():
-        parts = module.build_parts()
-    shapes = {
-        f"{part}.{name}": tuple(tensor.shape)
-        for part, network in parts.items()
-        for name, tensor in network.state_dict().items()
-        if name != "lm_head.weight"  # the table of tokens
-    }
+    shapes = {name: shape for name, shape in shapes_of(module).items() if name != "language.lm_head.weight"}  # tied
     BLIP2Family().table("hf", {}).check(shapes, side="ours")
     count = sum(torch.Size(shape).numel() for shape in shapes.values())
     # Hugging Face adds a zero bias of keys to each of 39 blocks

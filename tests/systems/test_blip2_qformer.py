@@ -251,6 +251,10 @@ def test_a_stage_without_text_is_refused(tmp_path: Path) -> None:
     silent = dataclasses.replace(pairs(tmp_path, 1)[0], messages=pairs(tmp_path, 1)[0].messages[:1])
     with pytest.raises(SampleError, match="has no text to compare its image with"):
         module.codec.encode(silent)
+    [asked, told] = pairs(tmp_path, 1)[0].messages
+    weighted = dataclasses.replace(silent, messages=(asked, dataclasses.replace(told, weight=0.5)))
+    with pytest.raises(SampleError, match=r"its text has weight 0\.5, but pairs are compared with each other"):
+        module.codec.encode(weighted)
 
 
 def test_the_second_stage_takes_the_side_of_the_queries(tmp_path: Path) -> None:

@@ -11,18 +11,21 @@ import torch
 import yaml
 import vlm
 from safetensors.torch import load_file
-from transformers import BertTokenizerFast, InstructBlipConfig, InstructBlipForConditionalGeneration
+from transformers import AutoProcessor, BertTokenizerFast, InstructBlipConfig, InstructBlipForConditionalGeneration
 
+from callbacks.stage_transition import write_stage
 from tests.conftest import GOLDEN, golden, golden_json
 from tests.support.blip2 import T5, t5_tokenizer
 from tests.support.instructblip import LLAMA
 from tests.support.samples import picture
-from tests.support.systems import build
+from tests.support.systems import build, make
 from vlm.batch import IGNORE
 from vlm.building.network import empty_weights
 from vlm.checkpoints.published.family import get_family
 from vlm.codec import step_counts
 from vlm.commands.convert import convert
+from vlm.commands.export import export
+from vlm.evaluation.inference import as_pack, evaluating
 from vlm.errors import SampleError, UserError
 from vlm.connectors import Linear, QFormer
 from vlm.language import CausalLM, Decoding
@@ -328,3 +331,52 @@ def test_flan_t5_reads_the_instruction_and_ranks_outputs(tmp_path: Path) -> None
     assert module.generate(chosen, decoding=Decoding(options="{choice}", weighed="sum")) == letters
     with pytest.raises(SampleError, match="has 0 'choices' to rank"):
         module.generate(asked, decoding=Decoding(options="{choice}"))
+
+
+@pytest.mark.parametrize("count", [5, 40])
+def test_choices_are_weighed_as_one_by_one(count: int, tmp_path: Path) -> None:
+    """Behind a prompt each, or, if there are many, side by side behind one; without an end mark, as `predict_class`."""
+    module = build("instructblip")
+    for parameter in module.language.parameters():
+        parameter.data.mul_(3)  # so that losses differ
+    choices = tuple(f"{['red', 'blue', 'no'][at % 3]} {at}" for at in range(count))
+    asked = [
+        dataclasses.replace(ask(tmp_path, text, "red"), choices=choices)
+        for text in ("what color is it ?", "where is the thing and where is it ?")
+    ]
+    decoding = Decoding(options="{choice}", weighed="sum")
+    with evaluating(module):
+        weighed = module.weigh(as_pack(module, asked, generate=True), decoding)
+    for sample, found in zip(asked, weighed, strict=True):
+        told = [Message("assistant", (TextPart(choice),)) for choice in choices]
+        scored = module.score([dataclasses.replace(sample, messages=(sample.messages[0], one)) for one in told])
+        wanted = torch.stack([-score[:-1].sum() for score in scored])
+        # sums in another order: 4e-6 seen on losses up to 40
+        torch.testing.assert_close(found.losses, wanted, atol=5e-5, rtol=1e-5)
+        assert found.likeliest == (choices if count > 26 else "ABCDE")[int(wanted.argmin())]
+    assert module.generate(asked, decoding=decoding) == [found.likeliest for found in weighed]
+
+
+@torch.no_grad()
+def test_an_exported_stage_is_asked_through_its_processor(tmp_path: Path) -> None:
+    """Ids of both readers and answers are ours; Vicuna's table has no row for `<image>`."""
+    module = make("instructblip", language=CausalLM(config=LLAMA | {"vocab_size": 32000}))
+    module.configure_model()
+    write_stage(tmp_path / "run", module, global_step=1)
+    report = export(tmp_path / "run", tmp_path / "hf")
+    assert not any("opened again" in note for note in report.notes)
+    sample = ask(tmp_path, "what color is the bus ? short answer :")
+    item = module.codec.encode(sample, generate=True)
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf", backend="pil")
+    text = "what color is the bus ? short answer :"
+    given = processor(images=sample.images[0].read(sample), text=text, return_tensors="pt")
+    image = processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert given["input_ids"].tolist() == [[*[image] * 4, *item.text[0].ids[4:].tolist()]]
+    assert given["qformer_input_ids"].tolist() == [item.rows["qformer"][0].ids.tolist()]
+    theirs = InstructBlipForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
+    theirs.vision_model.post_layernorm.eps = 1e-5  # as LAVIS has it
+    assert theirs.config.image_token_id == image < theirs.config.text_config.vocab_size
+    written = theirs.generate(**given, max_new_tokens=6, eos_token_id=module.codec.tokenizer.eos_id, pad_token_id=image)
+    answer = module.generate([sample], decoding=Decoding(max_new_tokens=6))[0]
+    assert answer
+    assert module.codec.decode([token for token in written[0][-6:].tolist() if token != image]) == answer

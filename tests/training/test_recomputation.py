@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
+from tests.support.blip2 import T5
 from tests.support.ranks import run_ranks
 from tests.support.samples import samples
 from tests.support.systems import LLAMA, RATE, TOWER, make
 from tests.support.training import Recorder, packs, trainer
 from vlm.codec import step_counts
-from vlm.language import CausalLM
+from vlm.language import CausalLM, Seq2SeqLM
 from vlm.building.blocks import stacked_blocks
 from vlm.stages import Trained
 from vlm.vision import TimmTower
@@ -100,6 +101,29 @@ def test_blocks_run_again_where_a_gradient_passes(trained: str, tmp_path: Path) 
     runs.clear()
     module.score(samples(tmp_path))
     assert set(runs.values()) == {1}
+
+
+def test_an_encoder_decoder_runs_its_blocks_again(tmp_path: Path) -> None:
+    """Those of FlanT5's encoder for the queries, those of its decoder as well; dropout is the same both times."""
+    train = dict.fromkeys(("connector", "language.decoder"), RATE)
+    blocks = [f"language.{side}.block.{i}" for side in ("encoder", "decoder") for i in range(2)]
+    found, runs = [], []
+    for recomputing in (False, True):
+        language = Seq2SeqLM(config=T5 | {"dropout_rate": 0.3}, checkpointing=recomputing)
+        module = make("blip2_t5", train, language=language)
+        module.configure_model()
+        counted: Counter[str] = Counter()
+        for path in blocks:
+            attention: Any = module.get_submodule(f"{path}.layer.0")
+            attention.register_forward_pre_hook(lambda *_, path=path, counted=counted: counted.update([path]))
+        found.append(step(module.double(), tmp_path))
+        runs.append(counted)
+    assert runs == [dict.fromkeys(blocks, 1), dict.fromkeys(blocks, 2)]
+    (expected, kept_before), (gradients, kept) = found
+    assert any(gradient.any() for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-10, atol=1e-12)
+    assert kept < 0.7 * kept_before
 
 
 class _Counted(L.Callback):

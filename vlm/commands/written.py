@@ -30,7 +30,7 @@ _NOT_ANSWERS = frozenset(
     }
 )
 """What modules hold and what changes no number of an answer."""
-_TABLES = ("embed_tokens", "lm_head")
+_TABLES = ("embed_tokens", "shared", "lm_head")
 """Layers that layouts give rows of their own, which the writer's table checks."""
 
 

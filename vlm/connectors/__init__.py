@@ -1,3 +1,4 @@
+from vlm.connectors.glu import GLU
 from vlm.connectors.mining import PatchMining
 from vlm.connectors.projectors import (
     MLP,
@@ -14,6 +15,7 @@ from vlm.connectors.qformer import QFormer
 from vlm.connectors.resampler import Resampler
 
 __all__ = [
+    "GLU",
     "MLP",
     "Connector",
     "Downsample",

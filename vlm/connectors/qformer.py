@@ -1,10 +1,11 @@
 """The querying transformer: a BERT in which learned queries look at an image, and text at the queries."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import EncoderDecoderCache
 
 from vlm.bert import (
     BertLayer,
@@ -177,6 +178,35 @@ class QFormerModule(nn.Module):
         mask = causal_mask(ids.shape[1], num_queries + ids.shape[1], ids.device)
         x, _ = self._layers(self.embeddings(ids), mask=mask, past=seen.past)
         return x
+
+    def step(
+        self, ids: Tensor, mask: Tensor, features: Tensor, features_mask: Tensor | None, cache: EncoderDecoderCache
+    ) -> Tensor:
+        """float[S, vocabulary] of the token behind the last one; `write`, a few tokens at a time.
+
+        Args:
+            ids: int64[S, n], the tokens since the last step.
+            mask: bool[S, past + n], True at real tokens; texts stand padded on the left.
+            features: float[S, P, in_dim], all of them real.
+            features_mask: not looked at.
+            cache: of the tokens before, and of the queries once a step has let them look; it is extended.
+        """
+        num_past, num_tokens, num_queries = cache.get_seq_length(), mask.shape[1], self.queries.shape[1]
+        own, seen = cache.self_attention_cache, cache.cross_attention_cache
+        if not num_past:
+            for index, found in enumerate(self.look(features).past):
+                seen.update(*found, index)
+        visible = causal_mask(ids.shape[1], num_tokens, ids.device) & key_mask(mask)  # [S, 1, n, past + n]
+        # a padded place sees itself: attention to nothing is not a number
+        visible = visible | torch.eye(num_tokens, dtype=torch.bool, device=ids.device)[num_past:]
+        visible = torch.cat([visible.new_ones(*visible.shape[:3], num_queries), visible], dim=3)
+        x = self.embeddings(ids, positions=(mask.cumsum(1) - 1).clamp(min=0)[:, num_past:])
+        for index, layer in enumerate(self.layers):
+            stored: list[Any] = [part.layers[index] for part in ((seen, own) if num_past else (seen,))]
+            past = tuple(torch.cat([getattr(part, kind) for part in stored], dim=2) for kind in ("keys", "values"))
+            x, (keys, values) = layer(x, num_queries=0, mask=visible, past=past)
+            own.update(keys[:, :, num_queries + num_past :], values[:, :, num_queries + num_past :], index)
+        return self.logits(x[:, -1])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float[..., D] -> float[..., vocabulary]."""

@@ -13,8 +13,12 @@
     fuyu/tokenizer.json      the same tokenizer with Fuyu's marks and a token for each small number
     fuyu/artefact            a small Fuyu, pretrained on text in its template and on images (`vlm.demo.pictures`)
     eva/, blip_vit/model.safetensors  towers of the classes that BLIP-2 and BLIP have, the same
+    eva02_e/model.safetensors  a tower of CogVLM's class (blocks normalised behind), the same on squashed images
+    eva02_l/model.safetensors  a tower of CogAgent's second class, the same on 224 px with up to nine scenes
+    qformer/artefact         what of BLIP-2's Q-Former looks at images, over `bert` and `eva` (`vlm.demo.looking`)
     bert/, opt/, t5/         language models of their classes with their tokenizers, pretrained on text
                              (`vlm.demo.bert`, `vlm.demo.opt`, `vlm.demo.t5`)
+    internlm2/               a decoder of InternLM2's class made of that of LLaMA's (`vlm.demo.internlm2`)
     qwen_vl/artefact         tower and resampler of a small Qwen-VL behind a long first stage (`vlm.demo.pictures`)
 
 Everything is learned from training compositions alone: none of validation or test (`scenes.split_of`) was ever drawn
@@ -30,10 +34,8 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-import timm
 import tokenizers
 import torch
-from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -42,33 +44,24 @@ from vlm.checkpoints.artefact import write_artefact
 from vlm.checkpoints.files.atomic import atomic_file
 from vlm.connectors import Resampler
 from vlm.demo.bert import make_bert
+from vlm.demo.internlm2 import make_internlm2
 from vlm.demo.language import CHAT_TEMPLATES, train_language
+from vlm.demo.looking import new_qformer, train_queries
 from vlm.demo.opt import make_opt
 from vlm.demo.pictures import train_on_pictures
 from vlm.demo.t5 import make_t5
 from vlm.demo.texts import CUT, training_texts
-from vlm.demo.tower import train_pyramid, train_tower
+from vlm.demo.towers import TOWER_OPTIONS, TOWERS, make_pyramid, make_tower
 from vlm.language import CausalLM
 from vlm.language.attention import PACKED
 from vlm.prompts import FuyuTokenizer, LlamaTokenizer
 from vlm.prompts.fuyu import END, NEWLINE, SPEAKER
 from vlm.stages import Stage, Trained
 from vlm.systems import Fuyu, QwenVL
-from vlm.vision import ConvNeXtPyramid, TimmTower
+from vlm.vision import TimmTower
 from vlm.vision.patches import Patches
 
-TOWER_OPTIONS: dict[str, Any] = {"img_size": 98, "embed_dim": 128, "depth": 5, "num_heads": 4}
-TOWERS: dict[str, tuple[str, dict[str, Any], int]] = {
-    "clip": ("vit_large_patch14_clip_quickgelu_336", TOWER_OPTIONS, 4000),
-    "eva": ("eva_giant_patch14_clip_224", {"img_size": 98, "embed_dim": 112, "depth": 5, "num_heads": 4}, 1500),
-    "blip_vit": ("vit_base_patch16_224", {"img_size": 112, "embed_dim": 96, "depth": 4, "num_heads": 4}, 1500),
-}
-"""(timm architecture, its options, steps)."""
 TEXT_MODELS = {"bert": make_bert, "opt": make_opt, "t5": make_t5}
-PYRAMID = "convnext_large_mlp"
-PYRAMID_SIZE = 112
-PYRAMID_OPTIONS: dict[str, Any] = {"depths": [1, 1, 4, 2], "dims": [16, 32, 64, 128], "ls_init_value": 0.1}
-PYRAMID_STEPS = 2000
 LANGUAGE: dict[str, Any] = {
     "vocab_size": 1200,
     "hidden_size": 128,
@@ -138,21 +131,6 @@ def train_tokenizer() -> bytes:
         minloglevel=2,
     )
     return model.getvalue()
-
-
-def make_tower(folder: Path, name: str) -> None:
-    """Writes the pretrained tower of this name in `TOWERS`."""
-    torch.manual_seed(0)
-    architecture, options, steps = TOWERS[name]
-    trunk = timm.create_model(architecture, num_classes=0, **options)
-    for line in train_tower(trunk, steps=steps):
-        print(name, line, flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = trunk.half().state_dict()
-    if name == "eva":  # no system builds what is above the feature, its last block and norm
-        above = (f"blocks.{options['depth'] - 1}.", "norm.")
-        state = {key: tensor for key, tensor in state.items() if not key.startswith(above)}
-    save_file(state, folder / "model.safetensors")
 
 
 def fuyu_tokenizer(llama: LlamaTokenizer, folder: Path) -> None:
@@ -227,7 +205,7 @@ def main(arguments: list[str]) -> int:
     """`python -m vlm.demo.backbones FOLDER`."""
     parser = argparse.ArgumentParser(prog="python -m vlm.demo.backbones")
     parser.add_argument("folder", type=Path)
-    parts = ("tokenizer", "llama", *TEXT_MODELS, *TOWERS, "convnext", "fuyu", "qwen_vl")
+    parts = ("tokenizer", "llama", *TEXT_MODELS, *TOWERS, "convnext", "fuyu", "qwen_vl", "internlm2", "qformer")
     parser.add_argument("--only", choices=parts, help="default: all")
     options = parser.parse_args(arguments)
     llama, clip = options.folder / "llama", options.folder / "clip"
@@ -256,17 +234,20 @@ def main(arguments: list[str]) -> int:
         if options.only in (None, name):
             make_tower(options.folder / name, name)
     if options.only in (None, "convnext"):
-        torch.manual_seed(0)
-        tower = ConvNeXtPyramid(PYRAMID, PYRAMID_SIZE, options=PYRAMID_OPTIONS).build()
-        for line in train_pyramid(tower, steps=PYRAMID_STEPS):
-            print("convnext", line, flush=True)
-        convnext = options.folder / "convnext"
-        convnext.mkdir(parents=True, exist_ok=True)
-        save_file(tower.trunk.half().state_dict(), convnext / "model.safetensors")
+        make_pyramid(options.folder / "convnext")
     if options.only in (None, "fuyu"):
         make_fuyu(options.folder / "fuyu", llama=llama)
     if options.only in (None, "qwen_vl"):
         make_qwen_vl(options.folder / "qwen_vl", llama=llama, clip=clip)
+    if options.only in (None, "qformer"):
+        torch.manual_seed(0)
+        module = new_qformer(bert=options.folder / "bert", eva=options.folder / "eva", options=TOWERS["eva"].options)
+        for line in train_queries(module):
+            print("qformer", line, flush=True)
+        write_pretrained(options.folder / "qformer/artefact", module)
+    if options.only in (None, "internlm2"):
+        for line in make_internlm2(options.folder / "internlm2", llama=llama):
+            print("internlm2", line, flush=True)
     return 0
 
 

@@ -10,59 +10,103 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from vlm.demo.one_cycle import OneCycle
-from vlm.demo.scenes import COLORS, Scene, make_scene
+from vlm.demo.scenes import COLORS, GROUNDS, Box, Scene, make_scene
 from vlm.demo.sprites import NOUNS, WORDS
 from vlm.vision import Pyramid
-from vlm.vision.preprocess import ImageTransform
+from vlm.vision.preprocess import ImageTransform, normalize
 
 _NOTHING = -1.0
+_EMPTY_SHARE = 0.2
 _NAMES = {noun.name: index for index, noun in enumerate(NOUNS)}
 _SHADES = {color: index for index, color in enumerate(COLORS)}
 _INKS = {word: index for index, word in enumerate(WORDS)}
 
 
-class _Patches(Dataset):
-    """(pixels float32[3, size, size], what each patch lies on float32[P, 7]) of scene number `index`."""
+Placed = list[tuple[Scene, Box]]
+"""Scenes, and where each lies in a view."""
 
-    def __init__(self, *, size: int, grid: int, num: int, first: int = 0) -> None:
-        self.size, self.grid, self.num, self.first = size, grid, num, first
+
+def padded_scene(random: Random, size: int) -> tuple[Image.Image, Placed]:
+    """One scene in the middle of a square."""
+    scene = make_scene(random, split="train", size=96)
+    return ImageTransform(size, mode="pad").square(scene.draw()), [(scene, padded_place(scene))]
+
+
+def padded_place(scene: Scene) -> Box:
+    """Where a scene lies on the square of its longer side."""
+    side = max(scene.width, scene.height)
+    left, top = (side - scene.width) / 2, (side - scene.height) / 2
+    return left / side, top / side, (left + scene.width) / side, (top + scene.height) / side
+
+
+def squashed_scene(random: Random, size: int) -> tuple[Image.Image, Placed]:
+    """One scene, squashed to a square."""
+    scene = make_scene(random, split="train", size=96)
+    return scene.draw().resize((size, size), Image.Resampling.BICUBIC), [(scene, (0.0, 0.0, 1.0, 1.0))]
+
+
+def screen(random: Random, size: int) -> tuple[Image.Image, Placed]:
+    """One to nine scenes in rows, some places of them empty: what is small in the view beside what is large."""
+    across = random.choice((1, 2, 2, 3))
+    cell = size // across
+    image = Image.new("RGB", (size, size), random.choice(GROUNDS))
+    placed: Placed = []
+    for at in range(across * across):
+        if across > 1 and random.random() < _EMPTY_SHARE:
+            continue
+        scene = make_scene(random, split="train", size=96)
+        width, height = (round(cell * random.uniform(0.8, 1.0)) for _ in range(2))
+        x = at % across * cell + random.randint(0, cell - width)
+        y = at // across * cell + random.randint(0, cell - height)
+        image.paste(scene.draw().resize((width, height), Image.Resampling.BICUBIC), (x, y))
+        placed.append((scene, (x / size, y / size, (x + width) / size, (y + height) / size)))
+    return image, placed
+
+
+View = Callable[[Random, int], tuple[Image.Image, Placed]]
+"""(chance, side in pixels) -> (square RGB image, what lies where on it)."""
+
+
+class LabelledViews(Dataset):
+    """(pixels float32[3, size, size], what each patch lies on float32[P, 7]) of view number `index`."""
+
+    def __init__(self, view: View, *, size: int, grid: int, num: int) -> None:
+        self.view, self.size, self.grid, self.num = view, size, grid, num
 
     def __len__(self) -> int:
         return self.num
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        random = Random(f"tower {self.first + index}")
-        scene = make_scene(random, split="train", size=96)
-        pixels = ImageTransform(self.size, mode="pad")(scene.draw())
-        return pixels, patch_labels(scene, grid=self.grid)
+        image, placed = self.view(Random(f"tower {index}"), self.size)
+        return normalize(image), patch_labels(placed, grid=self.grid)
 
 
-def patch_labels(scene: Scene, *, grid: int) -> Tensor:
-    """What the middle of each patch of the padded image lies on.
+def patch_labels(placed: Placed, *, grid: int) -> Tensor:
+    """What the middle of each patch of a view lies on.
 
     Returns:
         float32[grid * grid, 7]: number of the noun, of the color and of the word, each -1 for none; then the box of
-        the card or sign as shares of the padded side.
+        the card or sign as shares of the view's side.
     """
-    side = max(scene.width, scene.height)
-    shift = ((side - scene.width) / 2, (side - scene.height) / 2)
-    found: list[tuple[list[float], tuple[float, ...]]] = []
-    for thing in scene.things:
-        found.append(([_NAMES[thing.noun.name], _SHADES[thing.color], _NOTHING], thing.box))
-    if scene.sign is not None:
-        found.append(([_NOTHING, _SHADES[scene.sign.color], _INKS[scene.sign.word]], scene.sign.box))
     labels = torch.full((grid, grid, 7), _NOTHING)
     centres = (torch.arange(grid) + 0.5) / grid
-    for content, (x0, y0, x1, y1) in found:
-        box = [(x0 * scene.width + shift[0]) / side, (y0 * scene.height + shift[1]) / side,
-               (x1 * scene.width + shift[0]) / side, (y1 * scene.height + shift[1]) / side]  # fmt: skip
-        inside_x = (centres >= box[0]) & (centres < box[2])
-        inside_y = (centres >= box[1]) & (centres < box[3])
-        labels[inside_y[:, None] & inside_x] = torch.tensor([*content, *box])
+    for scene, (left, top, right, bottom) in placed:
+        found: list[tuple[list[float], Box]] = []
+        for thing in scene.things:
+            found.append(([_NAMES[thing.noun.name], _SHADES[thing.color], _NOTHING], thing.box))
+        if scene.sign is not None:
+            found.append(([_NOTHING, _SHADES[scene.sign.color], _INKS[scene.sign.word]], scene.sign.box))
+        for content, (x0, y0, x1, y1) in found:
+            box = [left + x0 * (right - left), top + y0 * (bottom - top),
+                   left + x1 * (right - left), top + y1 * (bottom - top)]  # fmt: skip
+            inside_x = (centres >= box[0]) & (centres < box[2])
+            inside_y = (centres >= box[1]) & (centres < box[3])
+            labels[inside_y[:, None] & inside_x] = torch.tensor([*content, *box])
     return labels.flatten(0, 1)
 
 
@@ -89,10 +133,15 @@ class _Heads(nn.Module):
         return torch.as_tensor(loss), torch.stack([*right, (found - boxes).abs().mean()]).detach()
 
 
-def train_tower(trunk: Any, *, steps: int, batch: int = 48, rate: float = 1.5e-3, workers: int = 1) -> Iterator[str]:
+def train_tower(
+    trunk: Any, *, steps: int, view: View = padded_scene, batch: int = 48, rate: float = 1.5e-3, workers: int = 1
+) -> Iterator[str]:
     """Trains a timm vision transformer in place.
 
     The readers look at the last block and at the one before it, because the systems differ in which of them they use.
+
+    Args:
+        view: what it sees.
 
     Yields:
         A line of progress every hundred steps.
@@ -103,7 +152,7 @@ def train_tower(trunk: Any, *, steps: int, batch: int = 48, rate: float = 1.5e-3
         _, (before, last) = trunk.forward_intermediates(pixels, indices=[depth - 2, depth - 1], output_fmt="NLC")
         return [before, trunk.norm(last)]
 
-    data = _Patches(size=size, grid=grid, num=steps * batch)
+    data = LabelledViews(view, size=size, grid=grid, num=steps * batch)
     return _teach(trunk, read, data, dims=(trunk.embed_dim,) * 2, batch=batch, rate=rate, workers=workers)
 
 
@@ -116,14 +165,14 @@ def train_pyramid(
         A line of progress every hundred steps.
     """
     facts = tower.facts
-    data = _Patches(size=facts.image_size, grid=facts.grid, num=steps * batch)
+    data = LabelledViews(padded_scene, size=facts.image_size, grid=facts.grid, num=steps * batch)
     return _teach(tower, lambda x: [tower(x)], data, dims=(facts.dim,), batch=batch, rate=rate, workers=workers)
 
 
 def _teach(
     tower: nn.Module,
     read: Callable[[Tensor], list[Tensor]],
-    data: _Patches,
+    data: LabelledViews,
     *,
     dims: Sequence[int],
     batch: int,

@@ -12,7 +12,9 @@ from typing import Any, ClassVar
 import torch
 
 from vlm.batch import Batch, SampleInfo
+from vlm.errors import UserError
 from vlm.language import Decoding
+from vlm.language.choosing import WeighedChoices
 from vlm.metrics import AnswerMetric, Answers
 
 
@@ -24,6 +26,13 @@ class Judge(ABC):
     """
 
     wants_answers: ClassVar[bool]
+
+    def check(self) -> None:  # noqa: B027  (most need nothing)
+        """Before anything is built.
+
+        Raises:
+            UserError: something that it needs is not installed.
+        """
 
     @abstractmethod
     def start(self, device: torch.device) -> None:
@@ -52,6 +61,9 @@ class AnswerJudge(Judge):
     Args:
         metrics: at least one.
         decoding: how the answers are searched for.
+
+    Raises:
+        UserError: a metric weighs choices, and answers are written.
     """
 
     wants_answers = True
@@ -59,19 +71,29 @@ class AnswerJudge(Judge):
     def __init__(self, metrics: Sequence[AnswerMetric], decoding: Decoding = Decoding()) -> None:  # noqa: B008  (frozen)
         self.metrics, self.decoding = list(metrics), decoding
         self.answers = Answers()
+        self.weighs = any(metric.weighs for metric in metrics)
+        if self.weighs and not decoding.chooses:
+            names = ", ".join(metric.name for metric in metrics if metric.weighs)
+            raise UserError(f"evaluation.decoding: {names} weighs choices; set options or candidates")
+
+    def check(self) -> None:
+        for metric in self.metrics:
+            metric.check()
 
     def start(self, device: torch.device) -> None:
         for metric in (*self.metrics, self.answers):
             metric.reset()
             metric.to(device)
 
-    def ask(self, module: Any, batch: Batch) -> list[str]:
-        answers: list[str] = module.answers(batch, self.decoding)
-        return answers
+    def ask(self, module: Any, batch: Batch) -> list[str] | list[WeighedChoices]:
+        said: list[str] | list[WeighedChoices]
+        said = module.weigh(batch, self.decoding) if self.weighs else module.answers(batch, self.decoding)
+        return said
 
-    def hear(self, said: list[str], samples: Sequence[SampleInfo]) -> None:
+    def hear(self, said: list[str] | list[WeighedChoices], samples: Sequence[SampleInfo]) -> None:
+        answers = [one if isinstance(one, str) else one.likeliest for one in said]
         for metric in (*self.metrics, self.answers):
-            metric.update(said, samples)
+            metric.update(said if metric.weighs else answers, samples)
 
     def finish(self, module: Any) -> dict[str, float]:
         return {name: value for metric in self.metrics for name, value in metric.values().items()}

@@ -19,6 +19,7 @@ from vlm.language.layer_inputs import extend
 from vlm.language.partial_lora import PartialLoRA, PartialLoRALinear
 from vlm.language.quantized import FourBitLinear
 from vlm.language.surgery import Surgery, Up
+from vlm.language.visual_expert import VisualExpert, is_routed, of_text, route
 
 ADAPTER = "default"
 """Peft's name of its first adapter, part of the names of the new tensors: `q_proj.lora_A.default.weight`."""
@@ -70,8 +71,11 @@ class PeftAdapter(Surgery):
         return "weights in 4 bits cannot be sharded; use DDP, or leave `quantize` out" if self.quantize else None
 
     def lies_over(self, other: Surgery) -> bool:
-        """Over partial LoRA, which it leaves as it is: what it adds to `W x` can be merged into W."""
-        return isinstance(other, PartialLoRA)
+        """Over partial LoRA and visual experts, which stay as they are: what it adds to `W x` can be merged into W.
+
+        An expert is a linear layer of its own (`q_proj.expert`), and so adapted by itself.
+        """
+        return isinstance(other, PartialLoRA | VisualExpert)
 
     def adapts(self, name: str) -> bool:
         """Whether a linear layer of this full name is adapted."""
@@ -92,11 +96,14 @@ class PeftAdapter(Surgery):
         self._check(module, linears)
         for name in self.find_layers(module):
             parent, _, leaf = name.rpartition(".")
-            layer: nn.Module = linears[name]
+            found: Any = linears[name]
+            layer: nn.Module = of_text(found) if is_routed(found) else found
             if self.quantizes(name):
                 layer = FourBitLinear.like(linears[name])
             if self.adapts(name):
                 layer = self._adapted(layer)
+            if is_routed(found):
+                route(layer, found.expert, sort=found.sort, restore=found.restore)
             _call_forward_of_qkv(module.get_submodule(parent))
             setattr(module.get_submodule(parent), leaf, layer)
 
@@ -214,6 +221,8 @@ def replace_adapters(module: nn.Module, *, merge: bool) -> None:
         if not hasattr(layer, "lora_A"):
             continue
         linear = getattr(layer, "partial", layer.base_layer)
+        if is_routed(layer):
+            route(linear, layer.expert, sort=layer.sort, restore=layer.restore)
         if merge:
             down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
             magnitude = layer.lora_magnitude_vector[ADAPTER].weight if ADAPTER in layer.lora_magnitude_vector else None

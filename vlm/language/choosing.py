@@ -1,8 +1,8 @@
-"""One of several continuations, by how likely each is."""
+"""Several continuations, weighed by how likely each is."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from string import ascii_uppercase
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,47 +14,105 @@ from vlm.errors import SampleError
 from vlm.language.causal_lm import batched_attention, label_logits
 from vlm.language.layer_inputs import LayerInputs, Prompt, PromptCache, pack_context
 
+if TYPE_CHECKING:
+    from vlm.language.generation import Decoding
+
 Weighed = Literal["mean", "sum"]
 """What of the losses of an option's tokens is compared."""
 _CHUNK = 256
 """Tokens of candidates that are computed together."""
 
 
-def options_of(samples: Sequence[SampleInfo], form: str) -> tuple[list[str], list[list[str]]]:
-    """Of each sample, the letters of its choices and the texts that are weighed for them.
+class WeighedChoices(NamedTuple):
+    """What a sample is chosen from.
+
+    Attributes:
+        names: what each choice is called in an answer.
+        losses: float32[choices], on the CPU; the likeliest has the lowest, of equals the first.
+    """
+
+    names: Sequence[str]
+    losses: Tensor
+
+    @property
+    def likeliest(self) -> str:
+        return self.names[int(self.losses.argmin())]
+
+
+def choices_of(
+    samples: Sequence[SampleInfo], decoding: "Decoding"
+) -> tuple[Sequence[Sequence[str]], Sequence[Sequence[str]]]:
+    """Of each sample, what its choices are called and the texts that are weighed for them."""
+    if decoding.options is not None:
+        return options_of(samples, decoding.options)
+    names = [decoding.candidates] * len(samples)
+    return names, names
+
+
+def options_of(samples: Sequence[SampleInfo], form: str) -> tuple[list[Sequence[str]], list[list[str]]]:
+    """Of each sample, what its choices are called and the texts that are weighed for them.
+
+    Choices are called by letters, or, if there are more of them, by what they say.
 
     Args:
         form: see `Decoding.options`.
 
     Raises:
-        SampleError: a sample without choices whose texts are wanted, or with more of them than letters.
+        SampleError: a sample without choices whose texts are wanted, or with more of them than letters that are.
     """
-    letters, texts = [], []
+    names: list[Sequence[str]] = []
+    texts: list[list[str]] = []
     for sample in samples:
-        wanted = "{choice}" in form and not sample.filler
-        if (wanted and not sample.choices) or len(sample.choices) > len(ascii_uppercase):
+        count, by_text = len(sample.choices), "{choice}" in form
+        if (by_text and not count and not sample.filler) or (not by_text and count > len(ascii_uppercase)):
+            wanted = "at least 1" if by_text else f"at most {len(ascii_uppercase)}, which is how many letters there are"
             raise SampleError(
-                f"has {len(sample.choices)} 'choices' to rank; give it 1 to {len(ascii_uppercase)}",
-                sample_id=sample.id,
-                source=sample.source,
+                f"has {count} 'choices' to rank; give it {wanted}", sample_id=sample.id, source=sample.source
             )
-        letters.append(ascii_uppercase[: max(1, len(sample.choices))])
         choices = sample.choices or ("?",)  # a filler's answer is never heard
-        texts.append(
-            [form.replace("{}", one).replace("{choice}", said) for one, said in zip(letters[-1], choices, strict=False)]
-        )
-    return letters, texts
+        names.append(sample.choices if count > len(ascii_uppercase) else ascii_uppercase[: len(choices)])
+        put = zip(names[-1], choices, strict=True)
+        texts.append([form.replace("{}", one).replace("{choice}", said) for one, said in put])
+    return names, texts
+
+
+def weigh_choices(
+    language: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    samples: Sequence[SampleInfo],
+    decoding: "Decoding",
+    *,
+    encode: Callable[[Sequence[str]], list[list[int]]],
+    together: bool,
+) -> list[WeighedChoices]:
+    """The choices of each sample behind its prompt, by `decoding.options` or `decoding.candidates`.
+
+    Args:
+        encode: token ids of texts.
+        together: ranks share the network, so that all of them have to run it equally often.
+    """
+    names, texts = choices_of(samples, decoding)
+    if decoding.options is None:
+        losses = [*weigh_candidates(language, prompts, encode(decoding.candidates), by=decoding.weighed)]
+    else:
+        options = [encode(group) for group in texts]
+        if together or max(map(len, options)) <= len(ascii_uppercase):
+            losses = weigh_options(language, prompts, options, by=decoding.weighed)
+        else:  # a prompt with a hundred answers is computed once
+            pairs = zip(prompts, options, strict=True)
+            losses = [weigh_candidates(language, [own], group, by=decoding.weighed)[0] for own, group in pairs]
+    return [WeighedChoices(*pair) for pair in zip(names, losses, strict=True)]
 
 
 @torch.no_grad()
-def rank_options(
+def weigh_options(
     language: PreTrainedModel,
     prompts: Sequence[Prompt],
     options: Sequence[Sequence[Sequence[int]]],
     *,
     by: Weighed = "mean",
-) -> list[int]:
-    """The number of the likeliest option behind each prompt: that with the lowest loss; of equals the first.
+) -> list[Tensor]:
+    """float32[options], on the CPU: the loss of each option behind its prompt; the likeliest has the lowest.
 
     Args:
         language: the decoder, in eval mode.
@@ -83,14 +141,14 @@ def rank_options(
         part.mean() if by == "mean" else part.sum()
         for part in losses.split([len(ids) for group in options for ids in group])
     )
-    return [int(torch.stack([next(means) for _ in group]).argmin()) for group in options]
+    return [torch.stack([next(means) for _ in group]) for group in options]
 
 
 @torch.no_grad()
-def rank_candidates(
+def weigh_candidates(
     language: PreTrainedModel, prompts: Sequence[Prompt], candidates: Sequence[Sequence[int]], *, by: Weighed = "mean"
-) -> list[int]:
-    """The number of the likeliest candidate behind each prompt, where all prompts have the same, perhaps thousands.
+) -> Tensor:
+    """float32[prompts, candidates], on the CPU: as `weigh_options`, of perhaps thousands that all prompts have.
 
     A prompt is computed once; candidates are laid behind it side by side, some hundred tokens at a time, and see it
     and themselves. So the cost is that of all candidates' tokens, not that of the prompt times their number, and the
@@ -100,7 +158,7 @@ def rank_candidates(
         language: the decoder, in eval mode.
         prompts: what the candidates go on from.
         candidates: token ids of each, at least one of at least one token.
-        by: see `rank_options`.
+        by: see `weigh_options`.
     """
     device, lengths = prompts[0].embeds.device, torch.tensor([len(prompt.embeds) for prompt in prompts])
     embeds = pad_sequence([prompt.embeds for prompt in prompts], batch_first=True, padding_side="left")
@@ -120,7 +178,7 @@ def rank_candidates(
             losses.append(_losses(language, cache, there, first_scores, chunk, by=by))
             if added := cache.get_seq_length() - embeds.shape[1]:
                 cache.crop(-added)
-    return torch.cat(losses, dim=1).argmin(1).tolist()
+    return torch.cat(losses, dim=1).cpu()
 
 
 def _losses(

@@ -49,7 +49,8 @@ class Decoding:
         seed: of the samples.
         options: nothing is written: the answer to a sample with `choices` is the letter of one of them, A, B, ..., that
             is the likeliest to go on with (`vlm.language.choosing`). In the text that is weighed `{}` marks the letter,
-            `" {}"` is how Qwen-VL is asked; or `{choice}` what the choice says, as InstructBLIP is asked.
+            `" {}"` is how Qwen-VL is asked; or `{choice}` what the choice says, as InstructBLIP is asked. Of more than
+            26 choices the answer is what the likeliest one says.
         candidates: nothing is written: the answer to every sample is the likeliest of these texts.
         candidates_file: where they stand: a JSON list, a JSON object whose keys they are, or one a line.
         weighed: how what is chosen from is compared: by the `mean` or the `sum` of the loss of its tokens.
@@ -85,6 +86,11 @@ class Decoding:
             )
         if self.temperature > 0 and self.num_beams > 1:
             raise UserError(f"decoding: temperature {self.temperature} samples, which needs num_beams: 1")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether answers are chosen, not written."""
+        return self.options is not None or bool(self.candidates)
 
     def transformers_config(self, *, end_ids: Sequence[int], pad_id: int) -> GenerationConfig:
         return GenerationConfig(

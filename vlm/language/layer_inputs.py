@@ -190,6 +190,10 @@ class InformedLinear(nn.Linear):
         return self.inputs
 
 
+_BELOW = ("base_layer", "partial")
+"""Where an adapter's layer keeps what it lies over."""
+
+
 @contextmanager
 def informing(layer: nn.Module, inputs: LayerInputs | None) -> Iterator[None]:
     """Inside, the linear layers of a decoder layer know its inputs.
@@ -200,8 +204,8 @@ def informing(layer: nn.Module, inputs: LayerInputs | None) -> Iterator[None]:
     if inputs is None:
         raise ValueError("a changed layer takes `layer_inputs`; in generation it is the cache that has them")
     # an adapter's layer calls the one that it lies over, which is no child of it
-    called = (getattr(child, "partial", child) for child in layer.modules())
-    linears = [child for child in called if isinstance(child, InformedLinear)]
+    called = (part for child in layer.modules() for part in (child, *(getattr(child, name, None) for name in _BELOW)))
+    linears: list[Any] = [part for part in called if hasattr(part, "inform")]
     for linear in linears:
         linear.inform(inputs)
     try:

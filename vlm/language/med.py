@@ -1,7 +1,7 @@
 """BLIP's mixture of encoder and decoder: one BERT that reads a text, reads it with an image, and writes one."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -157,8 +157,18 @@ class MedModule(nn.Module):
         return self.logits(x[:, -1])
 
 
+class Writer(Protocol):
+    """What writes a text token by token: a `MedModule`, or a Q-Former with a head."""
+
+    embeddings: Any
+
+    def step(
+        self, ids: Tensor, mask: Tensor, features: Tensor, features_mask: Tensor | None, cache: EncoderDecoderCache
+    ) -> Tensor: ...
+
+
 class MedSearch(PreTrainedModel, GenerationMixin):
-    """A `MedModule` as transformers' search wants a model: an encoder-decoder whose encoder has run already.
+    """A writer as transformers' search wants a model: an encoder-decoder whose encoder has run already.
 
     The score of a beam is divided by the length of the whole text, the prompt counted and the end token not: so did
     transformers when BLIP was published. Today's would count what follows the prompt, and choose longer captions.
@@ -166,10 +176,9 @@ class MedSearch(PreTrainedModel, GenerationMixin):
 
     config_class = BertConfig
 
-    def __init__(self, med: MedModule, *, end_id: int) -> None:
-        assert med.embeddings.words is not None
-        super().__init__(BertConfig(vocab_size=med.embeddings.words.num_embeddings, is_encoder_decoder=True))
-        self.med = med
+    def __init__(self, writer: Writer, *, end_id: int) -> None:
+        super().__init__(BertConfig(vocab_size=writer.embeddings.words.num_embeddings, is_encoder_decoder=True))
+        self.writer = writer
         self.end_id = end_id
 
     def forward(
@@ -184,7 +193,7 @@ class MedSearch(PreTrainedModel, GenerationMixin):
     ) -> Seq2SeqLMOutput:
         """One step; `attention_mask` is that of the features."""
         assert encoder_outputs.last_hidden_state is not None
-        logits = self.med.step(
+        logits = self.writer.step(
             decoder_input_ids,
             decoder_attention_mask.bool(),
             encoder_outputs.last_hidden_state,

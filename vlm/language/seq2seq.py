@@ -67,7 +67,7 @@ class Seq2SeqLM(PretrainedLM):
 
 
 @torch.no_grad()
-def rank_outputs(
+def weigh_outputs(
     language: Any,
     encoded: Tensor,
     mask: Tensor,
@@ -75,8 +75,8 @@ def rank_outputs(
     *,
     start: int,
     by: Weighed = "mean",
-) -> list[int]:
-    """The number of the likeliest output to each encoded text: that with the lowest loss; of equals the first.
+) -> list[Tensor]:
+    """float32[outputs], on the CPU: the loss of each output to its encoded text; the likeliest has the lowest.
 
     Texts are encoded once, and so are the keys and values that the decoder's cross-attention makes of them.
 
@@ -86,9 +86,9 @@ def rank_outputs(
         mask: bool[B, n].
         groups: per text the token ids of each output, their end included.
         start: token that an output begins behind.
-        by: see `vlm.language.choosing.rank_options`.
+        by: see `vlm.language.choosing.weigh_options`.
     """
-    chosen = []
+    weighed = []
     for features, real, group in zip(encoded, mask, groups, strict=True):
         seen, device = features[real][None], encoded.device
         cross = EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -115,5 +115,5 @@ def rank_outputs(
             logits = language.lm_head(hidden).float()
             loss = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE, reduction="none").sum(1)
             losses.append(loss / (targets != IGNORE).sum(1) if by == "mean" else loss)
-        chosen.append(int(torch.cat(losses).argmin()))
-    return chosen
+        weighed.append(torch.cat(losses).cpu())
+    return weighed

@@ -51,38 +51,58 @@ class VisualExpert(Surgery):
                             f"surgery VisualExpert: {type(layer).__name__} has no linear layer {parent}.{leaf}; give a "
                             "language model of Llama's kind"
                         )
-                    setattr(block, leaf, ExpertLinear(linear, sort=leaf == "o_proj", restore=leaf in _ATTENTION[:3]))
+                    route(linear, _Copy(linear), sort=leaf == "o_proj", restore=leaf in _ATTENTION[:3])
         take_inputs(decoder)
         extend(decoder, _sorting_decoder)
 
 
-class ExpertLinear(InformedLinear):
-    """A linear layer whose `weight` and `bias` keep their names beside those of its `expert` for image tokens.
+def route(linear: Any, expert: nn.Module, *, sort: bool, restore: bool) -> None:
+    """Makes a linear layer send image tokens through `expert`, which lies below it; its own tensors keep their names.
 
     Args:
+        linear: of any class; text tokens go through what it did before.
         sort: the tokens come in the order of the row.
         restore: they leave in the order of the row.
     """
+    linear.expert, linear.sort, linear.restore = expert, sort, restore
+    extend(linear, _routed)
 
-    def __init__(self, linear: nn.Linear, *, sort: bool = False, restore: bool = False) -> None:
-        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        self.expert = _Copy(self)
-        self.sort, self.restore = sort, restore
 
-    def forward(self, x: Tensor) -> Tensor:
-        """float[..., in] -> float[..., out]."""
-        inputs = self.told
-        if inputs.visual is None:
-            return super().forward(x)
-        assert inputs.is_sorted
-        tokens = x.flatten(0, -2)
-        if self.sort:
-            tokens = inputs.sort(tokens)
-        text, visual = tokens.split([inputs.num_text, len(inputs.visual)])
-        out = torch.cat([super().forward(text), self.expert(visual)])
-        if self.restore:
-            out = inputs.restore(out)
-        return out.unflatten(0, x.shape[:-1])
+def is_routed(layer: nn.Module) -> bool:
+    """Whether image tokens go another way through a layer."""
+    return isinstance(getattr(layer, "expert", None), nn.Module)
+
+
+def of_text(routed: Any) -> nn.Linear:
+    """The linear layer of text tokens by itself, over the same tensors."""
+    with torch.device("meta"):
+        plain = nn.Linear(routed.in_features, routed.out_features, bias=routed.bias is not None)
+    plain._parameters = routed._parameters
+    return plain
+
+
+@functools.cache
+def _routed(base: Any) -> type:
+    class Routed(base):
+        inputs: LayerInputs | None = None
+        inform, told = InformedLinear.inform, InformedLinear.told
+
+        def forward(self, x: Tensor) -> Tensor:
+            """float[..., in] -> float[..., out]."""
+            inputs = self.told
+            if inputs.visual is None:
+                return super().forward(x)
+            assert inputs.is_sorted
+            tokens = x.flatten(0, -2)
+            if self.sort:
+                tokens = inputs.sort(tokens)
+            text, visual = tokens.split([inputs.num_text, len(inputs.visual)])
+            out = torch.cat([super().forward(text), self.expert(visual)])
+            if self.restore:
+                out = inputs.restore(out)
+            return out.unflatten(0, x.shape[:-1])
+
+    return Routed
 
 
 class _Copy(nn.Linear):

@@ -14,7 +14,9 @@ from vlm.metrics.mmmu import MMMUAccuracy
 from vlm.metrics.ocr_bench import OCRBench
 from vlm.metrics.pope import POPE
 from vlm.metrics.relaxed import RelaxedAccuracy
+from vlm.metrics.tdiuc import TDIUCAccuracy
 from vlm.metrics.vqa import IVQAAccuracy, TextVQAAccuracy, VQAAccuracy
+from vlm.metrics.weighed import AreaUnderCurve, MeanReciprocalRank
 
 __all__ = [
     "ANLS",
@@ -23,16 +25,19 @@ __all__ = [
     "POPE",
     "AnswerMetric",
     "Answers",
+    "AreaUnderCurve",
     "CIDErD",
     "CircularAccuracy",
     "ExactMatch",
     "GroundingAccuracy",
     "IVQAAccuracy",
     "MMMUAccuracy",
+    "MeanReciprocalRank",
     "MultipleChoice",
     "OCRBench",
     "QwenGQA",
     "RelaxedAccuracy",
+    "TDIUCAccuracy",
     "TextVQAAccuracy",
     "VQAAccuracy",
 ]

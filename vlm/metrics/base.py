@@ -30,11 +30,21 @@ class AnswerMetric(Metric, ABC):
     name: ClassVar[str]
     """What logs and tables call the value; a metric of several values names them in what `compute` gives."""
 
-    def update(self, predictions: Sequence[str], samples: Sequence[SampleInfo]) -> None:
+    weighs: ClassVar[bool] = False
+    """It looks at how likely each choice is, not at the answer alone."""
+
+    def check(self) -> None:
+        """Before anything is answered.
+
+        Raises:
+            UserError: something that it needs is not installed.
+        """
+
+    def update(self, predictions: Sequence[Any], samples: Sequence[SampleInfo]) -> None:
         """Adds answers.
 
         Args:
-            predictions: what the system answered, special tokens removed.
+            predictions: what the system answered, special tokens removed; what it chose from, where it `weighs`.
             samples: one for each prediction; `answers` are the references.
 
         Raises:
@@ -46,7 +56,7 @@ class AnswerMetric(Metric, ABC):
                 self._add(prediction, sample)
 
     @abstractmethod
-    def _add(self, prediction: str, sample: SampleInfo) -> None:
+    def _add(self, prediction: Any, sample: SampleInfo) -> None:
         """Adds one answer."""
 
     def values(self) -> dict[str, float]:
@@ -68,10 +78,10 @@ class MeanScore(AnswerMetric):
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     @abstractmethod
-    def score(self, prediction: str, sample: SampleInfo) -> float:
+    def score(self, prediction: Any, sample: SampleInfo) -> float:
         """How good one answer is, in [0, 1]."""
 
-    def _add(self, prediction: str, sample: SampleInfo) -> None:
+    def _add(self, prediction: Any, sample: SampleInfo) -> None:
         self.total += round(self.score(prediction, sample) * _UNIT)
         self.count += 1
 
@@ -93,7 +103,7 @@ class CorpusMetric(AnswerMetric):
         self.add_state("lines", [], dist_reduce_fx="cat")
 
     @abstractmethod
-    def record(self, prediction: str, sample: SampleInfo) -> Any:
+    def record(self, prediction: Any, sample: SampleInfo) -> Any:
         """What has to be kept of one answer; anything JSON can write."""
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
@@ -102,7 +112,7 @@ class CorpusMetric(AnswerMetric):
             self.lines = [torch.zeros(0, dtype=torch.uint8, device=self.device)]
         super().sync(*args, **kwargs)
 
-    def _add(self, prediction: str, sample: SampleInfo) -> None:
+    def _add(self, prediction: Any, sample: SampleInfo) -> None:
         line = json.dumps(self.record(prediction, sample)) + "\n"
         assert isinstance(self.lines, list)
         self.lines.append(torch.frombuffer(bytearray(line, "ascii"), dtype=torch.uint8).to(self.device))

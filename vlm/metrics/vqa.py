@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from vlm.batch import SampleInfo
+from vlm.english import check_english, lemmatize
 from vlm.metrics.base import MeanScore, references, sample_error
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -75,15 +76,22 @@ class VQAAccuracy(MeanScore):
 
     Args:
         as_submitted: put predictions through `normalize_textvqa` first, as LLaVA-1.5 does before it submits.
+        lemmas: of predictions, nouns and verbs become their lemmas first, by spaCy: so BLIP-2 is scored on OK-VQA,
+            whose references are lemmas.
     """
 
     name = "vqa_accuracy"
 
-    def __init__(self, *, as_submitted: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *, as_submitted: bool = False, lemmas: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.as_submitted = as_submitted
+        self.as_submitted, self.lemmas = as_submitted, lemmas
+
+    def check(self) -> None:
+        if self.lemmas:
+            check_english("VQAAccuracy.lemmas")
 
     def score(self, prediction: str, sample: SampleInfo) -> float:
+        prediction = lemmatize(prediction) if self.lemmas else prediction
         people = [" ".join(re.split(r"[\n\t]", text)).strip() for text in _people(sample)]
         answer = normalize_textvqa(prediction) if self.as_submitted else prediction
         answer = " ".join(re.split(r"[\n\t]", answer)).strip()

@@ -39,16 +39,15 @@ def memory_of(module: Any, cost: PackCost, machine: Machine, optimizer: AdamW | 
     sizes = sizes_of(module).values()
     weights, gradients = sum(size.weights for size in sizes), sum(size.gradients for size in sizes)
     moments = optimizer_bytes(module, optimizer or module.stage.optimizer)
+    averages = {} if module.averages is None else {"moving averages": 4 * sum(size.trained for size in sizes)}
     if sharded:
-        fixed = {
-            part: -(-size // machine.devices)
-            for part, size in {"weights": weights, "gradients": gradients, "optimizer": moments}.items()
-        }
+        own = {"weights": weights, "gradients": gradients, "optimizer": moments, **averages}
+        fixed = {part: -(-size // machine.devices) for part, size in own.items()}
         units = units_of(module)
         # two units are there at once, the next one is fetched while one runs; gradients are summed in float32
         fixed["gathered"] = 2 * (units.root + 2 * units.largest) + (2 + 4) * 2 * units.largest_trained
     else:
-        fixed = {"weights": weights, "gradients": gradients, "optimizer": moments}
+        fixed = {"weights": weights, "gradients": gradients, "optimizer": moments, **averages}
         if machine.devices > 1:
             fixed["DDP's buckets"] = gradients
     return Memory(fixed, _by_part(cost, sharded=sharded))

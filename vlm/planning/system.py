@@ -26,6 +26,7 @@ class Described:
         system: its class.
         arguments: of its constructor; every file they name that is needed to build it is here, or has a stand-in.
         surgery: registered by callbacks.
+        averages: whether moving averages of what is trained are kept.
         planned: what earlier stages will have done.
         stage: what is trained.
         paths: {part: folder or hub id of its base weights}, stand-ins or not.
@@ -36,6 +37,7 @@ class Described:
     system: type
     arguments: Mapping[str, Any]
     surgery: Sequence[Surgery]
+    averages: bool
     planned: Sequence[PlannedSurgery]
     stage: Stage
     paths: Mapping[str, str]
@@ -52,6 +54,7 @@ class Described:
         """
         module = self.system(**{**self.arguments, **arguments})
         module.stage = stage or self.stage
+        module.averages = {} if self.averages else None
         for operation in (*self.surgery, *surgery):
             module.register_surgery(operation)
         return module
@@ -101,7 +104,8 @@ def described(module: Any, stage: Stage, planned: Sequence[PlannedSurgery] = ())
         )
     stage, lost = _without_missing(stage)
     notes += lost
-    return Described(type(module), arguments, tuple(module.surgery), planned, stage, paths, missing, notes)
+    averages = module.averages is not None
+    return Described(type(module), arguments, tuple(module.surgery), averages, planned, stage, paths, missing, notes)
 
 
 def _known(language: CausalLM | Seq2SeqLM) -> tuple[CausalLM | Seq2SeqLM, str]:

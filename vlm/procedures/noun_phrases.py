@@ -2,12 +2,10 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from importlib.util import find_spec
 from typing import NamedTuple
 
+from vlm.english import INSTALL, MODEL, has_english, open_english
 from vlm.errors import UserError
-
-MODEL = "en_core_web_sm"
 
 
 class Extractor(NamedTuple):
@@ -29,18 +27,15 @@ def get_extractor(name: str = "auto") -> Extractor:
         UserError: spaCy is asked for and not there.
     """
     if name == "auto":
-        name = "spacy" if find_spec("spacy") and find_spec(MODEL) else "rules"
+        name = "spacy" if has_english() else "rules"
     if name == "rules":
         return Extractor("rules", lambda captions: map(rule_phrases, captions))
     assert name == "spacy", name
-    if not (find_spec("spacy") and find_spec(MODEL)):
-        raise UserError(
-            f"--extractor spacy: spaCy or its model is not installed; `pip install vlm[nouns]` and "
-            f"`python -m spacy download {MODEL}`, or take --extractor rules"
-        )
+    if not has_english():
+        raise UserError(f"--extractor spacy: spaCy or its model is not installed; {INSTALL}, or take --extractor rules")
     import spacy
 
-    nlp = spacy.load(MODEL, disable=["ner", "lemmatizer"])
+    nlp = open_english(disable=["ner", "lemmatizer"])
 
     def phrases(captions: Iterable[str]) -> Iterator[list[str]]:
         for document in nlp.pipe(captions, batch_size=256):

@@ -1,7 +1,7 @@
 """Conversation formats and tokenizers."""
 
 from vlm.errors import UserError
-from vlm.prompts import blip2, fuyu, instructblip, llava, mini_gemini, minigpt4, qwen, xcomposer, xcomposer2
+from vlm.prompts import blip2, cogvlm, fuyu, instructblip, llava, mini_gemini, minigpt4, qwen, xcomposer, xcomposer2
 from vlm.prompts.bert import BertTokenizer
 from vlm.prompts.documents import DOCUMENTS
 from vlm.prompts.fuyu import FuyuTokenizer
@@ -37,7 +37,7 @@ def get_template(name: str) -> Template:
     Raises:
         UserError: there is none; the message lists those there are.
     """
-    modules = (blip2, fuyu, instructblip, llava, mini_gemini, minigpt4, qwen, xcomposer, xcomposer2)
+    modules = (blip2, cogvlm, fuyu, instructblip, llava, mini_gemini, minigpt4, qwen, xcomposer, xcomposer2)
     templates = {DOCUMENTS.name: DOCUMENTS} | {k: v for module in modules for k, v in module.TEMPLATES.items()}
     if name not in templates:
         raise UserError(f"unknown template {name!r}; use one of {', '.join(sorted(templates))}")

@@ -15,22 +15,13 @@ from vlm.systems.queried import READ, QueriedDecoder, read_by
 from vlm.systems.spliced import SplicedCodec
 
 
-def read_question(codec: Any, item: Encoded) -> Encoded:
-    """The sample with what the Q-Former reads of it: all that the user says, for each image."""
-    reader: Tokenizer = codec.reader
-    asked = [message for message in item.sample.messages if message.role == "user"]
-    text = "".join(part.text for message in asked for part in message.content if isinstance(part, TextPart)).strip()
-    kept = encode_literal(reader, text)[: codec.max_text - 2]
-    reads = (read_by(reader, kept),) * len(item.sample.images)
-    return replace(item, rows={**item.rows, READ: reads})
-
-
-class BLIP2Codec(SplicedCodec):
-    """The features of all images, then a text, of which the first `max_text` tokens are kept in training.
+class _ReadingCodec(SplicedCodec):
+    """What both kinds share: the limit on texts, and what the Q-Former reads of a sample.
 
     Args:
         max_text: most tokens of a text, BOS and end included; what is cut is counted, as the published code cuts it.
-        reader: tokenizer of the Q-Former, where it reads the question.
+        reader: tokenizer of the Q-Former, where it reads all that the user says, for each image.
+        **arguments: of the codec behind it.
     """
 
     def __init__(self, *, max_text: int, reader: Tokenizer | None = None, **arguments: Any) -> None:
@@ -42,7 +33,17 @@ class BLIP2Codec(SplicedCodec):
         if self.reader is not None and not sample.images:
             raise sample.error("has no image for the Q-Former to look at; leave it out", kind="image")
         item = super().encode(sample, seed=seed, generate=generate)
-        return item if self.reader is None else read_question(self, item)
+        if self.reader is None:
+            return item
+        asked = [message for message in item.sample.messages if message.role == "user"]
+        text = "".join(part.text for message in asked for part in message.content if isinstance(part, TextPart)).strip()
+        kept = encode_literal(self.reader, text)[: self.max_text - 2]
+        reads = (read_by(self.reader, kept),) * len(sample.images)
+        return replace(item, rows={**item.rows, READ: reads})
+
+
+class BLIP2Codec(_ReadingCodec):
+    """The features of all images, then a text, of which the first `max_text` tokens are kept in training."""
 
     def tokenize(self, sample: Sample, *, generate: bool) -> tuple[Tokenized, Mapping[str, float]]:
         tokens, events = super().tokenize(sample, generate=generate)
@@ -52,20 +53,12 @@ class BLIP2Codec(SplicedCodec):
         return Tokenized(tokens.ids[:most], tokens.labels[:most]), {**events, CUT_ANSWERS: 1.0}
 
 
-class BLIP2T5Codec(EncoderDecoderCodec):
+class BLIP2T5Codec(_ReadingCodec, EncoderDecoderCodec):
     """As `BLIP2Codec`, of an encoder-decoder: the answer is cut, with what the encoder has of it."""
 
-    def __init__(self, *, max_text: int, reader: Tokenizer | None = None, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.max_text, self.reader = max_text, reader
+    def __init__(self, *, max_text: int, **arguments: Any) -> None:
+        super().__init__(max_text=max_text, **arguments)
         self.max_answer = max_text - 1  # its end comes behind
-        self.needs_image = reader is not None
-
-    def encode(self, sample: Sample, *, seed: int | None = None, generate: bool = False) -> Encoded:
-        if self.reader is not None and not sample.images:
-            raise sample.error("has no image for the Q-Former to look at; leave it out", kind="image")
-        item = super().encode(sample, seed=seed, generate=generate)
-        return item if self.reader is None else read_question(self, item)
 
 
 class _Reading(QueriedDecoder):

@@ -13,6 +13,8 @@ from vlm.errors import UserError
 from vlm.evaluation.retrieval import Embeddings, similarities
 from vlm.functional import token_loss
 from vlm.in_batch import candidates, own_places
+from vlm.language import Decoding
+from vlm.language.generation import DecoderPrompt
 from vlm.systems.blip_base import DECODER
 from vlm.systems.pairs import IMAGE_ID, Heads, PairCodec, PairModule, Projections, first_texts, with_first
 
@@ -165,6 +167,14 @@ class BLIP2QFormer(PairModule):
             seen = QueryPass(seen.hidden[owner], past)
         hidden = self.qformer.write(ids, seen)
         return self.qformer.logits(hidden.flatten(0, 1)[row.padded_index()[row.label_positions]])
+
+    def answers(self, batch: Batch, decoding: Decoding) -> list[str]:
+        if not self.codec.writes:
+            raise UserError("model.qformer.head: false, so it writes no captions; evaluate it by retrieval")
+        given = batch.text.ids.split(batch.text.cu_seqlens.diff().tolist())
+        prompts = [DecoderPrompt(*pair) for pair in zip(self.encode_images(batch), given, strict=True)]
+        written = self.write(self.qformer, prompts, batch, decoding)
+        return [self.codec.decode(ids) for ids in written]
 
     def probe(self, batch: Batch) -> Tensor:
         ids, mask = first_texts(batch, self.codec.tokenizer.pad_id)

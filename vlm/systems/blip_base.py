@@ -17,7 +17,7 @@ from vlm.codec import Codec, Encoded, ViewStream, pack_rows, read_views
 from vlm.errors import UserError
 from vlm.language import Decoding
 from vlm.language.generation import DecoderPrompt, generate
-from vlm.language.med import MedModule, MedSearch
+from vlm.language.med import MedSearch, Writer
 from vlm.module import VisionLanguageModule
 from vlm.prompts.tokenizer import Tokenizer
 from vlm.sample import Message, Sample, TextPart
@@ -218,7 +218,7 @@ class BLIPTuned(VisionLanguageModule):
         return features[images.clamp(min=0)].flatten(1, 2), there.flatten(1)
 
     def write(
-        self, network: MedModule, prompts: Sequence[DecoderPrompt], batch: Batch, decoding: Decoding
+        self, network: Writer, prompts: Sequence[DecoderPrompt], batch: Batch, decoding: Decoding
     ) -> list[list[int]]:
         """Token ids that a decoder goes on with behind each prompt.
 

@@ -11,7 +11,9 @@ from vlm.codec import Encoded
 from vlm.errors import SetupError, UserError
 from vlm.functional import token_loss
 from vlm.language import Decoding
+from vlm.language.choosing import WeighedChoices, choices_of
 from vlm.language.generation import DecoderPrompt, generate
+from vlm.language.seq2seq import weigh_outputs
 from vlm.prompts.documents import documents_of
 from vlm.prompts.instructblip import CUT_ANSWERS
 from vlm.sample import Message, Sample, TextPart
@@ -138,6 +140,8 @@ class QueriedEncoderDecoder(QueriedDecoder):
         return {"lm": token_loss(self.label_logits(batch), row.targets, row.weights)}
 
     def answers(self, batch: Batch, decoding: Decoding) -> list[str]:
+        if decoding.chooses:
+            return [weighed.likeliest for weighed in self.weigh(batch, decoding)]
         encoded, mask = self.encode_row(batch)
         tokenizer, row = self.codec.tokenizer, self.label_row(batch)
         starts = row.ids.split(row.cu_seqlens.diff().tolist())
@@ -154,3 +158,10 @@ class QueriedEncoderDecoder(QueriedDecoder):
             synced=self.is_sharded,
         )
         return [self.codec.decode(ids) for ids in answers]
+
+    def weigh(self, batch: Batch, decoding: Decoding) -> list[WeighedChoices]:
+        names, texts = choices_of(batch.samples, decoding)
+        end, start = self.codec.tokenizer.eos_id, self.codec.tokenizer.pad_id
+        groups = [[[*ids, end] for ids in self._option_ids(group)] for group in texts]
+        losses = weigh_outputs(self.language, *self.encode_row(batch), groups, start=start, by=decoding.weighed)
+        return [WeighedChoices(*pair) for pair in zip(names, losses, strict=True)]

@@ -12,10 +12,10 @@ from vlm.connectors import QFormer
 from vlm.errors import SetupError, UserError
 from vlm.prompts.instructblip import CUT_INSTRUCTIONS, InstructTemplate, encode_literal
 from vlm.prompts.tokenizer import Tokenizer
-from vlm.sample import ImagePart, Sample
+from vlm.sample import Sample
 from vlm.sample.places import places_named
 from vlm.systems.queried import READ, QueriedDecoder, read_by
-from vlm.systems.row import concat_documents
+from vlm.systems.row import concat_documents, exchanges
 from vlm.systems.spliced import SplicedCodec
 
 
@@ -83,17 +83,6 @@ class InstructCodec(SplicedCodec):
         """What the Q-Former reads, and whether it had to be cut."""
         ids, room = encode_literal(self.reader, instruction), self.max_read - 2
         return read_by(self.reader, ids[max(0, len(ids) - room) :]), len(ids) > room
-
-
-def exchanges(sample: Sample) -> list[Sample]:
-    """A conversation as one for each answer that is trained, in which those before it are only read."""
-    found, messages = [], sample.messages
-    for at, message in enumerate(messages):
-        if message.role == "assistant" and message.weight:
-            before = (replace(m, weight=0.0) if m.role == "assistant" else m for m in messages[:at])
-            shown = sum(isinstance(part, ImagePart) for m in messages[:at] for part in m.content)
-            found.append(replace(sample, messages=(*before, message), images=sample.images[:shown]))
-    return found or [sample]
 
 
 class InstructedDecoder(QueriedDecoder):

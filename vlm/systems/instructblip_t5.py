@@ -1,14 +1,11 @@
 """InstructBLIP over FlanT5 (Dai et al., 2023): the encoder reads visual tokens and instruction, the decoder answers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 
-from vlm.batch import IGNORE, Batch, TokenSequence
-from vlm.language import Decoding
-from vlm.language.choosing import options_of
-from vlm.language.seq2seq import rank_outputs
+from vlm.batch import IGNORE, TokenSequence
 from vlm.prompts.instructblip import CUT_ANSWERS, CUT_INSTRUCTIONS, encode_literal
 from vlm.sample import ImagePart, Sample
 from vlm.systems.encoder_decoder import DECODER, QueriedEncoderDecoder
@@ -54,21 +51,3 @@ class InstructBLIPT5(InstructedDecoder, QueriedEncoderDecoder):
 
     def make_codec(self) -> InstructT5Codec:  # type: ignore[override]
         return InstructT5Codec(**self.codec_arguments())
-
-    def answers(self, batch: Batch, decoding: Decoding) -> list[str]:
-        if decoding.options is None and not decoding.candidates:
-            return super().answers(batch, decoding)
-        if decoding.options is not None:
-            letters, texts = options_of(batch.samples, decoding.options)
-        else:
-            letters = texts = [list(decoding.candidates)] * len(batch.samples)  # type: ignore[assignment]
-        encoded, mask = self.encode_row(batch)
-        groups = [self._ended(group) for group in texts]
-        chosen = rank_outputs(
-            self.language, encoded, mask, groups, start=self.codec.tokenizer.pad_id, by=decoding.weighed
-        )
-        return [group[at] for group, at in zip(letters, chosen, strict=True)]
-
-    def _ended(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of texts that are chosen from, with the end that T5's tokenizer writes behind each."""
-        return [[*ids, self.codec.tokenizer.eos_id] for ids in self._option_ids(texts)]

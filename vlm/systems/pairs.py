@@ -16,7 +16,7 @@ from vlm.prompts.cleaning import clean_caption
 from vlm.sample import Sample
 from vlm.sample.places import places_named
 from vlm.seeding import seed_from
-from vlm.systems.blip_base import BLIPCodec, BLIPTuned, text_of, unlabelled
+from vlm.systems.blip_base import DECODER, BLIPCodec, BLIPTuned, text_of, unlabelled
 
 IMAGE_ID = "image_id"
 """Entry of `Batch.labels`: int64[B], the same for samples that show the same image."""
@@ -28,7 +28,7 @@ class PairCodec(BLIPCodec):
 
     A caption is cleaned and cut to `max_words`, and its tokens to `max_tokens`, as published; how many were cut is
     logged beside the losses (`cut_answers`). To be evaluated, a sample has all texts in its `answers`, of which the
-    first one is in its losses.
+    first one is in its losses. A caption is written behind `[DEC]`, and behind the begun one of the assistant.
 
     Args:
         terms: {loss term: its denominator per sample}.
@@ -44,7 +44,17 @@ class PairCodec(BLIPCodec):
     def encode(self, sample: Sample, *, seed: int | None = None, generate: bool = False) -> Encoded:
         if not sample.images:
             raise sample.error("0 images where one is compared with texts; give it one", kind="image")
-        captions = [text_of(message) for message in sample.messages if message.role == "assistant"]
+        if generate:
+            begun = [clean_caption(text_of(message), self.max_words) for message in sample.messages if message.begun]
+            ids = self.ids(sample, DECODER, "".join(begun), end=False)
+            return Encoded(sample, (unlabelled(ids),), seed=seed, places=places_named(sample))
+        told = [message for message in sample.messages if message.role == "assistant"]
+        if weights := {message.weight for message in told} - {1.0}:
+            raise sample.error(
+                f"its text has weight {weights.pop():g}, but pairs are compared with each other, all of them alike; "
+                "remove the weight, or the sample"
+            )
+        captions = [text_of(message) for message in told]
         if seed is None and sample.answers:
             captions = [text for text, _ in sample.answers]
         captions = [clean_caption(text, len(text) + 1) for text in captions]

@@ -20,7 +20,7 @@ from vlm.functional import splice, token_loss, zero_from
 from vlm.geometry import Box, View
 from vlm.language import Decoding, LanguagePart, NewTokens
 from vlm.language.causal_lm import label_logits
-from vlm.language.choosing import options_of, rank_candidates, rank_options
+from vlm.language.choosing import WeighedChoices, weigh_choices
 from vlm.language.generation import generate
 from vlm.language.layer_inputs import LayerInputs, Prompt
 from vlm.module import VisionLanguageModule
@@ -28,7 +28,7 @@ from vlm.prompts.documents import documents_of, fit_document
 from vlm.prompts.regions import find_boxes, write_regions
 from vlm.prompts.template import IMAGE, Template, Tokenized
 from vlm.prompts.tokenizer import Tokenizer
-from vlm.sample import Sample
+from vlm.sample import ImagePart, Sample
 from vlm.sample.places import places_named
 from vlm.seeding import seed_from
 
@@ -181,6 +181,17 @@ def concat_documents(items: Sequence[Encoded]) -> Encoded:
     return replace(items[0], sample=sample, text=text, rows=rows, counts=counts)
 
 
+def exchanges(sample: Sample) -> list[Sample]:
+    """A conversation as one for each answer that is trained, in which those before it are only read."""
+    found, messages = [], sample.messages
+    for at, message in enumerate(messages):
+        if message.role == "assistant" and message.weight:
+            before = (replace(m, weight=0.0) if m.role == "assistant" else m for m in messages[:at])
+            shown = sum(isinstance(part, ImagePart) for m in messages[:at] for part in m.content)
+            found.append(replace(sample, messages=(*before, message), images=sample.images[:shown]))
+    return found or [sample]
+
+
 class RowDecoder(VisionLanguageModule):
     """Text and images in one row -> language model -> label positions.
 
@@ -284,17 +295,10 @@ class RowDecoder(VisionLanguageModule):
         return {"lm": token_loss(logits, row.targets, row.weights)}  # [], a sum: the step divides it
 
     def answers(self, batch: Batch, decoding: Decoding) -> list[str]:
+        if decoding.chooses:
+            return [weighed.likeliest for weighed in self.weigh(batch, decoding)]
         prompts = Prompt.split(self.embed_row(batch), batch.text, self.layer_inputs(batch))
         tokenizer = self.codec.tokenizer
-        if decoding.options is not None:
-            letters, texts = options_of(batch.samples, decoding.options)
-            options = [self._option_ids(group) for group in texts]
-            chosen = rank_options(self.language, prompts, options, by=decoding.weighed)
-            return [group[at] for group, at in zip(letters, chosen, strict=True)]
-        if decoding.candidates:
-            candidates = self._option_ids(decoding.candidates)
-            chosen = rank_candidates(self.language, prompts, candidates, by=decoding.weighed)
-            return [decoding.candidates[at] for at in chosen]
         ends = {mark: tokenizer.added_id(mark) for mark in self.codec.template.stop}
         answers = generate(
             self.language,
@@ -309,6 +313,11 @@ class RowDecoder(VisionLanguageModule):
             synced=self.is_sharded,
         )
         return [self.codec.decode(ids) for ids in answers]
+
+    def weigh(self, batch: Batch, decoding: Decoding) -> list[WeighedChoices]:
+        prompts = Prompt.split(self.embed_row(batch), batch.text, self.layer_inputs(batch))
+        encode, sharded = self._option_ids, self.is_sharded
+        return weigh_choices(self.language, prompts, batch.samples, decoding, encode=encode, together=sharded)
 
     def _option_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of texts that are chosen from; they are the same for sample after sample, so each is encoded once."""

@@ -13,9 +13,11 @@ from vlm.checkpoints.tables.clip import clip_table
 from vlm.checkpoints.tables.eva import eva_table
 from vlm.checkpoints.tables.mini_gemini import convnext_names
 
+_OPEN_CLIP = "visual.trunk."
+
 
 def read_transformer(tower: Any, files: WeightFiles) -> BaseWeights:
-    """A vision transformer in Hugging Face CLIP's layout, in that of BLIP-2 or in timm's.
+    """A vision transformer in Hugging Face CLIP's layout, in that of BLIP-2, in timm's or in OpenCLIP's around timm's.
 
     What lies above its last built block is dropped, and of a tower without class token this and its position too.
     """
@@ -30,11 +32,13 @@ def read_transformer(tower: Any, files: WeightFiles) -> BaseWeights:
         depths = "|".join(map(str, range(tower.facts.num_blocks, tower.facts.depth)))
         above = re.compile(rf"blocks\.({depths})\.|norm\.|fc_norm\.|head\.")
         built = {name.removeprefix("trunk.") for name in tower.state_dict()}
-        dropped = tuple(key for key in keys if above.match(key) and key not in built)
+        start = _OPEN_CLIP if f"{_OPEN_CLIP}pos_embed" in keys else ""  # its text side is dropped
+        names = {key: key.removeprefix(start) for key in keys if key.startswith(start)}
+        names = {key: name for key, name in names.items() if name in built or not above.match(name)}
         base = BaseWeights(
-            names=frozenset(f"trunk.{key}" for key in keys if key not in dropped),
-            items=lambda: ((f"trunk.{key}", tensor) for key, tensor in files.items()),
-            dropped=dropped,
+            names=frozenset(f"trunk.{name}" for name in names.values()),
+            items=lambda: ((f"trunk.{names[key]}", tensor) for key, tensor in files.items() if key in names),
+            dropped=tuple(key for key in keys if key not in names),
         )
     return _without_class_token(base) if tower.trunk.cls_token is None else base
 

@@ -7,6 +7,7 @@ from timm.layers import QuickGELU
 from torch import nn
 
 from vlm.checkpoints.published.entries import read_json, refusal
+from vlm.checkpoints.published.lavis import describe_tower
 from vlm.checkpoints.published.llava_entries import check_clip
 from vlm.checkpoints.published.qwen_vl import check_qwen
 from vlm.checkpoints.published.xcomposer import check_internlm
@@ -26,7 +27,7 @@ def check_base(part: str, folder: Path, network: Any) -> None:
         network: built, without values.
 
     Raises:
-        UserError: an entry of a CLIP tower, a Qwen-7B, an InternLM-7B or an InternLM2 that the
+        UserError: an entry of a CLIP tower, of BLIP-2's tower, of a Qwen-7B, an InternLM-7B or an InternLM2 that the
             part does not compute.
     """
     file = folder / "config.json"
@@ -37,7 +38,14 @@ def check_base(part: str, folder: Path, network: Any) -> None:
         check_internlm(content, file)
     if content.get("model_type") == "internlm2":
         check_internlm2(content, file)
-    if content.get("model_type") not in ("clip", "clip_vision_model") or not hasattr(network, "facts"):
+    if not hasattr(network, "facts"):
+        return
+    heads = network.trunk.blocks[0].attn.num_heads
+    if content.get("model_type") in ("blip-2", "instructblip"):
+        stated = describe_tower(content.get("vision_config") or {}, file)["init_args"]["options"]["num_heads"]
+        if stated != heads:
+            raise refusal(file, f"vision_config.num_attention_heads (read into {part})", stated, expected=(heads,))
+    if content.get("model_type") not in ("clip", "clip_vision_model"):
         return
     stated = content.get("vision_config") or content
     check_clip(stated, file)
@@ -45,6 +53,5 @@ def check_base(part: str, folder: Path, network: Any) -> None:
     ours = next((name for name, kind in _ACTIVATIONS.items() if isinstance(act, kind)), type(act).__name__)
     if stated.get("hidden_act", "quick_gelu") != ours:
         raise refusal(file, f"hidden_act (read into {part}.name)", stated.get("hidden_act"), expected=(ours,))
-    heads = network.trunk.blocks[0].attn.num_heads
     if stated.get("num_attention_heads", heads) != heads:
         raise refusal(file, f"num_attention_heads (read into {part})", stated["num_attention_heads"], expected=(heads,))

@@ -23,8 +23,8 @@ from vlm.checkpoints.published.lavis import (
     text_config,
     tower_config,
     trained_beside,
-    write_image_processor,
 )
+from vlm.checkpoints.published.lavis_processor import with_rows, write_image_processor, write_processor
 from vlm.checkpoints.published.one_folder import OneFolderFamily, OpenedFolder
 from vlm.checkpoints.published.tokenizer_entries import describe_t5_tokenizer, describe_tokenizer
 from vlm.checkpoints.report import LoadReport
@@ -123,7 +123,7 @@ class BLIP2Family(OneFolderFamily):
     ) -> OpenedFolder:
         opened = super().open_artefact(path, target=target, load=load, vision=vision)
         if target not in ("official", "official_stage_1"):
-            return opened
+            return with_rows(opened, opened.config["text_config"]["vocab_size"]) if target == "hf" else opened
         return keep_trained(opened, self.table(target, opened.config))
 
     def translated(self, config: Mapping[str, Any], *, source: str, target: str) -> dict[str, Any]:
@@ -191,7 +191,8 @@ class BLIP2Family(OneFolderFamily):
 
     def write_files(self, folder: Path, module: Any) -> None:
         super().write_files(folder, module)
-        write_image_processor(folder, module, processor="Blip2Processor")
+        write = write_image_processor if stage_1.is_first(module) else write_processor
+        write(folder, module, processor="Blip2Processor")
 
     def export(self, folder: Path, path: str, *, dtype: torch.dtype | None, load: Load) -> LoadReport:
         first = read_trained(path, system=self.system).meta["model"]["class_path"].endswith(".BLIP2QFormer")

@@ -21,8 +21,8 @@ from vlm.checkpoints.published.lavis import (
     text_sizes,
     tower_config,
     trained_beside,
-    write_image_processor,
 )
+from vlm.checkpoints.published.lavis_processor import with_rows, write_processor
 from vlm.checkpoints.published.one_folder import OneFolderFamily, OpenedFolder
 from vlm.checkpoints.published.tokenizer_entries import describe_t5_tokenizer, describe_tokenizer
 from vlm.checkpoints.tables.bert import bert_unused, qformer_hub_rules, qformer_rules
@@ -113,7 +113,7 @@ class InstructBLIPFamily(OneFolderFamily):
     ) -> OpenedFolder:
         opened = super().open_artefact(path, target=target, load=load, vision=vision)
         if target != "official":
-            return opened
+            return with_rows(opened, opened.config["text_config"]["vocab_size"])
         return keep_trained(opened, self.table("official", opened.config))
 
     def translated(self, config: Mapping[str, Any], *, source: str, target: str) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class InstructBLIPFamily(OneFolderFamily):
     def write_files(self, folder: Path, module: Any) -> None:
         super().write_files(folder, module)
         module.codec.reader.save(folder / TOKENIZER)
-        write_image_processor(folder, module, processor="InstructBlipProcessor")
+        write_processor(folder, module, processor="InstructBlipProcessor")
 
 
 def _class(*, is_t5: bool) -> str:

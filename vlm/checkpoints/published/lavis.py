@@ -1,6 +1,5 @@
 """What published files of BLIP-2 and its descendants share: EVA-CLIP-g, the Q-Former, files of trained tensors."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from vlm.checkpoints.published.entries import Entries
 from vlm.checkpoints.published.family import Stream
+from vlm.checkpoints.published.lavis_processor import image_id, num_rows
 from vlm.checkpoints.published.one_folder import OpenedFolder
 from vlm.checkpoints.tables.table import Table
 from vlm.errors import UserError
@@ -170,25 +170,14 @@ def qformer_config(module: Any, entries: Mapping[str, str], *, model_type: str) 
 
 
 def text_config(module: Any) -> dict[str, Any]:
-    """`text_config` of a system of ours, and whether it is a decoder alone."""
+    """`text_config` of a system of ours, whether it is a decoder alone, and which token stands for its images."""
     language = module.language.config
     kind = language.model_type
-    text = {**language.to_dict(), "model_type": kind}
+    text = {**language.to_dict(), "model_type": kind, "vocab_size": num_rows(module)}
     if kind == "t5":
         text["tie_word_embeddings"] = language.scale_decoder_outputs
-    return {"text_config": text, "use_decoder_only_language_model": kind != "t5"}
-
-
-def write_image_processor(folder: Path, module: Any, *, processor: str) -> None:
-    """`preprocessor_config.json` of a system of ours."""
-    side = module.tower.image_size
-    content = {
-        "image_processor_type": "BlipImageProcessor",
-        "processor_class": processor,
-        "size": {"height": side, "width": side},
-        "image_mean": list(module.codec.transform.mean),
-        "image_std": list(module.codec.transform.std),
-        "resample": 3,
-        **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True),
+    return {
+        "text_config": text,
+        "use_decoder_only_language_model": kind != "t5",
+        "image_token_index": image_id(module),
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

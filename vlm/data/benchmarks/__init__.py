@@ -4,12 +4,13 @@ been asked them."""
 from vlm.data.benchmarks.choice import MMBench, QBench, ScienceQAPictures, SeedBench
 from vlm.data.benchmarks.expert import MMMU, MathVista
 from vlm.data.benchmarks.llava import LlavaQuestions, LlavaScienceQA, MMVet
-from vlm.data.benchmarks.questions import GQA, OCRBench, TextVQA, VizWiz, VQAv2
+from vlm.data.benchmarks.questions import GQA, TDIUC, OCRBench, TextVQA, VizWiz, VQAv2
 from vlm.data.benchmarks.yes_no import MmeFolder, Pope
 
 __all__ = [
     "GQA",
     "MMMU",
+    "TDIUC",
     "LlavaQuestions",
     "LlavaScienceQA",
     "MMBench",

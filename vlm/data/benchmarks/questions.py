@@ -1,4 +1,4 @@
-"""Benchmarks of questions with short answers: VQA v2, GQA, VizWiz, TextVQA, OCRBench."""
+"""Benchmarks of questions with short answers: VQA v2, TDIUC, GQA, VizWiz, TextVQA, OCRBench."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +50,48 @@ class VQAv2(Benchmark):
                     raise fields.error(f"no annotation in {self.annotations}; the files do not belong together")
                 found["answers"] = self.fields(answers[identity], identity).answers("answers")
             yield found
+
+
+class TDIUC(Benchmark):
+    """TDIUC (Kafle and Kanan, 2017): the files of VQA v2, whose annotations name the kind of a question too.
+
+    Questions that are absurd of their image have the answer "doesnotapply".
+
+    Args:
+        annotations: `{"annotations": [{question_id, question_type, answers: [{answer}]}]}`.
+        image_pattern: file name from the number of the image.
+        request: as in `VQAv2`.
+    """
+
+    task = "tdiuc"
+
+    def __init__(
+        self,
+        path: str | Path,
+        annotations: str | Path,
+        image_pattern: str = "COCO_val2014_{:012d}.jpg",
+        request: str = SHORT,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(path, **keywords)
+        self.annotations, self.image_pattern, self.request = Path(annotations), image_pattern, request
+
+    def questions(self) -> Iterator[dict[str, Any]]:
+        entries = enumerate(read_list(self.annotations, "annotations"))
+        told = {self.fields(entry, at).value("question_id"): entry for at, entry in entries}
+        for number, record in enumerate(read_list(self.path, "questions")):
+            identity = self.fields(record, number).value("question_id")
+            fields = self.fields(record, identity)
+            if identity not in told:
+                raise fields.error(f"no annotation in {self.annotations}; the files do not belong together")
+            annotation = self.fields(told[identity], identity)
+            yield {
+                "id": identity,
+                "image": fields.file_name(self.image_pattern, "image_id"),
+                "text": asked(fields.text("question"), self.request),
+                "answers": annotation.answers("answers"),
+                "group": annotation.text("question_type"),
+            }
 
 
 class GQA(Benchmark):

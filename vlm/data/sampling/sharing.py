@@ -131,8 +131,9 @@ def _one_pack_each(
     if enough is None:
         raise UserError(f"data.max_tokens={max_tokens} is less than the longest training sample has; raise it")
     if given != 1 or enough != world:
+        other = ", or remove data.batch.packs" if batch.packs is not None and world in shares else ""
         raise UserError(
             f"data.batch.negatives: step compares {batch.size} samples, which are all on the devices at once, without "
-            f"accumulation; use {enough} devices, found {world}"
+            f"accumulation; use {enough} devices, found {world}{other}"
         )
     return 1
