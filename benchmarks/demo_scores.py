@@ -35,6 +35,7 @@ DATA = {
     "runs/demo_data": (),
     "runs/demo_science_qa": ("--format", "science_qa"),
     "runs/demo_blip": ("--format", "blip", "--num", "4000"),
+    "runs/demo_gui": ("--format", "gui", "--num", "4000"),
     "runs/demo_mmc4": ("--format", "mmc4", "--num", "2400"),
     "runs/demo_coyo": ("--format", "webdataset", "--num", "4000"),
     "runs/demo_articles": ("--format", "articles", "--num", "2000"),
@@ -42,7 +43,7 @@ DATA = {
 }
 """Folder that demo configurations name: options of `vlm demo-data`."""
 ELSEWHERE = {
-    *("blip/2_retrieval_coco", "blip/2_retrieval_flickr", "blip2/3_retrieval"),
+    *("blip/1_pretrain", "blip/2_retrieval_coco", "blip/2_retrieval_flickr", "blip2/3_retrieval"),
     *("instructblip/2_science_qa", "llava/2_science_qa"),
 }
 """Stages whose answers have a benchmark of their own and are not asked here."""
@@ -58,6 +59,7 @@ TASKS = {
     "page": "read a small sign on a large page",
     "refer": "describe a region",
     "ground": "find a region, IoU of at least 0.5",
+    "agent": "find the element for a task, IoU of at least 0.5",
     "text": "small talk, no image",
 }
 """Tasks of the demo data in words; others keep the name of their score."""
@@ -112,19 +114,20 @@ def other_systems(recipe: Recipe) -> list[str]:
 
 def demo_data(recipe: Recipe) -> list[str]:
     """Folders of the demo data that a recipe's demo reads, and those of the test images."""
-    words = [*DATA][:1]
+    texts = [(ROOT / judge_config(recipe.system, stage.name)).read_text() for stage in asked_stages(recipe)]
     for node in recipe.nodes:
         files = node.overlays if isinstance(node, TrainingStage) else ()
-        texts = [file.read_text() for file in files] or [" ".join(getattr(node, "demo", None) or ())]
-        words += [folder for text in texts for folder in re.findall(r"runs/demo_\w+", text)]
-    return list(dict.fromkeys(words))
+        texts += [file.read_text() for file in files] or [" ".join(getattr(node, "demo", None) or ())]
+    found = [folder for text in texts for folder in re.findall(r"runs/demo_\w+", text)]
+    return list(dict.fromkeys([*[*DATA][:1], *found]))
 
 
 def asked_stages(recipe: Recipe) -> list[TrainingStage]:
-    """The stages that no other one starts from."""
+    """The stages that no other one that is asked starts from."""
     stages = [node for node in recipe.nodes if isinstance(node, TrainingStage)]
+    stages = [stage for stage in stages if f"{recipe.system}/{stage.name}" not in ELSEWHERE]
     used = {followed.stage for stage in stages for followed in stage.follows} | {stage.continues for stage in stages}
-    return [s for s in stages if s.name not in used and f"{recipe.system}/{s.name}" not in ELSEWHERE]
+    return [stage for stage in stages if stage.name not in used]
 
 
 def judge_config(system: str, stage: str) -> str:

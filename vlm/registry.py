@@ -41,6 +41,7 @@ SYSTEMS: dict[str, System] = {
     "blip2": System(
         "vlm.systems.BLIP2", f"{_PUBLISHED}.blip2.BLIP2Family", ("vlm.systems.BLIP2QFormer", "vlm.systems.BLIP2T5")
     ),
+    "cogagent": System("vlm.systems.CogAgent", f"{_PUBLISHED}.cogagent.CogAgentFamily"),
     "cogvlm": System("vlm.systems.CogVLM", f"{_PUBLISHED}.cogvlm.CogVLMFamily"),
     "fuyu": System("vlm.systems.Fuyu", f"{_PUBLISHED}.fuyu.FuyuFamily"),
     "instructblip": System(

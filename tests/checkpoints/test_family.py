@@ -146,7 +146,9 @@ def test_a_folder_belongs_to_one_family_or_to_none(
         UserError, match=r"looks like a folder of toy \(.*\) and toy_4k \(.*\); convert it with --system"
     ):
         family_of(tmp_path / "toy")
-    with pytest.raises(UserError, match="partial: no published folders are known of it, only of blip, blip2, cogvlm, "):
+    with pytest.raises(
+        UserError, match="partial: no published folders are known of it, only of blip, blip2, cogagent, cogvlm, "
+    ):
         convert(tmp_path / "toy", tmp_path / "x", system="partial", target_layout="ours")
 
 

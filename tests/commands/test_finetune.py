@@ -406,6 +406,7 @@ BATCHES = {
     "blip2-3_caption": 256, "blip2-3_vqa": 128, "blip2-3_retrieval": 224,
     "instructblip-1_instruct": 128, "instructblip-2_science_qa": 64,
     "minigpt4-1_align": 256, "minigpt4-2_finetune": 12,
+    "cogagent-1a_cross": 4608, "cogagent-1b_expert": 4608, "cogagent-2_multitask": 1024, "cogagent-3_agent": 1024,
     "cogvlm-1_pretrain": 8192, "cogvlm-2a_grounding": 1024, "cogvlm-2b_grounding_490": 1024, "cogvlm-3_sft": 1024,
     "cogvlm-3_generalist": 1024,
     "fuyu-1_finetune": 128, "llava-1_align": 128, "llava-2_chat": 32, "llava-2_science_qa": 32,

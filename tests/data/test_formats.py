@@ -75,6 +75,7 @@ def source(world: Path, name: str, **options: Any) -> Any:
         "document_qa": lambda: DocVQA(folder / "docvqa.json", image_root=folder / "images"),
         "chart_qa": lambda: ChartQA(folder / "chartqa.json", image_root=folder / "images"),
         "screens": lambda: ScreenElements(folder / "screens.jsonl", image_root=folder / "images", **options),
+        "gui": lambda: ScreenElements(folder / "screens.jsonl", image_root=folder / "images", **options),
         "large_pages": lambda: LlavaJson(folder / "train.json", image_root=folder / "images", **options),
         "pairs": lambda: ImagePairs(folder / "pairs.jsonl", image_root=folder / "images", **options),
         "mmc4": lambda: Mmc4(folder / "mmc4.jsonl", image_root=folder / "images", **options),

@@ -18,6 +18,7 @@ from vlm.data import (
     ScienceQAChoices,
     TextCaps,
     TextVQATokens,
+    VideoCaptions,
     VideoQuestions,
     VisualDialog,
     VQAv2Training,
@@ -115,6 +116,13 @@ def test_frames_are_taken_evenly(tmp_path: Path) -> None:
     assert [image.name[-9:] for image in source[0].images] == ["00001.png", "00003.png", "00006.png", "00008.png"]
     with pytest.raises(SampleError, match=r"no frames of video 'video8.mp4' in .*frames/video8"):
         source[1]
+    listed = [{"clip_name": "video7", "caption": "A man."}, {"clip_name": "video7", "caption": ["A man.", "Sings."]}]
+    for number, last in ((4, "00007.png"), (12, "00001.png")):  # BLIP: every (10 / 4 =) 2nd; a short video stands still
+        clips = VideoCaptions(write(tmp_path / "c.json", listed), tmp_path / "frames", number, whole_steps=True)
+        assert [image.name[-9:] for image in clips[0].images][-1] == last
+        assert len(clips[0].images) == number
+    assert (clips[0].id, clips[0].answers) == ("video7", (("A man.", 1.0),))
+    assert clips[1].answers == (("A man.", 1.0), ("Sings.", 1.0))
 
 
 def test_visual_dialog_tells_what_was_said(tmp_path: Path) -> None:

@@ -173,6 +173,7 @@ _FREE = {"max_new_tokens": 10, "min_new_tokens": 1, "num_beams": 5, "length_pena
 _LAVIS = _FREE | {"repetition_penalty": 1.5}
 _TOLD = {"max_new_tokens": 80, "min_new_tokens": 10, "num_beams": 5}
 _TOLD_LAVIS = _TOLD | {"length_penalty": 1.0, "repetition_penalty": 1.5}
+STEP = 'What steps do I need to take to "{task}"? Previous steps: {previous}(with grounding)'
 BROKEN = "Answer the question using a single word or phrase." + 26 * " " + "{}"
 _CHOSEN = {"options": "{choice}", "weighed": "sum"}
 # where samples are no conversations, or benchmarks lie in files of their own: decoding and the question
@@ -180,6 +181,7 @@ OTHERS: dict[str, tuple[dict | None, str]] = {
     "blip/coco_captions": ({"max_new_tokens": 16, "min_new_tokens": 1, "num_beams": 3}, ""),
     "blip/nocaps": ({"max_new_tokens": 16, "min_new_tokens": 1, "num_beams": 3, "repetition_penalty": 1.1}, ""),
     "blip/msrvtt_qa": ({"candidates_file": "data/eval/msrvtt_qa/answers.json"}, ""),
+    "blip/msrvtt_retrieval": (None, ""),
     "blip/msvd_qa": ({"candidates_file": "data/eval/msvd_qa/answers.json"}, ""),
     "blip/vqav2": ({"candidates_file": "data/blip/answer_list.json"}, ""),
     "blip/vqav2_test_dev": ({"candidates_file": "data/blip/answer_list.json"}, ""),
@@ -206,6 +208,14 @@ OTHERS: dict[str, tuple[dict | None, str]] = {
     "blip2/okvqa_flan_t5": (_FREE, "Question: {} Short answer:"),
     "blip2/nocaps": (_TOLD, "a photo of"),
     "blip2/flickr30k": (_TOLD, "a photo of"),
+    **{
+        f"cogagent/{name}": ({"max_new_tokens": 30}, "{}")
+        for name in ("chartqa", "docvqa", "infovqa", "ocr_vqa", "okvqa", "pope", "st_vqa", "textvqa", "vqav2")
+    },
+    "cogagent/mm_vet": ({"max_new_tokens": 1024}, ""),
+    "cogagent/aitw": ({"max_new_tokens": 512}, STEP),
+    "cogagent/mind2web": ({"max_new_tokens": 512}, STEP),
+    "cogagent/screen_spot": ({"max_new_tokens": 512}, 'What steps do I need to take to "{}"?(with grounding)'),
     "instructblip/aokvqa": (_LAVIS, "Question: {} Short Answer:"),
     "instructblip/aokvqa_choice": (_CHOSEN, "Question: {} Options: {options}. Short answer:"),
     "instructblip/coco_captions": (_TOLD_LAVIS, "A short image caption."),

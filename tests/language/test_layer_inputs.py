@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import golden, golden_json
-from tests.support.cog import image_blocks
 from tests.support.samples import questions, samples
 from tests.support.systems import LLAMA, RATE, SYSTEMS, build, make
 from tests.systems.test_contract import collate, disturb
@@ -21,6 +20,7 @@ from vlm.errors import UserError
 from vlm.language import CausalLM, CrossAttention, Decoding, PartialLoRA, Surgery, VisualExpert
 from vlm.language.causal_lm import batched_attention, label_logits
 from vlm.language.layer_inputs import Context, LayerInputs
+from vlm.systems.cogvlm import image_blocks
 
 # -- official numbers
 
@@ -276,7 +276,7 @@ def test_answers_with_a_cache_equal_those_without(name: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_keys_and_values_of_images_are_computed_once(beams: int, tmp_path: Path) -> None:
-    module, calls = trained("cog"), []
+    module, calls = trained("cogagent"), []
     for layer in module.language.model.layers:
         layer.cross_attn.key_value.register_forward_hook(lambda *_: calls.append(1))
     module.generate(questions(tmp_path), decoding=Decoding(max_new_tokens=5, min_new_tokens=5, num_beams=beams))

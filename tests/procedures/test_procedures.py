@@ -82,7 +82,7 @@ def test_wrong_captions_are_refused_in_one_line(tmp_path: Path) -> None:
             main([name, str(write(tmp_path / "good.json", records(3))), str(bad)])
     with pytest.raises(UserError, match=r"--cap is 0; it must be at least 1"):
         main(["filter-captions", str(bad), "x.json", "--cap", "0"])
-    with pytest.raises(UserError, match="vlm run capture: no such procedure; choose one of bootstrap"):
+    with pytest.raises(UserError, match="vlm run capture: no such procedure; choose one of android-screens, bootstrap"):
         main(["capture"])
 
 

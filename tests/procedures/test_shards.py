@@ -2,7 +2,11 @@
 
 import io
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,8 @@ from vlm.procedures import main
 from vlm.procedures.filter_pairs import FilterPairs
 from vlm.procedures.image_index import ImageIndex
 from vlm.procedures.shards import Shard, find_shards, running
+
+ROOT = Path(__file__).parents[2]
 
 
 def write_tar(path: Path, entries: dict[str, bytes]) -> None:
@@ -129,6 +135,32 @@ def test_files_are_the_same_whoever_makes_them(world: Path, captions: Path, tmp_
     assert files(tmp_path / "ranks") == files(captions)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
+def test_two_processes_of_a_launcher(world: Path, captions: Path, tmp_path: Path, launcher: str) -> None:
+    """As people start them: `torchrun --nproc_per_node 2`, and two tasks with what `srun` tells each of them."""
+    words = ["cli", "run", "caption-images", shards(world), "--weights", str(world / "captioner"), "--device", "cpu"]
+    words += ["--max_new_tokens", "8", "--number", "2", "--batch_size", "2", "--out", str(tmp_path / "out")]
+    own = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")} | {"OMP_NUM_THREADS": "1"}
+    python, tasks = [sys.executable, "-m"], [{}]
+    if launcher == "torchrun":
+        python += ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    else:
+        job = {"JOB_ID": "7", "JOB_NAME": "captions", "NTASKS": "2", "NTASKS_PER_NODE": "2", "NNODES": "1"}
+        job |= {"NODELIST": "localhost", "NODEID": "0"}
+        own |= {f"SLURM_{name}": value for name, value in job.items()} | {"MASTER_PORT": str(free_port())}
+        tasks = [{"SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in ("0", "1")]
+    started = [subprocess.Popen([*python, *words], cwd=ROOT, env=own | task) for task in tasks]
+    assert [process.wait(timeout=200) for process in started] == [0] * len(tasks)
+    assert files(tmp_path / "out") == files(captions)
+
+
+def free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return int(opened.getsockname()[1])
+
+
 def test_a_stopped_run_makes_what_is_missing(
     world: Path, captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +207,17 @@ def test_texts_are_judged_each_for_itself(world: Path, captions: Path, filtered:
         report[key] for key in ("web_kept", "web_dropped", "synthetic_kept", "synthetic_dropped") if key in report
     ]
     assert sum(counted) == sum(map(len, found.values()))
+
+
+def test_an_image_is_encoded_once_for_all_of_its_texts(world: Path, captions: Path, tmp_path: Path) -> None:
+    module = load(world / "filter")
+    seen: list[int] = []
+    module.vision.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    work = FilterPairs(module, weights=str(world / "filter"), captions=captions)
+    shard = find_shards([shards(world)])[0]
+    pairs = [pair for pair in shard.pairs() if hasattr(pair, "id")]
+    judged = work.rows(shard, pairs)
+    assert sum(len(row["texts"]) for row in judged) > len(pairs) == sum(seen)
 
 
 def test_known_noise_gives_precision_and_recall() -> None:

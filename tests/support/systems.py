@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.conftest import GOLDEN
 from tests.support.blip import blip
 from tests.support.blip_tasks import answered, asked_about, blip_caption, blip_nlvr, blip_vqa, judged, judged_about
-from tests.support.cog import TinyCog
+from tests.support.cogagent import cogagent
 from tests.support.cogvlm import cogvlm
 from tests.support.blip2_qformer import BLIP2_QFORMER, blip2_qformer, begun
 from tests.support.instructblip import (
@@ -148,12 +148,6 @@ def _llava_arguments() -> dict[str, Any]:
         "template": "v1",
         "max_tokens": 512,
     }
-
-
-def cog(**changes: Any) -> TinyCog:
-    """18 image tokens per picture, 16 of them patches, and 36 finer places to look at."""
-    high = TimmTower("vit_large_patch14_clip_quickgelu_336", layer=-2, options=TOWER | {"img_size": 42})
-    return TinyCog(**(_llava_arguments() | {"vision_high": high} | changes))
 
 
 def names(*patterns: str) -> frozenset[str]:
@@ -322,7 +316,6 @@ TWO_BLOCKS = names(
 CLIP_TENSORS = TWO_BLOCKS | names(
     "vision.trunk.blocks.2.{norm1,norm2,attn.qkv,attn.proj,mlp.fc1,mlp.fc2}.{weight,bias}"
 )
-HIGH_BLOCKS = frozenset(name.replace("vision.", "vision_high.") for name in TWO_BLOCKS)
 EXPERT = names(
     "language.model.layers.{0,1}.self_attn.{q,k,v,o}_proj.expert.weight",
     "language.model.layers.{0,1}.mlp.{gate,up,down}_proj.expert.weight",
@@ -416,16 +409,41 @@ UNSEEN_EXPERT = names(  # above the last attention no label looks at an image to
     "language.model.layers.1.self_attn.{q,o}_proj.expert.weight",
     "language.model.layers.1.mlp.{gate,up,down}_proj.expert.weight",
 )
+EVA_E_TENSORS = names(
+    "vision.trunk.{cls_token,pos_embed,patch_embed.proj.weight,patch_embed.proj.bias}",
+    "vision.trunk.blocks.{0,1}.{norm1,norm2,attn.proj,mlp.fc1,mlp.fc2}.{weight,bias}",
+    "vision.trunk.blocks.{0,1}.attn.{q_bias,v_bias,qkv.weight}",
+)
 COGVLM_STAGES = {
     "1_pretrain": TinyStage(EXPERT_PATHS, GLU_TENSORS | EXPERT, unreached=UNSEEN_EXPERT),
     "3_sft": TinyStage(
         EXPERT_PATHS | {"vision": Trained(lr=1e-3)},
-        GLU_TENSORS
-        | EXPERT
-        | names("vision.trunk.{cls_token,pos_embed,patch_embed.proj.weight,patch_embed.proj.bias}")
-        | names("vision.trunk.blocks.{0,1}.{norm1,norm2,attn.proj,mlp.fc1,mlp.fc2}.{weight,bias}")
-        | names("vision.trunk.blocks.{0,1}.attn.{q_bias,v_bias,qkv.weight}"),
+        GLU_TENSORS | EXPERT | EVA_E_TENSORS,
         {"connector": "connector", "language": "language"},
+        unreached=UNSEEN_EXPERT,
+    ),
+}
+
+FINE_TOWER = names(
+    "vision_high.trunk.{cls_token,pos_embed,patch_embed.proj.weight,patch_embed.proj.bias}",
+    "vision_high.trunk.blocks.{0,1}.{norm1,norm2,attn.norm,attn.proj,mlp.norm}.{weight,bias}",
+    "vision_high.trunk.blocks.{0,1}.mlp.{fc1_g,fc1_x,fc2}.{weight,bias}",
+    "vision_high.trunk.blocks.{0,1}.attn.{q_proj.weight,q_proj.bias,k_proj.weight,v_proj.weight,v_proj.bias}",
+)
+CROSS_PATHS = {"vision_high": RATE, "places.high": RATE, "language.model.layers.*cross_att*": RATE}
+CROSS_TENSORS = FINE_TOWER | CROSS_ATTENTION | names("places.high")
+COGAGENT_STAGES = {
+    "1a_cross": TinyStage(CROSS_PATHS, CROSS_TENSORS),
+    "1b_expert": TinyStage(
+        CROSS_PATHS | EXPERT_PATHS,
+        CROSS_TENSORS | GLU_TENSORS | EXPERT,
+        {part: part for part in ("vision_high", "places", "language")},
+        unreached=UNSEEN_EXPERT,
+    ),
+    "2_multitask": TinyStage(  # 3_agent trains the same
+        dict.fromkeys(("vision", "vision_high", "places", "connector", "language"), RATE),
+        EVA_E_TENSORS | CROSS_TENSORS | names("places.low") | GLU_TENSORS | DECODER | EXPERT,
+        {part: part for part in ("vision_high", "places", "connector", "language")},
         unreached=UNSEEN_EXPERT,
     ),
 }
@@ -477,6 +495,13 @@ SYSTEMS: dict[str, System] = {
         t5_base_weights,
         reference=t5_reference,
         ties={f"language.{part}.embed_tokens.weight": "language.shared.weight" for part in ("encoder", "decoder")},
+    ),
+    "cogagent": System(
+        cogagent,
+        COGAGENT_STAGES,
+        causal_base_weights,
+        reference=spliced_reference,
+        surgery=(VisualExpert(), CrossAttention(context=32, width=16, heads=2)),
     ),
     "cogvlm": System(
         cogvlm, COGVLM_STAGES, causal_base_weights, reference=spliced_reference, surgery=(VisualExpert(),)
@@ -622,24 +647,6 @@ SYSTEMS: dict[str, System] = {
         causal_base_weights,
         reference=spliced_reference,
         ties={"language.lm_head.weight": "language.model.embed_tokens.weight"},
-    ),
-    "cog": System(
-        cog,
-        {
-            "1_cross": TinyStage(
-                {"vision_high": RATE, "language.model.layers.*cross_att*": RATE},
-                HIGH_BLOCKS | CROSS_ATTENTION,
-            ),
-            "2_expert": TinyStage(
-                {"vision_high": RATE, "connector": RATE, "marks": RATE, "language": RATE},
-                HIGH_BLOCKS | CROSS_ATTENTION | CONNECTOR | DECODER | EXPERT | names("marks.{boi,eoi}"),
-                {"vision_high": "vision_high", "language": "language"},
-                unreached=UNSEEN_EXPERT,
-            ),
-        },
-        causal_base_weights,
-        reference=spliced_reference,
-        surgery=(VisualExpert(), CrossAttention(context=32, width=16, heads=2)),
     ),
     "blip": System(
         blip_caption,

@@ -1,6 +1,7 @@
 """BLIP's pre-training and retrieval against the published code's numbers and rules, and transformers' class."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,16 @@ import vlm  # first: repairs torchvision
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, distributed
 from transformers import BlipConfig, BlipForImageTextRetrieval
 
+import cli
 from callbacks.stage_transition import write_stage
 from tests.conftest import golden, golden_json
 from tests.support.blip import blip
-from tests.support.blip_tasks import TOKENIZER
-from tests.support.samples import pairs
+from tests.support.blip_tasks import TOKENIZER, blip_vqa
+from tests.support.ranks import run_ranks
+from tests.support.samples import pairs, picture
 from vlm.batch import IGNORE, Batch, Row, SampleInfo, TokenSequence, Views
 from vlm.building.build import assemble
 from vlm.building.network import empty_weights
@@ -25,6 +28,7 @@ from vlm.checkpoints.tables.blip import pair_table
 from vlm.codec import step_counts
 from vlm.commands.convert import convert
 from vlm.errors import SampleError, UserError
+from vlm.in_batch import draw_uniform
 from vlm.language import Med
 from vlm.prompts import BertTokenizer
 from vlm.sample import Message, TextPart
@@ -36,6 +40,7 @@ from vlm.systems import pairs as pair_code
 from vlm.systems.pairs import IMAGE_ID, draw
 from vlm.vision import TimmTower
 
+ROOT = Path(__file__).parents[2]
 CASE = "blip_pretrain_step__a"
 TERMS = {"itc": "ita", "itm": "itm", "lm": "lm"}
 
@@ -189,6 +194,65 @@ def test_all_texts_of_an_image_are_right_for_it(tmp_path: Path) -> None:
         assert (weights.expand(3, -1, -1).gather(2, chosen[:, :, None]) > 0).all()
 
 
+def finding(folder: Path, rank: int) -> tuple[BLIP, Batch]:
+    """A pack of retrieval whose wrong pairs come from all packs; each image has texts in both of two packs."""
+    module = blip(same_image=True, language={"decoder": False}, dropout=0.0, queue=8)
+    module.configure_model()
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(not name.startswith("momentum"))
+    samples = [dataclasses.replace(sample, group=f"g{at % 3}") for at, sample in enumerate(pairs(folder, 8))]
+    items = [module.codec.encode(sample, seed=at) for at, sample in enumerate(samples)][4 * rank : 4 * rank + 4]
+    batch = module.codec.collate(items, counts=step_counts(items))
+    return module, dataclasses.replace(batch, negatives="step", pack=rank, packs=2, seed=5)
+
+
+def _on_a_rank(folder: Path) -> tuple[Tensor, dict[str, Tensor]]:
+    module, batch = finding(folder, distributed.get_rank())
+    loss = module.losses(batch)["itm"]
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def test_wrong_pairs_come_from_all_devices(tmp_path: Path) -> None:
+    """Two packs on two devices against pairs put together one by one; gradients reach images of the other pack too."""
+    torch.manual_seed(0)
+    parts = [finding(tmp_path, rank) for rank in (0, 1)]
+    module, batches = parts[0][0], [batch for _, batch in parts]
+    features = [module._features(batch)[0] for batch in batches]
+    texts = [code.first_texts(batch, module.codec.tokenizer.pad_id) for batch in batches]
+    known, images = torch.cat([batch.labels[IMAGE_ID] for batch in batches]), torch.cat(features)
+    with torch.no_grad():
+        embedded = [
+            (module.embed_images(module, own, 1), module.embed_texts(module, *text))
+            for own, text in zip(features, texts, strict=True)
+        ]
+    every = [torch.cat(kind) for kind in zip(*embedded, strict=True)]
+    words = [(ids[at], mask[at]) for ids, mask in texts for at in range(4)]
+    expected = []
+    for rank, (batch, own) in enumerate(zip(batches, embedded, strict=True)):
+        chance, losses = draw_uniform(batch, 2), []
+        for at in range(4):
+            place = 4 * rank + at
+            wrong = []
+            for kind in (0, 1):  # a text for the image, an image for the text
+                similar = (own[kind][at] @ every[1 - kind].T / module.heads.temperature).softmax(0)
+                sums = similar.masked_fill(known == known[place], 0.0).cumsum(0)
+                wrong.append(next(c for c in range(8) if sums[c] > chance[at, kind] * sums[-1]))
+            for text, image, is_right in ((place, place, 1), (place, wrong[1], 0), (wrong[0], place, 0)):
+                ids, mask = words[text]
+                logits = module.pair_logits(ids[None], mask[None], images[image : image + 1])
+                losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor([is_right])))
+        expected.append(torch.stack(losses).sum())
+    torch.stack(expected).sum().backward()
+    found = run_ranks(_on_a_rank, 2, tmp_path)
+    for (loss, _), theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(loss, theirs.detach(), atol=1e-5, rtol=1e-5)
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None:
+            total = found[0][1][name] + found[1][1][name]
+            torch.testing.assert_close(total, parameter.grad, atol=1e-5, rtol=1e-4)
+
+
 # -- weights
 
 
@@ -300,3 +364,36 @@ def test_a_video_is_the_mean_of_its_frames(tmp_path: Path) -> None:
     torch.testing.assert_close(said.image[0], torch.nn.functional.normalize(mean, dim=0))
     with pytest.raises(UserError, match="different numbers of images"):
         module.embed([video, samples[0]])
+
+
+def test_videos_are_found_and_asked_about_by_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """MSRVTT by its protocols: 8 frames, texts of 40 words; 16 frames and a ranked answer."""
+    for name, module in (("pairs", blip(dropout=0.0)), ("vqa", blip_vqa())):
+        module.stage = Stage(name, {"language": Trained(lr=1e-3), "vision": Trained(lr=1e-3)})
+        module.configure_model()
+        write_stage(tmp_path / name, module, global_step=1)
+    for folder in ("msrvtt/frames", "msrvtt_qa/frames"):
+        for number in range(3):
+            (tmp_path / "data/eval" / folder / f"video{number}").mkdir(parents=True)
+            for frame in range(18):
+                picture(tmp_path / "data/eval" / folder / f"video{number}", f"{frame:05d}", (30, 20), number + 1)
+    files = {
+        "msrvtt/msrvtt_test.jsonl": [{"clip_name": f"video{n}", "caption": "a red card " * 12} for n in range(3)],
+        "msrvtt_qa/test_qa.json": [{"video_id": n, "question": "what?", "answer": "ball", "id": n} for n in range(3)],
+        "msrvtt_qa/answers.json": ["ball", "card"],
+    }
+    for name, content in files.items():
+        lines = (json.dumps(content),) if name.endswith(".json") else map(json.dumps, content)
+        (tmp_path / "data/eval" / name).write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    options = ["--data.init_args.num_workers=0", "--trainer.accelerator=cpu"]
+    for protocol, weights in (("msrvtt_retrieval", "pairs"), ("msrvtt_qa", "vqa")):
+        command = ["test", "-c", str(ROOT / f"configs/eval/blip/{protocol}.yaml"), "--weights", weights]
+        assert cli.main([*command, *options]) == 0, capfd.readouterr().err
+    found = json.loads((tmp_path / "evaluation/msrvtt_retrieval/scores.json").read_text())
+    assert {f"msrvtt_retrieval/{way}@{k}" for way in ("TR", "IR") for k in (1, 5, 10)} <= found["scores"].keys()
+    assert found["counts"]["msrvtt_retrieval"] == 3
+    lines = (tmp_path / "evaluation/msrvtt_qa/answers.jsonl").read_text().splitlines()
+    assert [json.loads(line)["answer"] in ("ball", "card") for line in lines] == [True] * 3

@@ -22,9 +22,9 @@ import vlm.checkpoints.files.weights
 from callbacks import MixedPrecisionFSDP
 from callbacks.stage_transition import write_stage
 from tests.support.ranks import run_ranks
-from tests.support.cog import TinyCog
+from tests.support.cogagent import cogagent
 from tests.support.samples import samples
-from tests.support.systems import LLAMA, SYSTEMS, TOKENIZER, cog, make
+from tests.support.systems import LLAMA, SYSTEMS, TOKENIZER, make
 from tests.support.training import ListSource, Recorder, full, packs, trainer, weights
 from vlm.batch import Batch
 from vlm.checkpoints.resume.pointer import read_last
@@ -36,6 +36,7 @@ from vlm.errors import UserError
 from vlm.language import CausalLM, Decoding, NewTokens
 from vlm.module import VisionLanguageModule
 from vlm.stages import Stage, Trained
+from vlm.systems import CogAgent
 
 MIXED = (
     ((0, 3), (2,), (5, 1), (2, 4)),
@@ -44,7 +45,7 @@ MIXED = (
 )
 
 
-class Asking(TinyCog):
+class Asking(CogAgent):
     """Answers questions in the middle of a validation step; its layers are told all there is."""
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -69,9 +70,9 @@ def build(case: str) -> VisionLanguageModule:
         module.surgery = [NewTokens()]
         return module
     assert case == "asking"
-    module = Asking(**cog().arguments)
-    module.surgery = list(SYSTEMS["cog"].surgery)
-    module.stage = Stage("test", SYSTEMS["cog"].last.train)
+    module = Asking(**cogagent().arguments)
+    module.surgery = list(SYSTEMS["cogagent"].surgery)
+    module.stage = Stage("test", SYSTEMS["cogagent"].last.train)
     return module
 
 
@@ -341,7 +342,7 @@ def _write(folder: Path, out: Path, case: str, fsdp: str | None) -> dict[str, Te
     return module.frozen_hashes
 
 
-@pytest.mark.parametrize("case", ["tied", "xcomposer2", "cog", "new tokens"])
+@pytest.mark.parametrize("case", ["tied", "xcomposer2", "cogagent", "new tokens"])
 def test_the_first_artefact_is_that_of_one_process(case: str, tmp_path: Path) -> None:
     """What a network starts from does not depend on the ranks, nor on the dtype it computes in."""
     samples(tmp_path)

@@ -7,6 +7,7 @@ from importlib import import_module
 
 _HOMES = {
     "AOKVQA": "sources.image_texts",
+    "AndroidInTheWild": "sources.agents",
     "BatchSpec": "sampling.batches",
     "Best": "sources.webdataset",
     "BlipQuestions": "sources.blip",
@@ -31,6 +32,7 @@ _HOMES = {
     "LlavaScienceQA": "benchmarks",
     "MathVista": "benchmarks",
     "MessagesJson": "sources.messages",
+    "Mind2Web": "sources.agents",
     "Mixture": "sampling.mixture",
     "MMBench": "benchmarks",
     "Mmc4": "sources.documents",
@@ -56,6 +58,7 @@ _HOMES = {
     "ScienceQAChoices": "sources.science_qa",
     "ScienceQAPictures": "benchmarks",
     "ScreenElements": "sources.regions",
+    "ScreenSpot": "sources.agents",
     "SeedBench": "benchmarks",
     "Source": "sources.base",
     "TDIUC": "benchmarks",
@@ -63,6 +66,7 @@ _HOMES = {
     "TextLines": "sources.regions",
     "TextVQA": "benchmarks",
     "TextVQATokens": "sources.scene_text",
+    "VideoCaptions": "sources.video",
     "VideoQuestions": "sources.video",
     "VisionLanguageData": "modules.base",
     "VisualDialog": "sources.dialog",

@@ -10,8 +10,8 @@ from typing import Any
 
 from vlm.checkpoints.files.atomic import atomic_directory
 from vlm.demo import tasks
-from vlm.demo.articles import write_articles
 from vlm.demo.blip_formats import write_blip
+from vlm.demo.gui import write_gui
 from vlm.demo.large_pages import write_large_pages
 from vlm.demo.pages import Placed, make_chart, make_page, make_screen
 from vlm.demo.scenes import Scene
@@ -286,6 +286,12 @@ def _text(folder: Path, num: int, size: int, seed: int) -> None:
     (folder / "text.txt").write_text("".join(f"{line}\n" for line in found), encoding="utf-8")
 
 
+def _compositions(folder: Path, num: int, size: int, seed: int) -> None:
+    from vlm.demo.articles import write_articles  # imports torch
+
+    write_articles(folder, num, size, seed)
+
+
 FORMATS: dict[str, Callable[[Path, int, int, int], None]] = {
     "blip": write_blip,
     "coco_captions": _coco_captions,
@@ -296,6 +302,7 @@ FORMATS: dict[str, Callable[[Path, int, int, int], None]] = {
     "document_qa": _document_qa,
     "chart_qa": _chart_qa,
     "screens": _screens,
+    "gui": write_gui,
     "large_pages": write_large_pages,
     "pairs": _pairs,
     "mmc4": _mmc4,
@@ -303,5 +310,5 @@ FORMATS: dict[str, Callable[[Path, int, int, int], None]] = {
     "webdataset": _webdataset,
     "parquet": _parquet,
     "text": _text,
-    "articles": write_articles,
+    "articles": _compositions,
 }

@@ -29,7 +29,9 @@ def make_page(random: Random, *, size: int) -> tuple[Image.Image, list[Placed]]:
     for number, word in enumerate(words):
         left = random.randint(2, size // 6)
         top = number * height + random.randint(2, max(2, height // 4))
-        lines.append(Placed(word, _write(page, word, (left, top, left + round(0.55 * size), top + height * 2 // 3))))
+        lines.append(
+            Placed(word, write_word(page, word, (left, top, left + round(0.55 * size), top + height * 2 // 3)))
+        )
     return page, lines
 
 
@@ -58,17 +60,17 @@ def make_screen(random: Random, *, size: int) -> tuple[Image.Image, list[Placed]
         left, top = random.randint(2, screen.width // 2), number * height + random.randint(2, max(2, height // 5))
         box = (left, top, left + round(0.6 * size), top + height * 3 // 5)
         pen.rounded_rectangle(box, radius=height // 8, fill=random.choice(list(COLORS.values())), outline=_EDGE)
-        _write(screen, word, box)
+        write_word(screen, word, box)
         buttons.append(Placed(word, box))
     return screen, buttons
 
 
-def _write(image: Image.Image, word: str, space: PixelBox) -> PixelBox:
+def write_word(image: Image.Image, word: str, space: PixelBox, *, ink: tuple[int, int, int] = _INK) -> PixelBox:
     """Draws a word into the middle of a space; returns the box of its ink."""
     x0, y0, x1, y1 = space
-    ink = word_mask(word)
-    scale = min(0.9 * (x1 - x0) / ink.width, 0.8 * (y1 - y0) / ink.height)
-    ink = ink.resize((max(1, round(ink.width * scale)), max(1, round(ink.height * scale))), Image.Resampling.LANCZOS)
-    left, top = (x0 + x1 - ink.width) // 2, (y0 + y1 - ink.height) // 2
-    image.paste(_INK, (left, top), ink)
-    return left, top, left + ink.width, top + ink.height
+    mask = word_mask(word)
+    scale = min(0.9 * (x1 - x0) / mask.width, 0.8 * (y1 - y0) / mask.height)
+    width, height = max(1, round(mask.width * scale)), max(1, round(mask.height * scale))
+    left, top = (x0 + x1 - width) // 2, (y0 + y1 - height) // 2
+    image.paste(ink, (left, top), mask.resize((width, height), Image.Resampling.LANCZOS))
+    return left, top, left + width, top + height

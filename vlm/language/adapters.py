@@ -18,8 +18,8 @@ from vlm.errors import UserError
 from vlm.language.layer_inputs import extend
 from vlm.language.partial_lora import PartialLoRA, PartialLoRALinear
 from vlm.language.quantized import FourBitLinear
-from vlm.language.surgery import Surgery, Up
-from vlm.language.visual_expert import VisualExpert, is_routed, of_text, route
+from vlm.language.surgery import Surgery, Up, plain
+from vlm.language.visual_expert import VisualExpert, is_routed, route
 
 ADAPTER = "default"
 """Peft's name of its first adapter, part of the names of the new tensors: `q_proj.lora_A.default.weight`."""
@@ -97,7 +97,7 @@ class PeftAdapter(Surgery):
         for name in self.find_layers(module):
             parent, _, leaf = name.rpartition(".")
             found: Any = linears[name]
-            layer: nn.Module = of_text(found) if is_routed(found) else found
+            layer: nn.Module = plain(found) if is_routed(found) else found
             if self.quantizes(name):
                 layer = FourBitLinear.like(linears[name])
             if self.adapts(name):
@@ -182,7 +182,7 @@ class PeftAdapter(Surgery):
             from peft.tuners.lora.bnb import Linear4bit as kind
         config = LoraConfig(lora_dropout=self.dropout, use_dora=self.dora, init_lora_weights=False)
         alpha: Any = self.alpha  # annotated as an integer there
-        partial_lora, linear = (linear, _plain(linear)) if isinstance(linear, PartialLoRALinear) else (None, linear)
+        partial_lora, linear = (linear, plain(linear)) if isinstance(linear, PartialLoRALinear) else (None, linear)
         layer: Any = kind(linear, ADAPTER, config=config, r=self.rank, lora_alpha=alpha)
         layer.lora_A[ADAPTER] = Down(linear.in_features, self.rank, bias=False)
         layer.lora_B[ADAPTER] = Up(self.rank, linear.out_features, bias=False)
@@ -297,13 +297,6 @@ def _keep_names(layer: Any, linear: nn.Linear) -> None:
     del layer._modules["base_layer"]
     object.__setattr__(layer, "base_layer", linear)
     layer._parameters = linear._parameters
-
-
-def _plain(linear: nn.Linear) -> nn.Linear:
-    """A layer of the same tensors that computes `W x` alone."""
-    made = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-    made._parameters = linear._parameters
-    return made
 
 
 @functools.cache

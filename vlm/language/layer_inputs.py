@@ -190,10 +190,6 @@ class InformedLinear(nn.Linear):
         return self.inputs
 
 
-_BELOW = ("base_layer", "partial")
-"""Where an adapter's layer keeps what it lies over."""
-
-
 @contextmanager
 def informing(layer: nn.Module, inputs: LayerInputs | None) -> Iterator[None]:
     """Inside, the linear layers of a decoder layer know its inputs.
@@ -203,8 +199,8 @@ def informing(layer: nn.Module, inputs: LayerInputs | None) -> Iterator[None]:
     """
     if inputs is None:
         raise ValueError("a changed layer takes `layer_inputs`; in generation it is the cache that has them")
-    # an adapter's layer calls the one that it lies over, which is no child of it
-    called = (part for child in layer.modules() for part in (child, *(getattr(child, name, None) for name in _BELOW)))
+    # an adapter's layer calls the partial LoRA that it lies over, which is no child of it
+    called = (part for child in layer.modules() for part in (child, getattr(child, "partial", None)))
     linears: list[Any] = [part for part in called if hasattr(part, "inform")]
     for linear in linears:
         linear.inform(inputs)

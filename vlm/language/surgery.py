@@ -156,6 +156,13 @@ def refuse_changed(operations: Sequence[Surgery], source: object) -> None:
         )
 
 
+def plain(linear: nn.Linear) -> nn.Linear:
+    """A layer over the same tensors that computes `W x + b` alone."""
+    made = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+    made._parameters = linear._parameters
+    return made
+
+
 class Up(nn.Linear):
     """The second half of a low-rank path, float[..., rank] -> float[..., out]; zero, the identity, at the start."""
 

@@ -73,14 +73,6 @@ def is_routed(layer: nn.Module) -> bool:
     return isinstance(getattr(layer, "expert", None), nn.Module)
 
 
-def of_text(routed: Any) -> nn.Linear:
-    """The linear layer of text tokens by itself, over the same tensors."""
-    with torch.device("meta"):
-        plain = nn.Linear(routed.in_features, routed.out_features, bias=routed.bias is not None)
-    plain._parameters = routed._parameters
-    return plain
-
-
 @functools.cache
 def _routed(base: Any) -> type:
     class Routed(base):

@@ -1,5 +1,6 @@
 """Metrics of generated answers, as published. All are updated alike: `metric.update(answers, batch.samples)`."""
 
+from vlm.metrics.agents import ActionMatching, ElementAccuracy, StepSuccess
 from vlm.metrics.anls import ANLS
 from vlm.metrics.answers import Answers
 from vlm.metrics.base import AnswerMetric
@@ -23,11 +24,13 @@ __all__ = [
     "BLEU",
     "MME",
     "POPE",
+    "ActionMatching",
     "AnswerMetric",
     "Answers",
     "AreaUnderCurve",
     "CIDErD",
     "CircularAccuracy",
+    "ElementAccuracy",
     "ExactMatch",
     "GroundingAccuracy",
     "IVQAAccuracy",
@@ -37,6 +40,7 @@ __all__ = [
     "OCRBench",
     "QwenGQA",
     "RelaxedAccuracy",
+    "StepSuccess",
     "TDIUCAccuracy",
     "TextVQAAccuracy",
     "VQAAccuracy",

@@ -34,8 +34,8 @@ class GroundingAccuracy(MeanScore):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.form = _form("form", form)
-        self.reference_form = self.form if references is None else _form("references", references)
+        self.form = region_form("form", form)
+        self.reference_form = self.form if references is None else region_form("references", references)
         self.threshold = threshold
 
     def parse(self, text: str) -> list[Box]:
@@ -50,7 +50,8 @@ class GroundingAccuracy(MeanScore):
         return float(any(iou(box, target) >= self.threshold for box in found for target in wanted))
 
 
-def _form(key: str, form: str | RegionForm) -> RegionForm:
+def region_form(key: str, form: str | RegionForm) -> RegionForm:
+    """The form of that name; `key` is the argument, for messages."""
     if isinstance(form, RegionForm):
         return form
     if form not in REGION_FORMS:

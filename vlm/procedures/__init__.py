@@ -5,6 +5,7 @@ from importlib import import_module
 from vlm.errors import UserError
 
 PROCEDURES = {
+    "android-screens": ("android_screens", "images and episodes of Android in the Wild's records (CogAgent)"),
     "bootstrap": ("bootstrap", "a set of what a filter kept, and pairs of people (BLIP's CapFilt)"),
     "caption-images": ("caption_images", "captions of images, by samples or beams (BLIP, BLIP-2)"),
     "compose": ("compose", "illustrated articles (InternLM-XComposer and -XComposer2)"),
@@ -14,6 +15,7 @@ PROCEDURES = {
     "index-images": ("index_images", "an index of a folder's images, for `compose`"),
     "instruct": ("instruct", "instruction data written by a model (LLaVA, LLaVA-NeXT, MiniGPT-4, Mini-Gemini)"),
     "llava-captions": ("llava_captions", "captions as LLaVA's conversations of one turn"),
+    "mind2web-screens": ("mind2web_screens", "screenshots and tasks of Multimodal-Mind2Web's tables (CogAgent)"),
     "rank-captions": ("rank_captions", "the captions nearest to their image, by CLIP (BLIP-2)"),
 }
 """Name on the command line: module here that has `main(arguments)`, and what it makes."""

@@ -5,16 +5,19 @@ judged each for itself: of an image both may stay, one, or none (Li et al., 2022
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlm.errors import UserError
+import torch
+
+from vlm.errors import SampleError, UserError
 from vlm.options import OptionParser
 from vlm.procedures.scorers import fingerprint, judged_texts
 from vlm.procedures.shards import Pair, Shard, Text, Work, add_shard_options, read_rows, run_shards, shards_of
 from vlm.procedures.shards.rows import row_of
+from vlm.sample import Sample
 
 
 class FilterPairs(Work):
@@ -41,45 +44,46 @@ class FilterPairs(Work):
 
     def rows(self, shard: Shard, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
         written = read_rows(self.captions, shard, "caption-images") if self.captions is not None else {}
-        asked = [
-            (at, text)
-            for at, pair in enumerate(pairs)
-            for text in (*(Text(text, "web") for text in pair.texts), *written.get(pair.id, ()))
-        ]
-        judged: list[list[Text]] = [[] for _ in pairs]
-        for start in range(0, len(asked), len(pairs)):
-            part = asked[start : start + len(pairs)]
-            scores = self._scores([pairs[at] for at, _ in part], [text for _, text in part])
-            for (at, _), text in zip(part, scores, strict=True):
-                judged[at].append(text)
-        rows = [row_of(pair, texts) for pair, texts in zip(pairs, judged, strict=True)]
+        texts = [[*(Text(text, "web") for text in pair.texts), *written.get(pair.id, ())] for pair in pairs]
+        judged = self._judged(pairs, texts)
+        rows = [row_of(pair, own) for pair, own in zip(pairs, judged, strict=True)]
         return [
             row if pair.belongs is None else row | {"belongs": pair.belongs}
             for row, pair in zip(rows, pairs, strict=True)
         ]
 
-    def _scores(self, pairs: Sequence[Pair], texts: Sequence[Text]) -> list[Text]:
-        """The texts, each judged with its image."""
-        samples = [pair.sample(text.text) for pair, text in zip(pairs, texts, strict=True)]
-        faults = judged_texts(self.module, samples)
-        good = [sample for sample, fault in zip(samples, faults, strict=True) if fault is None]
-        scores = iter(self._match(good) if good else [])
-        judged = []
-        for text, fault in zip(texts, faults, strict=True):
-            if fault is not None:
-                judged.append(replace(text, judge=self.judge, kept=False, error=fault.reason))
-                continue
-            score = next(scores)
-            judged.append(replace(text, judge=self.judge, score=round(score, 6), kept=score >= self.threshold))
-        return judged
+    def _judged(self, pairs: Sequence[Pair], texts: Sequence[Sequence[Text]]) -> list[list[Text]]:
+        """The texts of each image, each of them judged with it; a text that the system does not take is not kept."""
+        faults = [
+            judged_texts(self.module, [pair.sample(text.text) for text in own])
+            for pair, own in zip(pairs, texts, strict=True)
+        ]
+        good = [
+            [text.text for text, fault in zip(own, wrong, strict=True) if fault is None]
+            for own, wrong in zip(texts, faults, strict=True)
+        ]
+        scores = iter(self._match([pair.sample(*own) for pair, own in zip(pairs, good, strict=True) if own]))
+        return [
+            [self._with_score(text, fault, scores) for text, fault in zip(own, wrong, strict=True)]
+            for own, wrong in zip(texts, faults, strict=True)
+        ]
 
-    def _match(self, samples: Sequence[Any]) -> list[float]:
+    def _with_score(self, text: Text, fault: SampleError | None, scores: Iterator[float]) -> Text:
+        if fault is not None:
+            return replace(text, judge=self.judge, kept=False, error=fault.reason)
+        score = next(scores)
+        return replace(text, judge=self.judge, score=round(score, 6), kept=score >= self.threshold)
+
+    def _match(self, samples: Sequence[Sample]) -> list[float]:
+        """How likely each text of the samples belongs to its image; an image is encoded once for all of its texts."""
+        if not samples:
+            return []
         found = self.module.embed(samples, batch_size=len(samples))
         if found.image_state is None or found.text_state is None:
             raise UserError(f"vlm run filter-pairs: {self.module.system} has no matching head; filter with another one")
-        scores: list[float] = self.module.match(
-            found.image_state[found.owner], found.text_state, probability=True
-        ).tolist()
+        pairs = zip(found.owner.split(len(samples)), found.text_state.split(len(samples)), strict=True)
+        parts = [self.module.match(found.image_state[owner], text, probability=True) for owner, text in pairs]
+        scores: list[float] = torch.cat(parts).tolist()
         return scores
 
     def count(self, rows: Sequence[Any]) -> dict[str, int]:

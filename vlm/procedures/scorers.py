@@ -75,8 +75,7 @@ class SystemScorer(nn.Module):
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """float32[N, D], normalised."""
         blank = ImageFile("blank", image=Image.new("RGB", (32, 32)))  # a sample has to have one
-        samples = [_showing(blank, text) for text in texts]
-        embedded = self.module.embed(samples, batch_size=len(texts))
+        embedded = self.module.embed(_showing(blank, *texts))
         return embedded.text.float()
 
 
@@ -132,6 +131,7 @@ def _is_clip(weights: str) -> bool:
         return False
 
 
-def _showing(image: ImageFile, text: str = ".") -> Sample:
-    messages = (Message("user", (ImagePart(),)), Message("assistant", (TextPart(text),)))
-    return Sample(image.name, messages, (image,))
+def _showing(image: ImageFile, *texts: str) -> Sample:
+    given = texts or (".",)  # a sample has to have one
+    messages = (Message("user", (ImagePart(),)), Message("assistant", (TextPart(given[0]),)))
+    return Sample(image.name, messages, (image,), answers=tuple((text, 1.0) for text in given))

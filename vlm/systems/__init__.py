@@ -4,6 +4,7 @@ from vlm.systems.blip2_qformer import BLIP2QFormer
 from vlm.systems.blip_caption import BLIPCaption
 from vlm.systems.blip_nlvr import BLIPNLVR
 from vlm.systems.blip_vqa import BLIPVQA
+from vlm.systems.cogagent import CogAgent
 from vlm.systems.cogvlm import CogVLM
 from vlm.systems.fuyu import Fuyu
 from vlm.systems.instructblip import InstructBLIP
@@ -28,6 +29,7 @@ __all__ = [
     "VILA",
     "BLIP2QFormer",
     "BLIPCaption",
+    "CogAgent",
     "CogVLM",
     "Fuyu",
     "InstructBLIP",

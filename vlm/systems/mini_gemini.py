@@ -4,7 +4,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vlm.batch import Batch
@@ -12,7 +11,7 @@ from vlm.connectors import PatchMining
 from vlm.connectors.mining import mine_views
 from vlm.errors import UserError
 from vlm.systems.row import STREAM
-from vlm.systems.spliced import SplicedDecoder
+from vlm.systems.spliced import SplicedDecoder, see
 from vlm.vision import TowerDescription, TowerFacts
 from vlm.vision.tiling import low_views
 
@@ -99,15 +98,8 @@ class MiniGemini(SplicedDecoder):
     def encode_images(self, batch: Batch) -> Tensor:
         pixels = batch.views[STREAM].pixels
         views = low_views(pixels, size=self.low.image_size, grid=self.grid, whole=self.whole)
-        low = _run(self.vision, views.flatten(0, 1)).unflatten(0, views.shape[:2])
-        high = _run(self.vision_high, pixels)
+        low = see(self.vision, views.flatten(0, 1)).unflatten(0, views.shape[:2])
+        high = see(self.vision_high, pixels)
         found = mine_views(self.mining, low, high, grid=self.grid)
         features = self.connector((low + found).flatten(1, 2))
         return features * features.new_tensor(features.shape[-1] ** 0.5) if self.scale_features else features
-
-
-def _run(tower: nn.Module, pixels: Tensor) -> Tensor:
-    """float[V, P, D], without a graph where the tower is frozen."""
-    parameters = list(tower.parameters())
-    with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
-        return tower(pixels.to(parameters[0].dtype))

@@ -11,7 +11,7 @@ from vlm.batch import IGNORE, Batch, TokenSequence
 from vlm.connectors import QFormer
 from vlm.prompts.tokenizer import Tokenizer
 from vlm.systems.row import STREAM
-from vlm.systems.spliced import SplicedDecoder
+from vlm.systems.spliced import SplicedDecoder, see
 
 READ = "qformer"
 """The row of what the Q-Former reads: a text for each image, in their order."""
@@ -59,9 +59,7 @@ class QueriedDecoder(SplicedDecoder):
         return self.vision, *queries, self.connector
 
     def encode_images(self, batch: Batch) -> Tensor:
-        pixels = batch.views[STREAM].pixels
-        with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())):
-            features = self.vision(pixels.to(next(self.vision.parameters()).dtype))  # [V, P, C]
+        features = see(self.vision, batch.views[STREAM].pixels)  # [V, P, C]
         return self.connector(self.look(features, batch))  # [V, Q, D]
 
     def look(self, features: Tensor, batch: Batch) -> Tensor:

@@ -156,10 +156,11 @@ class SplicedDecoder(RowDecoder):
         return self.vision, self.connector
 
     def encode_images(self, batch: Batch) -> Tensor:
-        return self.connector(self.see(batch))
+        return self.connector(see(self.vision, batch.views[STREAM].pixels))
 
-    def see(self, batch: Batch) -> Tensor:
-        """float[V, P, D] features of the tower."""
-        pixels = batch.views[STREAM].pixels
-        with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())):
-            return self.vision(pixels.to(next(self.vision.parameters()).dtype))
+
+def see(tower: nn.Module, pixels: Tensor) -> Tensor:
+    """float[V, P, C] features of views, without a graph where the tower is frozen."""
+    parameters = list(tower.parameters())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
+        return tower(pixels.to(parameters[0].dtype))

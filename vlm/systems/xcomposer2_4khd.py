@@ -18,7 +18,7 @@ from vlm.geometry import Placement, View
 from vlm.sample import Sample
 from vlm.seeding import seed_from
 from vlm.systems.row import STREAM
-from vlm.systems.spliced import SplicedCodec
+from vlm.systems.spliced import SplicedCodec, see
 from vlm.systems.xcomposer2 import XComposer2
 from vlm.vision.hd import ROW_END, SEPARATOR, HDTiles
 from vlm.vision.preprocess import normalize
@@ -153,7 +153,7 @@ class XComposer2HD4K(XComposer2):
         return (*super().image_modules(), self.separators)
 
     def encode_images(self, batch: Batch) -> Tensor:
-        return JoinNeighbours(by_rows=True)(self.see(batch))
+        return JoinNeighbours(by_rows=True)(see(self.vision, batch.views[STREAM].pixels))
 
     def arrange_features(self, features: Tensor, layout: Tensor | None) -> Tensor:
         # the connector sees each separator once, not at the end of every row

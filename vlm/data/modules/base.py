@@ -154,8 +154,9 @@ class VisionLanguageData(L.LightningDataModule):
                 flush=True,
             )
 
-        if stage in ("fit", "validate"):
-            for note in (note for source in (*self.sources, *self.val_sources) for note in source.notes()):
+        shown = {"test": self.test_sources, "predict": ()}.get(stage, (*self.sources, *self.val_sources))
+        for source in shown:
+            for note in source.notes():
                 rank_zero_only(print)(note, flush=True)
 
     def micro_batches(

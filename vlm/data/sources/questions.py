@@ -81,18 +81,27 @@ class DocVQA(ObjectSource):
     Args:
         path: `train_v1.0.json` or any file of its form; InfographicVQA's are (`image_key: image_local_name`).
         image_key: of the file name.
+        id_key: of the number of a question; Scene Text VQA's files are of this form too (`id_key: question_id,
+            image_key: file_path`).
         request: as in `VQAv2Training`.
         **keywords: `image_root`, `name`, `max_pixels` as in `JsonSource`.
     """
 
     task = "document"
 
-    def __init__(self, path: str | Path, image_key: str = "image", request: str = SHORT, **keywords: Any) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        image_key: str = "image",
+        id_key: str = "questionId",
+        request: str = SHORT,
+        **keywords: Any,
+    ) -> None:
         super().__init__(path, **keywords)
-        self.image_key, self.request = image_key, request
+        self.image_key, self.id_key, self.request = image_key, id_key, request
 
     def records(self) -> Iterator[Record]:
-        for identity, entry in by_unique(self.path, read_list(self.path, "data"), "questionId").items():
+        for identity, entry in by_unique(self.path, read_list(self.path, "data"), self.id_key).items():
             yield {**entry, "id": str(identity)}
 
     def chat(self, fields: Fields) -> dict[str, Any]:

@@ -38,11 +38,12 @@ class Pair:
     texts: tuple[str, ...] = ()
     belongs: bool | None = None
 
-    def sample(self, text: str | None = None, *, prompt: str = "") -> Sample:
-        """The image as a system is asked about it, or with one text that is compared with it."""
+    def sample(self, *texts: str, prompt: str = "") -> Sample:
+        """The image as a system is asked about it, or with the texts that are compared with it."""
         asked = Message("user", (ImagePart(), *([TextPart(prompt)] if prompt else [])))
-        said = () if text is None else (Message("assistant", (TextPart(text),)),)
-        return Sample(self.id, (asked, *said), (self.image,), source=self.source, task="caption")
+        said = tuple(Message("assistant", (TextPart(text),)) for text in texts[:1])
+        answers = tuple((text, 1.0) for text in texts)
+        return Sample(self.id, (asked, *said), (self.image,), source=self.source, task="caption", answers=answers)
 
 
 @dataclass(frozen=True)
