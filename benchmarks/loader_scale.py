@@ -93,8 +93,8 @@ def main() -> None:
         "",
         f"`python -m benchmarks.loader_scale`: {options.samples} samples of a rank in each step, on "
         f"{platform.machine()}, Python {platform.python_version()}, torch {version('torch')}.",
-        "The other ranks are simulated and tell what they would tell; the network is left out. In the fourth column every",
-        "rank encodes all of the step, as a rank does that has nobody to ask.",
+        "The other ranks are simulated and tell what they would tell; the network is left out.",
+        "In the fourth column every rank encodes all of the step, as a rank does that has nobody to ask.",
         "",
         "| ranks | samples/s of one rank | of one rank alone | encodes everything, samples/s | peak memory, MiB |",
         "|---|---|---|---|---|",
