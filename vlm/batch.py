@@ -168,6 +168,8 @@ class Views:
         layout: int64[K], which feature each image token shows, counted over the features of all views; the numbers
             behind the last feature stand for what the system puts between them (a newline). None: every feature in
             order.
+        cu_seqlens: int32[S + 1], where the features of each sequence start, of a stream that layers look at.
+        max_len: most of these features of a sequence, a plain int.
     """
 
     pixels: Tensor
@@ -176,6 +178,8 @@ class Views:
     grid: tuple[tuple[int, int], ...]
     size: tuple[tuple[int, int], ...]
     layout: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    max_len: int = 0
 
     @classmethod
     def blank(cls, height: int, width: int, *, device: torch.device | str) -> "Views":

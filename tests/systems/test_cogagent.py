@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,9 @@ def test_the_whole_model_equals_the_official_numbers(tmp_path: Path) -> None:
         name: Views(tensors[f"inputs/{theirs}"], of, of, ((1, 1),) * 2, ((24, 24),) * 2)
         for name, theirs in (("image", "image"), ("high", "cross_image"))
     }
+    fine = size["c_grid"] ** 2
+    bounds = torch.tensor([0, fine, 2 * fine], dtype=torch.int32)
+    views["high"] = replace(views["high"], cu_seqlens=bounds, max_len=fine)
     batch = Batch(text=row, rows={}, views=views, samples=(), counts={"images": 2.0})
 
     rope = module.vision_high.trunk.rope.get_embed()
@@ -94,7 +98,9 @@ def test_the_whole_model_equals_the_official_numbers(tmp_path: Path) -> None:
     torch.testing.assert_close(cos, tensors["outputs/rope_cos"], **NEAR)
     torch.testing.assert_close(sin, tensors["outputs/rope_sin"], **NEAR)
     # 3.8e-6 seen; with the last block, or positions 0, 1, 2, ... of the rotations, about 5
-    torch.testing.assert_close(module.fine_features(batch), tensors["outputs/cross_features"].flatten(0, 1), **NEAR)
+    torch.testing.assert_close(
+        module.fine_context(batch).features, tensors["outputs/cross_features"].flatten(0, 1), **NEAR
+    )
     torch.testing.assert_close(module.image_features(batch), tensors["outputs/image_features"].flatten(0, 1), **NEAR)
     torch.testing.assert_close(module.embed_row(batch), tensors["outputs/inputs_embeds"][real], **NEAR)
     logits = module.label_logits(batch)[:, : size["vocab"]]

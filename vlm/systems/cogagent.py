@@ -1,5 +1,7 @@
 """CogAgent: A Visual Language Model for GUI Agents (Hong et al., 2023)."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.batch import Batch, Views
-from vlm.codec import ViewStream
+from vlm.codec import Encoded, ViewStream
 from vlm.functional import zero_from
 from vlm.language import CrossAttention
 from vlm.language.layer_inputs import Context, LayerInputs
@@ -27,14 +29,25 @@ class CogAgentCodec(CogVLMCodec):
 
     Args:
         high: makes the fine view.
+        fine: how many features are made of it.
     """
 
-    def __init__(self, *, high: ImageTransform, **arguments: Any) -> None:
+    def __init__(self, *, high: ImageTransform, fine: int, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.high = high
+        self.fine = fine
 
     def streams(self, sample: Sample, *, seed: int | None = None) -> dict[str, ViewStream]:
         return super().streams(sample, seed=seed) | {HIGH: ViewStream(self.high)}
+
+    def collate(self, items: Sequence[Encoded], *, counts: Mapping[str, float], packs: int = 1) -> Batch:
+        batch = super().collate(items, counts=counts, packs=packs)
+        if HIGH not in batch.views:
+            return batch
+        lengths = [len(text.slots[STREAM]) // self.tower.num_tokens * self.fine for item in items for text in item.text]
+        bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        high = replace(batch.views[HIGH], cu_seqlens=bounds, max_len=max(lengths))
+        return replace(batch, views={**batch.views, HIGH: high})
 
 
 class Places(nn.Module):
@@ -92,7 +105,7 @@ class CogAgent(CogVLM):
 
     def make_codec(self) -> CogAgentCodec:
         high = ImageTransform(size=self.high.image_size, mode=self.arguments["image"])
-        return CogAgentCodec(high=high, **self.codec_arguments())
+        return CogAgentCodec(high=high, fine=self.high.num_tokens, **self.codec_arguments())
 
     def build_parts(self) -> dict[str, nn.Module]:
         parts = super().build_parts()
@@ -110,24 +123,20 @@ class CogAgent(CogVLM):
         return self.connector(see(self.vision, batch.views[STREAM].pixels) + self.places.low)
 
     def layer_inputs(self, batch: Batch) -> LayerInputs:
-        row = batch.text
-        slots = row.slots[STREAM].view(-1, self.codec.tower.num_tokens)
-        of_image = torch.searchsorted(row.cu_seqlens[1:].to(torch.int64), slots[:, 0].contiguous(), right=True)
-        images = torch.zeros_like(row.cu_seqlens)  # int32[S + 1], of the sequence before each bound
-        images = images.index_add(0, of_image + 1, torch.ones_like(of_image, dtype=images.dtype))
-        bounds = (images.cumsum(0) * self.high.num_tokens).to(torch.int32)
-        features = self.fine_features(batch)
-        return LayerInputs.of(row, Context(features, bounds, max_len=len(features)))
+        return LayerInputs.of(batch.text, self.fine_context(batch))
 
-    def fine_features(self, batch: Batch) -> Tensor:
-        """float[I * P, C] of all images of a pack, in the order of the row."""
-        if HIGH in batch.views:
-            return self._look(batch.views[HIGH].pixels)
-        device = batch.text.ids.device
+    def fine_context(self, batch: Batch) -> Context:
+        """The features of the fine views, each sequence's own."""
+        row, device = batch.text, batch.text.ids.device
+        if (views := batch.views.get(HIGH)) is not None:
+            assert views.cu_seqlens is not None
+            return Context(self._look(views.pixels), views.cu_seqlens, views.max_len)
+        features = torch.zeros(0, self.high.dim, device=device)
         if batch.counts.get("images"):  # on another rank: see `empty_features`
-            return self._look(Views.blank(*self.view_sizes[HIGH], device=device).pixels)[:0]
-        nothing = torch.zeros(0, self.high.dim, device=device)
-        return nothing + zero_from(self.vision_high.parameters()) if torch.is_grad_enabled() else nothing
+            features = self._look(Views.blank(*self.view_sizes[HIGH], device=device).pixels)[:0]
+        elif torch.is_grad_enabled():
+            features = features + zero_from(self.vision_high.parameters())
+        return Context(features, torch.zeros_like(row.cu_seqlens), max_len=0)
 
     def _look(self, pixels: Tensor) -> Tensor:
         """float[V, 3, H, W] -> float[V * P, C]."""
