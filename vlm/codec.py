@@ -3,13 +3,14 @@
 Every system makes its `Codec` once (`make_codec`), from configuration alone: no weights, no GPU, picklable. Data
 modules, loader workers, the planner, `predict` and the model's own count check all ask the same object.
 
-`encode` is cheap: it renders and tokenizes but decodes no image, so every rank can encode the whole step to know its
-true token counts. `collate` decodes the images of one pack.
+`encode` is cheap: it renders and tokenizes but decodes no image, so a step can be encoded to know its true token counts
+before it is dealt. `collate` decodes the images of one pack.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -51,9 +52,27 @@ class Encoded:
         sequences = [*self.text, *(s for row in self.rows.values() for s in row)]
         return sum(len(sequence.ids) for sequence in sequences)
 
+    @property
+    def size(self) -> "Size":
+        return Size(self.num_tokens, len(self.sample.images), self.counts)
+
     def info(self) -> SampleInfo:
         s = self.sample
         return SampleInfo(s.id, s.source, s.task, s.group, s.answers, s.choices, self.filler)
+
+
+class Size(NamedTuple):
+    """What the step that a sample falls into has to know of it.
+
+    Attributes:
+        tokens: `Encoded.num_tokens`.
+        images: how many.
+        counts: `Encoded.counts`.
+    """
+
+    tokens: int
+    images: int
+    counts: Mapping[str, float]
 
 
 class Codec(ABC):
@@ -191,14 +210,17 @@ def read_views(
     }
 
 
-def step_counts(items: Sequence[Encoded]) -> dict[str, float]:
+def step_counts(items: Iterable[Encoded]) -> dict[str, float]:
     """Denominators of a step: the sum over its samples, plus how many samples and images there are."""
+    return sum_counts(item.size for item in items if not item.filler)
+
+
+def sum_counts(sizes: Iterable[Size]) -> dict[str, float]:
+    """`step_counts` of samples that are known by their sizes; in this order, for sums of floats."""
     counts: dict[str, float] = {"samples": 0.0, "images": 0.0}
-    for item in items:
-        if item.filler:
-            continue
+    for size in sizes:
         counts["samples"] += 1
-        counts["images"] += len(item.sample.images)
-        for name, value in item.counts.items():
+        counts["images"] += size.images
+        for name, value in size.counts.items():
             counts[name] = counts.get(name, 0.0) + value
     return counts

@@ -282,7 +282,8 @@ def test_screens_say_what_they_show(tmp_path: Path) -> None:
         assert new.cell < COLUMNS * ROWS
         ground, refer, agent = (asked[at + place] for place in range(3))
         [box] = [part for part in ground.messages[-1].content if isinstance(part, RegionPart)]
-        assert tuple(value for point in box.points for value in point) == new.box
+        assert [round(x * screen.width) for x, _ in box.points] == [*new.box[::2]]
+        assert [round(y * screen.height) for _, y in box.points] == [*new.box[1::2]]
         picture = ground.images[0].read(ground).crop(new.box)
         assert len(picture.getcolors(1 << 16)) > 4, "something is drawn there"
         assert told(refer) == new.html == refer.answers[0][0]

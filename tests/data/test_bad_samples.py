@@ -115,17 +115,20 @@ def test_a_filler_of_a_bad_sample_goes_with_it() -> None:
 # ranks --------------------------------------------------------------------------------------------------------------
 
 
+FLAKY = {"s1", "s2", "s3", "s4", "s6", "s7"}
+
+
 class FlakyCodec(PictureCodec):
-    """Rank 1 alone cannot read the text of sample s3, as on a machine that lacks a file."""
+    """Rank 1 cannot read the text of some samples, as on a machine that lacks files; it may never meet them."""
 
     def encode(self, sample, *, seed=None, generate=False):
-        if sample.id == "s3" and distributed.get_rank() == 1:
+        if sample.id in FLAKY and distributed.get_rank() == 1:
             raise sample.error("is not on this machine")
         return super().encode(sample, seed=seed, generate=generate)
 
 
 def _shared(codec: Any) -> tuple[list, list]:
-    mine = data(max_bad_samples=4)
+    mine = data(max_bad_samples=9)
     world, rank = distributed.get_world_size(), distributed.get_rank()
     loader = mine.train_loader(codec, world=world, rank=rank, gather=gather_over_ranks())
     return all_steps(loader), loader.left_out
@@ -141,10 +144,12 @@ def test_all_ranks_leave_out_what_one_of_them_cannot_read() -> None:
     results = run_ranks(_shared, 2, FlakyCodec())
     first, second = (left_out for _, left_out in results)
     assert first == second
-    assert {entry.id for entry in first} == {*BAD.values(), "s3"}
+    met = {entry.id for entry in first} - {*BAD.values()}
+    assert met
+    assert met <= FLAKY
     for at in range(len(expected)):
         together = [pack for steps, _ in results for pack in steps[at]]
-        assert ids(together) == [name for name in ids(expected[at]) if name != "s3"]
+        assert ids(together) == [name for name in ids(expected[at]) if name not in met]
         assert len({str(pack[2]) for pack in together}) == 1
     with pytest.raises(AssertionError, match="agree on what is left out"):
         data().train_loader(PictureCodec(), world=2)

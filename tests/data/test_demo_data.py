@@ -1,6 +1,7 @@
 """The embedded data: the same bytes every time, true statements, and held-out sets of new compositions."""
 
 import hashlib
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -15,20 +16,26 @@ from transformers import (
     BertForMaskedLM,
     BertTokenizer,
     GPT2Tokenizer,
+    LlamaForCausalLM,
     OPTForCausalLM,
     T5ForConditionalGeneration,
     T5Tokenizer,
 )
 
+from vlm.checkpoints.artefact import read_artefact
 from vlm.data import LlavaJson
 from vlm.demo import write_demo_data
-from vlm.demo.backbones import TOWERS, train_tokenizer
+from vlm.demo.backbones import train_tokenizer
+from vlm.demo.internlm2 import GROUPS, MARKS
+from vlm.demo.looking import new_qformer
 from vlm.demo.scenes import COLORS, SPLITS, make_scene, split_of
 from vlm.demo.sprites import NOUNS, WORDS, sprite, word_mask
 from vlm.demo.tasks import LANGUAGES, TASKS, caption, padded_box, questions
 from vlm.demo.texts import PROMPTS
-from vlm.demo.tower import padded_place, patch_labels
+from vlm.demo.tower import padded_place, patch_labels, screen
+from vlm.demo.towers import TOWERS
 from vlm.errors import UserError
+from vlm.prompts import LlamaTokenizer
 from vlm.vision import TimmTower
 from vlm.vision.preprocess import ImageTransform
 
@@ -179,27 +186,60 @@ def test_the_shipped_tokenizer_is_what_the_command_makes() -> None:
 
 PARTS = ("bert", "eva", "blip_vit", "opt", "t5")
 """What the systems around BLIP begin with."""
+LATER = ("eva02_e", "eva02_l", "internlm2")
+"""What CogVLM, CogAgent and XComposer2 begin with."""
 
 
-def test_the_small_parts_around_blip_open_as_published_ones_do() -> None:
-    files = [file for part in PARTS for file in (ASSETS / part).iterdir()]
-    assert sum(file.stat().st_size for file in files) < 6e6
+def test_the_small_parts_open_as_published_ones_do() -> None:
+    for parts, limit in ((PARTS, 6e6), (LATER, 4e6)):
+        files = [file for part in parts for file in (ASSETS / part).iterdir()]
+        assert sum(file.stat().st_size for file in files) < limit
     for kind, part in (
         (BertForMaskedLM, "bert"),
         (OPTForCausalLM, "opt"),
         (T5ForConditionalGeneration, "t5"),
+        (LlamaForCausalLM, "internlm2"),
     ):
         network, report = kind.from_pretrained(ASSETS / part, output_loading_info=True)
         assert not report["missing_keys"] | report["unexpected_keys"]
         assert network.config.vocab_size == network.get_input_embeddings().weight.shape[0]
     towers = {
-        "eva": {"layer": -2},
-        "blip_vit": {"layer": -1, "final_norm": True},
+        "eva": {"layer": -2, "class_token": True},
+        "blip_vit": {"layer": -1, "class_token": True, "final_norm": True},
+        "eva02_e": {"layer": -2},
+        "eva02_l": {"layer": -2},
     }
     for part, how in towers.items():
-        description = TimmTower(TOWERS[part].architecture, options=TOWERS[part].options, class_token=True, **how)
-        tower = description.build()
+        tower = TimmTower(TOWERS[part].architecture, options=TOWERS[part].options, **how).build()
         assert {f"trunk.{name}" for name in load_file(ASSETS / part / "model.safetensors")} == {*tower.state_dict()}
+
+
+def test_the_small_internlm2_has_grouped_queries_and_the_marks_of_its_turns() -> None:
+    config = json.loads((ASSETS / "internlm2/config.json").read_text())
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (4, GROUPS)
+    tokenizer = LlamaTokenizer(str(ASSETS / "internlm2"), added_tokens=MARKS)
+    assert [tokenizer.token_id(mark) for mark in MARKS] == [1200, 1201]
+    assert len(tokenizer) == config["vocab_size"] == 1202, "the model has the marks itself"
+
+
+def test_the_small_qformer_has_what_looks_and_nothing_that_reads() -> None:
+    module = new_qformer(bert=ASSETS / "bert", eva=ASSETS / "eva", options=TOWERS["eva"].options)
+    shipped = read_artefact(ASSETS / "qformer/artefact")
+    assert set(shipped.meta["tensors"]) == module.trained_names()
+    assert not [
+        name for name in shipped.meta["tensors"] if re.search(r"words|positions|\.mlp\.|\.attention\.|head", name)
+    ]
+    assert module.qformer.queries.shape[1] == 2 * 4 * 4, "a colour and a name of each place"
+
+
+def test_a_screen_says_what_lies_where() -> None:
+    for index in range(8):
+        image, placed = screen(Random(index), 224)
+        labels = patch_labels(placed, grid=16).unflatten(0, (16, 16))
+        for row, column in (labels[..., 1] >= 0).nonzero().tolist():
+            color, box = list(COLORS)[int(labels[row, column, 1])], labels[row, column, 3:]
+            edge = (box[0] + 0.06 * (box[2] - box[0])).item(), ((box[1] + box[3]) / 2).item()
+            assert image.getpixel((int(224 * edge[0]), int(224 * edge[1]))) == pytest.approx(COLORS[color], abs=40)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import distributed
 
 from tests.support.fake_codec import ByteCodec, ListSource, answer, sample, samples
+from tests.support.ranks import run_ranks
 from vlm.batch import IGNORE
 from vlm.codec import step_counts
 from vlm.data import BatchSpec, InstructionData, MultitaskData, PretrainingData
 from vlm.data.loading.encoder import Encoder
-from vlm.data.sampling.packs import Packing, as_filler, check_packs, balance_packs, add_fillers
+from vlm.data.loading.rank_gather import gather_over_ranks
+from vlm.data.sampling.packs import Packing, Seat, as_filler, balance_packs, check_packs, deal_seats
 from vlm.data.sources.base import Concat
 from vlm.data.sampling.batches import batch_draws
 from vlm.data.loading.shared_memory import from_shared, to_shared
@@ -119,12 +122,14 @@ def test_a_pack_over_the_limit_says_what_to_set():
 
 def test_a_filler_trains_nothing_and_counts_nothing():
     items = [CODEC.encode(sample(str(n), n, image=True)) for n in (9, 3, 5)]
-    filled = add_fillers([[items[0], items[2]], [items[1]], [], []])
-    assert [[item.filler for item in pack] for pack in filled] == [[False] * 2, [False], [True], [True]]
-    assert {pack[0].sample.id for pack in filled[2:]} == {"3"}  # the shortest costs least
-    assert (filled[2][0].text[0].targets == IGNORE).all()
+    tokens = {draw: item.num_tokens for draw, item in enumerate(items)}
+    dealt = deal_seats([0, 1, 2], tokens, Packing(), world=2, accumulate=2, training=True)
+    assert sorted(seat for pack in dealt for seat in pack if not seat.filler) == [Seat(0), Seat(1), Seat(2)]
+    assert [pack for pack in dealt if pack[0].filler] == [[Seat(1, filler=True)]]  # the shortest costs least
+    filler = as_filler(items[1])
+    assert (filler.text[0].targets == IGNORE).all()
     assert (items[1].text[0].targets != IGNORE).any()
-    assert step_counts([item for pack in filled for item in pack]) == step_counts(items)
+    assert step_counts([*items, filler]) == step_counts(items)
     pack = CODEC.collate([items[0], as_filler(items[0])], counts={})
     assert len(pack.text.label_positions) == int((items[0].text[0].targets != IGNORE).sum())
     assert pack.real.tolist() == [True, False]
@@ -246,14 +251,68 @@ def test_settings_that_cannot_work_are_refused(build, message):
 # workers ------------------------------------------------------------------------------------------------------------
 
 
-def test_workers_deliver_the_same_and_leave_the_global_generator_alone():
+@pytest.mark.parametrize("world", [1, 2])  # alone, the packs of a step come one by one
+def test_workers_deliver_the_same_and_leave_the_global_generator_alone(world):
     state = torch.get_rng_state()
     data = make(40, num_workers=2)
-    with_workers = data.train_loader(CODEC, world=2, rank=1, accumulate=2)
-    without = make(40).train_loader(CODEC, world=2, rank=1, accumulate=2)
+    with_workers = data.train_loader(CODEC, world=world, rank=world - 1, accumulate=2)
+    without = make(40).train_loader(CODEC, world=world, rank=world - 1, accumulate=2)
     for epoch in (0, 1, 3):  # the same workers serve all of them
         assert all(same(a, b) for a, b in zip(epoch_of(with_workers, epoch), epoch_of(without, epoch), strict=True))
     assert torch.equal(state, torch.get_rng_state())
+
+
+class Counting(ByteCodec):
+    """Counts what it encodes."""
+
+    encoded = 0
+
+    def encode(self, sample, *, seed=None, generate=False):
+        self.encoded += 1
+        return super().encode(sample, seed=seed, generate=generate)
+
+
+def _shared(data, accumulate):
+    """Two epochs of this rank, how much it encoded for them, and the validation of a few samples."""
+    world, rank = distributed.get_world_size(), distributed.get_rank()
+    codec, ranks = Counting(), {"world": world, "rank": rank, "gather": gather_over_ranks()}
+    loader = data.train_loader(codec, accumulate=accumulate, **ranks)
+    epochs = [epoch_of(loader, epoch) for epoch in (0, 1)]
+    encoded = codec.encoded
+    validation = list(data.eval_loader(samples(11), codec, **ranks))
+    return epochs, encoded, validation
+
+
+@pytest.mark.parametrize("batch", [{}, {"packs": 4, "negatives": "pack"}], ids=["balanced", "in order"])
+def test_ranks_that_tell_each_other_sizes_have_the_same_packs(batch):
+    """As a rank that encodes all of the step itself, and each encodes a share: once to measure it, once to read it."""
+    data = InstructionData([samples(40)], batch=BatchSpec(16, **batch))
+    every = sum(len(step) for step in data.steps(0, encoder=Encoder(data.samples, CODEC)))
+    for rank, (epochs, encoded, validation) in enumerate(run_ranks(_shared, 2, data, 2)):
+        alone = data.train_loader(CODEC, world=2, rank=rank, accumulate=2)
+        for epoch, packs in enumerate(epochs):
+            assert all(same(a, b) for a, b in zip(packs, epoch_of(alone, epoch), strict=True))
+        judged = data.eval_loader(samples(11), CODEC, world=2, rank=rank)
+        assert all(same(a, b) for a, b in zip(validation, judged, strict=True))
+        assert encoded <= 2 * (every + len(packs))  # both epochs, with fillers
+
+
+def _error_of(data):
+    world, rank = distributed.get_world_size(), distributed.get_rank()
+    with pytest.raises(UserError) as raised:
+        list(data.train_loader(CODEC, world=world, rank=rank, gather=gather_over_ranks()))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("what", ["limit", "sample"])
+def test_every_rank_raises_what_one_of_them_found(what):
+    listed = samples(16)
+    if what == "sample":
+        listed.samples[5] = sample("unusable5", 9)
+    data = InstructionData([listed], batch=BatchSpec(16), max_tokens=100 if what == "limit" else None)
+    errors = run_ranks(_error_of, 2, data)
+    assert len(set(errors)) == 1
+    assert ("accumulate_grad_batches" if what == "limit" else "unusable5") in errors[0]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -224,7 +224,9 @@ def _questions(name: str, screen: Screen, split: Split, seed: int) -> Iterator[d
 
 def _asked(name: str, screen: Screen, element: Element, task: str, random: Random) -> dict[str, Any]:
     """A question about an element and its answer, in which a box is a place in the image; `answers` has it as text."""
-    place: dict[str, Any] = {"type": "box", "box": list(element.box), "unit": "pixel"}
+    sides = 2 * (screen.width, screen.height)
+    shares = [round(value / side, 9) for value, side in zip(element.box, sides, strict=True)]
+    place: dict[str, Any] = {"type": "box", "box": shares}  # no pixels: a question may be asked about another screen
     if task == "ground":
         asking, answer = [_text(f"\n{GROUND} {element.html}")], [place]
     elif task == "refer":
@@ -234,8 +236,7 @@ def _asked(name: str, screen: Screen, element: Element, task: str, random: Rando
         wish, operation = (words.format(element.text, value) for words in _TASKS[element.kind])
         asking = [_text(f"\n{REQUEST.format(wish)}")]
         answer = [_text(f"Grounded Operation:[{element.kind}] {element.text} -> {operation} at the box "), place]
-    shares = [value / side for value, side in zip(element.box, 2 * (screen.width, screen.height), strict=True)]
-    written = "[" + ", ".join(f"{share:.6f}" for share in shares) + "]"
+    written = "[" + ", ".join(f"{share:.9f}" for share in shares) + "]"
     text = "".join(part.get("text", written) for part in answer)
     return {
         "id": f"{name}_{task}",

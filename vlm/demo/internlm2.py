@@ -19,7 +19,7 @@ MARKS = ("[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]")
 """End and begin of a turn, in the order of their published ids."""
 GROUPS = 2
 FEED_FORWARD = 192
-STEPS = 400
+STEPS = 250
 
 
 def write_tokenizer(folder: Path, *, llama: Path) -> None:

@@ -80,7 +80,7 @@ class _Readers(nn.Module):
         return loss.sum(), torch.stack(right).detach()
 
 
-def train_queries(module: BLIP2QFormer, *, steps: int = STEPS) -> Iterator[str]:
+def train_queries(module: Any, *, steps: int = STEPS) -> Iterator[str]:
     """Trains what the stage of the system trains, in place.
 
     Yields:

@@ -171,7 +171,8 @@ class MedSearch(PreTrainedModel, GenerationMixin):
     """A writer as transformers' search wants a model: an encoder-decoder whose encoder has run already.
 
     The score of a beam is divided by the length of the whole text, the prompt counted and the end token not: so did
-    transformers when BLIP was published. Today's would count what follows the prompt, and choose longer captions.
+    transformers when BLIP was published. Today's would count what follows the prompt, and choose longer captions. What
+    a prompt is padded with never counts.
     """
 
     config_class = BertConfig
@@ -179,6 +180,7 @@ class MedSearch(PreTrainedModel, GenerationMixin):
     def __init__(self, writer: Writer, *, end_id: int) -> None:
         super().__init__(BertConfig(vocab_size=writer.embeddings.words.num_embeddings, is_encoder_decoder=True))
         self.writer = writer
+        self.num_padded = torch.zeros(0, dtype=torch.int64)
         self.end_id = end_id
 
     def forward(
@@ -193,6 +195,8 @@ class MedSearch(PreTrainedModel, GenerationMixin):
     ) -> Seq2SeqLMOutput:
         """One step; `attention_mask` is that of the features."""
         assert encoder_outputs.last_hidden_state is not None
+        if not past_key_values.get_seq_length():
+            self.num_padded = (decoder_attention_mask == 0).sum(1)  # [B * beams]
         logits = self.writer.step(
             decoder_input_ids,
             decoder_attention_mask.bool(),
@@ -205,11 +209,15 @@ class MedSearch(PreTrainedModel, GenerationMixin):
     def _update_finished_beams(self, **beams: Any) -> Any:  # type: ignore[override]
         length, power = beams["cur_len"], beams["length_penalty"]
         last = beams["topk_running_sequences"][:, :, length]
-        whole = length + (last != self.end_id).to(torch.float32)
+        whole = length - self._padded(len(last)) + (last != self.end_id).to(torch.float32)
         answer = length + 1 - beams["decoder_prompt_len"]  # what it will be divided by
         beams["topk_log_probs"] = beams["topk_log_probs"] * (answer / whole) ** power
         return super()._update_finished_beams(**beams)
 
-    @staticmethod
-    def _check_early_stop_heuristic(**beams: Any) -> Any:  # type: ignore[override]
-        return GenerationMixin._check_early_stop_heuristic(**(beams | {"decoder_prompt_len": 1}))
+    def _check_early_stop_heuristic(self, **beams: Any) -> Any:  # type: ignore[override]
+        start = 1 + self._padded(len(beams["beam_scores"]))
+        return GenerationMixin._check_early_stop_heuristic(**(beams | {"decoder_prompt_len": start}))
+
+    def _padded(self, count: int) -> Tensor:
+        """int64[B, 1], how many tokens each of `count` prompts is padded with."""
+        return self.num_padded.view(count, -1)[:, :1]

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vlm.data.loading.encoder import Encoder
+from vlm.data.loading.rank_gather import Gather
 from vlm.data.loading.workers import worker_context
 from vlm.errors import SampleError, UserError
 
@@ -41,16 +42,42 @@ class _Chunks(Dataset):
 
 
 def draw_lengths(
-    encoder: Encoder, draws: Sequence[int], *, epoch: int, num_workers: int = 0, tolerant: bool = False
+    encoder: Encoder,
+    draws: Sequence[int],
+    *,
+    epoch: int,
+    num_workers: int = 0,
+    tolerant: bool = False,
+    world: int = 1,
+    rank: int = 0,
+    gather: Gather | None = None,
 ) -> list[int]:
     """Tokens of each draw, true for this epoch: a caption pick or a prefix split can change them.
 
     Args:
         tolerant: a sample that cannot be encoded has length 0.
+        world: ranks that measure a share each and tell each other by `gather`; `rank` is this one.
 
     Raises:
         UserError: that of the first sample that cannot be encoded.
     """
+    if gather is None:
+        return _measured(encoder, draws, epoch=epoch, num_workers=num_workers, tolerant=tolerant)
+    own: list[int] | UserError
+    try:
+        own = _measured(encoder, draws[rank::world], epoch=epoch, num_workers=num_workers, tolerant=tolerant)
+    except UserError as error:
+        own = error
+    lengths = np.zeros(len(draws), dtype=np.int64)
+    for other, told in enumerate(gather(own)):
+        if isinstance(told, UserError):
+            raise told
+        lengths[other::world] = told
+    return lengths.tolist()
+
+
+def _measured(encoder: Encoder, draws: Sequence[int], *, epoch: int, num_workers: int, tolerant: bool) -> list[int]:
+    """Tokens of each draw, measured here."""
     chunks = _Chunks(encoder, draws, epoch, tolerant)
     found = []
     loader = DataLoader(
@@ -64,7 +91,7 @@ def draw_lengths(
         if isinstance(lengths, UserError):
             raise lengths
         found.append(np.asarray(lengths))
-    return np.concatenate(found).tolist()
+    return np.concatenate(found).tolist() if found else []
 
 
 def step_lengths(

@@ -1,31 +1,35 @@
 """The loader assembles one optimizer step at a time and hands it out pack by pack.
 
-    draws of the step (seed, epoch, step)  ->  every rank encodes all of them (text only)
+    draws of the step (seed, epoch, step)  ->  every rank encodes its share of them (text only)
+      ->  the ranks tell each other how large the samples are, some steps ahead
       ->  counts of the whole step, its packs (balanced by true token count where samples never meet)
-      ->  this rank decodes the images of its own packs: pack p is micro-batch p // world of rank p % world
+      ->  this rank encodes and decodes the samples of its own packs: pack p is micro-batch p // world of rank p % world
 
 So the samples of a step, their random choices and the denominators of its loss are the same however many devices and
-micro-batches share it, and no collective is needed to know them.
+micro-batches share it, and what a rank does for a step does not grow with the number of ranks. A rank that has nobody
+to ask encodes all of the step itself; the packs are the same.
 
 Where bad samples may be left out (`max_bad_samples`), an image that cannot be decoded is met by one rank alone. So the
-ranks tell each other, step by step, which samples they could not read; if they found different ones, all of them make
-the step again without any of these. The step is then the one that it would be if these samples were not in the plan.
+ranks tell each other, step by step, which samples they could not read; if there are any, all of them make the step
+again without these. The step is then the one that it would be if these samples were not in the plan.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
 from vlm.batch import Batch
+from vlm.codec import Size
 from vlm.data.loading.encoder import Encoder
 from vlm.data.loading.opaque import OpaqueBatch
 from vlm.data.loading.rank_gather import Gather
 from vlm.data.loading.shared_memory import SharedTensors, from_shared
-from vlm.data.loading.step_dataset import Step, StepDataset, StepPacks
+from vlm.data.loading.step_dataset import Deal, Measure, Measured, Step, StepDataset, StepPacks, Task
 from vlm.data.loading.workers import worker_context
 from vlm.data.sampling.packs import Packing
 from vlm.data.wrappers.quarantine import LeftOut
@@ -36,8 +40,8 @@ Plan = Callable[[int], Sequence[Sequence[int]]]
 the epoch comes back to the sample, so that a sample drawn twice makes its random choices anew."""
 
 
-class StepSampler(Sampler[Step]):
-    """Where the loader stands, and the steps that are left of the epoch.
+class StepSampler(Sampler[Task]):
+    """Where the loader stands, and what its workers are asked for the steps that are left of the epoch.
 
     Args:
         accumulate: packs to a step.
@@ -50,6 +54,7 @@ class StepSampler(Sampler[Step]):
         self.fixed = fixed
         self.epoch = 0
         self.packs_seen = 0
+        self.asking: Asking | None = None
         self._cached: tuple[int, Sequence[Sequence[int]]] | None = None
 
     @property
@@ -58,6 +63,9 @@ class StepSampler(Sampler[Step]):
         if self._cached is None or self._cached[0] != self.epoch:
             self._cached = self.epoch, self.plan(self.epoch)
         return self._cached[1]
+
+    def step(self, index: int) -> Step:
+        return Step(self.epoch, index, tuple(self.steps[index]))
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls it before each epoch. The epoch that was restored goes on where it stood."""
@@ -68,10 +76,20 @@ class StepSampler(Sampler[Step]):
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __iter__(self) -> Iterator[Step]:
-        epoch, steps = self.epoch, self.steps
-        for index in range(self.packs_seen // self.accumulate, len(steps)):
-            yield Step(epoch, index, tuple(steps[index]))
+    def __iter__(self) -> Iterator[Task]:
+        asking, indices = self.asking, range(self.packs_seen // self.accumulate, len(self.steps))
+        if asking is None:
+            yield from (self.step(index) for index in indices)
+            return
+        first = indices[: asking.ahead]
+        yield from map(asking.measure, first)
+        yield from [None] * (
+            asking.ahead - len(first)
+        )  # a short epoch has no more to ask, and has to wait all the same
+        for index in indices:
+            yield from asking.packs(index)
+            if index + asking.ahead < len(self.steps):
+                yield asking.measure(index + asking.ahead)
 
 
 class LoopPosition(Protocol):
@@ -85,6 +103,98 @@ class LoopPosition(Protocol):
 
     def resume(self, packs: int, *, total: int, mid_step: bool) -> None:
         """The loader continues after `packs` of the epoch's `total`, at the start of a step."""
+
+
+class Asking:
+    """The sizes of the samples of steps to come, told by all ranks, and how each step is dealt.
+
+    Args:
+        ahead: steps that are measured before the packs of the first are asked for: more than are on their way through
+            the workers at once, so that the answers are there.
+    """
+
+    def __init__(self, sampler: StepSampler, dataset: StepDataset, gather: Gather, *, ahead: int) -> None:
+        self.sampler = sampler
+        self.dataset = dataset
+        self.gather = gather
+        self.ahead = ahead
+        self._known: dict[int, Future[Known]] = {}
+
+    def measure(self, index: int) -> Measure:
+        """Asks for this rank's share of a step."""
+        step = self.sampler.step(index)
+        return Measure(step.epoch, index, step.draws[self.dataset.rank :: self.dataset.world])
+
+    def tell(self, measured: Measured) -> None:
+        """Tells the other ranks; on their answers the step is dealt."""
+        step = self.sampler.step(measured.index)
+        told = hash((step.epoch, step.index, step.draws)), measured.sizes, measured.bad, measured.error
+        self._known[step.index] = self.gather.submit(told, lambda everywhere: self._deal(step, everywhere))
+
+    def packs(self, index: int) -> Iterator[Task]:
+        """Asks for the packs of a step: one by one, which takes less memory, unless all ranks have to agree on them."""
+        known = self._known[index].result()
+        if isinstance(known.deal, Deal) and not self.dataset.tolerant:
+            del self._known[index]
+            for number, seats in known.deal.seats.items():
+                yield replace(known.deal, seats={number: seats})
+        else:
+            yield known.deal
+
+    def agreed(self, made: StepPacks) -> StepPacks:
+        """The step without what any rank could not read.
+
+        Raises:
+            UserError: nothing is left of it.
+        """
+        known = self._known.pop(made.index).result()
+        step, bad = self.sampler.step(made.index), dict(known.bad)
+        while True:
+            found = {draw: error for failed in self.gather(dict(made.bad)) for draw, error in failed.items()}
+            if not found:
+                return replace(made, bad=bad)
+            bad |= found
+            sizes = {draw: size for draw, size in known.sizes.items() if draw not in bad}
+            made = self.dataset.make(self.dataset.deal(step, sizes))
+
+    def clear(self) -> None:
+        """Forgets the steps of an iteration that ended early."""
+        self._known.clear()
+
+    def _deal(self, step: Step, everywhere: Sequence[tuple]) -> "Known":
+        if len({digest for digest, *_ in everywhere}) > 1:
+            return Known(
+                UserError(
+                    "the ranks do not have the same samples in a step: some of them cannot read a file that others "
+                    "can; `vlm check-data` on each machine finds it"
+                )
+            )
+        for _, _, _, error in everywhere:
+            if error is not None:
+                return Known(error)
+        sizes = {draw: size for _, found, _, _ in everywhere for draw, size in found.items()}
+        bad = {draw: error for _, _, found, _ in everywhere for draw, error in found.items()}
+        if bad and not self.dataset.tolerant:
+            return Known(StepPacks(step.epoch, step.index, [], bad))
+        try:
+            return Known(self.dataset.deal(step, sizes), sizes, bad)
+        except UserError as error:
+            return Known(error)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What all ranks know of a step.
+
+    Attributes:
+        deal: what the workers are asked for.
+        sizes: of the draws that can be encoded.
+        bad: {draw: why it cannot be encoded}.
+    """
+
+    deal: Deal | StepPacks | UserError
+    sizes: Mapping[int, Size] = field(default_factory=dict)
+    bad: Mapping[int, SampleError] = field(default_factory=dict)
 
 
 class StepLoader(DataLoader):
@@ -106,8 +216,8 @@ class StepLoader(DataLoader):
         progress: the loop to keep in step with; without one, packs count as trained when handed out.
         sealed: packs arrive as `OpaqueBatch`, for a Lightning loop.
         max_bad_samples: different bad samples that are noted and left out of their steps; one more is an error.
-        gather: how to ask the other ranks which samples they could not read; needed where bad samples are left out and
-            `world` is more than 1.
+        gather: how the ranks tell each other about the samples of a step; without it a rank encodes all of them, and
+            where `world` is more than 1 no bad ones can be left out.
 
     Attributes:
         left_out: every time that a bad sample was left out of a step, in order; packs that are still to be trained on
@@ -137,7 +247,6 @@ class StepLoader(DataLoader):
     ) -> None:
         assert max_bad_samples == 0 or world == 1 or gather is not None, "the ranks have to agree on what is left out"
         self.max_bad_samples = max_bad_samples
-        self.gather = gather
         self.left_out: list[LeftOut] = []
         self.accumulate = accumulate
         self.identity = dict(identity or {})
@@ -161,6 +270,12 @@ class StepLoader(DataLoader):
             generator=torch.Generator(),  # the global one is the model's: its stream must not depend on the loader
         )
 
+        if gather is None and world == 1 and accumulate > 1 and num_workers:
+            gather = Gather(lambda value: [value])  # alone too, so that the packs of a step need not travel together
+        if gather is not None:
+            under_way = num_workers * (self.prefetch_factor or 0)
+            self.sampler.asking = Asking(self.sampler, self.dataset, gather, ahead=under_way + 2)
+
     def __len__(self) -> int:
         """Packs of this rank in the whole epoch, also when part of it has been seen."""
         return len(self.sampler) * self.accumulate
@@ -171,39 +286,40 @@ class StepLoader(DataLoader):
         if self.progress is not None:
             self.progress.begin_epoch(len(self))
         sampler.packs_seen = 0 if sampler.fixed else sampler.packs_seen // self.accumulate * self.accumulate
+        if sampler.asking is not None:
+            sampler.asking.clear()
         for item in self._timed(super().__iter__()):
+            made = from_shared(item) if isinstance(item, SharedTensors) else item
+            if made is None:
+                continue
+            if isinstance(made, Measured):
+                assert sampler.asking is not None
+                sampler.asking.tell(made)
+                continue
             try:
-                made = self._agreed(from_shared(item) if isinstance(item, SharedTensors) else item)
+                packs = self._checked(made)
             except UserError:
                 self._iterator = None  # ends the workers here, not when the error and all it refers to are collected
                 raise
-            for pack in made.packs:
+            for pack in packs:
                 sampler.packs_seen += 1
                 yield OpaqueBatch(pack) if self.sealed else pack
 
-    def _agreed(self, made: StepPacks | UserError) -> StepPacks:
-        """The step without the samples that any rank could not read; notes them.
+    def _checked(self, made: StepPacks | UserError) -> list[Batch]:
+        """The packs, once all ranks agree on them; notes the samples that are left out.
 
         Raises:
             UserError: the step could not be made, or has one bad sample too many.
         """
         if isinstance(made, UserError):
             raise made
-        while self.gather is not None and self.max_bad_samples:
-            everywhere = self.gather((made.step, made.bad))
-            if any(step != made.step for step, _ in everywhere):
-                raise UserError(
-                    "the ranks do not have the same samples in a step: some of them cannot read a file that others "
-                    "can; `vlm check-data` on each machine finds it"
-                )
-            bad = {draw: error for _, found in everywhere for draw, error in found.items()}
-            if all(found.keys() == bad.keys() for _, found in everywhere):
-                break
-            made = self.dataset.make(made.step, bad)
-        for draw in made.step.draws:
+        if self.sampler.asking is not None and self.max_bad_samples:
+            made = self.sampler.asking.agreed(made)
+        step = self.sampler.step(made.index)
+        for draw in step.draws if made.bad else ():
             if draw in made.bad:
-                self._note(made.step, draw, made.bad[draw])
-        return made
+                self._note(step, draw, made.bad[draw])
+        return made.packs
 
     def _note(self, step: Step, draw: int, error: SampleError) -> None:
         samples = self.dataset.encoder.samples

@@ -1,29 +1,70 @@
-"""What the ranks tell each other about the samples of a step that they could not read."""
+"""What the ranks tell each other about the samples of a step: how long they are, and which could not be read."""
 
+import queue
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import distributed
 
-Gather = Callable[[Any], list[Any]]
-"""Takes this rank's value, gives those of all ranks; every rank calls it."""
-
+_T = TypeVar("_T")
 _WAIT = timedelta(hours=1)  # for a rank that reads its images slowly
 
 
-def gather_over_ranks() -> Gather | None:
-    """How to ask all ranks of this training, through the CPU: asking must not wait for what the device does.
+class Gather:
+    """Takes this rank's value, gives those of all ranks; every rank calls it, in the same order.
 
-    All ranks call it together. None where there is one.
+    The ranks talk on a thread: the training goes on meanwhile.
+
+    Args:
+        talk: this rank's value -> those of all ranks, in the order of the ranks.
     """
+
+    def __init__(self, talk: Callable[[Any], list[Any]]) -> None:
+        self._talk = talk
+        self._waiting: queue.SimpleQueue[tuple[Any, Callable[[list[Any]], Any], Future]] = queue.SimpleQueue()
+        # a daemon: where another rank has died, nothing else ends what waits for its answer
+        threading.Thread(target=self._run, name="gather", daemon=True).start()
+
+    def __call__(self, value: Any) -> list[Any]:
+        return self.submit(value, lambda everywhere: everywhere).result()
+
+    def submit(self, value: Any, then: Callable[[list[Any]], _T]) -> "Future[_T]":
+        """What `then` makes of the values of all ranks, on the thread, once they are there."""
+        found: Future[_T] = Future()
+        self._waiting.put((value, then, found))
+        return found
+
+    def _run(self) -> None:
+        while True:
+            value, then, found = self._waiting.get()
+            try:
+                found.set_result(then(self._talk(value)))
+            except BaseException as error:
+                found.set_exception(error)
+
+
+_over: tuple[Any, Gather] | None = None
+
+
+def gather_over_ranks() -> Gather | None:
+    """How to ask all ranks of this process group, through the CPU: asking must not wait for what the device does.
+
+    All ranks call it together. None where there is one. Everyone who asks shares one group, and so one order.
+    """
+    global _over
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return None
-    group = distributed.new_group(backend="gloo", timeout=_WAIT)
+    whole = distributed.group.WORLD
+    if _over is None or _over[0] is not whole:
+        group = distributed.new_group(backend="gloo", timeout=_WAIT)
 
-    def gather(value: Any) -> list[Any]:
-        everywhere: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(everywhere, value, group=group)
-        return everywhere
+        def talk(value: Any) -> list[Any]:
+            everywhere: list[Any] = [None] * distributed.get_world_size()
+            distributed.all_gather_object(everywhere, value, group=group)
+            return everywhere
 
-    return gather
+        _over = whole, Gather(talk)
+    return _over[1]

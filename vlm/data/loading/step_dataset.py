@@ -1,4 +1,4 @@
-"""From one optimizer step's draws to the packs of one rank."""
+"""From the draws of an optimizer step to the packs of one rank."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from torch.utils.data import Dataset, get_worker_info
 
 from vlm.batch import Batch
-from vlm.codec import Encoded, step_counts
+from vlm.codec import Encoded, Size, sum_counts
 from vlm.data.loading.shared_memory import SharedTensors, to_shared
-from vlm.data.sampling.packs import Packing, add_fillers, check_packs, seat
+from vlm.data.sampling.packs import Packing, Seat, as_filler, deal_seats
 from vlm.errors import SampleError, UserError
 
 if TYPE_CHECKING:
@@ -20,28 +20,77 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
+    """Asks for all packs of a step, of a rank that has nobody to ask how large its samples are."""
+
     epoch: int
     index: int
     draws: tuple[int, ...]
 
 
 @dataclass(frozen=True)
+class Measure:
+    """Asks how large the draws are that a rank encodes for all ranks."""
+
+    epoch: int
+    index: int
+    draws: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The answer.
+
+    Attributes:
+        sizes: {draw: its size} of the draws that can be encoded; where bad samples are not left out, up to the first.
+        bad: {draw: why it cannot be encoded}.
+        error: what ends the training, whose data it is; None: nothing.
+    """
+
+    index: int
+    sizes: Mapping[int, Size]
+    bad: Mapping[int, SampleError]
+    error: UserError | None = None
+
+
+@dataclass(frozen=True)
+class Deal:
+    """Asks for packs.
+
+    Attributes:
+        seats: {pack: what is in it} of a rank's packs, or of some of them.
+        counts: denominators of the whole step.
+        num_packs: of the whole step.
+    """
+
+    epoch: int
+    index: int
+    seats: Mapping[int, Sequence[Seat]]
+    counts: Mapping[str, float]
+    num_packs: int
+
+
+@dataclass(frozen=True)
 class StepPacks:
-    """A step of one rank.
+    """A step of one rank, or a part of it.
 
     Attributes:
         packs: this rank's.
-        bad: the draws of the step that cannot be trained on, with the error of each; they are in none of its packs.
-            Where bad samples are not left out, the first one, and there are no packs.
+        bad: draws of the step that cannot be trained on, with the error of each, as far as they were found on the way;
+            they are in none of the packs. Where they were found too late to be left out, there are no packs.
     """
 
-    step: Step
+    epoch: int
+    index: int
     packs: list[Batch]
     bad: Mapping[int, SampleError]
 
 
+Task = Step | Measure | Deal | StepPacks | UserError | None
+"""What a worker is asked for; None: nothing. Packs and errors that are there already come back in their turn."""
+
+
 class StepDataset(Dataset):
-    """From a step to this rank's packs of it.
+    """From a step to this rank's packs of it: at once, or by way of the sizes that the ranks tell each other.
 
     Args:
         packing: what a pack may hold.
@@ -63,89 +112,113 @@ class StepDataset(Dataset):
         self.packing = packing
         self.tolerant = tolerant
 
-    def __getitem__(self, step: Step) -> StepPacks | UserError | SharedTensors:
+    def __getitem__(self, task: Task) -> StepPacks | Measured | UserError | SharedTensors | None:
         """An error a user can mend is returned: raised in a worker it would arrive as the text of a traceback."""
+        if task is None or isinstance(task, (StepPacks, UserError)):
+            return task
         try:
-            made = self.make(step)
+            if isinstance(task, Measure):
+                return self.measure(task)
+            made = self.make_whole(task) if isinstance(task, Step) else self.make(task)
         except UserError as error:
-            return error
+            return Measured(task.index, {}, {}, error) if isinstance(task, Measure) else error
         return to_shared(made) if get_worker_info() is not None else made
 
-    def make(self, step: Step, bad: Mapping[int, SampleError] | None = None) -> StepPacks:
-        """The step without the draws in `bad`, and without those that turn out to be bad here."""
-        known = dict(bad or {})
-        items = self._encode(step, known)
-        while self.tolerant or not known:
-            good = {draw: item for draw, item in items.items() if draw not in known}
-            packs, failed = self._collate(step, good)
-            if not failed:
-                return StepPacks(step, packs, known)
-            known |= failed
-        return StepPacks(step, [], known)
+    def measure(self, asked: Measure) -> Measured:
+        """Encodes a share of a step."""
+        items, bad = self._encode(asked, asked.draws)
+        return Measured(asked.index, {draw: item.size for draw, item in items.items()}, bad)
 
-    def _encode(self, step: Step, bad: dict[int, SampleError]) -> dict[int, Encoded]:
-        """{draw: item} of the step; adds to `bad` what cannot be encoded."""
+    def make_whole(self, step: Step) -> StepPacks:
+        """Encodes all of a step, deals it, and makes this rank's packs without what turns out to be bad."""
+        items, bad = self._encode(step, step.draws)
+        while self.tolerant or not bad:
+            sizes = {draw: item.size for draw, item in items.items() if draw not in bad}
+            made = self.make(self.deal(step, sizes), items)
+            if not made.bad:
+                return replace(made, bad=bad)
+            bad |= made.bad
+        return StepPacks(step.epoch, step.index, [], bad)
+
+    def deal(self, step: Step, sizes: Mapping[int, Size]) -> Deal:
+        """How a step is dealt, the same on every rank: every rank raises or none.
+
+        Args:
+            sizes: {draw: its size} of those that can be trained on, in any order.
+
+        Raises:
+            UserError: a pack is over its limit, or there is nothing to deal.
+        """
+        if not sizes:
+            raise UserError(
+                f"epoch {step.epoch}, step {step.index}: all of its {len(step.draws)} samples are bad; find them with "
+                "`vlm check-data` and leave them out with data.quarantine"
+            )
+        good = {draw: sizes[draw] for draw in step.draws if draw in sizes}
+        dealt = deal_seats(
+            step.draws,
+            {draw: size.tokens for draw, size in good.items()},
+            self.packing,
+            world=self.world,
+            accumulate=self.accumulate,
+            training=self.encoder.training,
+        )
+        own = {pack: dealt[pack] for pack in range(self.rank, len(dealt), self.world)}
+        return Deal(step.epoch, step.index, own, sum_counts(good.values()), len(dealt))
+
+    def make(self, deal: Deal, items: Mapping[int, Encoded] | None = None) -> StepPacks:
+        """The packs of a deal; none where some of its draws turn out to be bad here.
+
+        Args:
+            items: what is encoded already.
+        """
+        known = dict(items or {})
+        batches: list[Batch] = []
+        failed: dict[int, SampleError] = {}
+        for number, seats in deal.seats.items():
+            found, bad = self._encode(deal, [seat.draw for seat in seats if seat.draw not in known])
+            known |= found
+            if not bad:
+                pack = [as_filler(known[seat.draw]) if seat.filler else known[seat.draw] for seat in seats]
+                try:
+                    batch = self.encoder.codec.collate(pack, counts=deal.counts, packs=deal.num_packs)
+                except SampleError:
+                    bad = self._unreadable(seats, known)
+                    assert bad, "a pack cannot be read of which every sample can"
+                else:
+                    batches.append(self._placed(batch, deal, number))
+            failed |= bad
+            if failed and not self.tolerant:
+                break
+        return StepPacks(deal.epoch, deal.index, [] if failed else batches, failed)
+
+    def _encode(
+        self, step: Step | Measure | Deal, draws: Sequence[int]
+    ) -> tuple[dict[int, Encoded], dict[int, SampleError]]:
+        """{draw: item} and {draw: why there is none}; of bad samples that are not left out, the first ends it."""
         items: dict[int, Encoded] = {}
-        for draw in step.draws:
-            if draw in bad:
-                continue
+        bad: dict[int, SampleError] = {}
+        for draw in draws:
             try:
                 items[draw] = self.encoder(draw, epoch=step.epoch, step=step.index)
             except SampleError as error:
                 bad[draw] = error
                 if not self.tolerant:
                     break
-        return items
+        return items, bad
 
-    def _collate(self, step: Step, good: Mapping[int, Encoded]) -> tuple[list[Batch], dict[int, SampleError]]:
-        """This rank's packs; or the draws among them whose images cannot be read."""
-        if not good:
-            raise UserError(
-                f"epoch {step.epoch}, step {step.index}: all of its {len(step.draws)} samples are bad; find them with "
-                "`vlm check-data` and leave them out with data.quarantine"
-            )
-        counts = step_counts(list(good.values()))
-        dealt = self._deal(step, good)
-        batches: list[Batch] = []
-        failed: dict[int, SampleError] = {}
-        for pack in range(self.rank, len(dealt), self.world):
-            try:
-                batch = self.encoder.codec.collate(dealt[pack], counts=counts, packs=len(dealt))
-            except SampleError:
-                found = self._unreadable(dealt[pack], good)
-                assert found, "a pack cannot be read of which every sample can"
-                failed |= found
-                if not self.tolerant:
-                    break
-            else:
-                batches.append(self._placed(batch, step, pack))
-        return batches, failed
-
-    def _deal(self, step: Step, good: Mapping[int, Encoded]) -> list[list[Encoded]]:
-        """The items of each pack, the same on every rank: either every rank raises or none."""
-        packing, training, packs = self.packing, self.encoder.training, self.world * self.accumulate
-        if packing.in_order and training:
-            assert packing.max_samples is not None
-            items = seat(step.draws, good, packs * packing.max_samples)
-        else:
-            items = list(good.values())
-        lengths = [item.num_tokens for item in items]
-        check_packs(lengths, packing, world=self.world, accumulate=self.accumulate, training=training)
-        return add_fillers([[items[i] for i in pack] for pack in packing.deal(lengths, packs)])
-
-    def _placed(self, batch: Batch, step: Step, pack: int) -> Batch:
-        seed = self.encoder.step_seed(step.epoch, step.index) if self.encoder.training else None
+    def _placed(self, batch: Batch, deal: Deal, pack: int) -> Batch:
+        seed = self.encoder.step_seed(deal.epoch, deal.index) if self.encoder.training else None
         judged_by, negatives = self.encoder.judged_by, self.packing.negatives
         return replace(batch, judged_by=judged_by, negatives=negatives, pack=pack, seed=seed)
 
-    def _unreadable(self, pack: Sequence[Encoded], good: Mapping[int, Encoded]) -> dict[int, SampleError]:
+    def _unreadable(self, seats: Sequence[Seat], items: Mapping[int, Encoded]) -> dict[int, SampleError]:
         failed: dict[int, SampleError] = {}
-        for item in pack:
+        for draw in dict.fromkeys(seat.draw for seat in seats):  # a filler is a copy of a draw of any pack
             try:
-                self.encoder.codec.collate([item], counts=item.counts)
+                self.encoder.codec.collate([items[draw]], counts=items[draw].counts)
             except SampleError as error:
-                # by the sample: a filler is a copy of an item that may lie in another rank's pack
-                failed |= {draw: error for draw, other in good.items() if other.sample is item.sample}
+                failed[draw] = error
                 if not self.tolerant:
                     break
         return failed

@@ -222,9 +222,10 @@ class VisionLanguageData(L.LightningDataModule):
         return batch_draws(draws, self.batch, lengths=lengths, drop_last=self.drop_last)
 
     def lengths(self, draws: Sequence[int], *, epoch: int, encoder: Encoder) -> list[int]:
-        """Tokens of each draw, for batches that are counted in rows or tokens."""
+        """Tokens of each draw, for batches that are counted in rows or tokens; all ranks of a trainer ask together."""
         tolerant = self.max_bad_samples > 0
-        return draw_lengths(encoder, draws, epoch=epoch, num_workers=self.num_workers, tolerant=tolerant)
+        ranks = {} if self.trainer is None else {**self._ranks(), "gather": self._gather()}
+        return draw_lengths(encoder, draws, epoch=epoch, num_workers=self.num_workers, tolerant=tolerant, **ranks)
 
     def identity(self) -> dict[str, Any]:
         """What decides the samples of a step: a run cannot resume with another one."""
@@ -288,6 +289,7 @@ class VisionLanguageData(L.LightningDataModule):
         world: int = 1,
         rank: int = 0,
         sealed: bool = False,
+        gather: Gather | None = None,
     ) -> StepLoader:
         """In order, every sample once over all ranks, the same number of packs on each.
 
@@ -313,6 +315,7 @@ class VisionLanguageData(L.LightningDataModule):
             num_workers=self.num_workers,
             fixed=True,
             sealed=sealed,
+            gather=gather,
         )
 
     def train_dataloader(self) -> StepLoader:
@@ -323,7 +326,7 @@ class VisionLanguageData(L.LightningDataModule):
             accumulate=accumulate,
             progress=TrainerProgress(trainer),
             sealed=True,
-            gather=gather_over_ranks() if self.max_bad_samples else None,
+            gather=self._gather(),
             **self._ranks(),
         )
         check_packs_of_epoch(trainer, len(loader), self.batch, validates=bool(self.val_sources))
@@ -374,6 +377,7 @@ class VisionLanguageData(L.LightningDataModule):
                 judged_by=name,
                 generate=name is not None and judges.by_name[name].wants_answers,
                 sealed=True,
+                gather=self._gather(),
                 **self._ranks(),
             )
             for name, indices in parts.items()
@@ -381,6 +385,10 @@ class VisionLanguageData(L.LightningDataModule):
 
     def _codec(self) -> Codec:
         return self._checked_trainer().lightning_module.codec  # type: ignore[return-value]
+
+    def _gather(self) -> Gather | None:
+        """How the ranks of the trainer tell each other about samples; None without ranks that read their own."""
+        return gather_over_ranks() if self.trainer is not None and self._ranks()["world"] > 1 else None
 
     def _ranks(self) -> dict[str, int]:
         # not the trainer's world size: ranks that hold parts of one model (tensor parallel) see the same data

@@ -5,6 +5,7 @@ import heapq
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -71,29 +72,44 @@ def balance_packs(lengths: Sequence[int], packs: int, *, most: int | None = None
     return [sorted(pack) for pack in dealt]
 
 
-def add_fillers(dealt: Sequence[list[Encoded]]) -> list[list[Encoded]]:
-    """The packs of a step, with a filler in each that is empty.
+class Seat(NamedTuple):
+    """A place in a pack.
 
-    A step can have fewer samples than there are packs (the last one of an epoch). A device without a pack would leave
-    the others waiting in their collectives, so it computes a copy of the step's shortest sample that trains nothing.
+    Attributes:
+        draw: whose sequences stand there.
+        filler: a copy of them that trains nothing.
     """
-    if all(dealt):
-        return list(dealt)
-    filler = as_filler(_shortest([item for pack in dealt for item in pack]))
-    return [pack or [filler] for pack in dealt]
+
+    draw: int
+    filler: bool = False
 
 
-def seat(draws: Sequence[int], good: Mapping[int, Encoded], seats: int) -> list[Encoded]:
-    """The items of a step where its draws have them, and fillers on all other seats.
+def deal_seats(
+    draws: Sequence[int], tokens: Mapping[int, int], packing: Packing, *, world: int, accumulate: int, training: bool
+) -> list[list[Seat]]:
+    """The packs of a step, alike on every rank.
 
-    An in-batch objective needs equally many samples in each pack, and one that could not be read must not move others.
+    Where samples of a pack are compared there are equally many in each, and one that cannot be read must not move
+    others: a filler takes its seat. Elsewhere a step can have fewer samples than there are packs (the last one of an
+    epoch); a device without a pack would leave the others waiting in their collectives, so it computes a filler too.
+
+    Args:
+        draws: of the step.
+        tokens: {draw: number}, in the order of the step, without those that cannot be trained on.
+
+    Raises:
+        UserError: a pack is over `max_tokens`.
     """
-    empty = as_filler(_shortest(list(good.values())))
-    return [good.get(draw, empty) for draw in draws] + [empty] * (seats - len(draws))
-
-
-def _shortest(items: Sequence[Encoded]) -> Encoded:
-    return min(items, key=lambda item: item.num_tokens)
+    packs = world * accumulate
+    filler = Seat(min(tokens, key=lambda draw: tokens[draw]), filler=True)  # the shortest costs least
+    seats = [Seat(draw) for draw in tokens]
+    if packing.in_order and training:
+        assert packing.max_samples is not None
+        seats = [Seat(draw) if draw in tokens else filler for draw in draws]
+        seats += [filler] * (packs * packing.max_samples - len(seats))
+    lengths = [tokens[seat.draw] for seat in seats]
+    check_packs(lengths, packing, world=world, accumulate=accumulate, training=training)
+    return [[seats[i] for i in pack] or [filler] for pack in packing.deal(lengths, packs)]
 
 
 def as_filler(item: Encoded) -> Encoded:
