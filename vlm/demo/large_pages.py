@@ -78,10 +78,11 @@ def _draw(boards: list[Board], random: Random, size: int) -> Image.Image:
 def _record(name: str, boards: list[Board], random: Random, split: Split) -> dict[str, Any]:
     asked = [board for board in boards if split_of(*board) == split]
     random.shuffle(asked)
-    turns = [(_question(board, random), board[0]) for board in (asked if split == "train" else asked[:1])]
-    (question, answer), *others = turns
-    record = {"id": name, "image": f"{name}.png"}
-    record["conversations"] = tasks.conversation([(f"<image>\n{question}", answer), *others])
+    (question, answer), *others = [
+        (_question(board, random), board[0]) for board in (asked if split == "train" else asked[:1])
+    ]
+    turns = tasks.conversation([(f"<image>\n{question}", answer), *others])
+    record: dict[str, Any] = {"id": name, "image": f"{name}.png", "conversations": turns}
     return record if split == "train" else record | {"task": TASK, "answers": [{"text": answer, "weight": 1.0}]}
 
 

@@ -224,8 +224,16 @@ class VisionLanguageData(L.LightningDataModule):
     def lengths(self, draws: Sequence[int], *, epoch: int, encoder: Encoder) -> list[int]:
         """Tokens of each draw, for batches that are counted in rows or tokens; all ranks of a trainer ask together."""
         tolerant = self.max_bad_samples > 0
-        ranks = {} if self.trainer is None else {**self._ranks(), "gather": self._gather()}
-        return draw_lengths(encoder, draws, epoch=epoch, num_workers=self.num_workers, tolerant=tolerant, **ranks)
+        ranks = {} if self.trainer is None else self._ranks()
+        return draw_lengths(
+            encoder,
+            draws,
+            epoch=epoch,
+            num_workers=self.num_workers,
+            tolerant=tolerant,
+            gather=self._gather(),
+            **ranks,
+        )
 
     def identity(self) -> dict[str, Any]:
         """What decides the samples of a step: a run cannot resume with another one."""

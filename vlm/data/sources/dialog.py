@@ -9,6 +9,8 @@ from vlm.data.sources.instructions import fill_instruction
 from vlm.data.sources.record_sources import ObjectSource, after_image, exchange, text
 from vlm.errors import UserError
 
+_LISTS = ("questions", "answers", "dialogs")
+
 
 class VisualDialog(ObjectSource):
     """Each question of each dialog, with what was said before it and a hundred answers to choose from.
@@ -43,10 +45,10 @@ class VisualDialog(ObjectSource):
 
     def records(self) -> Iterator[Record]:
         data = read_object(self.path).get("data")
-        lists = [data.get(key) if isinstance(data, dict) else None for key in ("questions", "answers", "dialogs")]
-        if not all(isinstance(found, list) for found in lists):
-            raise UserError(f"{self.path}: 'data' must hold the lists questions, answers and dialogs; fetch it again")
-        questions, answers, dialogs = lists
+        found: list[Any] = [data.get(key) if isinstance(data, dict) else None for key in _LISTS]
+        if not all(isinstance(texts, list) for texts in found):
+            raise UserError(f"{self.path}: 'data' must hold the lists {', '.join(_LISTS)}; fetch it again")
+        questions, answers, dialogs = found
         for at, dialog in enumerate(dialogs):
             fields = Fields(dialog, identity=f"dialog {at}", source=self.path)
             number, caption = fields.number("image_id"), fields.text("caption")
