@@ -230,7 +230,7 @@ def test_tools_read_the_data_of_finished_nodes(recipe: Path) -> None:
         (
             "run: instruct",
             "run: capture",
-            r"chats\.run: there is no procedure 'capture'; choose one of bootstrap",
+            r"chats\.run: there is no procedure 'capture'; choose one of android-screens",
         ),
         ("needs: [1_align, requests]", "needs: [1_align, requests, 2_tune]", "wait for one another"),
         ("needs: [chats]", "needs: [1_align]", r"stages\.2_tune\.needs\[0\]: there is no other stage '1_align'"),
