@@ -38,14 +38,15 @@ def check_base(part: str, folder: Path, network: Any) -> None:
         check_internlm(content, file)
     if content.get("model_type") == "internlm2":
         check_internlm2(content, file)
-    if not hasattr(network, "facts"):
+    of_queries = content.get("model_type") in ("blip-2", "instructblip")
+    is_clip = content.get("model_type") in ("clip", "clip_vision_model")
+    if not (of_queries or is_clip) or not hasattr(network, "facts"):
         return
     heads = network.trunk.blocks[0].attn.num_heads
-    if content.get("model_type") in ("blip-2", "instructblip"):
+    if of_queries:
         stated = describe_tower(content.get("vision_config") or {}, file)["init_args"]["options"]["num_heads"]
         if stated != heads:
             raise refusal(file, f"vision_config.num_attention_heads (read into {part})", stated, expected=(heads,))
-    if content.get("model_type") not in ("clip", "clip_vision_model"):
         return
     stated = content.get("vision_config") or content
     check_clip(stated, file)
