@@ -17,13 +17,8 @@ from vlm.recipes import Recipe, StageRef, TrainingStage, find_recipe, load_recip
 ROOT = Path(__file__).parents[2]
 STEPS = 2
 SHORTENED = [f"--trainer.max_steps={STEPS}", "--trainer.limit_val_batches=1", "--data.init_args.num_workers=0"]
-SMALL = {
-    "runs/demo_articles": ["--num", "60"],
-    "runs/demo_large_pages": ["--num", "60"],
-    "runs/demo_blip": ["--num", "60"],
-    "runs/demo_mmc4": ["--num", "60"],
-    "runs/demo_coyo": ["--num", "200"],
-}
+SMALL = {"runs/demo_coyo": 200}
+"""Scenes of demo data, where 60 are too few."""
 
 
 def run(folder: Path, *arguments: str) -> None:
@@ -42,7 +37,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).symlink_to(ROOT / name)
     few = ["--num_train", "80", "--num_val", "4", "--num_test", "4"]
     for target, options in DATA.items():
-        run(folder, "demo-data", target, *options, *SMALL.get(target, few))
+        small = ["--num", str(SMALL.get(target, 60))] if "--num" in options else few
+        run(folder, "demo-data", target, *options, *small)
     return folder
 
 

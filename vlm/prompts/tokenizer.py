@@ -4,6 +4,7 @@ Both kinds answer with ids *and* the characters each token stands for, so that a
 on tokens (`vlm.prompts.template.tokenize`).
 """
 
+import functools
 import json
 import re
 import shutil
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
@@ -187,16 +188,9 @@ class LlamaTokenizer(Tokenizer):
         return find_file(self.path, "tokenizer.model", "a folder with a SentencePiece `tokenizer.model`")
 
     def _open(self) -> LoadedTokenizer:
-        proto = _sentencepiece_proto(self._file)
-        vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+        stat = self._file.stat()
+        proto, vocab, merges = _sentencepiece_model(self._file, (stat.st_mtime_ns, stat.st_size))
         kinds = proto.SentencePiece
-        merges: list[tuple[str, str]] = []
-        # SentencePiece joins the pair whose result scores best; rank merges the same way
-        for piece in sorted((p for p in proto.pieces if p.type == kinds.NORMAL), key=lambda p: -p.score):
-            word = piece.piece
-            pairs = [(word[:i], word[i:]) for i in range(1, len(word))]
-            known = [pair for pair in pairs if pair[0] in vocab and pair[1] in vocab]
-            merges += sorted(known, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
         trainer = proto.trainer_spec
         unknown = proto.pieces[trainer.unk_id].piece
         symbols = [piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED]
@@ -301,6 +295,26 @@ def _named_marks(path: str, file: Path) -> dict[str, str]:
     entries = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token")}
     contents = {name: e.get("content") if isinstance(e, dict) else e for name, e in entries.items()}
     return {name: content for name, content in contents.items() if isinstance(content, str)}
+
+
+@functools.lru_cache(maxsize=4)
+def _sentencepiece_model(file: Path, state: tuple[int, int]) -> tuple[Any, dict[str, int], list[tuple[str, str]]]:
+    """The parsed model, its vocabulary and its merges; read once in a process, as long as the file stays as it is.
+
+    Args:
+        state: when it was written, and its size.
+    """
+    proto = _sentencepiece_proto(file)
+    vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    merges: list[tuple[str, str]] = []
+    # SentencePiece joins the pair whose result scores best; rank merges the same way
+    normal = (piece for piece in proto.pieces if piece.type == proto.SentencePiece.NORMAL)
+    for piece in sorted(normal, key=lambda piece: -piece.score):
+        word = piece.piece
+        pairs = [(word[:i], word[i:]) for i in range(1, len(word))]
+        known = [pair for pair in pairs if pair[0] in vocab and pair[1] in vocab]
+        merges += sorted(known, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+    return proto, vocab, merges
 
 
 def _sentencepiece_proto(file: Path):
