@@ -62,11 +62,21 @@ def lineage(stage: StageRef) -> list[str]:
     return list(dict.fromkeys([*(name for item in before for name in lineage(item)), stage.stage]))
 
 
+def _phases(recipe: Recipe, stage: TrainingStage) -> int:
+    """Stages that count on from each other, up to this one."""
+    if stage.continues is None:
+        return 1
+    before = recipe.node(stage.continues)
+    assert isinstance(before, TrainingStage)
+    return 1 + _phases(recipe, before)
+
+
 def check_stage(recipe: Recipe, stage: TrainingStage, runs: Path) -> None:
     """Its files, and that it starts from just what it follows."""
     own = runs / f"{recipe.system}_demo" / stage.name
     meta = json.loads((own / "artefact/stage.json").read_text())
-    assert (meta["system"], meta["stage"], meta["global_step"]) == (recipe.system, stage.name, STEPS)
+    steps = STEPS * _phases(recipe, stage)
+    assert (meta["system"], meta["stage"], meta["global_step"]) == (recipe.system, stage.name, steps)
     assert meta["tensors"], "what it trained"
     before = [*stage.follows, *([StageRef(recipe.system, stage.continues)] if stage.continues else [])]
     found = [(own / "artefact" / entry["path"]).resolve() for entry in meta["follows"]]
@@ -74,7 +84,7 @@ def check_stage(recipe: Recipe, stage: TrainingStage, runs: Path) -> None:
     assert trained == [runs / f"{item.system}_demo" / item.stage / "artefact" for item in before]
     assert (own / "config.yaml").is_file()
     if meta["shortened"]:
-        assert (own / "checkpoints/last").read_text().strip() == f"step={STEPS}.ckpt"
+        assert (own / "checkpoints/last").read_text().strip() == f"step={steps}.ckpt"
     else:  # its recipe counts in steps
         assert not list((own / "checkpoints").iterdir())
     assert list((own / "tensorboard").iterdir())
