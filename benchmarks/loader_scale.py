@@ -3,8 +3,8 @@
     python -m benchmarks.loader_scale [--worlds 1 8 64 512] [--samples 64] [--steps 4] [--out docs/loader_scale.md]
 
 Rank 0 of each world runs as it runs in a training: it encodes its share of every step, is told the sizes of all
-samples, deals the step, and encodes and decodes the samples of its own packs. What the other ranks would tell is known
-beforehand and costs nothing here, so the numbers leave out the network. Beside it the same rank where nobody tells it
+samples, deals the step, and encodes and decodes the samples of its own packs. What the other ranks would tell is put
+together here, which costs time too, and the network is left out. Beside it the same rank where nobody tells it
 anything: it encodes all of every step. JPEG files of scenes, four questions each, LLaVA-1.5's codec at 336 pixels; no
 worker processes, so that all of the work is seen.
 """
@@ -95,6 +95,8 @@ def main() -> None:
         f"{platform.machine()}, Python {platform.python_version()}, torch {version('torch')}.",
         "The other ranks are simulated and tell what they would tell; the network is left out.",
         "In the fourth column every rank encodes all of the step, as a rank does that has nobody to ask.",
+        "With many ranks what grows is the deal of the whole step, on a thread of the training process and not in its",
+        "workers, and here also what it costs to put together what the others tell.",
         "",
         "| ranks | samples/s of one rank | of one rank alone | encodes everything, samples/s | peak memory, MiB |",
         "|---|---|---|---|---|",

@@ -132,8 +132,17 @@ GRADIENTS, WEIGHTS = {"xcomposer": 1e-4}, {"xcomposer": 1e-4}
 which in two orders differs by 4e-5 of itself, and with it the next step: 3.6e-5 was seen in its gradients."""
 
 
+ALIKE = ("llava", "llava_next", "vila", "vila_downsample", "mini_gemini", "blip2", "minigpt4", "xcomposer")
+"""Systems of a kind of which another one is among the quick tests."""
+
+
 @pytest.mark.parametrize(
-    "case", [*(name for name, system in SYSTEMS.items() if system.mixes), "connector alone", "new tokens"]
+    "case",
+    [
+        *(pytest.param(n, marks=[pytest.mark.slow] * (n in ALIKE)) for n, system in SYSTEMS.items() if system.mixes),
+        "connector alone",
+        "new tokens",
+    ],
 )
 def test_training_equals_one_process(case: str, tmp_path: Path) -> None:
     """Accumulation, clipping by norm, ranks and whole steps without pictures, validation after fit."""
