@@ -199,7 +199,7 @@ class VisionLanguageData(L.LightningDataModule):
         return None
 
     def draws(self, epoch: int) -> Sequence[int]:
-        """The epoch in order (see `vlm.data.loading.loader.Plan` for what a draw is)."""
+        """The epoch in order (see `vlm.data.loading.step_sampler.Plan` for what a draw is)."""
         if self.mixture is None:
             order = shuffled(len(self.samples), seed=self.seed, epoch=epoch)
             blocks, ends = [source.blocks() for source in self.sources], self.samples.ends.tolist()

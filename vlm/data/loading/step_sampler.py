@@ -1,0 +1,160 @@
+"""What the workers of a loader are asked for, step after step, and what the ranks tell each other beforehand."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+
+from torch.utils.data import Sampler
+
+from vlm.codec import Size
+from vlm.data.loading.rank_gather import Gather
+from vlm.data.loading.step_dataset import Deal, Measure, Measured, Step, StepDataset, StepPacks, Task
+from vlm.errors import SampleError, UserError
+
+Plan = Callable[[int], Sequence[Sequence[int]]]
+"""The steps of an epoch. A *draw* is an int: the sample's index, plus a multiple of len(samples) that grows each time
+the epoch comes back to the sample, so that a sample drawn twice makes its random choices anew."""
+
+
+class StepSampler(Sampler[Task]):
+    """Where the loader stands, and what its workers are asked for the steps that are left of the epoch.
+
+    Args:
+        accumulate: packs to a step.
+        fixed: every epoch is epoch 0 (validation).
+    """
+
+    def __init__(self, plan: Plan, *, accumulate: int = 1, fixed: bool = False) -> None:
+        self.plan = plan
+        self.accumulate = accumulate
+        self.fixed = fixed
+        self.epoch = 0
+        self.packs_seen = 0
+        self.asking: Asking | None = None
+        self._cached: tuple[int, Sequence[Sequence[int]]] | None = None
+
+    @property
+    def steps(self) -> Sequence[Sequence[int]]:
+        """The whole epoch."""
+        if self._cached is None or self._cached[0] != self.epoch:
+            self._cached = self.epoch, self.plan(self.epoch)
+        return self._cached[1]
+
+    def step(self, index: int) -> Step:
+        return Step(self.epoch, index, tuple(self.steps[index]))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls it before each epoch. The epoch that was restored goes on where it stood."""
+        if not self.fixed and epoch != self.epoch:
+            self.epoch = epoch
+            self.packs_seen = 0
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Task]:
+        asking, indices = self.asking, range(self.packs_seen // self.accumulate, len(self.steps))
+        if asking is None:
+            yield from (self.step(index) for index in indices)
+            return
+        first = indices[: asking.ahead]
+        yield from map(asking.measure, first)
+        yield from [None] * (
+            asking.ahead - len(first)
+        )  # a short epoch has no more to ask, and has to wait all the same
+        for index in indices:
+            yield from asking.packs(index)
+            if index + asking.ahead < len(self.steps):
+                yield asking.measure(index + asking.ahead)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What all ranks know of a step.
+
+    Attributes:
+        deal: what the workers are asked for.
+        sizes: of the draws that can be encoded.
+        bad: {draw: why it cannot be encoded}.
+    """
+
+    deal: Deal | StepPacks | UserError
+    sizes: Mapping[int, Size] = field(default_factory=dict)
+    bad: Mapping[int, SampleError] = field(default_factory=dict)
+
+
+class Asking:
+    """The sizes of the samples of steps to come, told by all ranks, and how each step is dealt.
+
+    Args:
+        ahead: steps that are measured before the packs of the first are asked for: more than are on their way through
+            the workers at once, so that the answers are there.
+    """
+
+    def __init__(self, sampler: StepSampler, dataset: StepDataset, gather: Gather, *, ahead: int) -> None:
+        self.sampler = sampler
+        self.dataset = dataset
+        self.gather = gather
+        self.ahead = ahead
+        self._known: dict[int, Future[Known]] = {}
+
+    def measure(self, index: int) -> Measure:
+        """Asks for this rank's share of a step."""
+        share = self.sampler.steps[index][self.dataset.rank :: self.dataset.world]
+        return Measure(self.sampler.epoch, index, tuple(share))
+
+    def tell(self, measured: Measured) -> None:
+        """Tells the other ranks; on their answers the step is dealt."""
+        step = self.sampler.step(measured.index)
+        told = hash((step.epoch, step.index, step.draws)), measured.sizes, measured.bad, measured.error
+        self._known[step.index] = self.gather.submit(told, lambda everywhere: self._deal(step, everywhere))
+
+    def packs(self, index: int) -> Iterator[Task]:
+        """Asks for the packs of a step: one by one, which takes less memory, unless all ranks have to agree on them."""
+        known = self._known[index].result()
+        if isinstance(known.deal, Deal) and not self.dataset.tolerant:
+            del self._known[index]
+            for number, seats in known.deal.seats.items():
+                yield replace(known.deal, seats={number: seats})
+        else:
+            yield known.deal
+
+    def agreed(self, made: StepPacks) -> StepPacks:
+        """The step without what any rank could not read.
+
+        Raises:
+            UserError: nothing is left of it.
+        """
+        known = self._known.pop(made.index).result()
+        step, bad = self.sampler.step(made.index), dict(known.bad)
+        while True:
+            found = {draw: error for failed in self.gather(dict(made.bad)) for draw, error in failed.items()}
+            if not found:
+                return replace(made, bad=bad)
+            bad |= found
+            sizes = {draw: size for draw, size in known.sizes.items() if draw not in bad}
+            made = self.dataset.make(self.dataset.deal(step, sizes))
+
+    def clear(self) -> None:
+        """Forgets the steps of an iteration that ended early."""
+        self._known.clear()
+
+    def _deal(self, step: Step, everywhere: Sequence[tuple]) -> Known:
+        if len({digest for digest, *_ in everywhere}) > 1:
+            return Known(
+                UserError(
+                    "the ranks do not have the same samples in a step: some of them cannot read a file that others "
+                    "can; `vlm check-data` on each machine finds it"
+                )
+            )
+        for _, _, _, error in everywhere:
+            if error is not None:
+                return Known(error)
+        sizes = {draw: size for _, found, _, _ in everywhere for draw, size in found.items()}
+        bad = {draw: error for _, _, found, _ in everywhere for draw, error in found.items()}
+        if bad and not self.dataset.tolerant:
+            return Known(StepPacks(step.epoch, step.index, [], bad))
+        try:
+            return Known(self.dataset.deal(step, sizes), sizes, bad)
+        except UserError as error:
+            return Known(error)
