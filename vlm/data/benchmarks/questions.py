@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.data.benchmarks.base import Benchmark, records
-from vlm.data.sources.fields import read_list, read_object
+from vlm.data.sources.fields import Fields, read_list, read_object
 from vlm.data.sources.requests import SHORT, asked
 
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
@@ -48,50 +48,31 @@ class VQAv2(Benchmark):
             if self.annotations is not None:
                 if identity not in answers:
                     raise fields.error(f"no annotation in {self.annotations}; the files do not belong together")
-                found["answers"] = self.fields(answers[identity], identity).answers("answers")
+                found |= self.annotated(self.fields(answers[identity], identity))
             yield found
 
+    def annotated(self, annotation: Fields) -> dict[str, Any]:
+        """What an annotation says of its question."""
+        return {"answers": annotation.answers("answers")}
 
-class TDIUC(Benchmark):
+
+class TDIUC(VQAv2):
     """TDIUC (Kafle and Kanan, 2017): the files of VQA v2, whose annotations name the kind of a question too.
 
     Questions that are absurd of their image have the answer "doesnotapply".
 
     Args:
         annotations: `{"annotations": [{question_id, question_type, answers: [{answer}]}]}`.
-        image_pattern: file name from the number of the image.
-        request: as in `VQAv2`.
+        **keywords: as in `VQAv2`.
     """
 
     task = "tdiuc"
 
-    def __init__(
-        self,
-        path: str | Path,
-        annotations: str | Path,
-        image_pattern: str = "COCO_val2014_{:012d}.jpg",
-        request: str = SHORT,
-        **keywords: Any,
-    ) -> None:
-        super().__init__(path, **keywords)
-        self.annotations, self.image_pattern, self.request = Path(annotations), image_pattern, request
+    def __init__(self, path: str | Path, annotations: str | Path, **keywords: Any) -> None:
+        super().__init__(path, annotations, **keywords)
 
-    def questions(self) -> Iterator[dict[str, Any]]:
-        entries = enumerate(read_list(self.annotations, "annotations"))
-        told = {self.fields(entry, at).value("question_id"): entry for at, entry in entries}
-        for number, record in enumerate(read_list(self.path, "questions")):
-            identity = self.fields(record, number).value("question_id")
-            fields = self.fields(record, identity)
-            if identity not in told:
-                raise fields.error(f"no annotation in {self.annotations}; the files do not belong together")
-            annotation = self.fields(told[identity], identity)
-            yield {
-                "id": identity,
-                "image": fields.file_name(self.image_pattern, "image_id"),
-                "text": asked(fields.text("question"), self.request),
-                "answers": annotation.answers("answers"),
-                "group": annotation.text("question_type"),
-            }
+    def annotated(self, annotation: Fields) -> dict[str, Any]:
+        return super().annotated(annotation) | {"group": annotation.text("question_type")}
 
 
 class GQA(Benchmark):
