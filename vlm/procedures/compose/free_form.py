@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlm.language import Decoding
-from vlm.procedures.compose.requests import Request, numbered
+from vlm.procedures.compose.requests import Request, illustrated, numbered, told
 from vlm.sample import ImageFile
 
 TEMPLATE = "xcomposer2_compose"
@@ -42,10 +42,8 @@ def ask_caption(sections: Sequence[str], place: int, earlier: Sequence[tuple[int
     Args:
         earlier: (section, caption) of the images before it, in the order of the answer that named them.
     """
-    said = "， ".join(f'<Seg{number}>后插入图像对应的标题是"{caption}"' for number, caption in earlier)
-    past = f"现在{said}。" if said else ""
     article = "".join(numbered(sections)[: place + 2])
-    text = f'给定文章"{article}" {past}给出适合在<Seg{place}>后插入的图像对应的标题。'
+    text = f'给定文章"{article}" {told(earlier)}给出适合在<Seg{place}>后插入的图像对应的标题。'
     return Request(f"caption {place}", (text,), '标题是"', TEMPLATE)
 
 
@@ -58,12 +56,7 @@ def ask_choice(
         chosen: (section, image) of the places before it, in the order of the text.
         candidates: at most 26.
     """
-    parts: list[str | ImageFile] = ["根据给定上下文和候选图像，选择合适的配图："]
-    images = dict(chosen)
-    for number, text in enumerate(sections[: place + 1]):
-        parts.append(f"{text}\n")
-        if number in images:
-            parts.append(images[number])
+    parts = illustrated(sections, place, chosen)
     for letter, candidate in zip(LETTERS, candidates, strict=False):
         parts += [f"候选图像包括: {letter}." if letter == "A" else f"\n{letter}.", candidate]
     return Request(f"choice {place}", tuple(parts), "最合适的图是", TEMPLATE)

@@ -92,11 +92,15 @@ def ask_caption(sections: Sequence[str], place: int, earlier: Sequence[tuple[int
     Args:
         earlier: (section, caption) of the images before it, in the order of the answer that named them.
     """
-    said = "， ".join(f'<Seg{number}>后插入图像对应的标题是"{caption}"' for number, caption in earlier)
-    past = f"现在{said}。" if said else ""
     article = "".join(numbered(sections)[: place + 2])
-    text = f' 给定文章"{article}" {past}给出适合在<Seg{place}>后插入的图像对应的标题。 \n'
+    text = f' 给定文章"{article}" {told(earlier)}给出适合在<Seg{place}>后插入的图像对应的标题。 \n'
     return Request(f"caption {place}", (text,), ' 标题是"')
+
+
+def told(earlier: Sequence[tuple[int, str]]) -> str:
+    """The captions that images before have, by section; nothing where there are none."""
+    said = "， ".join(f'<Seg{number}>后插入图像对应的标题是"{caption}"' for number, caption in earlier)
+    return f"现在{said}。" if said else ""
 
 
 def read_caption(answer: str) -> str:
@@ -112,16 +116,21 @@ def ask_choice(
         chosen: (section, image) of the places before it, in the order of the text.
         candidates: four images.
     """
+    parts = [*illustrated(sections, place, chosen), "\n\n候选图像包括: A."]
+    for candidate, behind in zip(candidates, ("\nB.", "\nC.", "\nD.", "\n\n"), strict=True):
+        parts += [candidate, behind]
+    return Request(f"choice {place}", tuple(parts), "最合适的图是", template="xcomposer_choose")
+
+
+def illustrated(sections: Sequence[str], place: int, chosen: Sequence[tuple[int, ImageFile]]) -> list[str | ImageFile]:
+    """The article up to a place, with the images that it has."""
     parts: list[str | ImageFile] = ["根据给定上下文和候选图像，选择合适的配图："]
     images = dict(chosen)
     for number, text in enumerate(sections[: place + 1]):
         parts.append(f"{text}\n")
         if number in images:
             parts.append(images[number])
-    parts.append("\n\n候选图像包括: A.")
-    for candidate, behind in zip(candidates, ("\nB.", "\nC.", "\nD.", "\n\n"), strict=True):
-        parts += [candidate, behind]
-    return Request(f"choice {place}", tuple(parts), "最合适的图是", template="xcomposer_choose")
+    return parts
 
 
 def read_choice(answer: str, *, count: int = NUM_CANDIDATES) -> int:
