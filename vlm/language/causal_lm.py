@@ -23,8 +23,8 @@ from vlm.checkpoints.tables.base import BaseWeights
 from vlm.errors import UserError
 from vlm.language.attention import PACKED
 from vlm.language.base_weights import read_decoder
-from vlm.language.internlm import as_llama, internlm2_as_llama
 from vlm.language.layer_inputs import LayerInputs
+from vlm.language.llama_settings import llama_settings
 from vlm.language.qwen import as_qwen2
 
 
@@ -125,9 +125,9 @@ def read_transformers_config(path: str | None, changes: Mapping[str, Any]) -> Pr
         if stated.get("model_type") == "qwen":
             config = AutoConfig.for_model(**as_qwen2(stated))
         elif stated.get("model_type") == "internlm":
-            config = AutoConfig.for_model(**as_llama(stated))
+            config = AutoConfig.for_model(**llama_settings(stated, attention_bias=True))
         elif stated.get("model_type") == "internlm2":
-            config = AutoConfig.for_model(**internlm2_as_llama(stated))
+            config = AutoConfig.for_model(**llama_settings(stated))
         else:
             config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ from vlm.checkpoints.published.tokenizer_entries import describe_tokenizer
 from vlm.checkpoints.tables.cogvlm import VISION_UNUSED, language_rules, vision_rules
 from vlm.checkpoints.tables.table import Table
 from vlm.errors import UserError
+from vlm.language.llama_settings import llama_settings
 
 LANGUAGE_READ = frozenset(
     {
@@ -68,7 +69,7 @@ class CogVLMFamily(OneFolderFamily):
         return {
             "vision": {"class_path": "vlm.vision.TimmTower", "init_args": describe_tower(config, file)},
             "connector": {"class_path": "vlm.connectors.GLU", "init_args": {"hidden_dim": hidden_dim}},
-            "language": {"class_path": "vlm.language.CausalLM", "init_args": {"config": _as_llama(config)}},
+            "language": {"class_path": "vlm.language.CausalLM", "init_args": {"config": llama_settings(config)}},
             "tokenizer": describe_tokenizer(folder),
             "template": self.templates[version],
             "image": "squash",
@@ -154,15 +155,4 @@ def describe_tower(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
             "num_heads": vision["num_heads"],
             "mlp_ratio": ratio,
         },
-    }
-
-
-def _as_llama(config: Mapping[str, Any]) -> dict[str, Any]:
-    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    return {
-        "model_type": "llama",
-        **{name: config[name] for name in (*kept, "max_position_embeddings", "rms_norm_eps")},
-        "num_key_value_heads": config["num_attention_heads"],
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
     }

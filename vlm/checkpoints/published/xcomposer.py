@@ -16,7 +16,7 @@ from vlm.checkpoints.tables.table import Table
 from vlm.errors import UserError
 from vlm.language import PeftAdapter
 from vlm.language.adapters import ADAPTER
-from vlm.language.internlm import as_llama
+from vlm.language.llama_settings import llama_settings
 from vlm.prompts.xcomposer import EOA, EOH
 
 _LANGUAGE = frozenset(
@@ -120,7 +120,10 @@ class XComposerFamily(OneFolderFamily):
                     "init_args": sampler | {"num_queries": config["num_query_token"]},
                 },
                 "connector": {"class_path": "vlm.connectors.FlaggedLinear", "init_args": {}},
-                "language": {"class_path": "vlm.language.CausalLM", "init_args": {"config": as_llama(config)}},
+                "language": {
+                    "class_path": "vlm.language.CausalLM",
+                    "init_args": {"config": llama_settings(config, attention_bias=True)},
+                },
                 "tokenizer": describe_tokenizer(folder, marks=(EOH, EOA)),
                 "template": "xcomposer_vl" if is_vl else "xcomposer",
                 "image": "squash",
@@ -171,7 +174,7 @@ class XComposerFamily(OneFolderFamily):
 
 
 def check_internlm(config: Mapping[str, Any], file: Path) -> None:
-    """Refuses a `config.json` of InternLM-7B's code that says what `as_llama` does not do."""
+    """Refuses a `config.json` of InternLM-7B's code that says what `llama_settings` does not do."""
     # `rotary` scales positions behind `max_position_embeddings`, and no sample is longer
     Entries(_LANGUAGE, _LANGUAGE_ONLY, frozenset({"rotary"})).check(config, file)
 

@@ -15,7 +15,7 @@ from vlm.checkpoints.tables.rules import Rule, rename
 from vlm.checkpoints.tables.table import Table
 from vlm.errors import UserError
 from vlm.language import PartialLoRA
-from vlm.language.internlm import internlm2_as_llama
+from vlm.language.llama_settings import llama_settings
 from vlm.prompts.xcomposer2 import END, START
 
 _LANGUAGE = frozenset(
@@ -88,7 +88,7 @@ class XComposer2Family(OneFolderFamily):
                 "connector": {"class_path": "vlm.connectors.MLP", "init_args": {"depth": 2}},
                 "language": {
                     "class_path": "vlm.language.CausalLM",
-                    "init_args": {"config": internlm2_as_llama(config)},
+                    "init_args": {"config": llama_settings(config)},
                 },
                 "partial_lora": {"class_path": "vlm.language.PartialLoRA", "init_args": _partial(config)},
                 "tokenizer": describe_tokenizer(folder, marks=(START, END)),
@@ -143,7 +143,7 @@ class XComposer2Family(OneFolderFamily):
 
 
 def check_internlm2(config: Mapping[str, Any], file: Path) -> None:
-    """Refuses a `config.json` of InternLM2's code that says what `internlm2_as_llama` does not do."""
+    """Refuses a `config.json` of InternLM2's code that says what `llama_settings` does not do."""
     _check(config, file, read=_LANGUAGE)
 
 
