@@ -22,7 +22,7 @@ from vlm.module import VisionLanguageModule
 from vlm.prompts.tokenizer import Tokenizer
 from vlm.sample import Message, Sample, TextPart
 from vlm.seeding import seed_from
-from vlm.vision import TowerDescription, TowerFacts
+from vlm.vision import TowerDescription, TowerFacts, see
 from vlm.vision.preprocess import ImageTransform, RandomCropFlip
 
 STREAM = "image"
@@ -202,9 +202,7 @@ class BLIPTuned(VisionLanguageModule):
 
     def encode_images(self, batch: Batch) -> Tensor:
         """float[V, P, C] features of every image of a pack."""
-        pixels = batch.views[STREAM].pixels
-        with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())):
-            return self.vision(pixels.to(next(self.vision.parameters()).dtype))
+        return see(self.vision, batch.views[STREAM].pixels)
 
     def image_features(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """float[B, m, C] of all images of each sample, one behind the other, and bool[B, m], True where there is one.

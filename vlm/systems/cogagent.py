@@ -16,8 +16,7 @@ from vlm.language.layer_inputs import Context, LayerInputs
 from vlm.sample import Sample
 from vlm.systems.cogvlm import CogVLM, CogVLMCodec
 from vlm.systems.row import STREAM
-from vlm.systems.spliced import see
-from vlm.vision import TowerDescription, TowerFacts
+from vlm.vision import TowerDescription, TowerFacts, see
 from vlm.vision.preprocess import ImageTransform
 
 HIGH = "high"

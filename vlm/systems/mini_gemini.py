@@ -11,8 +11,8 @@ from vlm.connectors import PatchMining
 from vlm.connectors.mining import mine_views
 from vlm.errors import UserError
 from vlm.systems.row import STREAM
-from vlm.systems.spliced import SplicedDecoder, see
-from vlm.vision import TowerDescription, TowerFacts
+from vlm.systems.spliced import SplicedDecoder
+from vlm.vision import TowerDescription, TowerFacts, see
 from vlm.vision.tiling import low_views
 
 

@@ -11,7 +11,8 @@ from vlm.batch import IGNORE, Batch, TokenSequence
 from vlm.connectors import QFormer
 from vlm.prompts.tokenizer import Tokenizer
 from vlm.systems.row import STREAM
-from vlm.systems.spliced import SplicedDecoder, see
+from vlm.systems.spliced import SplicedDecoder
+from vlm.vision import see
 
 READ = "qformer"
 """The row of what the Q-Former reads: a text for each image, in their order."""

@@ -5,7 +5,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vlm.batch import Batch, Views
@@ -19,7 +18,7 @@ from vlm.prompts.tokenizer import Tokenizer
 from vlm.sample import Sample
 from vlm.seeding import seed_from
 from vlm.systems.row import STREAM, RowCodec, RowDecoder
-from vlm.vision import TowerDescription, TowerFacts
+from vlm.vision import TowerDescription, TowerFacts, see
 from vlm.vision.preprocess import ImageMode, ImageTransform, RandomCropFlip
 
 
@@ -157,10 +156,3 @@ class SplicedDecoder(RowDecoder):
 
     def encode_images(self, batch: Batch) -> Tensor:
         return self.connector(see(self.vision, batch.views[STREAM].pixels))
-
-
-def see(tower: nn.Module, pixels: Tensor) -> Tensor:
-    """float[V, P, C] features of views, without a graph where the tower is frozen."""
-    parameters = list(tower.parameters())
-    with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
-        return tower(pixels.to(parameters[0].dtype))

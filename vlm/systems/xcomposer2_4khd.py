@@ -18,8 +18,9 @@ from vlm.geometry import Placement, View
 from vlm.sample import Sample
 from vlm.seeding import seed_from
 from vlm.systems.row import STREAM
-from vlm.systems.spliced import SplicedCodec, see
+from vlm.systems.spliced import SplicedCodec
 from vlm.systems.xcomposer2 import XComposer2
+from vlm.vision import see
 from vlm.vision.hd import ROW_END, SEPARATOR, HDTiles
 from vlm.vision.preprocess import normalize
 

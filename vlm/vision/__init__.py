@@ -2,7 +2,7 @@ from vlm.vision.augment import RandAugment
 from vlm.vision.patches import Patches
 from vlm.vision.preprocess import RandomCropFlip
 from vlm.vision.pyramid import ConvNeXtPyramid, Pyramid
-from vlm.vision.towers import TimmTower, Tower, TowerDescription, TowerFacts
+from vlm.vision.towers import TimmTower, Tower, TowerDescription, TowerFacts, see
 
 __all__ = [
     "ConvNeXtPyramid",
@@ -14,4 +14,5 @@ __all__ = [
     "Tower",
     "TowerDescription",
     "TowerFacts",
+    "see",
 ]

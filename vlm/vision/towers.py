@@ -206,3 +206,10 @@ class StretchedTower(Tower):
         features = trunk.patch_embed(pixels)
         features = trunk.norm_pre(features + resized(trunk.pos_embed[0], self.facts.grid))
         return trunk.norm(trunk.blocks(features))
+
+
+def see(tower: nn.Module, pixels: Tensor) -> Tensor:
+    """float[V, P, C] features of views, without a graph where the tower is frozen."""
+    parameters = list(tower.parameters())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
+        return tower(pixels.to(parameters[0].dtype))
