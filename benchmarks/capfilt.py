@@ -13,8 +13,6 @@ and texts then find each other by embeddings. What is there already is not made 
 
 import argparse
 import json
-import statistics
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,9 +20,9 @@ from typing import Any
 
 import yaml
 
-from benchmarks.demo_scores import machine
+from benchmarks.demo_scores import ask, machine, vlm
+from benchmarks.seeds import spread
 from vlm.checkpoints.files.atomic import atomic_file
-from vlm.evaluation.scores import read_scores
 from vlm.recipes import TrainingStage, find_recipe, load_recipe
 from vlm.recipes.configs import config_files
 
@@ -104,15 +102,13 @@ def sizes(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 def trained(name: str, seed: int, rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> dict[str, float]:
     """Recalls of a BLIP that was pre-trained on a set."""
     folder: Path = options.run / "capfilt" / name / str(seed)
-    scores = folder / "evaluation/retrieval/scores.json"
-    if not scores.is_file():
+    if not (folder / "evaluation/retrieval/scores.json").is_file():
         files = pretraining_files(name, rows, options.run / "capfilt" / name)
         seeds = [f"--model.init_args.seed={seed}", f"--data.init_args.seed={seed}"]
         words = [word for file in files for word in ("-c", str(file))]
         vlm("fit", *words, "--trainer.default_root_dir", str(folder), *seeds, *options.option)
-        asked = "configs/eval/demo_blip_2_retrieval.yaml"
-        vlm("test", "-c", asked, "--weights", str(folder), "--evaluation.name", "retrieval")
-    return {key.partition("/")[2]: value for key, value in read_scores(scores.parent)["scores"].items() if "@" in key}
+    found = ask(folder, "retrieval", "test", "-c", "configs/eval/demo_blip_2_retrieval.yaml")["scores"]
+    return {key.partition("/")[2]: value for key, value in found.items() if "@" in key}
 
 
 def pretraining_files(name: str, rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
@@ -164,17 +160,9 @@ def page(
         f"|---|---|---|{'---|' * len(RANKS)}",
     ]
     for name, runs in found.items():
-        cells = [spread([run[rank] for run in runs]) for rank in RANKS]
+        cells = [spread([run[rank] for run in runs], digits=3) for rank in RANKS]
         lines.append(f"| {name} | {pairs[name]:,} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
-
-
-def spread(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-
-
-def vlm(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "cli", *arguments], check=True, stdout=sys.stderr)
 
 
 if __name__ == "__main__":

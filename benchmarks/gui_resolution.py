@@ -15,8 +15,6 @@ same command goes on.
 import argparse
 import json
 import os
-import statistics
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +22,8 @@ from typing import Any
 
 import yaml
 
-from vlm.evaluation.scores import read_scores
+from benchmarks import seeds
+from benchmarks.demo_scores import ask, vlm
 
 ROOT = Path(__file__).parents[1]
 COGAGENT = ROOT / "configs/cogagent"
@@ -44,14 +43,14 @@ def main() -> int:
     parser.add_argument("--run", type=Path, default=Path("runs/gui_resolution"))
     parser.add_argument("--option", action="append", default=[], help="of every stage, such as --trainer.max_steps=50")
     options = parser.parse_args()
-    _vlm("fit", "--recipe", "cogvlm", "--demo", "--", *options.option)
+    vlm("fit", "--recipe", "cogvlm", "--demo", "--", *options.option)
     recipes = {"both": COGAGENT / "recipe.yaml", "coarse": write_coarse(options.run / "coarse_recipe")}
     found: dict[str, list[dict[str, float]]] = {}
     for seed in options.seeds:
-        seeds = [f"--model.init_args.seed={seed}", f"--data.init_args.seed={seed}"]
+        seeded = [f"--model.init_args.seed={seed}", f"--data.init_args.seed={seed}"]
         for name, recipe in recipes.items():
             run = options.run / name / str(seed)
-            _vlm("fit", "--recipe", str(recipe), "--demo", "--run", str(run), "--", *seeds, *options.option)
+            vlm("fit", "--recipe", str(recipe), "--demo", "--run", str(run), "--", *seeded, *options.option)
             found.setdefault(name, []).append(asked(run / LAST, "trained"))
             if name == "both":
                 found.setdefault("shuffled", []).append(asked(run / LAST, "shuffled"))
@@ -107,37 +106,16 @@ def coarse(train: Mapping[str, Any]) -> dict[str, Any]:
 
 def asked(stage: Path, name: str) -> dict[str, float]:
     """Scores of a trained stage, {task: score}, asked where they are not there."""
-    folder = stage / "evaluation" / name
-    if not (folder / "scores.json").is_file():
-        shuffle = ["--data.init_args.shuffle_images=true"] if name == "shuffled" else []
-        _vlm(
-            "test",
-            "-c",
-            "configs/eval/demo_cogagent.yaml",
-            "--weights",
-            str(stage),
-            "--evaluation.name",
-            name,
-            *shuffle,
-        )
-    scores = read_scores(folder)["scores"]
+    shuffle = ["--data.init_args.shuffle_images=true"] if name == "shuffled" else []
+    scores = ask(stage, name, "test", "-c", "configs/eval/demo_cogagent.yaml", *shuffle)["scores"]
     return {task: next(value for key, value in scores.items() if key.startswith(f"{task}/")) for task in TASKS}
 
 
 def table(found: dict[str, list[dict[str, float]]]) -> str:
     """Markdown: a line per arm, mean (lowest to highest)."""
-    lines = [f"| | seeds | {' | '.join(TASKS.values())} |", f"|---|---|{'---|' * len(TASKS)}"]
-    for name, runs in found.items():
-        cells = []
-        for task in TASKS:
-            values = [run[task] for run in runs]
-            cells.append(f"{statistics.fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})")
-        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _vlm(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "cli", *arguments], check=True, stdout=sys.stderr)
+    return seeds.table(
+        {name: [{words: run[task] for task, words in TASKS.items()} for run in runs] for name, runs in found.items()}
+    )
 
 
 if __name__ == "__main__":

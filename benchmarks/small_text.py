@@ -17,6 +17,7 @@ from benchmarks.demo_scores import DATA, ROOT, ask, machine, vlm
 from vlm.checkpoints.files.atomic import atomic_file
 from vlm.evaluation.scores import read_scores
 from vlm.recipes.run_folder import RunFolder
+from vlm.vision.hd import HDTiles
 
 SYSTEM, FIRST, SECOND = "xcomposer2_4khd", "1_pretrain", "2_sft"
 WAYS = {
@@ -56,8 +57,7 @@ def main() -> int:
         shuffled = ask(run, "pages_shuffled", *test, "--data.init_args.shuffle_images=true")
         questions = int(read_scores(run / "evaluation/pages")["counts"]["page"])
         scores = [scored["scores"]["page/exact_match"] for scored in (found, shuffled)]
-        side = {16: 4, 1: 1}[num]
-        tokens = 3 * 4 + 1 + 3 * side * (3 * side + 1)
+        tokens = HDTiles(84, 3, num=num).num_tokens(336, 336)
         rows.append(f"| {words} | {scores[0]:.2f} | {scores[1]:.2f} | {tokens} |")
     text = TEXT.format(machine=machine(), date=f"{datetime.date.today():%Y-%m-%d}", questions=questions)
     short = f"\n\nShortened, so the scores say nothing: `{' '.join(options.option)}`." if options.option else ""

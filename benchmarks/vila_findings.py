@@ -15,10 +15,11 @@ captions' CIDEr-D; talk without an image; and `seeing` behind four examples.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.demo_scores import vlm
+from benchmarks.seeds import table
 from vlm.evaluation.scores import read_scores
 
 ROOT = Path(__file__).parents[1]
@@ -49,12 +50,12 @@ def measured(name: str, seed: int, *, run: Path, options: list[str]) -> dict[str
     recipe = ROOT / "configs/vila/recipe.yaml" if name == "recipe" else FOLDER / f"{name}.yaml"
     folder = run / name / str(seed)
     seeds = [f"--model.init_args.seed={seed}", f"--data.init_args.seed={seed}"]
-    _vlm("fit", "--recipe", str(recipe), "--demo", "--run", str(folder), "--", *seeds, *options)
+    vlm("fit", "--recipe", str(recipe), "--demo", "--run", str(folder), "--", *seeds, *options)
     scores: dict[str, dict[str, float]] = {}
     for test, config in TESTS.items():
         evaluation = folder / "2_sft/evaluation" / test
         if not (evaluation / "scores.json").is_file():
-            _vlm("test", "-c", f"configs/eval/{config}.yaml", "--weights", str(folder), "--evaluation.name", test)
+            vlm("test", "-c", f"configs/eval/{config}.yaml", "--weights", str(folder), "--evaluation.name", test)
         scores[test] = read_scores(evaluation)["scores"]
     return {
         "seeing": seeing(scores["0_shot"]),
@@ -72,23 +73,6 @@ def only(scores: dict[str, float], task: str) -> float:
     """The one metric of a task."""
     [value] = [value for key, value in scores.items() if key.startswith(f"{task}/")]
     return value
-
-
-def table(found: dict[str, list[dict[str, float]]]) -> str:
-    """Markdown: a line per finding, mean (lowest to highest)."""
-    columns = list(next(iter(found.values()))[0])
-    lines = [f"| | seeds | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
-    for name, runs in found.items():
-        cells = []
-        for column in columns:
-            values = [run[column] for run in runs]
-            cells.append(f"{statistics.fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})")
-        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _vlm(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "cli", *arguments], check=True, stdout=sys.stderr)
 
 
 if __name__ == "__main__":
