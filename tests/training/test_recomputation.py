@@ -143,7 +143,7 @@ def _fit(folder: Path, *, recomputing: bool, fsdp: str | None = None, **options:
 
 
 def _strategies(folder: Path) -> list:
-    return [_fit(folder, recomputing=True, strategy="ddp"), _fit(folder, recomputing=True, fsdp="fp32")]
+    return [_fit(folder, recomputing=True, strategy="ddp"), _fit(folder, recomputing=True, fsdp="32-true")]
 
 
 def test_sharded_and_data_parallel(tmp_path: Path) -> None:

@@ -104,19 +104,19 @@ def fill(module: Any, *, added: Collection[str]) -> None:
     Raises:
         UserError: it cannot be sharded, or its weights are not what they have to be.
     """
-    module.frozen_dtype = None
+    module.frozen_dtype, shards_on = None, None
     if module.device_mesh is not None:
         if module.shard is None:
             raise UserError("a sharding strategy needs the callback callbacks.MixedPrecisionFSDP")
         for operation in module.surgery:
             if (reason := operation.cannot_shard) is not None:
                 raise UserError(f"trainer.strategy: {reason}")
-        module.shard(module, module.device_mesh)
+        shards_on = module.shard(module, module.device_mesh)
     elif (dtype := compute_dtype(module)) is not None:
         keep_frozen_in(module, dtype)
         module.frozen_dtype = dtype
     trainer = module._trainer
-    allocate(module, trainer.strategy.root_device if trainer is not None else module.device)
+    allocate(module, trainer.strategy.root_device if trainer is not None else module.device, shards_on=shards_on)
     tie(module, module.ties)
     sources = weight_sources(module)
     moving = check_moving(module)
