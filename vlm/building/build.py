@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
 
-from vlm.building.blocks import recompute_blocks
+from vlm.building.blocks import recompute_blocks, recomputed_parts
 from vlm.building.inherited_surgery import PlannedSurgery, inherited_surgery, of_parts
 from vlm.building.network import allocate, find_ties, initialisers, load_or_init, tie
 from vlm.building.precision import compute_dtype, keep_frozen_in
@@ -89,9 +89,8 @@ def assemble(module: Any, *, planned: Sequence[PlannedSurgery] = ()) -> set[str]
             operation.check_trained(module, is_new=operation not in earlier)
     else:
         module.requires_grad_(False).eval()
-    for part, description in module.arguments.items():
-        if getattr(description, "checkpointing", False):
-            recompute_blocks(module.get_submodule(part))
+    for part, every in recomputed_parts(module).items():
+        recompute_blocks(module.get_submodule(part), every=every)
     return {name for name, _ in module.named_parameters()} - plain
 
 

@@ -35,6 +35,8 @@ HOW_IT_RUNS = (
     "trainer.strategy.*",
     "trainer.accumulate_grad_batches",
     "model.*.checkpointing",
+    "stage.recompute",
+    "stage.recompute.*",
     "data.*num_workers",
     "data.*micro_batch_size",
     "data.*.max_tokens",
