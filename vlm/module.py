@@ -106,7 +106,7 @@ class VisionLanguageModule(LightningModule):
         self.quantized = True
         self.judges = Judges()
         self.decoding: Decoding | None = None
-        self.shard: Callable[[nn.Module, Any], None] | None = None
+        self.shard: Callable[[nn.Module, Any], torch.device | None] | None = None
         self.load_report: LoadReport | None = None
         self.frozen_hashes: dict[str, str] = {}
         self.frozen_dtype: torch.dtype | None = None
@@ -340,6 +340,14 @@ class VisionLanguageModule(LightningModule):
         """Whether every rank holds a part of every tensor, so that all ranks have to run the network together."""
         return isinstance(self, FSDPModule)
 
+    @property
+    def num_replicas(self) -> int:
+        """How many ranks hold each part of a gradient."""
+        if not self.is_sharded:
+            return self.trainer.world_size
+        assert self.device_mesh is not None
+        return self.device_mesh.size() // self.device_mesh["shard"].size()
+
     def over_ranks(self, value: float, operation: Literal["sum", "max"]) -> float:
         """A number combined over the ranks of a sharded system; every rank has to call it. Itself where not sharded."""
         if not self.is_sharded:
@@ -432,9 +440,8 @@ class VisionLanguageModule(LightningModule):
         return logits.float().softmax(-1)[:, 1] if probability else logits[:, 1]
 
     def _match(self, image_states: Tensor, text_states: Tensor) -> Tensor:
-        device = next(self.parameters()).device
         with evaluating(self):
-            return self.match_logits(image_states.to(device), text_states.to(device))
+            return self.match_logits(image_states.to(self.device), text_states.to(self.device))
 
     # -- saving
 

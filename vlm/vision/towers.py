@@ -85,7 +85,7 @@ class TimmTower(TowerDescription):
         position_grid: side of the table of positions, which is stretched to the patches of a view in each forward pass
             (Qwen-VL: 16, at 224 and at 448 px); None: a table with a place for every patch.
         norm_eps: of every LayerNorm, where it is not the architecture's own.
-        checkpointing: recompute each block's activations in the backward pass.
+        checkpointing: recompute each block's activations in the backward pass; n: those of every n-th block.
     """
 
     name: str
@@ -94,7 +94,7 @@ class TimmTower(TowerDescription):
     final_norm: bool = False
     weights: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    checkpointing: bool = False
+    checkpointing: bool | int = False
     position_grid: int | None = None
     norm_eps: float | None = None
 
