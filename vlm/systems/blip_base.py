@@ -204,7 +204,8 @@ class BLIPTuned(VisionLanguageModule):
 
     def encode_images(self, batch: Batch) -> Tensor:
         """float[V, P, C] features of every image of a pack."""
-        return see(self.vision, batch.views[STREAM].pixels)
+        views = batch.views[STREAM]
+        return see(self.vision, views.pixels, keys=views.keys)
 
     def image_features(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """float[B, m, C] of all images of each sample, one behind the other, and bool[B, m], True where there is one.
