@@ -1,6 +1,7 @@
 """The strategy that fully sharded training runs under."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 from vlm.checkpoints.files.atomic import atomic_directory, remove_leftovers
 from vlm.checkpoints.resume.pointer import point_last
 from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
-from vlm.checkpoints.resume.sharded import cut_like, read_sharded, write_shard, write_state
+from vlm.checkpoints.resume.sharded import copy_shard, cut_like, read_sharded, write_shard, write_state
 from vlm.errors import UserError
 from vlm.module import VisionLanguageModule
 from vlm.moving import changing_names
@@ -33,6 +34,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def __init__(self, process_group_backend: str | None = None) -> None:
         super().__init__(tensor_parallel_size=1, process_group_backend=process_group_backend)
+        self._writers: distributed.ProcessGroup | None = None
 
     def _setup_distributed(self) -> None:
         super()._setup_distributed()
@@ -67,14 +69,30 @@ class FSDP2Strategy(ModelParallelStrategy):
             UserError: on every rank, when any of them cannot write; the checkpoints before this one are intact.
         """
         assert storage_options is None, "no storage options: checkpoints go to a mounted filesystem"
+        self._write(Path(self.broadcast(filepath)), checkpoint)
+
+    def prepare_save(self, checkpoint: dict[str, Any], filepath: Any) -> Callable[[], None]:
+        """Copies what this rank has to the CPU.
+
+        Returns:
+            The rest of `save_checkpoint`, for a thread. The ranks talk in a group of their own there, so that neither
+            devices nor the training are waited for.
+        """
+        if self._writers is None:
+            self._writers = distributed.new_group(backend="gloo")
         path = Path(self.broadcast(filepath))
+        return functools.partial(self._write, path, copy_shard(checkpoint), group=self._writers)
+
+    def _write(self, path: Path, checkpoint: Any, *, group: distributed.ProcessGroup | None = None) -> None:
         with contextlib.ExitStack() as stack:
 
             def begin() -> str:
                 remove_leftovers(path.parent)
                 return str(stack.enter_context(atomic_directory(path)))
 
-            temporary = Path(self.broadcast(self._together(begin if self.is_global_zero else None)))
+            begun = [self._together(begin if self.is_global_zero else None, group)]
+            distributed.broadcast_object_list(begun, src=0, group=group)
+            temporary = Path(begun[0])
 
             def write() -> None:
                 if not temporary.is_dir():
@@ -85,13 +103,13 @@ class FSDP2Strategy(ModelParallelStrategy):
                 if self.is_global_zero:
                     write_state(temporary, checkpoint, world=self.world_size)
 
-            self._together(write)
+            self._together(write, group)
 
             def finish() -> None:
                 stack.close()
                 point_last(path)
 
-            self._together(finish if self.is_global_zero else None)
+            self._together(finish if self.is_global_zero else None, group)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """What was saved, cut for this rank of this run; single files of other strategies are understood too.
@@ -125,7 +143,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self.is_global_zero:
             AtomicCheckpointIO().remove_checkpoint(filepath)
 
-    def _together(self, action: Callable[[], Any] | None) -> Any:
+    def _together(self, action: Callable[[], Any] | None, group: distributed.ProcessGroup | None = None) -> Any:
         """Runs an action on the ranks that have one; when it fails on any of them, every rank raises."""
         result, error = None, None
         try:
@@ -134,7 +152,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             error = raised
         mine = None if error is None else (isinstance(error, UserError), f"{type(error).__name__}: {error}", str(error))
         errors: list[Any] = [None] * self.world_size
-        distributed.all_gather_object(errors, mine)
+        distributed.all_gather_object(errors, mine, group=group)
         if error is not None:
             raise error
         for rank, other in enumerate(errors):
