@@ -31,7 +31,7 @@ def lost_rank_error(error: BaseException) -> UserError | None:
     if not is_lost_rank(error):
         return None
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    said = re.sub(r"^\[[^]]*\] ?", "", str(error).split("\n")[0]).split(". This may")[0].rstrip(".")
+    said = re.sub(r"^\[[^]]*\] ?", "", str(error).split("\n")[0]).split(". This ")[0].rstrip(".")
     return UserError(
         f"rank {rank}: another rank has ended or does not answer "
         f"({said}); its own last lines say why. The same command goes on from the newest checkpoint"
