@@ -78,11 +78,11 @@ def _as_it_is(batch: Batch) -> Batch:
 
 
 def trainer(folder: Path, *, world: int = 1, fsdp: str | None = None, **options: Any) -> L.Trainer:
-    """One process without `fsdp`; with it (`fp32` or `bf16` compute) fully sharded over `world` ranks."""
+    """One process without `fsdp`; with it, a precision of `MixedPrecisionFSDP`, fully sharded over `world` ranks."""
     callbacks = list(options.pop("callbacks", ()))
     if fsdp is not None:
-        options["strategy"] = "fsdp2"
-        callbacks.append(MixedPrecisionFSDP(param_dtype=fsdp))
+        options.setdefault("strategy", "fsdp2")
+        callbacks.append(MixedPrecisionFSDP(fsdp))
     defaults = {
         "logger": False,
         "enable_checkpointing": False,

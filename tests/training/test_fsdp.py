@@ -148,7 +148,7 @@ def test_training_equals_one_process(case: str, tmp_path: Path) -> None:
     """Accumulation, clipping by norm, ranks and whole steps without pictures, validation after fit."""
     samples(tmp_path)  # before the ranks would write the same files
     one = _train(tmp_path, case, None)
-    for sharded in run_ranks(_train, 2, tmp_path, case, "fp32"):
+    for sharded in run_ranks(_train, 2, tmp_path, case, "32-true"):
         assert sharded["losses"] == pytest.approx(one["losses"], rel=1e-6)
         assert sharded["validated"] == pytest.approx(one["validated"], rel=1e-6)
         assert len(sharded["gradients"]) == len(MIXED)
@@ -170,7 +170,7 @@ def test_training_equals_one_process(case: str, tmp_path: Path) -> None:
 def test_bf16_compute_keeps_float32_shards(tmp_path: Path) -> None:
     samples(tmp_path)
     one = _train(tmp_path, "tied", None)
-    for sharded in run_ranks(_train, 2, tmp_path, "tied", "bf16"):
+    for sharded in run_ranks(_train, 2, tmp_path, "tied", "bf16-mixed"):
         assert sharded["dtypes"] == sharded["moments"] == {torch.float32}  # read after a validation step
         assert {g.dtype for gradients in sharded["gradients"] for g in gradients.values()} == {torch.float32}
         assert sharded["losses"] != one["losses"]  # it did compute in bfloat16
@@ -211,7 +211,7 @@ def _use(folder: Path, fsdp: str | None) -> tuple[list, list]:
 def test_answers_and_scores_equal_one_process(tmp_path: Path) -> None:
     """Greedy and beam search and scores, inside a validation step and after fit; ranks end at different lengths."""
     samples(tmp_path)
-    ranks = run_ranks(_use, 2, tmp_path, "fp32")
+    ranks = run_ranks(_use, 2, tmp_path, "32-true")
     for when, one in enumerate(_use(tmp_path, None)):
         (greedy0, beams0, scores0), (greedy1, beams1, scores1) = one[:3], one[3:6]
         first, second = ranks[0][when], ranks[1][when]
@@ -263,11 +263,11 @@ def _run(
 
 def _resume_here(folder: Path) -> dict[str, Any]:
     """Bit for bit with the same ranks, dropout on."""
-    whole = _run(folder, folder / "dropout", "dropout", "fp32")
-    resumed = _run(folder, folder / "again", "dropout", "fp32", resume=folder / "dropout" / "step=2.ckpt", keep=1)
+    whole = _run(folder, folder / "dropout", "dropout", "32-true")
+    resumed = _run(folder, folder / "again", "dropout", "32-true", resume=folder / "dropout" / "step=2.ckpt", keep=1)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    return _run(folder, folder / "two", "tied", "fp32")
+    return _run(folder, folder / "two", "tied", "32-true")
 
 
 def test_resume_under_any_number_of_ranks(tmp_path: Path) -> None:
@@ -284,21 +284,21 @@ def test_resume_under_any_number_of_ranks(tmp_path: Path) -> None:
     assert all(torch.equal(opened[name], whole[name]) for name in opened.keys() & whole.keys())
     assert {name for name in whole if "moment " not in name} <= opened.keys(), "put together from the ranks' rows"
     for world in (1, 3):
-        resumed = run_ranks(_run, world, tmp_path, tmp_path / str(world), "tied", "fp32", resume=middle)
+        resumed = run_ranks(_run, world, tmp_path, tmp_path / str(world), "tied", "32-true", resume=middle)
         for ours in resumed:
             _same(ours, whole, atol=1e-6)
     # from and to a single file
     _same(_run(tmp_path, tmp_path / "one", "tied", None, resume=middle), whole, atol=1e-6)
     file = tmp_path / "one" / "step=3.ckpt"
     assert file.is_file()
-    _same(run_ranks(_run, 2, tmp_path, tmp_path / "back", "tied", "fp32", resume=file)[1], whole, atol=1e-6)
+    _same(run_ranks(_run, 2, tmp_path, tmp_path / "back", "tied", "32-true", resume=file)[1], whole, atol=1e-6)
 
 
 def _fail(pictures: Path, folder: Path, failing: int) -> str:
     """The third save fails on one rank; training goes on to a later one when it is started again."""
     _, rank = here()
     (folder / ".tmp-step=2.ckpt-0123abcd").mkdir(parents=True, exist_ok=True)  # a killed save
-    _run(pictures, folder, "connector alone", "fp32", max_steps=2)
+    _run(pictures, folder, "connector alone", "32-true", max_steps=2)
     write, save = vlm.checkpoints.files.weights._write_shard, torch.save
 
     def no_space(*_: Any) -> None:
@@ -308,11 +308,11 @@ def _fail(pictures: Path, folder: Path, failing: int) -> str:
         vlm.checkpoints.files.weights._write_shard = no_space
         vlm.checkpoints.resume.sharded.torch.save = no_space if failing == 0 else save
     with pytest.raises(UserError) as raised:
-        _run(pictures, folder, "connector alone", "fp32", resume=folder / "step=2.ckpt")
+        _run(pictures, folder, "connector alone", "32-true", resume=folder / "step=2.ckpt")
     vlm.checkpoints.files.weights._write_shard, vlm.checkpoints.resume.sharded.torch.save = write, save
     distributed.barrier()
     assert sorted(path.name for path in folder.iterdir()) == ["last", "step=1.ckpt", "step=2.ckpt"]
-    _run(pictures, folder, "connector alone", "fp32", resume=read_last(folder), max_steps=3)
+    _run(pictures, folder, "connector alone", "32-true", resume=read_last(folder), max_steps=3)
     return str(raised.value)
 
 
@@ -359,7 +359,7 @@ def test_the_first_artefact_is_that_of_one_process(case: str, tmp_path: Path) ->
     samples(tmp_path)
     hashes = _write(tmp_path, tmp_path / "one", case, None)
     assert hashes
-    assert run_ranks(_write, 3, tmp_path, tmp_path / "three", case, "bf16") == [hashes] * 3
+    assert run_ranks(_write, 3, tmp_path, tmp_path / "three", case, "bf16-mixed") == [hashes] * 3
     for when in ("start", "validated"):
         files = sorted(path.name for path in (tmp_path / "one" / when).iterdir())
         assert files == ["model.safetensors", "stage.json"]

@@ -55,7 +55,7 @@ def fit(folder: Path, *callbacks: L.Callback, how: str | None = None, **checkpoi
     run = trainer(
         folder / "run",
         world=world,
-        fsdp="fp32" if how == "fsdp" else None,
+        fsdp="32-true" if how == "fsdp" else None,
         max_steps=6,
         enable_checkpointing=True,
         callbacks=[*callbacks, ResumeCheckpoint(**checkpoint)],

@@ -22,10 +22,10 @@ import safetensors
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from vlm.checkpoints.files.atomic import explain_full_disk
-from vlm.checkpoints.files.weights import write_safetensors
+from vlm.checkpoints.files.weights import own_rows, write_safetensors
 from vlm.checkpoints.resume.background import copy_to_host
 from vlm.checkpoints.resume.plain import check_plain
 from vlm.errors import UserError
@@ -65,7 +65,7 @@ def write_shard(folder: Path, checkpoint: Any, *, rank: int, world: int) -> None
     rows: dict[str, Tensor] = {}
 
     def collect(key: str, tensor: DTensor | _Rows) -> None:
-        assert tensor.placements == (Shard(0),), f"{key} is placed as {tensor.placements}"
+        assert tensor.placements[-1] == Shard(0), f"{key} is placed as {tensor.placements}"
         if (local := tensor.to_local()).shape[0]:
             rows[key] = local
 
@@ -100,11 +100,11 @@ def read_sharded(folder: str | Path, mesh: DeviceMesh | None = None) -> dict[str
         def restore(key: str, shape: list[int]) -> Tensor:
             if mesh is None:
                 return rows.read(key, 0, shape[0], shape)
-            size = -(-shape[0] // mesh.size())  # as torch.chunk cuts
-            start = min(mesh.get_local_rank() * size, shape[0])
-            local = rows.read(key, start, min(start + size, shape[0]), shape).to(mesh.device_type)
+            own = own_rows(shape[0], mesh)
+            local = rows.read(key, own.start, own.stop, shape).to(mesh.device_type)
             stride = torch.empty(shape, device="meta").stride()
-            return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride)
+            placements = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
+            return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
         return _restore(stored["checkpoint"], restore)
 
