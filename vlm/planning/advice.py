@@ -34,7 +34,7 @@ class Change(NamedTuple):
 
     def total(self, tokens: int) -> int:
         """Bytes of a rank with packs of so many tokens."""
-        return memory_of(self.costs.module, self.costs.of(tokens), self.machine, self.optimizer).total
+        return memory_of(self.costs.module, self.costs.of(tokens), self.machine, self.optimizer, accumulate=2).total
 
 
 def advise(planner: Planner, plan: StagePlan) -> list[str]:
