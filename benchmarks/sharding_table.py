@@ -35,10 +35,11 @@ WORLDS = (8, 64)
 TEXT = """# What a rank holds
 
 Made by `python -m benchmarks.sharding_table`: the last stage of each recipe at paper size, on the meta device, cut by
-`callbacks.MixedPrecisionFSDP` (`bf16-mixed`) over 8 and over 64 ranks of torch's fake process group, and counted. GiB of
-the rank that holds most, and in brackets by how much that is more than an even share. With `ranks_per_shard_group: 8`
-any number of nodes of 8 has the columns of 8 ranks. Units that are gathered, activations and the whole gradient of an
-accumulation come on top (`vlm plan --devices 8 --trainer.strategy=fsdp2`, see [sharding.md](sharding.md)).
+`callbacks.MixedPrecisionFSDP` (`bf16-mixed`) over 8 and over 64 ranks of torch's fake process group, and counted. GiB
+of the rank that holds most, and in brackets by how much that is more than an even share. With
+`ranks_per_shard_group: 8` any number of nodes of 8 has the columns of 8 ranks. Units that are gathered, activations and
+the whole gradient of an accumulation come on top (`vlm plan --devices 8 --trainer.strategy=fsdp2`, see
+[sharding.md](sharding.md)).
 
 - weights: trained ones in float32, frozen ones of linear layers and convolutions in bfloat16
 - states: gradients and AdamW's two moments of what is trained
