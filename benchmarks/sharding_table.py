@@ -22,7 +22,6 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from callbacks import MixedPrecisionFSDP
-from vlm.finetuning.start import is_before
 from vlm.planning.machine import GIB
 from vlm.planning.stage import Planner, Run
 from vlm.recipes.catalogue import find_recipe, systems
@@ -34,12 +33,12 @@ OUT = Path(__file__).parents[1] / "docs" / "sharding_plan.md"
 WORLDS = (8, 64)
 TEXT = """# What a rank holds
 
-Made by `python -m benchmarks.sharding_table`: the last stage of each recipe at paper size, on the meta device, cut by
-`callbacks.MixedPrecisionFSDP` (`bf16-mixed`) over 8 and over 64 ranks of torch's fake process group, and counted. GiB
-of the rank that holds most, and in brackets by how much that is more than an even share. With
-`ranks_per_shard_group: 8` any number of nodes of 8 has the columns of 8 ranks. Units that are gathered, activations and
-the whole gradient of an accumulation come on top (`vlm plan --devices 8 --trainer.strategy=fsdp2`, see
-[sharding.md](sharding.md)).
+Made by `python -m benchmarks.sharding_table`: of each recipe the stage that trains most, at paper size, on the meta
+device, cut by `callbacks.MixedPrecisionFSDP` (`bf16-mixed`) over 8 and over 64 ranks of torch's fake process group, and
+counted. GiB of the rank that holds most, and in brackets by how much that is more than an even share: tables with fewer
+rows than there are ranks lie on the first of them. With `ranks_per_shard_group: 8` any number of nodes of 8 has the
+columns of 8 ranks. Units that are gathered, activations and the whole gradient of an accumulation come on top
+(`vlm plan --devices 8 --trainer.strategy=fsdp2`, see [sharding.md](sharding.md)).
 
 - weights: trained ones in float32, frozen ones of linear layers and convolutions in bfloat16
 - states: gradients and AdamW's two moments of what is trained
@@ -105,13 +104,17 @@ def _own(unit: Any) -> int:
     return sum(p.numel() for p in unit.parameters() if id(p) not in below)
 
 
-def planner_of(system: str) -> Planner:
-    """The last stage of a recipe, the first of several."""
+def heaviest_of(system: str) -> tuple[Planner, int, int]:
+    """The stage of a recipe that trains most, the first of several; how many parameters it trains and has."""
     recipe = load_recipe(find_recipe(system))
-    names = [node.name for node in recipe.nodes if isinstance(node, TrainingStage)]
-    stage = next(name for name in names if not any(is_before(name, other) for other in names))
-    view = cli._describe(stage_options(argparse.Namespace(recipe=system, stage=stage, demo=False)))
-    return Planner(view.module, view.trains, view.data, Run(), looked_at=1)
+    stages = []
+    for name in (node.name for node in recipe.nodes if isinstance(node, TrainingStage)):
+        view = cli._describe(stage_options(argparse.Namespace(recipe=system, stage=name, demo=False)))
+        planner = Planner(view.module, view.trains, view.data, Run(), looked_at=1)
+        parameters = list(planner.what.build().parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        stages.append((planner, trained, sum(p.numel() for p in parameters)))
+    return max(stages, key=lambda stage: stage[1])
 
 
 def main() -> None:
@@ -119,10 +122,7 @@ def main() -> None:
     columns = "".join(f" weights, {world} | states, {world} |" for world in WORLDS)
     rows = [f"| | stage | parameters | trained |{columns} units | unit |", "|---" * (6 + 2 * len(WORLDS)) + "|"]
     for system in systems():
-        planner = planner_of(system)
-        whole = planner.what.build()
-        every = sum(p.numel() for p in whole.parameters())
-        trained = sum(p.numel() for p in whole.parameters() if p.requires_grad)
+        planner, trained, every = heaviest_of(system)
         cells = [system, planner.stage.name, f"{every / 1e6:,.0f} M", f"{trained / 1e6:,.0f} M"]
         for world in WORLDS:
             with fake_ranks(world) as mesh:
