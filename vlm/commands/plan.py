@@ -13,7 +13,7 @@ from vlm.errors import UserError
 from vlm.hub import is_cached
 from vlm.options import OptionParser
 from vlm.planning.advice import advise
-from vlm.planning.machine import GPUS, Machine, Strategy, find_gpu
+from vlm.planning.machine import GPUS, Machine, Sharing, Strategy, find_gpu
 from vlm.planning.report import as_json, lines_of, table_of
 from vlm.planning.samples import LOOKED_AT
 from vlm.planning.stage import Planner, Run
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str], *, describe: StageParser) -> int:
             PlannedSurgery(str(at.stage), describe(at.options, on_gpu=True).module.surgery, at.parts) for at in earlier
         ]
         planner = Planner(view.module, view.trains, view.data, _run(view.trainer), own.samples, planned)
-        machine = Machine(gpu, own.devices or _devices(view), _strategy(view))
+        machine = Machine(gpu, own.devices or _devices(view), _strategy(view), _sharing(view))
         plans.append((planner, planner.plan(machine)))
     if own.json:
         print(json.dumps([as_json(plan, **speed) for _, plan in plans], indent=1))
@@ -166,3 +166,17 @@ def _strategy(view: StageView) -> Strategy:
     named = view.trainer.strategy
     name = named if isinstance(named, str) else type(named).__name__
     return "fsdp2" if "fsdp2" in name.lower() else "ddp"
+
+
+def _sharing(view: StageView) -> Sharing:
+    """What the strategy and its callback are told; `vlm` does not import their classes."""
+    strategy, devices = view.trainer.strategy, view.trainer.devices
+    told = next((c for c in view.trainer.callbacks or [] if hasattr(c, "cpu_offload")), Sharing())
+    ranks = getattr(strategy, "ranks_per_shard_group", None)
+    if ranks == "node":
+        ranks = devices if isinstance(devices, int) and devices > 1 else _NODE
+    return Sharing(told.precision, ranks, getattr(strategy, "reduce_gradients", "") == "micro_batch", told.cpu_offload)
+
+
+_NODE = 8
+"""Devices of a node where the trainer is not told how many."""
