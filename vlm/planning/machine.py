@@ -72,11 +72,18 @@ class Machine:
         gpu: of each rank.
         devices: how many.
         strategy: how they share the work.
+        copies_of: under fsdp2 so many devices share one copy of weights, gradients and moments; None: all of them.
     """
 
     gpu: Gpu
     devices: int = 1
     strategy: Strategy = "ddp"
+    copies_of: int | None = None
+
+    @property
+    def sharing(self) -> int:
+        """Devices that share one copy of weights, gradients and moments."""
+        return min(self.devices, self.copies_of or self.devices) if self.strategy == "fsdp2" else 1
 
     @property
     def usable(self) -> int:

@@ -35,14 +35,14 @@ def memory_of(module: Any, cost: PackCost, machine: Machine, optimizer: AdamW | 
         cost: of its heaviest pack.
         optimizer: in the place of the stage's own.
     """
-    sharded = machine.strategy == "fsdp2" and machine.devices > 1
+    sharded = machine.sharing > 1
     sizes = sizes_of(module).values()
     weights, gradients = sum(size.weights for size in sizes), sum(size.gradients for size in sizes)
     moments = optimizer_bytes(module, optimizer or module.stage.optimizer)
     averages = {} if module.averages is None else {"moving averages": 4 * sum(size.trained for size in sizes)}
     if sharded:
         own = {"weights": weights, "gradients": gradients, "optimizer": moments, **averages}
-        fixed = {part: -(-size // machine.devices) for part, size in own.items()}
+        fixed = {part: -(-size // machine.sharing) for part, size in own.items()}
         units = units_of(module)
         # two units are there at once, the next one is fetched while one runs; gradients are summed in float32
         fixed["gathered"] = 2 * (units.root + 2 * units.largest) + (2 + 4) * 2 * units.largest_trained
