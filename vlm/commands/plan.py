@@ -13,7 +13,7 @@ from vlm.errors import UserError
 from vlm.hub import is_cached
 from vlm.options import OptionParser
 from vlm.planning.advice import advise
-from vlm.planning.machine import GPUS, Machine, Sharing, Strategy, find_gpu
+from vlm.planning.machine import GPUS, Gpu, Machine, Sharing, Strategy, find_gpu
 from vlm.planning.report import as_json, lines_of, table_of
 from vlm.planning.samples import LOOKED_AT
 from vlm.planning.stage import Planner, Run
@@ -21,6 +21,9 @@ from vlm.recipes.catalogue import find_recipe, systems
 from vlm.recipes.configs import add_stage_options, stage_options
 from vlm.recipes.graph import Recipe, StageRef, TrainingStage
 from vlm.recipes.reading import load_recipe
+
+_USUAL_NODE = 8
+"""Devices of a node, where the trainer is not told."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,6 +70,7 @@ def main(arguments: Sequence[str], *, describe: StageParser) -> int:
         planner = Planner(view.module, view.trains, view.data, _run(view.trainer), own.samples, planned)
         machine = Machine(gpu, own.devices or _devices(view), _strategy(view), _sharing(view))
         plans.append((planner, planner.plan(machine)))
+        plans.append((planner, planner.plan(machine_of(view, gpu, own.devices))))
     if own.json:
         print(json.dumps([as_json(plan, **speed) for _, plan in plans], indent=1))
     elif len(plans) == 1:
@@ -157,6 +161,15 @@ def _run(trainer: Any) -> Run:
     return Run(str(trainer.precision or "32-true"), epochs, steps, trainer.accumulate_grad_batches)
 
 
+def machine_of(view: StageView, gpu: Gpu, devices: int | None = None) -> Machine:
+    """Where a stage would run by its settings.
+
+    Args:
+        devices: in the place of those that the trainer is told.
+    """
+    return Machine(gpu, devices or _devices(view), _strategy(view), _copies_of(view))
+
+
 def _devices(view: StageView) -> int:
     devices, nodes = view.trainer.devices, view.trainer.num_nodes
     return (devices if isinstance(devices, int) and devices > 0 else 1) * nodes
@@ -180,3 +193,12 @@ def _sharing(view: StageView) -> Sharing:
 
 _NODE = 8
 """Devices of a node where the trainer is not told how many."""
+
+
+def _copies_of(view: StageView) -> int | None:
+    """Devices that share a copy in hybrid sharding."""
+    ranks = getattr(view.trainer.strategy, "ranks_per_shard_group", None)
+    if ranks != "node":
+        return ranks
+    devices = view.trainer.devices
+    return devices if isinstance(devices, int) and devices > 0 else _USUAL_NODE
