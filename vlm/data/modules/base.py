@@ -134,13 +134,13 @@ class VisionLanguageData(L.LightningDataModule):
         return self._samples
 
     def setup(self, stage: str) -> None:
+        if stage == "fit" and self.trainer is not None and not self._trains:
+            raise UserError("data.sources and data.batch: training needs both, the files and the published batch")
         used = {"test": self.test_sources, "predict": self.predict_sources, "validate": self.val_sources}
         if (gather := self._gather()) is not None:
             for source in used.get(stage, [*self.sources, *self.val_sources]):
                 source.open_together(gather, **self._ranks())
         if stage == "fit" and self.trainer is not None:
-            if not self._trains:
-                raise UserError("data.sources and data.batch: training needs both, the files and the published batch")
             trainer = self._checked_trainer()
             module = trainer.lightning_module
             check_negatives(self.batch, module.in_batch_terms, system=type(module).__name__)  # type: ignore[arg-type]
