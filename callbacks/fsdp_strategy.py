@@ -1,6 +1,7 @@
 """The strategy that fully sharded training runs under."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +18,7 @@ from callbacks.fsdp import MixedPrecisionFSDP
 from vlm.checkpoints.files.atomic import atomic_directory, remove_leftovers
 from vlm.checkpoints.resume.pointer import point_last
 from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
-from vlm.checkpoints.resume.sharded import cut_like, read_sharded, write_shard, write_state
+from vlm.checkpoints.resume.sharded import copy_shard, cut_like, read_sharded, write_shard, write_state
 from vlm.errors import UserError
 from vlm.module import VisionLanguageModule
 from vlm.moving import changing_names
@@ -56,6 +57,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         self.ranks_per_shard_group = ranks_per_shard_group
         self.reduce_gradients = reduce_gradients
+        self._writers: distributed.ProcessGroup | None = None
 
     # -- the ranks
 
@@ -90,7 +92,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     @property
     def _offloads(self) -> bool:
         assert self.lightning_module is not None
-        callbacks = self.lightning_module.trainer.callbacks
+        callbacks = self.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
         return any(isinstance(callback, MixedPrecisionFSDP) and callback.cpu_offload for callback in callbacks)
 
     @property
@@ -145,14 +147,36 @@ class FSDP2Strategy(ModelParallelStrategy):
             UserError: on every rank, when any of them cannot write; the checkpoints before this one are intact.
         """
         assert storage_options is None, "no storage options: checkpoints go to a mounted filesystem"
+        self._write(Path(self.broadcast(filepath)), checkpoint)
+
+    def prepare_save(self, checkpoint: dict[str, Any], filepath: Any) -> Callable[[], None]:
+        """Copies what this rank has to the CPU.
+
+        Returns:
+            The rest of `save_checkpoint`, for a thread. The ranks talk in a group of their own there, so that neither
+            devices nor the training are waited for.
+        """
+        if self._writers is None:
+            self._writers = distributed.new_group(backend="gloo")
         path = Path(self.broadcast(filepath))
+        own = copy_shard(checkpoint) if self._writes else None
+        return functools.partial(self._write, path, own, group=self._writers)
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this rank belongs to the first copy; the others are the same."""
+        return self.global_rank < self.device_mesh["shard"].size()
+
+    def _write(self, path: Path, checkpoint: Any, *, group: distributed.ProcessGroup | None = None) -> None:
         with contextlib.ExitStack() as stack:
 
             def begin() -> str:
                 remove_leftovers(path.parent)
                 return str(stack.enter_context(atomic_directory(path)))
 
-            temporary = Path(self.broadcast(self._together(begin if self.is_global_zero else None)))
+            begun = [self._together(begin if self.is_global_zero else None, group)]
+            distributed.broadcast_object_list(begun, src=0, group=group)
+            temporary = Path(begun[0])
 
             def write() -> None:
                 if not temporary.is_dir():
@@ -160,18 +184,18 @@ class FSDP2Strategy(ModelParallelStrategy):
                         f"{path.parent} is not shared by all nodes; put the run folder on a shared filesystem"
                     )
                 shards = self.device_mesh["shard"]
-                if self.global_rank < shards.size():  # the other copies are the same
+                if self._writes:
                     write_shard(temporary, checkpoint, rank=shards.get_local_rank(), world=shards.size())
                 if self.is_global_zero:
                     write_state(temporary, checkpoint, world=shards.size())
 
-            self._together(write)
+            self._together(write, group)
 
             def finish() -> None:
                 stack.close()
                 point_last(path)
 
-            self._together(finish if self.is_global_zero else None)
+            self._together(finish if self.is_global_zero else None, group)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """What was saved, cut for this rank of this run; single files of other strategies are understood too.
@@ -205,7 +229,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self.is_global_zero:
             AtomicCheckpointIO().remove_checkpoint(filepath)
 
-    def _together(self, action: Callable[[], Any] | None) -> Any:
+    def _together(self, action: Callable[[], Any] | None, group: distributed.ProcessGroup | None = None) -> Any:
         """Runs an action on the ranks that have one; when it fails on any of them, every rank raises."""
         result, error = None, None
         try:
@@ -214,7 +238,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             error = raised
         mine = None if error is None else (isinstance(error, UserError), f"{type(error).__name__}: {error}", str(error))
         errors: list[Any] = [None] * self.world_size
-        distributed.all_gather_object(errors, mine)
+        distributed.all_gather_object(errors, mine, group=group)
         if error is not None:
             raise error
         for rank, other in enumerate(errors):

@@ -35,6 +35,7 @@ from vlm.evaluation.means import EpochMeans, with_loss
 from vlm.evaluation.retrieval import Embeddings, concat_embeddings
 from vlm.language import Decoding, Surgery
 from vlm.language.choosing import WeighedChoices
+from vlm.monitoring.over_ranks import over_ranks
 from vlm.moving import changing_names
 from vlm.sample import Sample
 from vlm.seeding import seed_from
@@ -301,15 +302,13 @@ class VisionLanguageModule(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
-        for name, value in with_loss(self.running, self.term_weights).items():
-            self._log_sum(f"train/{name}", value, prog_bar=name == "loss")
+        losses = with_loss(self.running, self.term_weights)
+        # the progress bar of Lightning, or its sums over ranks, would have the host wait for the device at every step
+        for name, value in zip(losses, over_ranks(torch.stack(list(losses.values()))), strict=True):
+            self.log(f"train/{name}", value, batch_size=1)
         for name in (event for event in EVENTS if event in batch.counts):  # of the whole step: alike on every rank
-            self.log(f"train/{name}", batch.counts[name], batch_size=1)
+            self.log(f"train/{name}", torch.tensor(batch.counts[name]), batch_size=1)
         self.running = {}
-
-    def _log_sum(self, name: str, value: Any, *, prog_bar: bool = False) -> None:
-        world = self.trainer.world_size
-        self.log(name, value, prog_bar=prog_bar, sync_dist=world > 1, reduce_fx="sum", on_step=True, batch_size=1)
 
     # -- validation
 

@@ -106,9 +106,9 @@ class Stage:
         continues: artefact of the stage whose schedule, step counter and optimizer moments go on here.
         modes: {pattern: `train` | `eval`} over modules, for published exceptions. Without one, a module is in train
             mode iff it holds a trained parameter.
+        keep_optimizer: write the optimizer's moments into the artefact, for a stage that `continues` this one.
         recompute: {part, or a glob over parts: whether its blocks run again in the backward pass, or n for every n-th},
             in the place of `checkpointing` in their descriptions. Later patterns win.
-        keep_optimizer: write the optimizer's moments into the artefact, for a stage that `continues` this one.
     """
 
     name: str
@@ -118,8 +118,8 @@ class Stage:
     modes: Mapping[str, Literal["train", "eval"]] = field(default_factory=dict)
     optimizer: AdamW = field(default_factory=AdamW)
     schedule: Schedule = field(default_factory=Schedule)
-    recompute: Mapping[str, bool | int] = field(default_factory=dict)
     keep_optimizer: bool = False
+    recompute: Mapping[str, bool | int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.continues is not None and self.schedule.total_steps is None:

@@ -95,7 +95,8 @@ class ExtendedEmbedding(nn.Embedding):
         old = super().forward(input.masked_fill(is_new, 0))
         new = F.embedding((input - self.num_embeddings).clamp_min(0), self.added.weight)
         found = torch.where(is_new[..., None], new, old)
-        return found if self.scale == 1.0 else found * found.new_tensor(self.scale)
+        # in its own dtype, as Gemma has the factor
+        return found if self.scale == 1.0 else found * found.new_full((), self.scale)
 
 
 class ExtendedHead(nn.Linear):

@@ -103,4 +103,4 @@ class MiniGemini(SplicedDecoder):
         high = see(self.vision_high, pixels, keys=keys)
         found = mine_views(self.mining, low, high, grid=self.grid)
         features = self.connector((low + found).flatten(1, 2))
-        return features * features.new_tensor(features.shape[-1] ** 0.5) if self.scale_features else features
+        return features * features.new_full((), features.shape[-1] ** 0.5) if self.scale_features else features
