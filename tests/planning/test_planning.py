@@ -268,7 +268,7 @@ def test_overlays_of_a_cluster() -> None:
     def sharing(overlay: str) -> int:
         paths = [*files, CONFIGS / "cluster" / f"{overlay}.yaml"]
         view = cli._describe([word for path in paths for word in ("-c", str(path))], on_gpu=True)
-        return machine_of(view, find_gpu("80"), 1 if overlay == "one_gpu" else 16).sharing
+        return machine_of(view, find_gpu("80"), 1 if overlay == "one_gpu" else 16).shards
 
     assert [sharing(name) for name in ("one_gpu", "ddp", "fsdp2", "hybrid")] == [1, 1, 16, 8]
 

@@ -22,8 +22,8 @@ from vlm.recipes.configs import add_stage_options, stage_options
 from vlm.recipes.graph import Recipe, StageRef, TrainingStage
 from vlm.recipes.reading import load_recipe
 
-_USUAL_NODE = 8
-"""Devices of a node, where the trainer is not told."""
+_NODE = 8
+"""Devices of a node where the trainer is not told how many."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,8 +68,6 @@ def main(arguments: Sequence[str], *, describe: StageParser) -> int:
             PlannedSurgery(str(at.stage), describe(at.options, on_gpu=True).module.surgery, at.parts) for at in earlier
         ]
         planner = Planner(view.module, view.trains, view.data, _run(view.trainer), own.samples, planned)
-        machine = Machine(gpu, own.devices or _devices(view), _strategy(view), _sharing(view))
-        plans.append((planner, planner.plan(machine)))
         plans.append((planner, planner.plan(machine_of(view, gpu, own.devices))))
     if own.json:
         print(json.dumps([as_json(plan, **speed) for _, plan in plans], indent=1))
@@ -167,7 +165,7 @@ def machine_of(view: StageView, gpu: Gpu, devices: int | None = None) -> Machine
     Args:
         devices: in the place of those that the trainer is told.
     """
-    return Machine(gpu, devices or _devices(view), _strategy(view), _copies_of(view))
+    return Machine(gpu, devices or _devices(view), _strategy(view), _sharing(view))
 
 
 def _devices(view: StageView) -> int:
@@ -189,16 +187,3 @@ def _sharing(view: StageView) -> Sharing:
     if ranks == "node":
         ranks = devices if isinstance(devices, int) and devices > 1 else _NODE
     return Sharing(told.precision, ranks, getattr(strategy, "reduce_gradients", "") == "micro_batch", told.cpu_offload)
-
-
-_NODE = 8
-"""Devices of a node where the trainer is not told how many."""
-
-
-def _copies_of(view: StageView) -> int | None:
-    """Devices that share a copy in hybrid sharding."""
-    ranks = getattr(view.trainer.strategy, "ranks_per_shard_group", None)
-    if ranks != "node":
-        return ranks
-    devices = view.trainer.devices
-    return devices if isinstance(devices, int) and devices > 0 else _USUAL_NODE

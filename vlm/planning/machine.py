@@ -97,7 +97,6 @@ class Machine:
         devices: how many.
         strategy: how they share the work.
         sharing: of `fsdp2`.
-        copies_of: under fsdp2 so many devices share one copy of weights, gradients and moments; None: all of them.
     """
 
     gpu: Gpu
@@ -109,13 +108,6 @@ class Machine:
     def shards(self) -> int:
         """How many ranks share one copy of the network."""
         return min(self.sharing.ranks or self.devices, self.devices) if self.strategy == "fsdp2" else 1
-
-    copies_of: int | None = None
-
-    @property
-    def sharing(self) -> int:
-        """Devices that share one copy of weights, gradients and moments."""
-        return min(self.devices, self.copies_of or self.devices) if self.strategy == "fsdp2" else 1
 
     @property
     def usable(self) -> int:

@@ -40,7 +40,6 @@ def memory_of(
         optimizer: in the place of the stage's own.
         accumulate: micro-batches of the step.
     """
-    sharded = machine.sharing > 1
     sizes = sizes_of(module).values()
     weights, gradients = sum(size.weights for size in sizes), sum(size.gradients for size in sizes)
     moments = optimizer_bytes(module, optimizer or module.stage.optimizer)
@@ -57,17 +56,6 @@ def memory_of(
         fixed["gradients not yet shared"] = 4 * sum(size.trained for size in sizes)
     pack = _by_part(cost, sharded=True)
     return Memory(fixed, pack, host=shards) if sharing.cpu_offload else Memory(shards | fixed, pack)
-    if sharded:
-        own = {"weights": weights, "gradients": gradients, "optimizer": moments, **averages}
-        fixed = {part: -(-size // machine.sharing) for part, size in own.items()}
-        units = units_of(module)
-        # two units are there at once, the next one is fetched while one runs; gradients are summed in float32
-        fixed["gathered"] = 2 * (units.root + 2 * units.largest) + (2 + 4) * 2 * units.largest_trained
-    else:
-        fixed = {"weights": weights, "gradients": gradients, "optimizer": moments, **averages}
-        if machine.devices > 1:
-            fixed["DDP's buckets"] = gradients
-    return Memory(fixed, _by_part(cost, sharded=sharded))
 
 
 def _by_part(cost: PackCost, *, sharded: bool) -> dict[str, int]:
