@@ -37,6 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGener
 
 import cli
 from benchmarks.memory import peak_rss_gib
+from vlm.levels import look_up
 from vlm.batch import IGNORE
 from vlm.commands.export import export
 from vlm.data import LlavaJson
@@ -226,7 +227,14 @@ def _items(work: Path, stage: str, steps: list[list[str]]) -> Iterator[tuple[str
     for sample in (source[index] for index in range(len(source))):
         if sample.id in wanted:
             tokens = get_template(template).tokenize(sample.messages, tokenizer)
-            yield sample.id, (tokens.ids, tokens.labels, [transform(image.read(sample)) for image in sample.images])
+            yield (
+                sample.id,
+                (
+                    tokens.ids,
+                    tokens.labels,
+                    [look_up(transform(image.read(sample)), transform.table) for image in sample.images],
+                ),
+            )
 
 
 def _encoded(model: Any, item: tuple) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -13,6 +13,7 @@ COMMON = {
     "vlm",
     "vlm.errors",
     "vlm.geometry",
+    "vlm.levels",
     "vlm.sample",
     "vlm.batch",
     "vlm.codec",

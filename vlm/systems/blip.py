@@ -289,7 +289,7 @@ class BLIP(PairModule):
             UserError: some samples have more images than others.
         """
         views, frames = batch.views[STREAM], batch.labels[IMAGES].shape[1]
-        if len(views.pixels) != frames * len(batch.real):
+        if len(views.image_of_view) != frames * len(batch.real):
             raise UserError(
                 f"sample {batch.samples[0].id!r} and others of its batch have different numbers of images; videos are "
                 "compared by equally many frames, so set the same number for all"
