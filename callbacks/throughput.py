@@ -90,6 +90,7 @@ class Throughput(Callback):
         if self._norms is not None:
             norms = trainer.strategy.reduce(self._norms, reduce_op="sum") if module.is_sharded else self._norms
             assert isinstance(norms, Tensor)
+            norms = norms / module.num_replicas if module.is_sharded else norms
             # the first read waits for the device, so that the clock below sees finished steps
             read = torch.cat([norms, norms.sum()[None]]).sqrt().tolist()
             values |= {f"grad_norm/{part}": norm for part, norm in zip([*self._parts, "total"], read, strict=True)}

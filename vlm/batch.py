@@ -175,6 +175,7 @@ class Views:
         table: float32[3, 256], what each level becomes (`vlm.levels`).
         whole: float32[I, 3, H, W], normalised: a view of each image that `values` lacks, in front of the tiles of its
             `grid`.
+        keys: of each view, a name for its pixels, where features are kept under it; empty elsewhere.
     """
 
     values: Tensor
@@ -187,6 +188,7 @@ class Views:
     max_len: int = 0
     table: Tensor | None = None
     whole: Tensor | None = None
+    keys: tuple[str, ...] = ()
 
     @property
     def pixels(self) -> Tensor:

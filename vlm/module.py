@@ -40,6 +40,7 @@ from vlm.moving import changing_names
 from vlm.sample import Sample
 from vlm.seeding import seed_from
 from vlm.stages import Stage
+from vlm.vision.feature_files import with_keys
 
 
 class VisionLanguageModule(LightningModule):
@@ -69,6 +70,7 @@ class VisionLanguageModule(LightningModule):
         averages: {name: float32 moving average of a trained tensor}, which artefacts hold in the place of the tensor;
             kept by the `EMA` callback, None without it.
         references: the stage, and how its artefact refers to what it follows.
+        names_views: views of a trainer's packs have names, under which features are kept (`callbacks.FeatureCache`).
         epochs_done: epochs of the stage that are done when the present step begins, as in 1.25; infinite outside of
             training, where every ramp is over. `global_step` has the steps.
     """
@@ -105,7 +107,7 @@ class VisionLanguageModule(LightningModule):
         self.quantized = True
         self.judges = Judges()
         self.decoding: Decoding | None = None
-        self.shard: Callable[[nn.Module, Any], None] | None = None
+        self.shard: Callable[[nn.Module, Any], torch.device | None] | None = None
         self.load_report: LoadReport | None = None
         self.frozen_hashes: dict[str, str] = {}
         self.frozen_dtype: torch.dtype | None = None
@@ -114,6 +116,7 @@ class VisionLanguageModule(LightningModule):
         self.averages: dict[str, Tensor] | None = None
         self.epochs_done = math.inf
         self.references: tuple[Stage | None, list[dict[str, Any]]] = (None, [])
+        self.names_views = False
         self._next_epoch = 0
         self._total_steps: int | None = None
         self.built_for: tuple[Stage | None, Stage | None] = (None, None)
@@ -212,6 +215,9 @@ class VisionLanguageModule(LightningModule):
         fill(self, added=added)
 
     # -- training
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return with_keys(batch) if self.names_views and isinstance(batch, Batch) else batch
 
     def configure_optimizers(self) -> Any:
         assert self.stage is not None  # `configure_model` has seen to it
@@ -333,6 +339,14 @@ class VisionLanguageModule(LightningModule):
         """Whether every rank holds a part of every tensor, so that all ranks have to run the network together."""
         return isinstance(self, FSDPModule)
 
+    @property
+    def num_replicas(self) -> int:
+        """How many ranks hold each part of a gradient."""
+        if not self.is_sharded:
+            return self.trainer.world_size
+        assert self.device_mesh is not None
+        return self.device_mesh.size() // self.device_mesh["shard"].size()
+
     def over_ranks(self, value: float, operation: Literal["sum", "max"]) -> float:
         """A number combined over the ranks of a sharded system; every rank has to call it. Itself where not sharded."""
         if not self.is_sharded:
@@ -425,9 +439,8 @@ class VisionLanguageModule(LightningModule):
         return logits.float().softmax(-1)[:, 1] if probability else logits[:, 1]
 
     def _match(self, image_states: Tensor, text_states: Tensor) -> Tensor:
-        device = next(self.parameters()).device
         with evaluating(self):
-            return self.match_logits(image_states.to(device), text_states.to(device))
+            return self.match_logits(image_states.to(self.device), text_states.to(self.device))
 
     # -- saving
 

@@ -73,7 +73,7 @@ class AddedRows(nn.Module):
         # the table above has its values: it is filled, or drawn, before what lies below it
         old = self._table[0].get_parameter("weight")
         full = old.full_tensor() if isinstance(old, DTensor) else old
-        mean = full.mean(0, dtype=torch.float32).to("cpu")
+        mean = full.to("cpu").mean(0, dtype=torch.float32)  # the same on every device
         nn.init.zeros_(self.weight)
         self.weight.data += mean
 
