@@ -18,6 +18,7 @@ from vlm.command_line.commands import HELP, OPTIONS, STAGE_COMMANDS, TAKE_STAGES
 from vlm.command_line.config_faults import Section, find_fault, find_lost_key
 from vlm.command_line.errors import (
     innermost,
+    lost_rank_error,
     memory_error,
     one_line_errors,
     refused_trainer,
@@ -52,7 +53,7 @@ def main(args: Sequence[str] | None = None, run: bool = True) -> Any:
     try:
         return _dispatch(arguments)
     except Exception as error:
-        cause = user_error(error) or memory_error(error)
+        cause = user_error(error) or memory_error(error) or lost_rank_error(error)
         if cause is None:
             raise
         print(f"vlm: error: {cause}", file=sys.stderr)

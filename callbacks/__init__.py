@@ -6,6 +6,7 @@ from callbacks.answer_writer import AnswerWriter
 from callbacks.bad_samples import BadSamples
 from callbacks.ema import EMA
 from callbacks.evaluation import Evaluation
+from callbacks.feature_cache import FeatureCache
 from callbacks.fsdp import MixedPrecisionFSDP
 from callbacks.fsdp_strategy import FSDP2Strategy
 from callbacks.health import Health
@@ -25,6 +26,7 @@ __all__ = [
     "BadSamples",
     "Evaluation",
     "FSDP2Strategy",
+    "FeatureCache",
     "Health",
     "LoRAInjection",
     "LogCadence",

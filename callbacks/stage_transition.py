@@ -44,6 +44,8 @@ class StageTransition(Callback):
         optimizer: AdamW's constants, and how its moments are kept.
         schedule: learning rate over steps.
         keep_optimizer: write the moments too, for a stage that continues this one.
+        recompute: {part, or a glob over parts: true, false, or n}: whether its blocks, or every n-th of them, run again
+            in the backward pass instead of keeping their activations; else as `checkpointing` of each part says.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class StageTransition(Callback):
         optimizer: AdamW = AdamW(),  # noqa: B008  (frozen)
         schedule: Schedule = Schedule(),  # noqa: B008
         keep_optimizer: bool = False,
+        recompute: dict[str, bool | int] | None = None,
     ) -> None:
-        self.stage = Stage(name, train, follows or [], continues, modes or {}, optimizer, schedule, keep_optimizer)
+        how = optimizer, schedule, keep_optimizer
+        self.stage = Stage(name, train, follows or [], continues, modes or {}, *how, recompute or {})
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":

@@ -36,15 +36,9 @@ class StopSignals:
             self.received = signal.Signals(number)
             if number == signal.SIGINT and trainer.is_global_zero:
                 # not `print`: the signal may have interrupted one
-                os.write(2, f"\nvlm: {_what_follows(trainer)}; Ctrl-C again ends at once\n".encode())
+                after = "this step" if trainer.world_size == 1 else "this step or the next"
+                os.write(2, f"\nvlm: saves after {after}, then stops; Ctrl-C again ends at once\n".encode())
 
         signal.signal(signal.SIGTERM, note)
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background of a script
             signal.signal(signal.SIGINT, note)
-
-
-def _what_follows(trainer: Trainer) -> str:
-    every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-    if trainer.world_size == 1 or every == 1:
-        return "saves after this step, then stops"
-    return f"saves after step {(trainer.global_step // every + 1) * every}, where the ranks agree, then stops"

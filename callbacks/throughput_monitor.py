@@ -17,6 +17,7 @@ from vlm.module import VisionLanguageModule
 from vlm.monitoring.figures import figures_of, names_of_sums
 from vlm.monitoring.flops import CountedFlops, FlopRates, is_compiled
 from vlm.monitoring.norms import learning_rates, squared_gradient_norms, trained_parts
+from vlm.monitoring.over_ranks import over_ranks
 from vlm.monitoring.peak import matmul_peak
 from vlm.monitoring.run_report import machine_of, speed_table, write_report
 from vlm.monitoring.spans import OPTIMIZER, Spans
@@ -85,6 +86,7 @@ class ThroughputMonitor(Callback):
     def _begin(self, trainer: Trainer) -> None:
         assert self._spans is not None
         self._sums: Counter[str] = Counter()  # of this rank since the last time
+        self._units: Counter[str] = Counter()  # what its regions were given
         self._spans.restart()
         self._waited = _waited(trainer)
         self._since = time.perf_counter()
@@ -147,8 +149,7 @@ class ThroughputMonitor(Callback):
         self._sums["labels"] += sum(row.label_positions.shape[0] for row in rows)
         # two streams show the same images
         self._sums["images"] += max((len(views.size) for views in batch.views.values()), default=0)
-        for (region, when), count in self._flops.of(units).items():
-            self._sums[f"flops/{region}/{when}"] += count  # type: ignore[assignment]
+        self._units.update(units)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._paused = time.perf_counter()
@@ -165,6 +166,7 @@ class ThroughputMonitor(Callback):
         if self._norms is not None:
             norms = trainer.strategy.reduce(self._norms, reduce_op="sum") if module.is_sharded else self._norms
             assert isinstance(norms, Tensor)
+            norms = norms / module.num_replicas if module.is_sharded else norms
             # the first read waits for the device, so that the clock below sees finished steps
             read = torch.cat([norms, norms.sum()[None]]).sqrt().tolist()
             values |= {f"grad_norm/{part}": norm for part, norm in zip([*self._parts, "total"], read, strict=True)}
@@ -189,13 +191,12 @@ class ThroughputMonitor(Callback):
         sums: dict[str, float] = dict(self._sums)
         sums["wall"] = time.perf_counter() - self._since
         sums["waited"] = _waited(trainer) - self._waited
+        sums |= {f"flops/{region}/{when}": count for (region, when), count in self._flops.of(self._units).items()}
         dtype = self._flops.dtype
         sums["possible"] = sums["wall"] * matmul_peak(device, dtype) if dtype is not None else 0.0
         sums |= {f"time/{region}": seconds for region, seconds in self._spans.collect().items()}
         mine = torch.tensor([sums.get(name, 0.0) for name in self._names], dtype=torch.float64, device=device)
-        total = trainer.strategy.reduce(mine, reduce_op="sum")
-        assert isinstance(total, Tensor)
-        return dict(zip(self._names, total.tolist(), strict=True))
+        return dict(zip(self._names, over_ranks(mine).tolist(), strict=True))
 
     # -- the end of a start
 

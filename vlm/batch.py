@@ -170,6 +170,7 @@ class Views:
             order.
         cu_seqlens: int32[S + 1], where the features of each sequence start, of a stream that layers look at.
         max_len: most of these features of a sequence, a plain int.
+        keys: of each view, a name for its pixels, where features are kept under it; empty elsewhere.
     """
 
     pixels: Tensor
@@ -180,6 +181,7 @@ class Views:
     layout: Tensor | None = None
     cu_seqlens: Tensor | None = None
     max_len: int = 0
+    keys: tuple[str, ...] = ()
 
     @classmethod
     def blank(cls, height: int, width: int, *, device: torch.device | str) -> "Views":

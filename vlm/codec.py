@@ -10,8 +10,8 @@ before it is dealt. `collate` decodes the images of one pack.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -52,27 +52,62 @@ class Encoded:
         sequences = [*self.text, *(s for row in self.rows.values() for s in row)]
         return sum(len(sequence.ids) for sequence in sequences)
 
-    @property
-    def size(self) -> "Size":
-        return Size(self.num_tokens, len(self.sample.images), self.counts)
-
     def info(self) -> SampleInfo:
         s = self.sample
         return SampleInfo(s.id, s.source, s.task, s.group, s.answers, s.choices, self.filler)
 
 
-class Size(NamedTuple):
-    """What the step that a sample falls into has to know of it.
+@dataclass(frozen=True)
+class Sizes:
+    """What the step that samples fall into has to know of them: an array each, which costs no Python per sample.
 
     Attributes:
-        tokens: `Encoded.num_tokens`.
-        images: how many.
-        counts: `Encoded.counts`.
+        tokens: int64[n], `Encoded.num_tokens`; -1 for a sample that cannot be trained on.
+        images: int64[n], how many.
+        counts: float64[n] by name, `Encoded.counts`; NaN for a sample that has none of this name.
     """
 
-    tokens: int
-    images: int
-    counts: Mapping[str, float]
+    tokens: np.ndarray
+    images: np.ndarray
+    counts: Mapping[str, np.ndarray]
+
+    @classmethod
+    def of(cls, items: Sequence[Encoded | None]) -> "Sizes":
+        """Of samples in this order; None for one that cannot be trained on."""
+        names = dict.fromkeys(name for item in items if item is not None for name in item.counts)
+        return cls(
+            np.array([-1 if item is None else item.num_tokens for item in items], dtype=np.int64),
+            np.array([0 if item is None else len(item.sample.images) for item in items], dtype=np.int64),
+            {name: np.array([np.nan if i is None else i.counts.get(name, np.nan) for i in items]) for name in names},
+        )
+
+    @classmethod
+    def together(cls, shares: Sequence[tuple[np.ndarray, "Sizes"]]) -> "Sizes":
+        """Of all samples, from (places, sizes) of shares of them that make up the whole."""
+        num = sum(len(places) for places, _ in shares)
+        names = dict.fromkeys(name for _, share in shares for name in share.counts)
+        whole = cls(np.empty(num, np.int64), np.empty(num, np.int64), {name: np.full(num, np.nan) for name in names})
+        for places, share in shares:
+            whole.tokens[places], whole.images[places] = share.tokens, share.images
+            for name, values in share.counts.items():
+                whole.counts[name][places] = values
+        return whole
+
+    def without(self, places: Sequence[int]) -> "Sizes":
+        """These samples cannot be trained on."""
+        tokens = self.tokens.copy()
+        tokens[list(places)] = -1
+        return replace(self, tokens=tokens)
+
+    def totals(self) -> dict[str, float]:
+        """Denominators of a step: what its samples add up to, how many there are, and how many images."""
+        good = self.tokens >= 0
+        found = {"samples": float(good.sum()), "images": float(self.images[good].sum())}
+        for name, values in self.counts.items():
+            given = values[good & ~np.isnan(values)]
+            if len(given):
+                found[name] = float(np.add.accumulate(given)[-1])  # one by one: sums of floats depend on the order
+        return found
 
 
 class Codec(ABC):
@@ -211,16 +246,5 @@ def read_views(
 
 
 def step_counts(items: Iterable[Encoded]) -> dict[str, float]:
-    """Denominators of a step: the sum over its samples, plus how many samples and images there are."""
-    return sum_counts(item.size for item in items if not item.filler)
-
-
-def sum_counts(sizes: Iterable[Size]) -> dict[str, float]:
-    """`step_counts` of samples that are known by their sizes; in this order, for sums of floats."""
-    counts: dict[str, float] = {"samples": 0.0, "images": 0.0}
-    for size in sizes:
-        counts["samples"] += 1
-        counts["images"] += size.images
-        for name, value in size.counts.items():
-            counts[name] = counts.get(name, 0.0) + value
-    return counts
+    """Denominators of a step of these samples (`Sizes.totals`)."""
+    return Sizes.of([item for item in items if not item.filler]).totals()

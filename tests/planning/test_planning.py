@@ -111,13 +111,13 @@ def test_moving_averages_take_four_bytes_of_each_trained_parameter() -> None:
     assert [b - a for a, b in zip(before, after, strict=True)] == [4 * trained, -(-4 * trained // 8)]
 
 
-SIX = CausalLM(config=LLAMA | {"num_hidden_layers": 6})
+DEEP = CausalLM(config=LLAMA | {"num_hidden_layers": 15})
 TRAIN = {"connector": Trained(1e-3), "language": Trained(1e-3)}
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_deep_networks_follow_from_a_few_of_their_blocks(recomputed: bool, tmp_path: Path) -> None:
-    language = CausalLM(config=SIX.config, checkpointing=recomputed)
+@pytest.mark.parametrize("recomputed", [False, True, 3])
+def test_deep_networks_follow_from_a_few_of_their_blocks(recomputed: bool | int, tmp_path: Path) -> None:
+    language = CausalLM(config=DEEP.config, checkpointing=recomputed)
     module = on_meta(llava_1_5, TRAIN, language=language)
     items = [module.codec.encode(sample) for sample in SYSTEMS["llava_1_5"].pool(tmp_path, 6)]
     batch = module.codec.collate(items, counts=step_counts(items))
@@ -128,7 +128,7 @@ def test_deep_networks_follow_from_a_few_of_their_blocks(recomputed: bool, tmp_p
     whole, followed = run(), at_full_depth(module, run)
     assert followed == whole
     assert ("language", "again") in whole.flops if recomputed else ("language", "again") not in whole.flops
-    assert len(module.language.model.layers) == 6
+    assert len(module.language.model.layers) == 15
 
 
 def test_packs_of_other_sizes_follow_from_two(tmp_path: Path) -> None:

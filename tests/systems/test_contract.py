@@ -331,7 +331,7 @@ def _fit(folder: Path, out: Path, name: str, how: str, resume: Path | None = Non
     run = trainer(
         out,
         world=world,
-        fsdp="fp32" if how == "fsdp" else None,
+        fsdp="32-true" if how == "fsdp" else None,
         max_epochs=1,
         enable_checkpointing=True,
         callbacks=[Health(every_n_steps=1), checkpoints],

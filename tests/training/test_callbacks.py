@@ -246,7 +246,7 @@ def test_speed_rates_and_norms(tmp_path: Path) -> None:
     _check_scalars(_scalars(tmp_path / "one"), one)
     copied = run_ranks(_measured, 2, tmp_path, "ddp", None, strategy="ddp")[0]
     _check_scalars(_scalars(tmp_path / "ddp"), copied)
-    sharded = run_ranks(_measured, 2, tmp_path, "sharded", "fp32")[0]
+    sharded = run_ranks(_measured, 2, tmp_path, "sharded", "32-true")[0]
     found = _scalars(tmp_path / "sharded")
     _check_scalars(found, sharded)
     _check_counts(tmp_path, found)
@@ -320,7 +320,7 @@ def test_panels_under_any_strategy(tmp_path: Path) -> None:
     _predict(tmp_path, "one", None)
     shown = {f"predictions/{i}": [0, 2] for i in range(3)}
     assert _images(tmp_path / "one") == shown
-    run_ranks(_predict, 2, tmp_path, "sharded", "fp32")
+    run_ranks(_predict, 2, tmp_path, "sharded", "32-true")
     assert _images(tmp_path / "sharded") == shown
     run_ranks(_predict, 2, tmp_path, "ddp", None, strategy="ddp")
     assert _images(tmp_path / "ddp") == shown

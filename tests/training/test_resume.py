@@ -28,7 +28,7 @@ from vlm.recipes.run_folder import RunFolder
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "llava_1_5"
 PROBE = {"class_path": "tests.support.probe.Probe"}
-SHARDED = {"class_path": "callbacks.MixedPrecisionFSDP", "init_args": {"param_dtype": "fp32"}}
+SHARDED = {"class_path": "callbacks.MixedPrecisionFSDP", "init_args": {"precision": "32-true"}}
 HOW = {
     "one": [],
     "ddp": ["--trainer.devices=2", "--trainer.strategy=ddp"],

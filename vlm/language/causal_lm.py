@@ -63,13 +63,14 @@ class PretrainedLM(LanguagePart):
         config: entries on top of the `config.json` of `path`; without `path` with their `model_type`, and the weights
             are new.
         pretrained: False takes the architecture of `path` with new weights.
-        checkpointing: recompute each layer's activations in the backward pass, also where the layers are frozen.
+        checkpointing: recompute each layer's activations in the backward pass, also where the layers are frozen; n:
+            those of every n-th layer.
     """
 
     path: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     pretrained: bool = True
-    checkpointing: bool = False
+    checkpointing: bool | int = False
 
     @property
     def weights(self) -> str | None:  # type: ignore[override]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlm.planning.operators import count_flops
+from vlm.planning.operators import count_flops, kernel_work
 from vlm.planning.regions import Pass, Regions, pass_of
 
 
@@ -17,15 +17,17 @@ class CountedFlops(TorchDispatchMode):
 
     Compiled blocks run uncompiled meanwhile: what is inside of them is not seen.
 
+    Nothing is read from the device meanwhile: `flops` does.
+
     Attributes:
-        flops: {(region, pass): number} so far.
-        dtypes: {dtype of the operands: number} so far.
+        dtypes: {dtype of the operands: number} so far, without the kernel of attention.
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.flops: Counter[tuple[str, Pass]] = Counter()
         self.dtypes: Counter[torch.dtype] = Counter()
+        self._known: Counter[tuple[str, Pass]] = Counter()
+        self._on_device: list[tuple[tuple[str, Pass], int, Tensor]] = []  # where, factor, int64[] other factor
         self._regions = Regions(module)
         self._compiles = is_compiled(module)
 
@@ -43,10 +45,22 @@ class CountedFlops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if count := count_flops(func, args, kwargs or {}, out):
-            self.flops[self._regions.now(), pass_of(func)] += count
+        if (work := kernel_work(func, args)) is not None:
+            self._on_device.append(((self._regions.now(), pass_of(func)), *work))
+        elif count := count_flops(func, args, kwargs or {}, out):
+            self._known[self._regions.now(), pass_of(func)] += count
             self.dtypes[next(a.dtype for a in args if isinstance(a, Tensor))] += count
         return out
+
+    @property
+    def flops(self) -> Counter[tuple[str, Pass]]:
+        """{(region, pass): number}; waits for the device."""
+        if self._on_device:
+            others = torch.stack([other for _, _, other in self._on_device]).tolist()
+            for (where, factor, _), other in zip(self._on_device, others, strict=True):
+                self._known[where] += factor * other
+            self._on_device = []
+        return self._known
 
 
 class FlopRates:
@@ -56,15 +70,13 @@ class FlopRates:
     """
 
     def __init__(self) -> None:
-        self._flops: Counter[tuple[str, Pass]] = Counter()
+        self._packs: list[CountedFlops] = []
         self._units: Counter[str] = Counter()
-        self.dtypes: Counter[torch.dtype] = Counter()
 
     def add(self, counted: CountedFlops, units: Mapping[str, int]) -> None:
-        """A pack that was counted, and what it gave to each region (`units_of`)."""
-        self._flops.update(counted.flops)
+        """A pack that was counted, and what it gave to each region."""
+        self._packs.append(counted)
         self._units.update(units)
-        self.dtypes.update(counted.dtypes)
 
     def knows(self, units: Mapping[str, int]) -> bool:
         """Whether every region that is given something has been counted."""
@@ -73,13 +85,15 @@ class FlopRates:
     @property
     def dtype(self) -> torch.dtype | None:
         """In which most is computed; None: nothing is counted yet."""
-        return max(self.dtypes, key=self.dtypes.__getitem__, default=None)
+        dtypes = sum((counted.dtypes for counted in self._packs), Counter[torch.dtype]())
+        return max(dtypes, key=dtypes.__getitem__, default=None)
 
     def of(self, units: Mapping[str, int]) -> dict[tuple[str, Pass], float]:
-        """{(region, pass): number} of packs that give so much."""
+        """{(region, pass): number} of packs that give so much; waits for the device the first time."""
+        flops = sum((counted.flops for counted in self._packs), Counter[tuple[str, Pass]]())
         return {
             (region, when): count * units.get(region, 0) / self._units[region]
-            for (region, when), count in self._flops.items()
+            for (region, when), count in flops.items()
             if self._units[region]
         }
 

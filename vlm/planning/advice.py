@@ -54,7 +54,7 @@ def changes(planner: Planner, plan: StagePlan) -> Iterator[Change]:
     recomputed, note = _recomputing(planner), ""
     costs = planner.build(machine, **recomputed)
     if recomputed:
-        note = ", language.checkpointing: true"
+        note = ", stage.recompute: {language: true}"
     yield Change(f"micro-batches{note}", costs, machine, stage.optimizer)
     if stage.optimizer.kind == "adamw" and not _is_sharded(machine):
         optimizer = dataclasses.replace(stage.optimizer, kind="adamw_8bit")

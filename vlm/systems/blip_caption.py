@@ -31,20 +31,19 @@ class BLIPCaptionCodec(BLIPCodec):
         self.prompt = prompt
 
     def encode_texts(
-        self, sample: Sample, asked: str, answered: str | None, *, seed: int | None, generate: bool
+        self, sample: Sample, asked: str, answered: str | None, weight: float, *, seed: int | None, generate: bool
     ) -> Encoded:
         prompt = asked or self.prompt
         given = self.ids(sample, DECODER, prompt, end=False)
         if generate:
             begun = self.ids(sample, DECODER, f"{prompt} {answered}", end=False) if answered else given
             return Encoded(sample, (unlabelled(begun),), seed=seed, places=places_named(sample))
-        if not answered:
+        if not answered or not weight:
             raise sample.error("has no caption to train on; add an assistant message", kind="no label")
         text = self.ids(sample, DECODER, f"{prompt} {clean_caption(answered, MAX_WORDS)}")
-        sequence = predicted(text, given=len(given))
-        return Encoded(
-            sample, (sequence,), counts={"lm": float(len(text) - len(given))}, seed=seed, places=places_named(sample)
-        )
+        sequence = predicted(text, given=len(given), weight=weight)
+        counts = {"lm": weight * float(len(text) - len(given))}
+        return Encoded(sample, (sequence,), counts=counts, seed=seed, places=places_named(sample))
 
     def continuation(self, given: list[int], ids: list[int]) -> str:
         """What was written behind a prompt: the whole text, cut where the prompt ends, as published."""

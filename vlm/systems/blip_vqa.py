@@ -22,14 +22,14 @@ class BLIPVQACodec(BLIPCodec):
     """`[ENC]` question `[SEP]`, and a row `answers`: `[DEC]` answer `[SEP]`, each as heavy as `Sample.answers` says."""
 
     def encode_texts(
-        self, sample: Sample, asked: str, answered: str | None, *, seed: int | None, generate: bool
+        self, sample: Sample, asked: str, answered: str | None, weight: float, *, seed: int | None, generate: bool
     ) -> Encoded:
         if not asked:
             raise sample.error("has no question; this system answers one about the image")
         question = unlabelled(self.ids(sample, ENCODER, clean_question(asked)))
         if generate:
             return Encoded(sample, (question,), seed=seed, places=places_named(sample))
-        texts = sample.answers or (((answered, 1.0),) if answered else ())
+        texts = sample.answers or (((answered, weight),) if answered else ())
         if not any(text.strip() and weight > 0 for text, weight in texts):
             raise sample.error("has no answer to train on; add an assistant message or 'answers'", kind="no label")
         rows = tuple(predicted(self.ids(sample, DECODER, text), weight=weight) for text, weight in texts)

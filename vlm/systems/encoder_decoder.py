@@ -13,7 +13,7 @@ from vlm.functional import token_loss
 from vlm.language import Decoding
 from vlm.language.choosing import WeighedChoices, choices_of
 from vlm.language.generation import DecoderPrompt, generate
-from vlm.language.seq2seq import weigh_outputs
+from vlm.language.seq2seq import added_to_scores, weigh_outputs
 from vlm.prompts.documents import documents_of
 from vlm.prompts.instructblip import CUT_ANSWERS
 from vlm.sample import Message, Sample, TextPart
@@ -119,13 +119,17 @@ class QueriedEncoderDecoder(QueriedDecoder):
         mask = row.padded(0).mask
         embeds = self.embed_row(batch)  # [N, D]
         padded = embeds.new_zeros(mask.numel(), embeds.shape[1]).index_copy(0, row.padded_index(), embeds)
-        return self.language.encoder(inputs_embeds=padded.unflatten(0, mask.shape), attention_mask=mask)[0], mask
+        padded = padded.unflatten(0, mask.shape)  # [S, n, D]
+        return self.language.encoder(inputs_embeds=padded, attention_mask=added_to_scores(mask, padded.dtype))[0], mask
 
     def label_logits(self, batch: Batch) -> Tensor:
         row, (encoded, mask) = self.label_row(batch), self.encode_row(batch)
         ids = row.padded(self.codec.tokenizer.pad_id).ids  # [S, m]
         hidden = self.language.decoder(
-            input_ids=ids, encoder_hidden_states=encoded, encoder_attention_mask=mask, use_cache=False
+            input_ids=ids,
+            encoder_hidden_states=encoded,
+            encoder_attention_mask=added_to_scores(mask, encoded.dtype),
+            use_cache=False,
         )[0]  # [S, m, D]
         hidden = hidden.flatten(0, 1)[row.padded_index()[row.label_positions]]  # [L, D]
         return self.language.lm_head(self._scaled(hidden))

@@ -155,4 +155,5 @@ class SplicedDecoder(RowDecoder):
         return self.vision, self.connector
 
     def encode_images(self, batch: Batch) -> Tensor:
-        return self.connector(see(self.vision, batch.views[STREAM].pixels))
+        views = batch.views[STREAM]
+        return self.connector(see(self.vision, views.pixels, keys=views.keys))

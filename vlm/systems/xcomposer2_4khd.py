@@ -154,7 +154,8 @@ class XComposer2HD4K(XComposer2):
         return (*super().image_modules(), self.separators)
 
     def encode_images(self, batch: Batch) -> Tensor:
-        return JoinNeighbours(by_rows=True)(see(self.vision, batch.views[STREAM].pixels))
+        views = batch.views[STREAM]
+        return JoinNeighbours(by_rows=True)(see(self.vision, views.pixels, keys=views.keys))
 
     def arrange_features(self, features: Tensor, layout: Tensor | None) -> Tensor:
         # the connector sees each separator once, not at the end of every row

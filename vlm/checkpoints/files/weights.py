@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import safetensors
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from vlm.checkpoints.files.atomic import atomic_files
 from vlm.checkpoints.files.locate import download, find_files, preview
@@ -328,10 +329,14 @@ class WeightSource:
 def assign(target: Tensor, value: Tensor) -> None:
     """Copies a full tensor into `target`; of a sharded one each rank keeps its part."""
     if isinstance(target, DTensor):
-        # src_data_rank=None: every rank holds the full value already, nothing is sent
-        value = distribute_tensor(
-            value.to(target.device, target.dtype), target.device_mesh, target.placements, src_data_rank=None
-        )
-        target.to_local().copy_(value.to_local())
+        target.to_local().copy_(value[own_rows(len(value), target.device_mesh)])
     else:
         target.copy_(value)
+
+
+def own_rows(count: int, mesh: DeviceMesh) -> slice:
+    """Those of `count` rows that this rank keeps: cut as by `torch.chunk` over the last dimension of `mesh`."""
+    shards = mesh.ndim - 1  # copies along a first dimension are the same
+    each = -(-count // mesh.size(shards))
+    start = min(mesh.get_local_rank(shards) * each, count)
+    return slice(start, min(start + each, count))

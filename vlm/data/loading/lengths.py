@@ -101,8 +101,10 @@ def step_lengths(
     num_samples: int,
     max_epochs: int | None,
     max_steps: int,
-) -> list[list[int]]:
-    """Tokens of the samples of every step of a run. A sample is measured once, whatever it draws in later epochs.
+) -> list[np.ndarray]:
+    """Tokens of the samples of every step of a run, int64[n] each.
+
+    A sample is measured once, whatever it draws in later epochs.
 
     Args:
         plan: the draws of each step of an epoch.
@@ -119,4 +121,4 @@ def step_lengths(
         return []
     samples, places = np.unique(np.concatenate(steps), return_inverse=True)
     tokens = np.asarray(measure(samples.tolist()))[places]
-    return [step.tolist() for step in np.split(tokens, np.cumsum([len(step) for step in steps])[:-1])]
+    return np.split(tokens, np.cumsum([len(step) for step in steps])[:-1])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
@@ -172,7 +173,7 @@ class VisionLanguageData(L.LightningDataModule):
         encoder = self._encoder(codec)
         known = self.batch.unit == "samples"  # else the steps of an epoch cost the encoding of all of its samples
 
-        def lengths() -> list[list[int]]:
+        def lengths() -> list[np.ndarray]:
             return step_lengths(
                 lambda epoch: self.steps(epoch, encoder=encoder),
                 lambda samples: self.lengths(samples, epoch=0, encoder=encoder),

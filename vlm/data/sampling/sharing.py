@@ -3,12 +3,14 @@
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
+
 from vlm.data.sampling.batches import BatchSpec
 from vlm.data.sampling.packs import Packing, check_packs
 from vlm.errors import UserError
 
-Lengths = Callable[[], Iterable[Sequence[int]]]
-"""Gives the tokens of each sample of every step; asked only where they decide."""
+Lengths = Callable[[], Iterable[np.ndarray]]
+"""Gives the tokens of each sample of every step, int64[n]; asked only where they decide."""
 
 
 def check_owner(batch: BatchSpec, *, micro_batch_size: int | None, max_tokens: int | None) -> None:
@@ -93,15 +95,15 @@ def _agreed(needed: int, given: int, owner: str, world: int) -> int:
     return needed
 
 
-def _within(steps: Sequence[Sequence[int]], packing: Packing, world: int) -> int:
+def _within(steps: Sequence[np.ndarray], packing: Packing, world: int) -> int:
     """The smallest number of micro-batches with which no pack of any step is over the limit."""
     assert packing.max_tokens is not None
-    least = max((sum(lengths) for lengths in steps), default=0) / (packing.max_tokens * world)
+    least = max((lengths.sum() for lengths in steps), default=0) / (packing.max_tokens * world)
     for number in itertools.count(max(1, int(least))):
         too_long = next((lengths for lengths in steps if not packing.fits(lengths, world * number)), None)
         if too_long is None:
             return number
-        if max(too_long) > packing.max_tokens:
+        if too_long.max() > packing.max_tokens:
             check_packs(too_long, packing, world=world, accumulate=number, training=True)
     raise AssertionError
 
