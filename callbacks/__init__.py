@@ -4,6 +4,7 @@ import vlm  # noqa: F401  (before lightning: repairs torchvision on CPU builds o
 
 from callbacks.answer_writer import AnswerWriter
 from callbacks.bad_samples import BadSamples
+from callbacks.compiled_blocks import CompiledBlocks
 from callbacks.ema import EMA
 from callbacks.evaluation import Evaluation
 from callbacks.feature_cache import FeatureCache
@@ -24,6 +25,7 @@ __all__ = [
     "EMA",
     "AnswerWriter",
     "BadSamples",
+    "CompiledBlocks",
     "Evaluation",
     "FSDP2Strategy",
     "FeatureCache",
