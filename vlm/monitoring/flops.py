@@ -98,6 +98,6 @@ class FlopRates:
         }
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Whether blocks of it are compiled."""
-    return any(child._compiled_call_impl is not None for child in module.modules())
+def is_compiled(module: Any) -> bool:
+    """Whether blocks of it are compiled (`callbacks.CompiledBlocks`)."""
+    return module.compile_network is not None
