@@ -110,7 +110,7 @@ def _stage_cli() -> Any:
         "stage": callbacks.StageTransition,
         "checkpoint": callbacks.ResumeCheckpoint,
         "health": callbacks.Health,
-        "throughput": callbacks.Throughput,
+        "throughput": callbacks.ThroughputMonitor,
         "predictions": callbacks.Predictions,
         "evaluation": callbacks.Evaluation,
         "answers": callbacks.AnswerWriter,

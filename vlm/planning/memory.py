@@ -6,7 +6,8 @@ from typing import Any
 
 from vlm.planning.machine import Machine
 from vlm.planning.parameters import optimizer_bytes, sizes_of, units_of
-from vlm.planning.step import COPIES, HEAD, LOSS, PASSING, PackCost
+from vlm.planning.regions import HEAD, LOSS
+from vlm.planning.step import COPIES, PASSING, PackCost
 from vlm.stages import AdamW
 
 
