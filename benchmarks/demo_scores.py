@@ -7,7 +7,7 @@ Each system's demo data is written, its recipe is trained with the time of every
 first stage; the embedded world's test images are asked of the trained system, once more with the images shuffled among
 the questions, of the one without its first stage, and of one that nobody trained. What is there already is not made
 again, so a stopped command goes on and another system adds its section; a stage that was stopped on the way has no
-time. A stage's time is what the processor worked for it, shared evenly by two cores: other work beside it counts little.
+time. The time of a stage is what the processor worked for it over two cores, so other work beside it counts little.
 """
 
 import argparse
