@@ -62,6 +62,7 @@ class VisionLanguageModule(LightningModule):
         judges: who judges which samples in validation and test.
         decoding: how `predict_step` searches for answers; greedy where it is None.
         shard: applies FSDP2 to the still empty network; set by the `MixedPrecisionFSDP` callback.
+        compile_network: compiles blocks of the still empty network; set by the `CompiledBlocks` callback.
         load_report: where each tensor came from, after `configure_model`.
         frozen_hashes: content of the frozen tensors as they were read, {name: hash}; what checkpoints refer to.
         frozen_dtype: of the frozen weights of linear layers and convolutions under `bf16-mixed` or `16-mixed`; None:
@@ -119,6 +120,7 @@ class VisionLanguageModule(LightningModule):
         self.averages: dict[str, Tensor] | None = None
         self.epochs_done = math.inf
         self.references: tuple[Stage | None, list[dict[str, Any]]] = (None, [])
+        self.compile_network: Callable[[nn.Module], None] | None = None
         self.names_views = False
         self._next_epoch = 0
         self._total_steps: int | None = None

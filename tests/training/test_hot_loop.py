@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import distributed
 
-from callbacks import Health, LogCadence, Progress, ResumeCheckpoint, Throughput
+from callbacks import Health, LogCadence, Progress, ResumeCheckpoint, ThroughputMonitor
 from tests.support.host_reads import HostReads, no_copies
 from tests.support.ranks import run_ranks
 from tests.support.systems import RATE, SYSTEMS, make
@@ -64,7 +64,7 @@ def test_a_run_reads_where_it_logs_alone(monkeypatch: pytest.MonkeyPatch, tmp_pa
         log_every_n_steps=3,
         gradient_clip_val=1.0,
         enable_progress_bar=True,
-        callbacks=[reads, LogCadence(adapt=False), Health(every_n_steps=3), Throughput(), Progress()],
+        callbacks=[reads, LogCadence(adapt=False), Health(every_n_steps=3), ThroughputMonitor(), Progress()],
     )
     with reads.mode:
         run.fit(module, packs(module, tmp_path, [[[0, 1], [2, 3]]] * 6))
@@ -85,7 +85,7 @@ def _collectives(folder: Path) -> dict[int, list[str]]:
         accumulate_grad_batches=2,
         log_every_n_steps=3,
         enable_checkpointing=True,
-        callbacks=[LogCadence(adapt=False), Health(every_n_steps=3), Throughput(), ResumeCheckpoint()],
+        callbacks=[LogCadence(adapt=False), Health(every_n_steps=3), ThroughputMonitor(), ResumeCheckpoint()],
     )
 
     def noted(name: str) -> Any:

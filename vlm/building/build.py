@@ -91,6 +91,8 @@ def assemble(module: Any, *, planned: Sequence[PlannedSurgery] = ()) -> set[str]
         module.requires_grad_(False).eval()
     for part, every in recomputed_parts(module).items():
         recompute_blocks(module.get_submodule(part), every=every)
+    if module.compile_network is not None:
+        module.compile_network(module)
     return {name for name, _ in module.named_parameters()} - plain
 
 
