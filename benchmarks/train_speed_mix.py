@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vlm.data import LlavaJson
 from vlm.demo.scenes import make_scene
 from vlm.demo.sprites import NOUNS
+from vlm.levels import look_up
 from vlm.prompts import LlamaTokenizer, get_template
 from vlm.prompts.template import IMAGE
 from vlm.vision.preprocess import ImageTransform
@@ -109,7 +110,8 @@ def read_items(work: Path, stage: str, steps: list[list[str]]) -> Iterator[tuple
     for sample in (source[index] for index in range(len(source))):
         if sample.id in wanted:
             tokens = get_template(template).tokenize(sample.messages, tokenizer)
-            yield sample.id, (tokens.ids, tokens.labels, [transform(image.read(sample)) for image in sample.images])
+            pixels = [look_up(transform(image.read(sample)), transform.table) for image in sample.images]
+            yield sample.id, (tokens.ids, tokens.labels, pixels)
 
 
 def encode(image_token: int, item: tuple) -> tuple[Tensor, Tensor, list[Tensor]]:

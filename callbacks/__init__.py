@@ -19,7 +19,7 @@ from callbacks.predictions import Predictions
 from callbacks.progress import Progress
 from callbacks.resume_checkpoint import ResumeCheckpoint
 from callbacks.stage_transition import StageTransition
-from callbacks.throughput import Throughput
+from callbacks.throughput_monitor import ThroughputMonitor
 
 __all__ = [
     "EMA",
@@ -39,5 +39,5 @@ __all__ = [
     "Progress",
     "ResumeCheckpoint",
     "StageTransition",
-    "Throughput",
+    "ThroughputMonitor",
 ]

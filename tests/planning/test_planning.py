@@ -19,6 +19,7 @@ from tests.support.systems import LLAMA, SYSTEMS, llava_1_5
 from vlm.building.build import assemble
 from vlm.checkpoints.artefact import read_artefact
 from vlm.codec import step_counts
+from vlm.commands.plan import machine_of
 from vlm.connectors import MLP
 from vlm.language import CausalLM, PeftAdapter
 from vlm.language.attention import planned_for_a_gpu
@@ -258,6 +259,18 @@ def test_weights_that_are_here_on_own_data(tmp_path: Path, capsys: pytest.Captur
     assert found["memory"]["optimizer"] == 2 * 4 * adapters > 0
     table = tensors["language.model.embed_tokens.weight"].numel()
     assert found["memory"]["weights"] == pytest.approx(4 * adapters + 2 * held + 2 * table, rel=0.01)
+
+
+def test_overlays_of_a_cluster() -> None:
+    """How many share a copy; nodes have 8 GPUs where nobody says how many."""
+    files = [CONFIGS / "llava_1_5" / name for name in ("model.yaml", "2_finetune.yaml")]
+
+    def sharing(overlay: str) -> int:
+        paths = [*files, CONFIGS / "cluster" / f"{overlay}.yaml"]
+        view = cli._describe([word for path in paths for word in ("-c", str(path))], on_gpu=True)
+        return machine_of(view, find_gpu("80"), 1 if overlay == "one_gpu" else 16).shards
+
+    assert [sharing(name) for name in ("one_gpu", "ddp", "fsdp2", "hybrid")] == [1, 1, 16, 8]
 
 
 def test_tokens_are_those_of_the_data(tmp_path: Path) -> None:

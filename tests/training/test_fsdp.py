@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 import vlm
 import vlm.checkpoints.resume.sharded
 import vlm.checkpoints.files.weights
-from callbacks import FSDP2Strategy, MixedPrecisionFSDP, Throughput
+from callbacks import FSDP2Strategy, MixedPrecisionFSDP, ThroughputMonitor
 from callbacks.stage_transition import write_stage
 from tests.support.ranks import run_ranks
 from tests.support.cogagent import cogagent
@@ -105,7 +105,7 @@ def train(
         accumulate_grad_batches=len(steps[0]) // world,
         gradient_clip_val=0.5,
         log_every_n_steps=1,
-        callbacks=[Throughput(), recorder],
+        callbacks=[ThroughputMonitor(), recorder],
         **options,
     )
     run.fit(module, packs(module, folder, steps, world=world, rank=rank))

@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 import torch
 
-from callbacks import Health, LogCadence, Progress, Throughput
+from callbacks import Health, LogCadence, Progress, ThroughputMonitor
 from tests.support.host_reads import HostReads, no_copies
 from tests.support.systems import RATE, SYSTEMS, make
 from tests.support.training import packs, trainer
@@ -62,7 +62,7 @@ def test_a_run_reads_where_it_logs_alone(monkeypatch: pytest.MonkeyPatch, tmp_pa
         log_every_n_steps=3,
         gradient_clip_val=1.0,
         enable_progress_bar=True,
-        callbacks=[reads, LogCadence(adapt=False), Health(every_n_steps=3), Throughput(), Progress()],
+        callbacks=[reads, LogCadence(adapt=False), Health(every_n_steps=3), ThroughputMonitor(), Progress()],
     )
     with reads.mode:
         run.fit(module, packs(module, tmp_path, [[[0, 1], [2, 3]]] * 6))

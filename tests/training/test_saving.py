@@ -24,9 +24,12 @@ from tests.support.ranks import run_ranks
 from tests.support.samples import samples
 from tests.support.systems import make
 from tests.support.training import ListSource, trainer, weights
+from vlm.checkpoints.files.weights import WeightFiles
 from vlm.checkpoints.resume.background import BackgroundWriter
+from vlm.checkpoints.resume.opened import read_trained
 from vlm.checkpoints.resume.pointer import read_last
 from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
+from vlm.commands.export import export
 from vlm.data import BatchSpec, InstructionData
 from vlm.errors import UserError
 from vlm.stages import Trained
@@ -165,3 +168,11 @@ def test_two_ranks(tmp_path: Path) -> None:
         (tmp_path / how).mkdir()
         samples(tmp_path / how)
     run_ranks(_on_two_ranks, 2, tmp_path)
+    # what they have left, without them
+    state = tmp_path / "fsdp" / "run" / "checkpoints" / "step=2.ckpt"
+    export(state, tmp_path / "hf")
+    written = dict(WeightFiles(tmp_path / "hf").items())
+    projector = next(
+        tensor for name, tensor in written.items() if name.endswith("multi_modal_projector.linear_1.weight")
+    )
+    assert any(torch.equal(projector, tensor) for _, tensor in read_trained(state).items())

@@ -13,7 +13,7 @@ from vlm.errors import UserError
 from vlm.hub import is_cached
 from vlm.options import OptionParser
 from vlm.planning.advice import advise
-from vlm.planning.machine import GPUS, Machine, Strategy, find_gpu
+from vlm.planning.machine import GPUS, Gpu, Machine, Sharing, Strategy, find_gpu
 from vlm.planning.report import as_json, lines_of, table_of
 from vlm.planning.samples import LOOKED_AT
 from vlm.planning.stage import Planner, Run
@@ -21,6 +21,9 @@ from vlm.recipes.catalogue import find_recipe, systems
 from vlm.recipes.configs import add_stage_options, stage_options
 from vlm.recipes.graph import Recipe, StageRef, TrainingStage
 from vlm.recipes.reading import load_recipe
+
+_NODE = 8
+"""Devices of a node where the trainer is not told how many."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,8 +68,7 @@ def main(arguments: Sequence[str], *, describe: StageParser) -> int:
             PlannedSurgery(str(at.stage), describe(at.options, on_gpu=True).module.surgery, at.parts) for at in earlier
         ]
         planner = Planner(view.module, view.trains, view.data, _run(view.trainer), own.samples, planned)
-        machine = Machine(gpu, own.devices or _devices(view), _strategy(view))
-        plans.append((planner, planner.plan(machine)))
+        plans.append((planner, planner.plan(machine_of(view, gpu, own.devices))))
     if own.json:
         print(json.dumps([as_json(plan, **speed) for _, plan in plans], indent=1))
     elif len(plans) == 1:
@@ -157,6 +159,15 @@ def _run(trainer: Any) -> Run:
     return Run(str(trainer.precision or "32-true"), epochs, steps, trainer.accumulate_grad_batches)
 
 
+def machine_of(view: StageView, gpu: Gpu, devices: int | None = None) -> Machine:
+    """Where a stage would run by its settings.
+
+    Args:
+        devices: in the place of those that the trainer is told.
+    """
+    return Machine(gpu, devices or _devices(view), _strategy(view), _sharing(view))
+
+
 def _devices(view: StageView) -> int:
     devices, nodes = view.trainer.devices, view.trainer.num_nodes
     return (devices if isinstance(devices, int) and devices > 0 else 1) * nodes
@@ -166,3 +177,13 @@ def _strategy(view: StageView) -> Strategy:
     named = view.trainer.strategy
     name = named if isinstance(named, str) else type(named).__name__
     return "fsdp2" if "fsdp2" in name.lower() else "ddp"
+
+
+def _sharing(view: StageView) -> Sharing:
+    """What the strategy and its callback are told; `vlm` does not import their classes."""
+    strategy, devices = view.trainer.strategy, view.trainer.devices
+    told = next((c for c in view.trainer.callbacks or [] if hasattr(c, "cpu_offload")), Sharing())
+    ranks = getattr(strategy, "ranks_per_shard_group", None)
+    if ranks == "node":
+        ranks = devices if isinstance(devices, int) and devices > 1 else _NODE
+    return Sharing(told.precision, ranks, getattr(strategy, "reduce_gradients", "") == "micro_batch", told.cpu_offload)
