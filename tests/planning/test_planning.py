@@ -145,6 +145,25 @@ def test_packs_of_other_sizes_follow_from_two(tmp_path: Path) -> None:
         assert found.total_flops == pytest.approx(exact.total_flops, rel=0.001), count
 
 
+def test_experts_count_for_the_tokens_they_get(tmp_path: Path) -> None:
+    """Two of four experts see each token; what they cost follows from what wider ones cost more."""
+    costs = []
+    for width in (32, 96):
+        experts = {
+            "model_type": "mixtral",
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "intermediate_size": width,
+        }
+        module = on_meta(llava_1_5, TRAIN, language=CausalLM(config=LLAMA | experts))
+        items = [module.codec.encode(sample) for sample in SYSTEMS["llava_1_5"].pool(tmp_path, 3)]
+        batch = module.codec.collate(items, counts=step_counts(items))
+        costs.append(cost_of_pack(module, batch, weights=torch.bfloat16).flops)
+    more = 2 * LLAMA["num_hidden_layers"] * 2 * len(batch.text.ids) * 3 * LLAMA["hidden_size"] * (96 - 32)
+    for when, times in (("forward", 1), ("backward", 2)):
+        assert costs[1]["language", when] - costs[0]["language", when] == times * more
+
+
 SEVEN = {
     "vision": TimmTower("vit_large_patch14_clip_quickgelu_336", layer=-2),
     "connector": MLP(),

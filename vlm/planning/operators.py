@@ -19,6 +19,10 @@ def count_flops(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any
     Causal attention counts as if every token saw every other one of its sequence, as torch counts it.
     """
     packet = func._overloadpacket
+    if (
+        packet is _aten._grouped_mm
+    ):  # tokens sorted by expert, of experts and, backward, of tokens as the inner dimension
+        return int(2 * args[0].numel() * args[1].shape[-1])
     if packet in ATTENTION:
         return ATTENTION[packet](*args)
     formula = flop_registry.get(packet)
