@@ -102,8 +102,10 @@ def main() -> None:
         f"`python -m benchmarks.loader_scale`: {options.samples} samples of a rank in each step, on "
         f"{platform.machine()}, Python {platform.python_version()}, torch {version('torch')}.",
         "The other ranks are simulated and tell what they would tell; the network is left out.",
+        "Seconds are those of the CPU, of all threads of the rank: what else the machine does does not count.",
         "In the fourth column every rank encodes all of the step, as a rank does that has nobody to ask.",
-        "With many ranks what grows is the deal of the whole step, on a thread of the training process and not in its",
+        "A rank that is told the others' sizes encodes each sample twice, once to measure it and once to read it. With",
+        "many ranks what grows is the deal of the whole step, on a thread of the training process and not in its",
         "workers, and here also what it costs to put together what the others tell.",
         "",
         "| ranks | samples/s of one rank | of one rank alone | encodes everything, samples/s | peak memory, MiB |",
