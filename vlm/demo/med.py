@@ -139,7 +139,8 @@ def train_med(module: Any, *, steps: int = STEPS) -> Iterator[str]:
         pixels, *texts = zip(*items, strict=True)
         fillers = (tokenizer.pad_id, tokenizer.pad_id, IGNORE, IGNORE)
         padded = [
-            pad_sequence(own, batch_first=True, padding_value=value) for own, value in zip(texts, fillers, strict=True)
+            pad_sequence(list(own), batch_first=True, padding_value=value)
+            for own, value in zip(texts, fillers, strict=True)
         ]
         return Told(torch.stack(pixels), *padded)
 
