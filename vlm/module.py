@@ -27,6 +27,7 @@ from vlm.checkpoints.report import LoadReport
 from vlm.checkpoints.resume.moments import restore_moments
 from vlm.checkpoints.resume.opened import RECORD
 from vlm.codec import Codec
+from vlm.data.loading.opaque import OpaqueBatch
 from vlm.data.sources.asked import Asked, as_samples
 from vlm.errors import SampleError, UserError
 from vlm.evaluation.inference import answer_each, as_pack, chunks_in_step, decoding_of, evaluating, label_scores
@@ -66,6 +67,7 @@ class VisionLanguageModule(LightningModule):
         frozen_hashes: content of the frozen tensors as they were read, {name: hash}; what checkpoints refer to.
         frozen_dtype: of the frozen weights of linear layers and convolutions under `bf16-mixed` or `16-mixed`; None:
             they are in float32 like everything else.
+        computes_in: what autocast computes in where there is no trainer (`vlm.load`); None: in float32.
         ties: {alias: owner} of parameters that are one tensor.
         running: {term: this rank's share of the step's mean, over the micro-batches done so far}.
         averages: {name: float32 moving average of a trained tensor}, which artefacts hold in the place of the tensor;
@@ -112,6 +114,7 @@ class VisionLanguageModule(LightningModule):
         self.load_report: LoadReport | None = None
         self.frozen_hashes: dict[str, str] = {}
         self.frozen_dtype: torch.dtype | None = None
+        self.computes_in: torch.dtype | None = None
         self.ties: dict[str, str] = {}
         self.running: dict[str, Tensor] = {}
         self.averages: dict[str, Tensor] | None = None
@@ -219,7 +222,11 @@ class VisionLanguageModule(LightningModule):
     # -- training
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return with_keys(batch) if self.names_views and isinstance(batch, Batch) else batch
+        content = batch.content if isinstance(batch, OpaqueBatch) else batch
+        if not (self.names_views and isinstance(content, Batch)):
+            return batch
+        named = with_keys(content)
+        return OpaqueBatch(named) if isinstance(batch, OpaqueBatch) else named
 
     def configure_optimizers(self) -> Any:
         assert self.stage is not None  # `configure_model` has seen to it

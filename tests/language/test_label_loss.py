@@ -86,7 +86,7 @@ def _steps(folder: Path) -> list[tuple[list[float], list[dict[str, Tensor]]]]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("vlm.functional.MOST_LOGITS", most)
             module, recorder = make("llava_1_5"), Recorder()
-            run = trainer(folder, world=2, fsdp="fp32", max_epochs=1, callbacks=[recorder])
+            run = trainer(folder, world=2, fsdp="32-true", max_epochs=1, callbacks=[recorder])
             run.fit(module, packs(module, folder, [[[0, 1], [2, 3]]], world=2, rank=distributed.get_rank()))
         made.append((recorder.losses, recorder.gradients))
     return made

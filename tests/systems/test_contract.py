@@ -421,6 +421,9 @@ def test_frozen_weights_in_half_precision_change_no_number(
         assert torch.equal(loaded.get_parameter(n).to(torch.bfloat16), module.get_parameter(n))
     if "generate" in SYSTEMS[name].uses:
         assert module.generate(pool[:1], decoding=Decoding(max_new_tokens=2))
+    if name == "llava_1_5":
+        opened = vlm.load(tmp_path / "half" / "artefact", as_trained=True)
+        assert all(map(torch.equal, opened.score(pool), module.score(pool)))
     with pytest.raises(UserError, match="built under bf16-mixed"):
         trainer(tmp_path, max_epochs=1).validate(module, Planned(pool, [range(3)], SYSTEMS[name].batch))
 

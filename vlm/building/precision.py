@@ -19,9 +19,9 @@ _ROUNDED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def compute_dtype(module: Any) -> torch.dtype | None:
-    """What the trainer's autocast computes in; None without a trainer, and where it does not cast."""
+    """What autocast computes in, the trainer's or, without one, the network's own; None where it does not cast."""
     trainer = module._trainer
-    return None if trainer is None else AUTOCAST.get(str(trainer.precision))
+    return module.computes_in if trainer is None else AUTOCAST.get(str(trainer.precision))
 
 
 def keep_frozen_in(module: nn.Module, dtype: torch.dtype) -> None:

@@ -48,6 +48,7 @@ META_KEYS = {
     "frozen": "part -> {source, fingerprint}: tensors that are not in this folder",
     "ties": "alias -> owner: one tensor under two names, stored once",
     "follows": "list of {path, absolute, fingerprint, parts, leave_out, merge} of the artefacts it started from",
+    "precision": "trainer.precision of the training, null where there was no trainer",
     "shortened": "what cut the training short, null for one of its whole length",
     "paths": "path in `model` as it is written -> the same, relative to this folder and absolute",
 }
