@@ -30,6 +30,16 @@ from vlm.data import BatchSpec, InstructionData, LlavaJson
 from vlm.data.loading.rank_gather import Gather
 
 
+MISSING = """
+## What is missing
+
+- A sample is encoded twice where there are several ranks; what this costs is the difference to one rank above.
+- Packs travel from the workers one by one, so what is under way does not grow with the packs of a step; with
+  `data.max_bad_samples` the ranks agree on a step first, and all of a rank's packs of it travel together.
+- The peak is that of one process without workers. What each worker takes was not measured by the number of ranks.
+"""
+
+
 class Told(Gather):
     """Ranks whose samples are all of the sizes that one was measured to have.
 
@@ -118,7 +128,7 @@ def main() -> None:
     for world, found, alone, peak in rows:
         without = "" if alone is None else f"{alone:.0f}"
         lines.append(f"| {world} | {found:.0f} | {found / first:.2f} | {without} | {peak:.0f} |")
-    options.out.write_text("\n".join(lines) + "\n")
+    options.out.write_text("\n".join(lines) + "\n" + MISSING)
 
 
 if __name__ == "__main__":
