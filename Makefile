@@ -53,7 +53,7 @@ demo: $(stamp)
 	@echo "your own picture      $(bin)/vlm predict --weights $(trained) --image FILE --prompt TEXT"
 
 # What every system's demo knows and how long it takes, into docs/demo_scores.md; hours for all of them. Started again, it
-# goes on. SYSTEMS="fuyu vila" takes these alone. Nothing else should run meanwhile.
+# goes on. SYSTEMS="fuyu vila" takes these alone.
 demo-scores: $(stamp)
 	$(bin)/python -m benchmarks.demo_scores $(SYSTEMS)
 

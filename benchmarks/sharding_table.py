@@ -22,12 +22,10 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from callbacks import MixedPrecisionFSDP
+from vlm.commands.plan import planners_of
 from vlm.planning.machine import GIB
-from vlm.planning.stage import Planner, Run
-from vlm.recipes.catalogue import find_recipe, systems
-from vlm.recipes.configs import stage_options
-from vlm.recipes.graph import TrainingStage
-from vlm.recipes.reading import load_recipe
+from vlm.planning.stage import Planner
+from vlm.recipes.catalogue import systems
 
 OUT = Path(__file__).parents[1] / "docs" / "sharding_plan.md"
 WORLDS = (8, 64)
@@ -106,11 +104,9 @@ def _own(unit: Any) -> int:
 
 def heaviest_of(system: str) -> tuple[Planner, int, int]:
     """The stage of a recipe that trains most, the first of several; how many parameters it trains and has."""
-    recipe = load_recipe(find_recipe(system))
     stages = []
-    for name in (node.name for node in recipe.nodes if isinstance(node, TrainingStage)):
-        view = cli._describe(stage_options(argparse.Namespace(recipe=system, stage=name, demo=False)))
-        planner = Planner(view.module, view.trains, view.data, Run(), looked_at=1)
+    options = argparse.Namespace(recipe=system, stage=None, demo=False, samples=1)
+    for _, planner in planners_of(options, describe=cli._describe):
         parameters = list(planner.what.build().parameters())
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         stages.append((planner, trained, sum(p.numel() for p in parameters)))

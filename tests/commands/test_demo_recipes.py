@@ -1,6 +1,6 @@
 """Every system's demo recipe through all its nodes, shortened to two steps a stage: wiring, hand-over and files.
 
-What the demos learn, and how long they take, is measured by `make demo-scores`, which shares the machine with nothing.
+What the demos learn, and how long they take, is measured by `make demo-scores`.
 """
 
 import json

@@ -178,6 +178,20 @@ def test_activations_at_7b(adapter: bool, recomputed: bool, autocast: torch.dtyp
         kept, loss = saved_bytes(module, lambda: module.training_step(fake_batch(batch), 0))
         del loss
     assert sum(cost.kept.values()) == pytest.approx(kept, rel=0.1)
+    if recomputed and not adapter and autocast:
+        _check_by_arithmetic(module, cost, tokens=batch.text.ids.shape[0])
+
+
+def _check_by_arithmetic(module: Any, cost: Any, *, tokens: int) -> None:
+    """Of 7.05 billion parameters, of which 6.76 are trained: 16 bytes for each of these, 4 for each other, rounded
+    copies of what is trained, and what a block keeps of a token when it is recomputed."""
+    one = memory_of(module, cost, Machine(find_gpu("141")))
+    eight = memory_of(module, cost, Machine(find_gpu("80"), 8, "fsdp2"))
+    for found, expected in ((one, (28.2, 27.0, 54.1)), (eight, (3.5, 3.4, 6.8))):
+        held = [found.fixed[what] / 1e9 for what in ("weights", "gradients", "optimizer")]
+        assert held == pytest.approx(expected, abs=0.06)
+    assert one.pack["weights in the compute dtype"] / 1e9 == pytest.approx(13.5, rel=0.03)
+    assert cost.kept["language"] / tokens / 1024 == pytest.approx(545, rel=0.05)
 
 
 MACHINES = [

@@ -28,7 +28,7 @@ def compile_blocks(module: Any, *, parts: Iterable[str], backend: str) -> dict[s
     Raises:
         UserError: a part without blocks, or weights that are kept in 4 bits.
     """
-    known = {part: [b for _, b in stacked_blocks(network)] for part, network in module.named_children()}
+    known: dict[str, list[Any]] = {part: [b for _, b in stacked_blocks(net)] for part, net in module.named_children()}
     known = {part: blocks for part, blocks in known.items() if blocks}
     for part in parts:
         if part not in known:

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,12 +62,7 @@ def main(arguments: Sequence[str], *, describe: StageParser) -> int:
     gpu = find_gpu(own.gpu)
     speed = {"per_second": own.flops or gpu.flops, "utilization": own.utilization}
     plans = []
-    for options, earlier in _stages(own):
-        view = describe([*options, *others], on_gpu=True)
-        planned = [
-            PlannedSurgery(str(at.stage), describe(at.options, on_gpu=True).module.surgery, at.parts) for at in earlier
-        ]
-        planner = Planner(view.module, view.trains, view.data, _run(view.trainer), own.samples, planned)
+    for view, planner in planners_of(own, others, describe=describe):
         plans.append((planner, planner.plan(machine_of(view, gpu, own.devices))))
     if own.json:
         print(json.dumps([as_json(plan, **speed) for _, plan in plans], indent=1))
@@ -78,6 +73,23 @@ def main(arguments: Sequence[str], *, describe: StageParser) -> int:
     else:
         print(*table_of([plan for _, plan in plans], **speed), sep="\n")
     return 0
+
+
+def planners_of(
+    own: argparse.Namespace, others: Sequence[str] = (), *, describe: StageParser
+) -> Iterator[tuple[StageView, Planner]]:
+    """Each stage that is planned, after the surgery of those before it.
+
+    Args:
+        own: `recipe`, `stage`, `demo` and `samples` of `vlm plan`, and what names a stage otherwise.
+        others: options of `vlm fit`.
+    """
+    for options, earlier in _stages(own):
+        view = describe([*options, *others], on_gpu=True)
+        planned = [
+            PlannedSurgery(str(at.stage), describe(at.options, on_gpu=True).module.surgery, at.parts) for at in earlier
+        ]
+        yield view, Planner(view.module, view.trains, view.data, _run(view.trainer), own.samples, planned)
 
 
 def _refuse_download(options: Sequence[str]) -> None:
