@@ -1,4 +1,4 @@
-import vlm  # noqa: F401  (first: repairs torchvision)
+import vlm  # first: repairs torchvision
 
 import errno
 import json
