@@ -3,6 +3,7 @@
 `python cli.py ...`, `python -m cli ...` and `vlm ...` are the same.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from vlm.command_line.commands import HELP, OPTIONS, STAGE_COMMANDS, TAKE_STAGES
 from vlm.command_line.config_faults import Section, find_fault, find_lost_key
 from vlm.command_line.errors import (
     innermost,
+    lost_rank_error,
     memory_error,
     one_line_errors,
     refused_trainer,
@@ -26,7 +28,7 @@ from vlm.command_line.errors import (
 )
 from vlm.command_line.layers import read_layers
 from vlm.command_line.quiet import silence
-from vlm.command_line.trainer_flags import check_seed, check_trainer_settings, keep_in_run, log_of_run
+from vlm.command_line.trainer_flags import check_launcher, check_seed, check_trainer_settings, keep_in_run, log_of_run
 from vlm.command_line.weights import UNTRAINED, options_from_weights
 from vlm.errors import UserError
 from vlm.finetuning import read_options
@@ -52,7 +54,7 @@ def main(args: Sequence[str] | None = None, run: bool = True) -> Any:
     try:
         return _dispatch(arguments)
     except Exception as error:
-        cause = user_error(error) or memory_error(error)
+        cause = user_error(error) or memory_error(error) or lost_rank_error(error)
         if cause is None:
             raise
         print(f"vlm: error: {cause}", file=sys.stderr)
@@ -108,7 +110,7 @@ def _stage_cli() -> Any:
         "stage": callbacks.StageTransition,
         "checkpoint": callbacks.ResumeCheckpoint,
         "health": callbacks.Health,
-        "throughput": callbacks.Throughput,
+        "throughput": callbacks.ThroughputMonitor,
         "predictions": callbacks.Predictions,
         "evaluation": callbacks.Evaluation,
         "answers": callbacks.AnswerWriter,
@@ -194,6 +196,7 @@ def _stage_cli() -> Any:
 
         def before_instantiate_classes(self) -> None:
             settings = self.settings
+            check_launcher(os.environ)
             check_trainer_settings(settings, trains=self.subcommand == "fit")
             settings.trainer.default_root_dir = settings.trainer.default_root_dir or f"runs/{settings.stage.name}"
             self.ckpt_path = settings.get("ckpt_path")

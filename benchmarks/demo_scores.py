@@ -43,7 +43,7 @@ DATA = {
 }
 """Folder that demo configurations name: options of `vlm demo-data`."""
 ELSEWHERE = {
-    *("blip/1_pretrain", "blip/2_retrieval_coco", "blip/2_retrieval_flickr", "blip2/3_retrieval"),
+    *("blip/2_retrieval_coco", "blip/2_retrieval_flickr", "blip2/3_retrieval"),
     *("instructblip/2_science_qa", "llava/2_science_qa"),
     "cogvlm/3_generalist",
 }
@@ -65,6 +65,8 @@ TASKS = {
     "text": "small talk, no image",
 }
 """Tasks of the demo data in words; others keep the name of their score."""
+MIXED = {"vqa": "what is where, colours, places, how many"}
+"""In the place of those: tasks of questions in BLIP's own files (`BlipQuestions`), which have all kinds in one."""
 BLIND = {"text"}
 """Tasks that need no image."""
 HEAD = """# What the demos know
@@ -126,17 +128,31 @@ def demo_data(recipe: Recipe) -> list[str]:
 
 
 def asked_stages(recipe: Recipe) -> list[TrainingStage]:
-    """The stages that no other one that is asked starts from."""
+    """The stages that no other one that is asked starts from, and those with questions of their own."""
     stages = [node for node in recipe.nodes if isinstance(node, TrainingStage)]
     stages = [stage for stage in stages if f"{recipe.system}/{stage.name}" not in ELSEWHERE]
     used = {followed.stage for stage in stages for followed in stage.follows} | {stage.continues for stage in stages}
-    return [stage for stage in stages if stage.name not in used]
+    return [stage for stage in stages if stage.name not in used or own_questions(recipe.system, stage.name).is_file()]
+
+
+def lineage(recipe: Recipe, name: str) -> list[str]:
+    """A stage and those of its recipe that it starts from, the first one first."""
+    stage = recipe.node(name)
+    assert isinstance(stage, TrainingStage)
+    before = [item.stage for item in stage.follows if item.system == recipe.system]
+    before += [stage.continues] if stage.continues else []
+    return list(dict.fromkeys([*(one for other in before for one in lineage(recipe, other)), name]))
+
+
+def own_questions(*names: str) -> Path:
+    """Of a stage or a system, where there are any."""
+    return ROOT / "configs/eval" / f"{'_'.join(('demo', *names))}.yaml"
 
 
 def judge_config(system: str, stage: str) -> str:
     """The questions: of the stage, of the system, or of all."""
-    names = (f"demo_{system}_{stage}", f"demo_{system}", "demo")
-    return next(f"configs/eval/{name}.yaml" for name in names if (ROOT / f"configs/eval/{name}.yaml").is_file())
+    files = (own_questions(system, stage), own_questions(system), own_questions())
+    return str(next(file for file in files if file.is_file()).relative_to(ROOT))
 
 
 def first_stage(recipe: Recipe) -> str | None:
@@ -179,15 +195,13 @@ def compared(recipe: Recipe, stage: TrainingStage, run: Path, first: str | None,
         without = run.with_name(f"{run.name}_without_{first}")
         if not RunFolder(without / stage.name).finished:
             skip = ["--skip", first, "--run", str(without)]
-            others = [
-                n.name for n in recipe.without(first).nodes if n.name == stage.name or n not in asked_stages(recipe)
-            ]
-            for name in others:
+            for name in lineage(recipe.without(first), stage.name):
                 vlm("fit", "--recipe", recipe.system, "--demo", *skip, "--stage", name, "--", *options)
         found[f"without {first}"] = ask(without / stage.name, "trained", *test)
     files = [word for file in config_files(recipe, stage, demo=True) for word in ("-c", str(file))]
     found["untrained"] = ask(run / stage.name, "untrained", "test", *files, *test[1:], weights="untrained")
-    return table(found)
+    asks_mixed = "BlipQuestions" in (ROOT / test[-1]).read_text(encoding="utf-8")
+    return table(found, words=TASKS | MIXED if asks_mixed else TASKS)
 
 
 def ask(folder: Path, name: str, *command: str, weights: str | None = None) -> dict[str, dict[str, float]]:
@@ -199,8 +213,8 @@ def ask(folder: Path, name: str, *command: str, weights: str | None = None) -> d
     return read_scores(evaluation)
 
 
-def table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """Markdown: a line per task, a column per evaluation, and which tasks fall short."""
+def table(found: Mapping[str, Mapping[str, Mapping[str, float]]], *, words: Mapping[str, str]) -> str:
+    """Markdown: a line per task, named by `words`, a column per evaluation, and which tasks fall short."""
     counts = found["trained"]["counts"]
     lines = [f"| held-out | {' | '.join(found)} | questions |", f"|---|{'---|' * len(found)}---|"]
     short = []
@@ -208,12 +222,12 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
         task = score.split("/")[0]
         if task not in counts:
             continue
-        words = TASKS.get(task, score)
+        name = words.get(task, score)
         values = [column["scores"].get(score) for column in found.values()]
-        lines.append(f"| {words} | {' | '.join(map(_number, values))} | {counts[task]} |")
+        lines.append(f"| {name} | {' | '.join(map(_number, values))} | {counts[task]} |")
         seen, shuffled = (value or 0.0 for value in values[:2])
         if task not in BLIND and (seen < 2 * shuffled or seen < shuffled + 0.3):
-            short.append(words)
+            short.append(name)
     verdict = f"Short of what we want: {', '.join(short)}." if short else "Every task is where we want it."
     return "\n".join([*lines, "", verdict])
 

@@ -4,8 +4,10 @@ import vlm  # noqa: F401  (before lightning: repairs torchvision on CPU builds o
 
 from callbacks.answer_writer import AnswerWriter
 from callbacks.bad_samples import BadSamples
+from callbacks.compiled_blocks import CompiledBlocks
 from callbacks.ema import EMA
 from callbacks.evaluation import Evaluation
+from callbacks.feature_cache import FeatureCache
 from callbacks.fsdp import MixedPrecisionFSDP
 from callbacks.fsdp_strategy import FSDP2Strategy
 from callbacks.health import Health
@@ -17,14 +19,16 @@ from callbacks.predictions import Predictions
 from callbacks.progress import Progress
 from callbacks.resume_checkpoint import ResumeCheckpoint
 from callbacks.stage_transition import StageTransition
-from callbacks.throughput import Throughput
+from callbacks.throughput_monitor import ThroughputMonitor
 
 __all__ = [
     "EMA",
     "AnswerWriter",
     "BadSamples",
+    "CompiledBlocks",
     "Evaluation",
     "FSDP2Strategy",
+    "FeatureCache",
     "Health",
     "LoRAInjection",
     "LogCadence",
@@ -35,5 +39,5 @@ __all__ = [
     "Progress",
     "ResumeCheckpoint",
     "StageTransition",
-    "Throughput",
+    "ThroughputMonitor",
 ]

@@ -9,15 +9,23 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from transformers import PreTrainedModel
 
+from vlm.building.blocks import stacked_blocks
 from vlm.building.network import find_ties
+from vlm.building.precision import round_weights
 from vlm.errors import UserError
 from vlm.module import VisionLanguageModule
-from vlm.building.blocks import stacked_blocks
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 
 
 class MixedPrecisionFSDP(Callback):
@@ -33,20 +41,27 @@ class MixedPrecisionFSDP(Callback):
     runs a blank one where another rank has one.
 
     Args:
-        param_dtype: of gathered parameters and activations.
-        reduce_dtype: of gradients while they are summed over ranks; the shards, gradients and optimizer states
-            themselves stay float32.
+        precision: `bf16-mixed` computes in bfloat16; what is trained, its gradients and moments stay float32. In
+            `bf16-true` these are bfloat16 too: half of the memory, and updates that are small beside their weight are
+            lost in its rounding. `32-true` computes in float32.
+        reduce_dtype: of gradients while they are summed over ranks.
         reshard_after_forward: free gathered parameters between forward and backward.
+        cpu_offload: shards, gradients and moments are in the host's memory, where the optimizer runs; the device has
+            what is gathered and activations alone.
     """
 
     def __init__(
         self,
-        param_dtype: Literal["bf16", "fp32"] = "bf16",
+        precision: Precision = "bf16-mixed",
         reduce_dtype: Literal["bf16", "fp32"] = "fp32",
         reshard_after_forward: bool = True,
+        cpu_offload: bool = False,
     ) -> None:
-        self.policy = MixedPrecisionPolicy(param_dtype=DTYPES[param_dtype], reduce_dtype=DTYPES[reduce_dtype])
+        param_dtype = DTYPES["fp32" if precision == "32-true" else "bf16"]
+        self.policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=DTYPES[reduce_dtype])
+        self.precision = precision
         self.reshard_after_forward = reshard_after_forward
+        self.cpu_offload = cpu_offload
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, VisionLanguageModule):
@@ -59,21 +74,26 @@ class MixedPrecisionFSDP(Callback):
             )
         pl_module.shard = self.shard
 
-    def shard(self, module: nn.Module, mesh: DeviceMesh) -> None:
-        """Cuts the empty `module` into units over the data-parallel dimension of `mesh`.
+    def shard(self, module: nn.Module, mesh: DeviceMesh) -> torch.device | None:
+        """Cuts the empty `module` into units over the last dimension of `mesh`; along a first one it is repeated.
+
+        Returns:
+            Where the shards are kept, if that is not the device.
 
         Raises:
             UserError: a parameter has no dimension to shard.
         """
         assert isinstance(module, VisionLanguageModule)
+        round_weights(module, self.precision)
         ties = find_ties(module)
         for name, parameter in module.named_parameters():
             if parameter.ndim == 0:
                 raise UserError(f"{name} is a scalar, which cannot be sharded; give it the shape (1,)")
         shard = functools.partial(
             fully_shard,
-            mesh=mesh["data_parallel"],
+            mesh=mesh,
             mp_policy=self.policy,
+            offload_policy=self._offload_policy(mesh),
             reshard_after_forward=self.reshard_after_forward,
         )
         for path, unit in (*stacked_blocks(module), *_vocabularies(module)):
@@ -86,6 +106,10 @@ class MixedPrecisionFSDP(Callback):
         shard(module, mp_policy=root_policy, reshard_after_forward=True)
         _gather_around(module, module.forward_methods)
         assert find_ties(module) == ties, "sharding has untied parameters that were one tensor"
+        return torch.device("cpu") if self.cpu_offload else None
+
+    def _offload_policy(self, mesh: DeviceMesh) -> OffloadPolicy:
+        return CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if self.cpu_offload else OffloadPolicy()
 
 
 def _vocabularies(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

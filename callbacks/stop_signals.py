@@ -24,6 +24,8 @@ class StopSignals:
     def listen(self, trainer: Trainer) -> None:
         """From now on signals are noted; a second Ctrl-C ends the process at once."""
         self.received = None
+        # by which the first rank asks Lightning's handlers, in every micro-batch, and waits for the device
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         if threading.current_thread() is not threading.main_thread():
             return
 
@@ -36,15 +38,9 @@ class StopSignals:
             self.received = signal.Signals(number)
             if number == signal.SIGINT and trainer.is_global_zero:
                 # not `print`: the signal may have interrupted one
-                os.write(2, f"\nvlm: {_what_follows(trainer)}; Ctrl-C again ends at once\n".encode())
+                after = "this step" if trainer.world_size == 1 else "this step or the next"
+                os.write(2, f"\nvlm: saves after {after}, then stops; Ctrl-C again ends at once\n".encode())
 
         signal.signal(signal.SIGTERM, note)
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background of a script
             signal.signal(signal.SIGINT, note)
-
-
-def _what_follows(trainer: Trainer) -> str:
-    every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-    if trainer.world_size == 1 or every == 1:
-        return "saves after this step, then stops"
-    return f"saves after step {(trainer.global_step // every + 1) * every}, where the ranks agree, then stops"

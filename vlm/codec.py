@@ -10,8 +10,8 @@ before it is dealt. `collate` decodes the images of one pack.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -52,27 +52,62 @@ class Encoded:
         sequences = [*self.text, *(s for row in self.rows.values() for s in row)]
         return sum(len(sequence.ids) for sequence in sequences)
 
-    @property
-    def size(self) -> "Size":
-        return Size(self.num_tokens, len(self.sample.images), self.counts)
-
     def info(self) -> SampleInfo:
         s = self.sample
         return SampleInfo(s.id, s.source, s.task, s.group, s.answers, s.choices, self.filler)
 
 
-class Size(NamedTuple):
-    """What the step that a sample falls into has to know of it.
+@dataclass(frozen=True)
+class Sizes:
+    """What the step that samples fall into has to know of them: an array each, which costs no Python per sample.
 
     Attributes:
-        tokens: `Encoded.num_tokens`.
-        images: how many.
-        counts: `Encoded.counts`.
+        tokens: int64[n], `Encoded.num_tokens`; -1 for a sample that cannot be trained on.
+        images: int64[n], how many.
+        counts: float64[n] by name, `Encoded.counts`; NaN for a sample that has none of this name.
     """
 
-    tokens: int
-    images: int
-    counts: Mapping[str, float]
+    tokens: np.ndarray
+    images: np.ndarray
+    counts: Mapping[str, np.ndarray]
+
+    @classmethod
+    def of(cls, items: Sequence[Encoded | None]) -> "Sizes":
+        """Of samples in this order; None for one that cannot be trained on."""
+        names = dict.fromkeys(name for item in items if item is not None for name in item.counts)
+        return cls(
+            np.array([-1 if item is None else item.num_tokens for item in items], dtype=np.int64),
+            np.array([0 if item is None else len(item.sample.images) for item in items], dtype=np.int64),
+            {name: np.array([np.nan if i is None else i.counts.get(name, np.nan) for i in items]) for name in names},
+        )
+
+    @classmethod
+    def together(cls, shares: Sequence[tuple[np.ndarray, "Sizes"]]) -> "Sizes":
+        """Of all samples, from (places, sizes) of shares of them that make up the whole."""
+        num = sum(len(places) for places, _ in shares)
+        names = dict.fromkeys(name for _, share in shares for name in share.counts)
+        whole = cls(np.empty(num, np.int64), np.empty(num, np.int64), {name: np.full(num, np.nan) for name in names})
+        for places, share in shares:
+            whole.tokens[places], whole.images[places] = share.tokens, share.images
+            for name, values in share.counts.items():
+                whole.counts[name][places] = values
+        return whole
+
+    def without(self, places: Sequence[int]) -> "Sizes":
+        """These samples cannot be trained on."""
+        tokens = self.tokens.copy()
+        tokens[list(places)] = -1
+        return replace(self, tokens=tokens)
+
+    def totals(self) -> dict[str, float]:
+        """Denominators of a step: what its samples add up to, how many there are, and how many images."""
+        good = self.tokens >= 0
+        found = {"samples": float(good.sum()), "images": float(self.images[good].sum())}
+        for name, values in self.counts.items():
+            given = values[good & ~np.isnan(values)]
+            if len(given):
+                found[name] = float(np.add.accumulate(given)[-1])  # one by one: sums of floats depend on the order
+        return found
 
 
 class Codec(ABC):
@@ -134,10 +169,6 @@ class Codec(ABC):
     def collate(self, items: Sequence[Encoded], *, counts: Mapping[str, float], packs: int = 1) -> Batch:
         """One pack; decodes the images. `counts` are the denominators of the whole step."""
 
-    def normalization(self, stream: str) -> tuple[Sequence[float], Sequence[float]]:
-        """Mean and standard deviation, by colour, that the pixels of a stream of views are normalised with."""
-        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Generated ids as text, special tokens and the stop mark removed."""
@@ -162,11 +193,14 @@ class ViewStream:
     """How images become the views of one stream.
 
     Attributes:
-        transform: image -> float32[3, H, W], or float32[views, 3, H, W] where an image has several views.
+        transform: image -> uint8[3, H, W], or uint8[tiles, 3, H, W] where an image has several views; or these and
+            float32[3, H, W], a view of the whole that only normalised pixels make.
+        table: float32[3, 256], what each level of a colour becomes.
         grid: width, height -> (columns, rows) of an image's tiles; None: it has none.
     """
 
-    transform: Callable[[Image.Image], Tensor]
+    transform: Callable[[Image.Image], Tensor | tuple[Tensor, Tensor]]
+    table: Tensor
     grid: Callable[[int, int], tuple[int, int]] | None = None
 
 
@@ -182,7 +216,9 @@ def read_views(
         streams: sample, `seed` -> how its images are seen; the names are the same for every sample.
         augment: what happens to an image before it in training, given `seed` and `places`.
     """
-    pixels: dict[str, list[Tensor]] = {}
+    values: dict[str, list[Tensor]] = {}
+    wholes: dict[str, list[Tensor]] = {}
+    tables: dict[str, Tensor] = {}
     grids: dict[str, list[tuple[int, int]]] = {}
     owners, sizes = [], []
     for owner, item in enumerate(items):
@@ -196,31 +232,27 @@ def read_views(
                 image = augment(image, seed=seed_from(item.seed, index), places=item.places)
             for name, stream in seen.items():
                 made = stream.transform(image)
-                pixels.setdefault(name, []).append(made if made.ndim == 4 else made[None])
+                levels, *whole = made if isinstance(made, tuple) else (made,)
+                values.setdefault(name, []).append(levels if levels.ndim == 4 else levels[None])
+                wholes.setdefault(name, []).extend(whole)
+                tables[name] = stream.table
                 grids.setdefault(name, []).append((1, 1) if stream.grid is None else stream.grid(*size))
     return {
         name: Views(
-            pixels=torch.cat(views),
-            image_of_view=torch.repeat_interleave(torch.tensor([len(of_image) for of_image in views])),
+            torch.cat(views),
+            image_of_view=torch.repeat_interleave(
+                torch.tensor([len(of_image) + bool(wholes[name]) for of_image in views])
+            ),
             sample_of_image=torch.tensor(owners),
             grid=tuple(grids[name]),
             size=tuple(sizes),
+            table=tables[name],
+            whole=torch.stack(wholes[name]) if wholes[name] else None,
         )
-        for name, views in pixels.items()
+        for name, views in values.items()
     }
 
 
 def step_counts(items: Iterable[Encoded]) -> dict[str, float]:
-    """Denominators of a step: the sum over its samples, plus how many samples and images there are."""
-    return sum_counts(item.size for item in items if not item.filler)
-
-
-def sum_counts(sizes: Iterable[Size]) -> dict[str, float]:
-    """`step_counts` of samples that are known by their sizes; in this order, for sums of floats."""
-    counts: dict[str, float] = {"samples": 0.0, "images": 0.0}
-    for size in sizes:
-        counts["samples"] += 1
-        counts["images"] += size.images
-        for name, value in size.counts.items():
-            counts[name] = counts.get(name, 0.0) + value
-    return counts
+    """Denominators of a step of these samples (`Sizes.totals`)."""
+    return Sizes.of([item for item in items if not item.filler]).totals()

@@ -63,3 +63,9 @@ def _rebuild_sample_error(message: str, sample_id: str, source: str, kind: Fault
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device, or the CPU's allocator, had no memory left."""
     return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)  # torch need not be there
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether another process of the run has died, or has not answered for longer than its group waits."""
+    kind = type(error)
+    return kind.__name__ in ("DistBackendError", "DistNetworkError") or (kind is RuntimeError and "gloo" in str(error))

@@ -27,6 +27,7 @@ from vlm.checkpoints.report import LoadReport
 from vlm.checkpoints.resume.moments import restore_moments
 from vlm.checkpoints.resume.opened import RECORD
 from vlm.codec import Codec
+from vlm.data.loading.opaque import OpaqueBatch
 from vlm.data.sources.asked import Asked, as_samples
 from vlm.errors import SampleError, UserError
 from vlm.evaluation.inference import answer_each, as_pack, chunks_in_step, decoding_of, evaluating, label_scores
@@ -35,10 +36,12 @@ from vlm.evaluation.means import EpochMeans, with_loss
 from vlm.evaluation.retrieval import Embeddings, concat_embeddings
 from vlm.language import Decoding, Surgery
 from vlm.language.choosing import WeighedChoices
+from vlm.monitoring.over_ranks import over_ranks
 from vlm.moving import changing_names
 from vlm.sample import Sample
 from vlm.seeding import seed_from
 from vlm.stages import Stage
+from vlm.vision.feature_files import with_keys
 
 
 class VisionLanguageModule(LightningModule):
@@ -59,15 +62,18 @@ class VisionLanguageModule(LightningModule):
         judges: who judges which samples in validation and test.
         decoding: how `predict_step` searches for answers; greedy where it is None.
         shard: applies FSDP2 to the still empty network; set by the `MixedPrecisionFSDP` callback.
+        compile_network: compiles blocks of the still empty network; set by the `CompiledBlocks` callback.
         load_report: where each tensor came from, after `configure_model`.
         frozen_hashes: content of the frozen tensors as they were read, {name: hash}; what checkpoints refer to.
         frozen_dtype: of the frozen weights of linear layers and convolutions under `bf16-mixed` or `16-mixed`; None:
             they are in float32 like everything else.
+        computes_in: what autocast computes in where there is no trainer (`vlm.load`); None: in float32.
         ties: {alias: owner} of parameters that are one tensor.
         running: {term: this rank's share of the step's mean, over the micro-batches done so far}.
         averages: {name: float32 moving average of a trained tensor}, which artefacts hold in the place of the tensor;
             kept by the `EMA` callback, None without it.
         references: the stage, and how its artefact refers to what it follows.
+        names_views: views of a trainer's packs have names, under which features are kept (`callbacks.FeatureCache`).
         epochs_done: epochs of the stage that are done when the present step begins, as in 1.25; infinite outside of
             training, where every ramp is over. `global_step` has the steps.
     """
@@ -104,15 +110,18 @@ class VisionLanguageModule(LightningModule):
         self.quantized = True
         self.judges = Judges()
         self.decoding: Decoding | None = None
-        self.shard: Callable[[nn.Module, Any], None] | None = None
+        self.shard: Callable[[nn.Module, Any], torch.device | None] | None = None
         self.load_report: LoadReport | None = None
         self.frozen_hashes: dict[str, str] = {}
         self.frozen_dtype: torch.dtype | None = None
+        self.computes_in: torch.dtype | None = None
         self.ties: dict[str, str] = {}
         self.running: dict[str, Tensor] = {}
         self.averages: dict[str, Tensor] | None = None
         self.epochs_done = math.inf
         self.references: tuple[Stage | None, list[dict[str, Any]]] = (None, [])
+        self.compile_network: Callable[[nn.Module], None] | None = None
+        self.names_views = False
         self._next_epoch = 0
         self._total_steps: int | None = None
         self.built_for: tuple[Stage | None, Stage | None] = (None, None)
@@ -212,6 +221,13 @@ class VisionLanguageModule(LightningModule):
 
     # -- training
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        content = batch.content if isinstance(batch, OpaqueBatch) else batch
+        if not (self.names_views and isinstance(content, Batch)):
+            return batch
+        named = with_keys(content)
+        return OpaqueBatch(named) if isinstance(batch, OpaqueBatch) else named
+
     def configure_optimizers(self) -> Any:
         assert self.stage is not None  # `configure_model` has seen to it
         if not self.stage.train:
@@ -293,15 +309,13 @@ class VisionLanguageModule(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
-        for name, value in with_loss(self.running, self.term_weights).items():
-            self._log_sum(f"train/{name}", value, prog_bar=name == "loss")
+        losses = with_loss(self.running, self.term_weights)
+        # the progress bar of Lightning, or its sums over ranks, would have the host wait for the device at every step
+        for name, value in zip(losses, over_ranks(torch.stack(list(losses.values()))), strict=True):
+            self.log(f"train/{name}", value, batch_size=1)
         for name in (event for event in EVENTS if event in batch.counts):  # of the whole step: alike on every rank
-            self.log(f"train/{name}", batch.counts[name], batch_size=1)
+            self.log(f"train/{name}", torch.tensor(batch.counts[name]), batch_size=1)
         self.running = {}
-
-    def _log_sum(self, name: str, value: Any, *, prog_bar: bool = False) -> None:
-        world = self.trainer.world_size
-        self.log(name, value, prog_bar=prog_bar, sync_dist=world > 1, reduce_fx="sum", on_step=True, batch_size=1)
 
     # -- validation
 
@@ -333,6 +347,14 @@ class VisionLanguageModule(LightningModule):
     def is_sharded(self) -> bool:
         """Whether every rank holds a part of every tensor, so that all ranks have to run the network together."""
         return isinstance(self, FSDPModule)
+
+    @property
+    def num_replicas(self) -> int:
+        """How many ranks hold each part of a gradient."""
+        if not self.is_sharded:
+            return self.trainer.world_size
+        assert self.device_mesh is not None
+        return self.device_mesh.size() // self.device_mesh["shard"].size()
 
     def over_ranks(self, value: float, operation: Literal["sum", "max"]) -> float:
         """A number combined over the ranks of a sharded system; every rank has to call it. Itself where not sharded."""
@@ -426,9 +448,8 @@ class VisionLanguageModule(LightningModule):
         return logits.float().softmax(-1)[:, 1] if probability else logits[:, 1]
 
     def _match(self, image_states: Tensor, text_states: Tensor) -> Tensor:
-        device = next(self.parameters()).device
         with evaluating(self):
-            return self.match_logits(image_states.to(device), text_states.to(device))
+            return self.match_logits(image_states.to(self.device), text_states.to(self.device))
 
     # -- saving
 

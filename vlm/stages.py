@@ -107,6 +107,8 @@ class Stage:
         modes: {pattern: `train` | `eval`} over modules, for published exceptions. Without one, a module is in train
             mode iff it holds a trained parameter.
         keep_optimizer: write the optimizer's moments into the artefact, for a stage that `continues` this one.
+        recompute: {part, or a glob over parts: whether its blocks run again in the backward pass, or n for every n-th},
+            in the place of `checkpointing` in their descriptions. Later patterns win.
     """
 
     name: str
@@ -117,6 +119,7 @@ class Stage:
     optimizer: AdamW = field(default_factory=AdamW)
     schedule: Schedule = field(default_factory=Schedule)
     keep_optimizer: bool = False
+    recompute: Mapping[str, bool | int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.continues is not None and self.schedule.total_steps is None:
@@ -144,7 +147,8 @@ class Stage:
     @property
     def network(self) -> tuple[Any, ...]:
         """What of a stage decides how a network is built: what is trained and from what, not at which rates."""
-        return (*self.train, *map(repr, self.follows), self.continues, *sorted(self.modes.items()))
+        built = (*sorted(self.modes.items()), *self.recompute.items())
+        return (*self.train, *map(repr, self.follows), self.continues, *built)
 
     def assign(self, names: Iterable[str]) -> dict[str, str]:
         """{parameter name: the pattern that trains it}.

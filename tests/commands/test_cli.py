@@ -298,7 +298,7 @@ def test_out_of_memory_says_what_would_take_less(
     for remedy in (
         "data.max_tokens below 600",
         "trainer.precision: bf16-mixed",
-        "checkpointing: true in the description of language",
+        "stage.recompute: {language: true}",
         "stage.optimizer.kind: adamw_8bit",
         "callbacks.LoRAInjection",
         "trainer.strategy: fsdp2",

@@ -126,7 +126,7 @@ def test_more_ranks_than_samples_of_a_sharded_system_and_choices(asked: Asked, w
     (asked.folder / "one.json").write_text(json.dumps(one))
     source = [{"class_path": "vlm.data.LlavaJson", "init_args": {"path": str(asked.folder / "one.json")}}]
     options = (f"--data.init_args.predict_sources={json.dumps(source)}",)
-    sharded = '--trainer.callbacks={"class_path": "MixedPrecisionFSDP", "init_args": {"param_dtype": "fp32"}}'
+    sharded = '--trainer.callbacks={"class_path": "MixedPrecisionFSDP", "init_args": {"precision": "32-true"}}'
     assert run_ranks(_on_ranks, 2, asked, "one.jsonl", "--trainer.strategy=fsdp2", sharded, *options) == [0, 0]
     assert asked.rows("one.jsonl")[0]["answer"] == whole[0]["answer"]
     assert asked.predict("chosen.jsonl", *options, '--answers.decoding.candidates=["yes", "no"]') == 0

@@ -29,8 +29,8 @@ print("held", flush=True)
 time.sleep(60)
 """
 OWN = {"class_path": "mine.Ema", "init_args": {"decay": 0.9}}
-FLOAT32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "reshard_after_forward": True}
-BFLOAT16 = FLOAT32 | {"param_dtype": "bf16"}
+FLOAT32 = {"precision": "32-true", "reduce_dtype": "fp32", "reshard_after_forward": True}
+BFLOAT16 = FLOAT32 | {"precision": "bf16-mixed"}
 CONFIG = {
     "seed_everything": 0,
     "model": {"class_path": "vlm.systems.LLaVA15", "init_args": {"language": {"init_args": {"checkpointing": True}}}},
@@ -123,7 +123,7 @@ def test_how_it_runs_may_change(tmp_path: Path, changes: dict) -> None:
         ({"trainer__callbacks": []}, "  trainer.callbacks.mine.Ema.decay: 0.9 -> null"),
         (
             {"trainer__callbacks": [{"class_path": "callbacks.MixedPrecisionFSDP", "init_args": BFLOAT16}, OWN]},
-            "  trainer.callbacks.callbacks.MixedPrecisionFSDP.param_dtype: fp32 -> bf16",
+            "  trainer.callbacks.callbacks.MixedPrecisionFSDP.precision: 32-true -> bf16-mixed",
         ),
     ],
 )

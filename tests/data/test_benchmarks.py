@@ -21,6 +21,7 @@ from tests.checkpoints.test_export import finished
 from vlm.data import (
     GQA,
     MMMU,
+    HallusionBench,
     LlavaQuestions,
     LlavaScienceQA,
     MathVista,
@@ -49,6 +50,10 @@ CONFIGS = Path(__file__).parents[2] / "configs/eval"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("demo"))
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
+HALLUSION = {
+    "category": "VS", "subcategory": "map", "visual_input": "2", "set_id": "0", "figure_id": "1", "question_id": "3",
+    "question": "Is China red?", "gt_answer": "1", "filename": "./hallusion_bench/VS/map/0_1.png",
+}  # fmt: skip
 TEN = ["cat"] * 8 + ["dog"] * 2
 
 
@@ -192,6 +197,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
                   "answer_type": "text", "metadata": {}},
         },
         "data/eval/math_vista/images/1.jpg": picture,
+        "data/eval/hallusion_bench/HallusionBench.json": [
+            HALLUSION | {"visual_input": "0", "figure_id": "0", "gt_answer": "0"}, HALLUSION],
+        "data/eval/hallusion_bench/hallusion_bench/VS/map/0_1.png": picture,
     })  # fmt: skip
     row = "{}\tWhat is it?\t{}\t{}\t{}\t\tlost\t{}\tattribute\t{}\tdev\n"
     table = "index\tquestion\thint\tA\tB\tC\tD\tanswer\tcategory\timage\tsplit\n"
@@ -258,13 +266,24 @@ def test_questions_with_short_answers(root: Path) -> None:
     assert _asked(source) == [("34602", told, TEN, [], None), ("34603", before, TEN, [], None)]
 
 
-def test_yes_and_no(root: Path) -> None:
+def test_yes_and_no(root: Path, tmp_path: Path) -> None:
     asked = _asked(Pope(root / "data/eval/pope/coco", image_root=root / "data/eval/pope/val2014"))
     assert [question[4] for question in asked] == ["random"] * 2 + ["popular"] * 2 + ["adversarial"] * 2
     assert asked[1] == ("random/2", f"Is there a car in the image?\n{SHORT}", ["no"], [], "random")
     asked = _asked(MmeFolder(root / "data/eval/MME/MME_Benchmark_release_version"))
     assert asked[0] == ("OCR/0002/0", f'Is the word "A"?\n{SHORT}', ["yes"], [], "OCR/0002")
     assert asked[3] == ("color/0001/1", f"Is it blue?\n{SHORT}", ["no"], [], "color/0001")
+    folder = root / "data/eval/hallusion_bench"
+    whole = HallusionBench(folder / "HallusionBench.json")
+    assert [(whole[n].group, [a for a, _ in whole[n].answers], bool(whole[n].images)) for n in range(len(whole))] == [
+        ("VS/map/0/0/3", ["no"], False), ("VS/map/0/1/3", ["yes"], True),
+    ]  # fmt: skip
+    assert _asked(HallusionBench(folder / "HallusionBench.json", only_images=True)) == [
+        ("VS/map/0/1/3", f"Is China red?\n{SHORT}", ["yes"], [], "VS/map/0/1/3"),
+    ]
+    _write(tmp_path, **{"broken.json": [HALLUSION | {"gt_answer": "yes"}]})
+    with pytest.raises(SampleError, match="sample 'VS/map/0/1/3': 'gt_answer' must be 0 or 1, found 'yes'"):
+        HallusionBench(tmp_path / "broken.json")[0]
 
 
 def test_multiple_choice(root: Path) -> None:

@@ -9,6 +9,7 @@ from random import Random
 
 import pytest
 import sentencepiece
+import torch
 from PIL import Image
 
 from safetensors.torch import load_file
@@ -22,12 +23,14 @@ from transformers import (
     T5Tokenizer,
 )
 
+from vlm.batch import IGNORE
 from vlm.checkpoints.artefact import read_artefact
 from vlm.data import LlavaJson
 from vlm.demo import write_demo_data
 from vlm.demo.backbones import train_tokenizer
 from vlm.demo.internlm2 import GROUPS, MARKS
 from vlm.demo.looking import new_qformer
+from vlm.demo.med import ToldScenes, new_blip
 from vlm.demo.scenes import COLORS, SPLITS, make_scene, split_of
 from vlm.demo.sprites import NOUNS, WORDS, sprite, word_mask
 from vlm.demo.tasks import LANGUAGES, TASKS, caption, padded_box, questions
@@ -230,6 +233,27 @@ def test_the_small_qformer_has_what_looks_and_nothing_that_reads() -> None:
         name for name in shipped.meta["tensors"] if re.search(r"words|positions|\.mlp\.|\.attention\.|head", name)
     ]
     assert module.qformer.queries.shape[1] == 2 * 4 * 4, "a colour and a name of each place"
+
+
+def test_the_small_text_model_learns_what_holds_of_an_image() -> None:
+    module = new_blip(bert=ASSETS / "bert", vit=ASSETS / "blip_vit", options=TOWERS["blip_vit"].options)
+    assert set(read_artefact(ASSETS / "med/artefact").meta["tensors"]) == module.trained_names()
+    assert (ASSETS / "med/artefact/model.safetensors").stat().st_size < 2e6
+    scenes, mask = ToldScenes(module.codec.tokenizer, size=16, num=20), module.codec.tokenizer.token_id("[MASK]")
+    right = 0
+    for index in range(20):
+        told = scenes[index]
+        masked = told.names != IGNORE
+        assert torch.equal(masked, told.read == mask)
+        restored = torch.where(masked, told.names, told.read)
+        if told.holds[0] == 1:
+            right += 1
+            assert torch.equal(restored[1:], told.written[1:])
+            assert set(told.holds.tolist()) <= {1, IGNORE}
+        else:
+            assert (told.holds[1:] == 0).any()
+            assert restored.tolist()[1:] != told.written.tolist()[1:]
+    assert 0 < right < 20
 
 
 def test_a_screen_says_what_lies_where() -> None:

@@ -5,6 +5,7 @@ import pickle
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from torch import distributed
 from tests.support.fake_codec import ByteCodec, ListSource, answer, sample, samples
 from tests.support.ranks import run_ranks
 from vlm.batch import IGNORE
-from vlm.codec import step_counts
+from vlm.codec import Sizes, step_counts
 from vlm.data import BatchSpec, InstructionData, MultitaskData, PretrainingData
 from vlm.data.loading.encoder import Encoder
 from vlm.data.loading.rank_gather import gather_over_ranks
@@ -52,6 +53,10 @@ def ids_of(packs):
     return sorted(info.id for pack in packs for info in pack.samples if not info.filler)
 
 
+def members(dealt, packs):
+    return [np.flatnonzero(dealt == pack).tolist() for pack in range(packs)]
+
+
 def flat(step):
     return [pack for rank in step for pack in rank]
 
@@ -84,27 +89,38 @@ def same(a, b):
 # dealing ------------------------------------------------------------------------------------------------------------
 
 
-@given(lengths=st.lists(st.integers(0, 500), max_size=60), packs=st.integers(1, 16))
-def test_packs_are_balanced_and_lose_nothing(lengths, packs):
-    dealt = balance_packs(lengths, packs)
-    assert sorted(i for pack in dealt for i in pack) == list(range(len(lengths)))
-    loads = [sum(lengths[i] for i in pack) for pack in dealt]
-    assert max(loads) - min(loads) <= max(lengths, default=0)
-    assert len(lengths) < packs or all(dealt)
-    assert dealt == balance_packs(list(lengths), packs)
+@given(
+    lengths=st.lists(st.integers(0, 500) | st.integers(1, 4), max_size=60),
+    packs=st.integers(1, 16),
+    room=st.none() | st.integers(0, 3),
+)
+def test_the_longest_sample_goes_to_the_pack_that_is_the_lightest(lengths, packs, room):
+    most = None if room is None else -(-len(lengths) // packs) + room
+    dealt = [[] for _ in range(packs)]
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        free = [pack for pack in dealt if most is None or len(pack) < most]
+        min(free, key=lambda pack: (sum(lengths[i] for i in pack), len(pack))).append(index)
+    assert members(balance_packs(np.array(lengths, dtype=np.int64), packs, most=most), packs) == list(
+        map(sorted, dealt)
+    )
 
 
-@given(lengths=st.lists(st.integers(0, 500), max_size=60), packs=st.integers(1, 16), room=st.integers(0, 3))
-def test_packs_hold_no_more_samples_than_they_may(lengths, packs, room):
-    most = -(-len(lengths) // packs) + room
-    dealt = balance_packs(lengths, packs, most=most or None)
-    assert sorted(i for pack in dealt for i in pack) == list(range(len(lengths)))
-    assert max(map(len, dealt)) <= most
+@given(lengths=st.lists(st.integers(0, 500), max_size=60), packs=st.integers(1, 16), parts=st.sampled_from([1, 2, 4]))
+def test_packs_are_balanced_and_lose_nothing(lengths, packs, parts):
+    """Within each part of the step that is dealt for itself."""
+    packing = Packing(parts=parts)
+    dealt = packing.deal(np.array(lengths, dtype=np.int64), packs * parts)
+    for part in range(parts):
+        own = packing.share(len(lengths), world=parts, rank=part)
+        loads = [sum(lengths[i] for i in own if dealt[i] == pack) for pack in range(part, packs * parts, parts)]
+        assert sum(loads) == sum(lengths[i] for i in own)
+        assert max(loads) - min(loads) <= max((lengths[i] for i in own), default=0)
+        assert len(own) < packs or {*dealt[own]} == {*range(part, packs * parts, parts)}
 
 
 def test_a_pack_over_the_limit_says_what_to_set():
     def check(lengths, accumulate=1, training=True, **packing):
-        check_packs(lengths, Packing(100, **packing), world=2, accumulate=accumulate, training=training)
+        check_packs(np.array(lengths), Packing(100, **packing), world=2, accumulate=accumulate, training=training)
 
     check([50, 50, 50, 50])
     with pytest.raises(
@@ -122,8 +138,10 @@ def test_a_pack_over_the_limit_says_what_to_set():
 
 def test_a_filler_trains_nothing_and_counts_nothing():
     items = [CODEC.encode(sample(str(n), n, image=True)) for n in (9, 3, 5)]
-    tokens = {draw: item.num_tokens for draw, item in enumerate(items)}
-    dealt = deal_seats([0, 1, 2], tokens, Packing(), world=2, accumulate=2, training=True)
+    tokens, ranks = Sizes.of(items).tokens, [{"world": 2, "rank": rank, "accumulate": 2} for rank in (0, 1)]
+    dealt = [
+        seats for rank in ranks for seats in deal_seats([0, 1, 2], tokens, Packing(), training=True, **rank).values()
+    ]
     assert sorted(seat for pack in dealt for seat in pack if not seat.filler) == [Seat(0), Seat(1), Seat(2)]
     assert [pack for pack in dealt if pack[0].filler] == [[Seat(1, filler=True)]]  # the shortest costs least
     filler = as_filler(items[1])
@@ -165,7 +183,7 @@ def test_packs_of_a_step_are_balanced_and_dealt_in_turn():
     assert max(loads) - min(loads) <= max(pack.text.max_len for pack in flat(step))
     encoder = Encoder(data.samples, CODEC, data.seed)
     draws = data.steps(0, encoder=encoder)[0]
-    dealt = balance_packs([encoder(draw, epoch=0).num_tokens for draw in draws], 8)
+    dealt = members(balance_packs(Sizes.of([encoder(draw, epoch=0) for draw in draws]).tokens, 8), 8)
     for rank in range(4):
         for micro in range(2):  # pack p is micro-batch p // world of rank p % world
             expected = [str(draws[i]) for i in dealt[micro * 4 + rank]]

@@ -2,6 +2,7 @@
 
 import vlm  # noqa: F401
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,7 +25,7 @@ def make(n=50, *, size=16, cls=InstructionData, negatives=None, packs=None, **op
 
 def share(batch, *, world=1, given=1, micro_batch_size=None, max_tokens=None, steps=()):
     limits = {"micro_batch_size": micro_batch_size, "max_tokens": max_tokens}
-    return micro_batches(batch, world=world, given=given, lengths=lambda: steps, **limits)
+    return micro_batches(batch, world=world, given=given, lengths=lambda: [np.array(step) for step in steps], **limits)
 
 
 # what follows from each word ----------------------------------------------------------------------------------------
@@ -54,7 +55,9 @@ def test_a_micro_batch_holds_so_many_samples():
 )
 def test_max_tokens_takes_the_fewest_micro_batches_into_which_all_steps_fit(steps, limit, world):
     found = share(BatchSpec(12), world=world, max_tokens=limit, steps=steps)
-    fits = [all(Packing(limit).fits(step, world * number) for step in steps) for number in range(1, found + 1)]
+    fits = [
+        all(Packing(limit).fits(np.array(step), world * number) for step in steps) for number in range(1, found + 1)
+    ]
     assert fits == [False] * (found - 1) + [True]
 
 

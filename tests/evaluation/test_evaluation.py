@@ -76,7 +76,7 @@ def test_every_sample_is_answered_once_under_any_strategy(tmp_path: Path) -> Non
     module.configure_model()
     alone = {s.id: module.generate([s], decoding=Decoding(max_new_tokens=4))[0] for s in judged(tmp_path)}
     assert {row["id"]: row["answer"] for row in rows} == alone
-    for strategy in ("ddp", "fp32"):
+    for strategy in ("ddp", "32-true"):
         ranks = run_ranks(evaluate, 2, tmp_path, strategy)
         assert ranks == [pytest.approx(logged, rel=1e-5)] * 2
         assert written(tmp_path, strategy) == rows

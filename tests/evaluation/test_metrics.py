@@ -27,6 +27,7 @@ from vlm.metrics import (
     CIDErD,
     ExactMatch,
     GroundingAccuracy,
+    HallusionBench,
     MeanReciprocalRank,
     MMMUAccuracy,
     MultipleChoice,
@@ -219,6 +220,22 @@ def test_mme_by_hand() -> None:
     assert values == {"perception": 125.0, "cognition": 50.0, "count": 125.0, "code_reasoning": 50.0}
 
 
+def test_hallusion_bench_by_hand() -> None:
+    asked = {  # figure, question: the reference and what is said
+        ("VS/map/0/0", "1"): ("no", "No."), ("VS/map/0/1", "1"): ("yes", "Yes, it is."),
+        ("VS/map/0/1", "2"): ("no", "yes or no"), ("VS/map/0/0", "2"): ("yes", "Yes"),
+        ("VD/map/0/0", "1"): ("yes", "I do not know"), ("VD/map/0/1", "1"): ("no", "no, not yes-no"),
+        ("VD/video/0/0", "1"): ("no", "There is no dog."),
+    }  # fmt: skip
+    values = value(
+        HallusionBench(), *[(said, info(wanted, group="/".join(at))) for at, (wanted, said) in asked.items()]
+    )
+    # figures: VS 0/1 has a wrong question and VS 0/0 is none; VD's two of the map are wrong and that of the video right
+    assert values == pytest.approx({"aAcc": 4 / 7, "fAcc": 1 / 4, "qAcc": 2 / 4, "mean": (4 / 7 + 1 / 4 + 1 / 2) / 3})
+    with pytest.raises(SampleError, match="'group' is 'VD/map', not category/subcategory/set/figure/question"):
+        HallusionBench().update(["yes"], [info("yes", group="VD/map")])
+
+
 def weighed(*losses: float) -> WeighedChoices:
     return WeighedChoices("ABCDE"[: len(losses)], torch.tensor(losses))
 
@@ -273,6 +290,7 @@ EVERY = [
     (GroundingAccuracy, info("[0, 0, 1, 1]")),
     (MultipleChoice, info("A", choices=("a", "b"))),
     (POPE, info("yes")),
+    (HallusionBench, info("yes", group="VD/map/0/0/1")),
     (MME, info("yes", group="count/1")),
 ]
 

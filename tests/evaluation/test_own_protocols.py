@@ -47,6 +47,7 @@ ROW = "PATH[UNUSED_TOKEN_146]user\nQuestion: {}\nContext: {}\nOptions: {}[UNUSED
 ROW += "[UNUSED_TOKEN_146]assistant\nThe answer is"
 WORD = "PATH[UNUSED_TOKEN_146]user\nAnswer the question using a single word or phrase.{}[UNUSED_TOKEN_145]\n"
 WORD += "[UNUSED_TOKEN_146]assistant\n"
+BARE = WORD.replace("Answer the question using a single word or phrase.", "")
 MMBENCH_ROW = ROW.format("What is it?", "Look at the ground.", 'A. a ball B. a "big" box')
 # name: decoding, and of each source the first prompt
 PROTOCOLS = {
@@ -107,6 +108,19 @@ PROTOCOLS = {
     "xcomposer2/pope": ({"max_new_tokens": 500, "num_beams": 3}, WORD.format("Is there a snowboard in the image?")),
     "xcomposer2/chartqa": (
         {"max_new_tokens": 500, "num_beams": 3}, WORD.format("How much?"), WORD.format("Which is the tallest?")
+    ),
+    "xcomposer2/hallusion_bench": (
+        {"max_new_tokens": 10, "num_beams": 3}, WORD.format("Is China red?")
+    ),
+    "xcomposer2/mmmu": (
+        {"max_new_tokens": 5, "num_beams": 5}, ROW.format("What is <image 1>?", "N/A", "A. a $5 note B. <image 2>")
+    ),
+    "xcomposer2/math_vista": (
+        {"max_new_tokens": 500, "num_beams": 3},
+        BARE.format(
+            "Hint: Please answer the question requiring a floating-point number with one decimal place and provide the "
+            "final value, e.g., 1.2, 1.3, 1.4, at the end.\nQuestion: How tall is it? (Unit: cm)"
+        ),
     ),
     "xcomposer2/mme": ({"max_new_tokens": 500, "num_beams": 3}, WORD.format('Is the word "A"?')),
 }  # fmt: skip
@@ -249,6 +263,15 @@ OTHERS: dict[str, tuple[dict | None, str]] = {
     },
     "xcomposer2_4khd/q_bench": ({"max_new_tokens": 500, "num_beams": 3}, ""),
     "xcomposer2_4khd/mme": ({"max_new_tokens": 500, "num_beams": 5}, "{} Answer this question briefly"),
+    "xcomposer2_4khd/hallusion_bench": (
+        {"max_new_tokens": 10, "num_beams": 3},
+        "Answer the question using a single word or phrase.{}" + 15 * " ",
+    ),
+    "xcomposer2_4khd/math_vista": ({"max_new_tokens": 100, "num_beams": 3}, ""),
+    "xcomposer2_4khd/mmmu": (
+        {"max_new_tokens": 5, "num_beams": 5},
+        "Answer the question using a single word or phrase.{}",
+    ),
     "xcomposer2_4khd/mm_vet": ({"max_new_tokens": 500, "num_beams": 3}, "{}Answer this question in detail."),
     "instructblip/vsr": (_CHOSEN, 'Based on the image, is this statement true or false? "{}" Answer:'),
 }  # fmt: skip

@@ -92,7 +92,7 @@ def test_of_several_queries_the_best_one_counts() -> None:
 
 def _validated(folder: Path, strategy: str) -> dict[str, float]:
     """By the trainer, in which a sharded network has its parameters only inside of a step."""
-    options = {"strategy": "ddp"} if strategy == "ddp" else {"fsdp": "fp32"}
+    options = {"strategy": "ddp"} if strategy == "ddp" else {"fsdp": "32-true"}
     judge = Evaluation({"list": Retrieval(RANKS, rerank=2, batch_size=5)})
     run = trainer(folder / strategy, world=distributed.get_world_size(), callbacks=[judge], **options)
     module = blip(dropout=0.0)

@@ -19,6 +19,7 @@ from tests.support.systems import LLAMA, SYSTEMS, llava_1_5
 from vlm.building.build import assemble
 from vlm.checkpoints.artefact import read_artefact
 from vlm.codec import step_counts
+from vlm.commands.plan import machine_of
 from vlm.connectors import MLP
 from vlm.language import CausalLM, PeftAdapter
 from vlm.language.attention import planned_for_a_gpu
@@ -111,13 +112,13 @@ def test_moving_averages_take_four_bytes_of_each_trained_parameter() -> None:
     assert [b - a for a, b in zip(before, after, strict=True)] == [4 * trained, -(-4 * trained // 8)]
 
 
-SIX = CausalLM(config=LLAMA | {"num_hidden_layers": 6})
+DEEP = CausalLM(config=LLAMA | {"num_hidden_layers": 15})
 TRAIN = {"connector": Trained(1e-3), "language": Trained(1e-3)}
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_deep_networks_follow_from_a_few_of_their_blocks(recomputed: bool, tmp_path: Path) -> None:
-    language = CausalLM(config=SIX.config, checkpointing=recomputed)
+@pytest.mark.parametrize("recomputed", [False, True, 3])
+def test_deep_networks_follow_from_a_few_of_their_blocks(recomputed: bool | int, tmp_path: Path) -> None:
+    language = CausalLM(config=DEEP.config, checkpointing=recomputed)
     module = on_meta(llava_1_5, TRAIN, language=language)
     items = [module.codec.encode(sample) for sample in SYSTEMS["llava_1_5"].pool(tmp_path, 6)]
     batch = module.codec.collate(items, counts=step_counts(items))
@@ -128,7 +129,7 @@ def test_deep_networks_follow_from_a_few_of_their_blocks(recomputed: bool, tmp_p
     whole, followed = run(), at_full_depth(module, run)
     assert followed == whole
     assert ("language", "again") in whole.flops if recomputed else ("language", "again") not in whole.flops
-    assert len(module.language.model.layers) == 6
+    assert len(module.language.model.layers) == 15
 
 
 def test_packs_of_other_sizes_follow_from_two(tmp_path: Path) -> None:
@@ -177,6 +178,20 @@ def test_activations_at_7b(adapter: bool, recomputed: bool, autocast: torch.dtyp
         kept, loss = saved_bytes(module, lambda: module.training_step(fake_batch(batch), 0))
         del loss
     assert sum(cost.kept.values()) == pytest.approx(kept, rel=0.1)
+    if recomputed and not adapter and autocast:
+        _check_by_arithmetic(module, cost, tokens=batch.text.ids.shape[0])
+
+
+def _check_by_arithmetic(module: Any, cost: Any, *, tokens: int) -> None:
+    """Of 7.05 billion parameters, of which 6.76 are trained: 16 bytes for each of these, 4 for each other, rounded
+    copies of what is trained, and what a block keeps of a token when it is recomputed."""
+    one = memory_of(module, cost, Machine(find_gpu("141")))
+    eight = memory_of(module, cost, Machine(find_gpu("80"), 8, "fsdp2"))
+    for found, expected in ((one, (28.2, 27.0, 54.1)), (eight, (3.5, 3.4, 6.8))):
+        held = [found.fixed[what] / 1e9 for what in ("weights", "gradients", "optimizer")]
+        assert held == pytest.approx(expected, abs=0.06)
+    assert one.pack["weights in the compute dtype"] / 1e9 == pytest.approx(13.5, rel=0.03)
+    assert cost.kept["language"] / tokens / 1024 == pytest.approx(545, rel=0.05)
 
 
 MACHINES = [
@@ -258,6 +273,18 @@ def test_weights_that_are_here_on_own_data(tmp_path: Path, capsys: pytest.Captur
     assert found["memory"]["optimizer"] == 2 * 4 * adapters > 0
     table = tensors["language.model.embed_tokens.weight"].numel()
     assert found["memory"]["weights"] == pytest.approx(4 * adapters + 2 * held + 2 * table, rel=0.01)
+
+
+def test_overlays_of_a_cluster() -> None:
+    """How many share a copy; nodes have 8 GPUs where nobody says how many."""
+    files = [CONFIGS / "llava_1_5" / name for name in ("model.yaml", "2_finetune.yaml")]
+
+    def sharing(overlay: str) -> int:
+        paths = [*files, CONFIGS / "cluster" / f"{overlay}.yaml"]
+        view = cli._describe([word for path in paths for word in ("-c", str(path))], on_gpu=True)
+        return machine_of(view, find_gpu("80"), 1 if overlay == "one_gpu" else 16).shards
+
+    assert [sharing(name) for name in ("one_gpu", "ddp", "fsdp2", "hybrid")] == [1, 1, 16, 8]
 
 
 def test_tokens_are_those_of_the_data(tmp_path: Path) -> None:

@@ -81,7 +81,8 @@ def test_ids_and_labels_equal_the_official_mask(number: int) -> None:
     ids, targets = case["ids"], case["targets"]
     length = len(ids) - case["spec"].get("pad", 0)
     tokens = get_template("xcomposer2").tokenize(_conversation(case["spec"], ids), StandIn())  # type: ignore[arg-type]
-    wide, labels, slots = RowCodec.reserve(tokens.ids, tokens.labels, [case["spec"].get("img", 0)] * 9)
+    reserved = RowCodec.reserve(tokens.ids, tokens.labels, [case["spec"].get("img", 0)] * 9)
+    wide, labels, slots = (part.tolist() for part in reserved)
     assert [-100 if at in set(slots) else token for at, token in enumerate(wide)] == ids[:length]
     assert labels == targets[:length]
 

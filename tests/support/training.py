@@ -77,12 +77,12 @@ def _as_it_is(batch: Batch) -> Batch:
     return batch
 
 
-def trainer(folder: Path, *, world: int = 1, fsdp: str | None = None, **options: Any) -> L.Trainer:
-    """One process without `fsdp`; with it (`fp32` or `bf16` compute) fully sharded over `world` ranks."""
+def trainer(folder: Path, *, world: int = 1, fsdp: str | MixedPrecisionFSDP | None = None, **options: Any) -> L.Trainer:
+    """One process without `fsdp`; with it, or the precision of one, fully sharded over `world` ranks."""
     callbacks = list(options.pop("callbacks", ()))
     if fsdp is not None:
-        options["strategy"] = "fsdp2"
-        callbacks.append(MixedPrecisionFSDP(param_dtype=fsdp))
+        options.setdefault("strategy", "fsdp2")
+        callbacks.append(MixedPrecisionFSDP(fsdp) if isinstance(fsdp, str) else fsdp)
     defaults = {
         "logger": False,
         "enable_checkpointing": False,

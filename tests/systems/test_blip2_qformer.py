@@ -287,7 +287,7 @@ def _fit(folder: str, how: str | None) -> dict[str, Tensor]:
     module = blip2_qformer(same_image=True)
     parts = ("vision", "qformer", "projections", "heads")
     module.stage = Stage("x", {part: Trained(lr=1e-2) for part in parts}, optimizer=AdamW(eps=1e-3))
-    strategy = {"fsdp": "fp32"} if how == "fsdp" else {"strategy": how or "auto"}
+    strategy = {"fsdp": "32-true"} if how == "fsdp" else {"strategy": how or "auto"}
     run = trainer(Path(folder), world=world, max_epochs=3, **strategy)
     run.fit(module, PretrainingData([ListSource(pool)], batch=BatchSpec(8, negatives="step")))
     return weights(module)

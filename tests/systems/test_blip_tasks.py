@@ -147,6 +147,23 @@ def test_captions_are_the_published_ones(captioner: Any, run: int) -> None:
     assert module.answers(pack(module, captions(["a"] * 3), generate=True), decoding) == meta["runs"][run]["captions"]
 
 
+def heavy(sample: Sample, weight: float) -> Sample:
+    """The sample with another weight of its answer."""
+    *asked, answer = sample.messages
+    return dataclasses.replace(sample, messages=(*asked, dataclasses.replace(answer, weight=weight)))
+
+
+def test_an_answer_costs_what_its_weight_says(captioner: Any, questions: Any) -> None:
+    for module, sample in (
+        (captioner[0], captions(["a dog"])[0]), (questions[1], dataclasses.replace(questions[2][0], answers=()))
+    ):  # fmt: skip
+        whole, half = pack(module, [sample]), pack(module, [heavy(sample, 0.5)])
+        with torch.no_grad():
+            torch.testing.assert_close(module.losses(half)["lm"], module.losses(whole)["lm"] / 2)
+    whole, half = (pack(captioner[0], [heavy(captions(["a dog"])[0], weight)]) for weight in (1.0, 0.5))
+    assert half.counts["lm"] == whole.counts["lm"] / 2
+
+
 def test_the_prompt_is_the_users_if_there_is_one(captioner: Any) -> None:
     module, _, _ = captioner
     [plain] = captions(["a dog"])
@@ -465,6 +482,7 @@ def test_what_cannot_be_trained_on_is_said(tmp_path: Path) -> None:
         (blip_vqa(), twice, "a conversation; this system takes one question and one answer"),
         (blip_nlvr(), single, "1 images where 2 are looked at"),
         (blip_nlvr(), unsure, "the answer must be True or False, found 'perhaps'"),
+        (blip_nlvr(), heavy(pair, 0.5), "its answer has weight 0.5, but judgements count alike"),
     ]
     for module, sample, message in cases:
         with pytest.raises(SampleError, match=message):

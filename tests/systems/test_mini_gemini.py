@@ -117,7 +117,7 @@ def test_features_stand_where_the_official_code_puts_them() -> None:
         kept = tensors["outputs/asm_attention_mask"][row].bool()
         assert int(kept.sum()) == end
         torch.testing.assert_close(embeds[:end], tensors["outputs/asm_embeds"][row][kept], atol=1e-6, rtol=0)
-        assert labels[:end] == tensors["outputs/asm_labels"][row][kept].tolist()
+        assert labels[:end].tolist() == tensors["outputs/asm_labels"][row][kept].tolist()
 
 
 def test_windows_lie_where_their_feature_does() -> None:

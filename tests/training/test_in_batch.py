@@ -93,7 +93,7 @@ def fit(folder: Path, batch: BatchSpec, how: str | None = None, given: int = 1, 
     world = distributed.get_world_size() if distributed.is_initialized() else 1
     module, recorder = Contrast(), Recorder()
     module.stage = Stage("contrast", {part: Trained(lr=0.05) for part in ("image", "text", "scale")})
-    strategy = {"fsdp": "fp32"} if how == "fsdp" else {"strategy": how or "auto"}
+    strategy = {"fsdp": "32-true"} if how == "fsdp" else {"strategy": how or "auto"}
     run = trainer(
         folder, world=world, callbacks=[recorder], max_epochs=2, accumulate_grad_batches=given, **(strategy | options)
     )

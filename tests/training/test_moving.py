@@ -57,7 +57,7 @@ def fit(folder: Path, out: Path, how: str, *, resume: Path | None = None, steps:
     run = trainer(
         out,
         world=world,
-        fsdp="fp32" if how == "fsdp" else None,
+        fsdp="32-true" if how == "fsdp" else None,
         max_steps=steps,
         enable_checkpointing=True,
         callbacks=[EMA(0.9), Health(every_n_steps=1), recorder, checkpoints],
@@ -193,7 +193,7 @@ def average(folder: Path, out: Path, fsdp: bool) -> dict[str, Any]:
     """Four steps with a validation after the second and the last one."""
     world = distributed.get_world_size() if distributed.is_initialized() else 1
     module, watch = build(), Watch()
-    sharded = [MixedPrecisionFSDP("fp32", reshard_after_forward=False)] if fsdp else []
+    sharded = [MixedPrecisionFSDP("32-true", reshard_after_forward=False)] if fsdp else []
     run = trainer(
         out,
         world=world,
@@ -382,7 +382,9 @@ def _updated_while_gathered(folder: Path) -> str:
     module.stage = Stage("s", {part: Trained(1e-2) for part in PARTS})
     batch = BatchSpec(8, negatives="pack", packs=4)
     with pytest.raises(AssertionError) as raised:
-        trainer(folder, fsdp="fp32", max_steps=1).fit(module, InstructionData([ListSource(pairs(folder))], batch=batch))
+        trainer(folder, fsdp="32-true", max_steps=1).fit(
+            module, InstructionData([ListSource(pairs(folder))], batch=batch)
+        )
     return str(raised.value)
 
 

@@ -3,6 +3,7 @@ has it: the second run of a block draws what the first one drew."""
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -18,6 +19,7 @@ from tests.support.samples import samples
 from tests.support.systems import LLAMA, RATE, TOWER, make
 from tests.support.training import Recorder, packs, trainer
 from vlm.codec import step_counts
+from vlm.errors import UserError
 from vlm.language import CausalLM, Seq2SeqLM
 from vlm.building.blocks import stacked_blocks
 from vlm.stages import Trained
@@ -82,6 +84,34 @@ def step(module: Any, folder: Path) -> tuple[dict[str, Tensor], int]:
     return {n: p.grad for n, p in module.named_parameters() if p.requires_grad}, sum(sizes)
 
 
+@pytest.mark.parametrize(
+    ("recompute", "again"),
+    [
+        ({"*": False}, []),
+        ({"vision": 3, "language": 2}, [VISION[0], LANGUAGE[0]]),
+        ({"*": False, "lang*": True}, LANGUAGE),
+    ],
+)
+def test_a_stage_says_which_blocks_run_again(recompute: dict, again: list[str], tmp_path: Path) -> None:
+    module = built(dict.fromkeys(["vision", "connector", "language"], RATE), recomputing=True)
+    module.stage = replace(module.stage, recompute=recompute)
+    module.configure_model()
+    runs = count_runs(module)
+    step(module, tmp_path)
+    assert runs == {path: 1 + (path in again) for path in VISION + LANGUAGE}
+
+
+@pytest.mark.parametrize(
+    ("recompute", "message"),
+    [({"tower": True}, "'tower' fits no part with blocks; these are language, vision"), ({"*": -1}, "found -1")],
+)
+def test_what_recomputes_nothing_is_named(recompute: dict, message: str) -> None:
+    module = built({"connector": RATE}, recomputing=False)
+    module.stage = replace(module.stage, recompute=recompute)
+    with pytest.raises(UserError, match=message):
+        module.configure_model()
+
+
 @pytest.mark.parametrize("trained", TRAINED)
 def test_blocks_run_again_where_a_gradient_passes(trained: str, tmp_path: Path) -> None:
     parts, again = TRAINED[trained]
@@ -143,7 +173,7 @@ def _fit(folder: Path, *, recomputing: bool, fsdp: str | None = None, **options:
 
 
 def _strategies(folder: Path) -> list:
-    return [_fit(folder, recomputing=True, strategy="ddp"), _fit(folder, recomputing=True, fsdp="fp32")]
+    return [_fit(folder, recomputing=True, strategy="ddp"), _fit(folder, recomputing=True, fsdp="32-true")]
 
 
 def test_sharded_and_data_parallel(tmp_path: Path) -> None:

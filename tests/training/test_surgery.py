@@ -185,7 +185,7 @@ def _run(folder: Path, base: CausalLM, strategy: str | None) -> dict[str, Any]:
     injection = LoRAInjection(rank=2, alpha=4, targets=[BLOCKS, TOWER], dora=True)
     # without warm-up and with a large epsilon: the first steps of AdamW are the sign of a gradient that may be noise
     transition = StageTransition("lora", RATES, optimizer=AdamW(eps=1e-3), schedule=Schedule("constant"))
-    options = {"strategy": "ddp"} if strategy == "ddp" else {"fsdp": "fp32"} if strategy else {}
+    options = {"strategy": "ddp"} if strategy == "ddp" else {"fsdp": "32-true"} if strategy else {}
     run = trainer(
         folder / str(strategy),
         world=world,

@@ -26,7 +26,8 @@ class BertSize:
         max_positions: longest text.
         dropout: of embeddings, attention weights and what each sublayer adds.
         norm_eps: of every LayerNorm.
-        checkpointing: recompute each layer's activations in the backward pass, also where the layers are frozen.
+        checkpointing: recompute each layer's activations in the backward pass, also where the layers are frozen; n:
+            those of every n-th layer.
     """
 
     dim: int = 768
@@ -37,7 +38,7 @@ class BertSize:
     max_positions: int = 512
     dropout: float = 0.1
     norm_eps: float = 1e-12
-    checkpointing: bool = False
+    checkpointing: bool | int = False
 
 
 class Lookup(nn.Module):

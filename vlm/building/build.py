@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
 
-from vlm.building.blocks import recompute_blocks
+from vlm.building.blocks import recompute_blocks, recomputed_parts
 from vlm.building.inherited_surgery import PlannedSurgery, inherited_surgery, of_parts
 from vlm.building.network import allocate, find_ties, initialisers, load_or_init, tie
 from vlm.building.precision import compute_dtype, keep_frozen_in
@@ -89,9 +89,10 @@ def assemble(module: Any, *, planned: Sequence[PlannedSurgery] = ()) -> set[str]
             operation.check_trained(module, is_new=operation not in earlier)
     else:
         module.requires_grad_(False).eval()
-    for part, description in module.arguments.items():
-        if getattr(description, "checkpointing", False):
-            recompute_blocks(module.get_submodule(part))
+    for part, every in recomputed_parts(module).items():
+        recompute_blocks(module.get_submodule(part), every=every)
+    if module.compile_network is not None:
+        module.compile_network(module)
     return {name for name, _ in module.named_parameters()} - plain
 
 
@@ -104,19 +105,19 @@ def fill(module: Any, *, added: Collection[str]) -> None:
     Raises:
         UserError: it cannot be sharded, or its weights are not what they have to be.
     """
-    module.frozen_dtype = None
+    module.frozen_dtype, shards_on = None, None
     if module.device_mesh is not None:
         if module.shard is None:
             raise UserError("a sharding strategy needs the callback callbacks.MixedPrecisionFSDP")
         for operation in module.surgery:
             if (reason := operation.cannot_shard) is not None:
                 raise UserError(f"trainer.strategy: {reason}")
-        module.shard(module, module.device_mesh)
+        shards_on = module.shard(module, module.device_mesh)
     elif (dtype := compute_dtype(module)) is not None:
         keep_frozen_in(module, dtype)
         module.frozen_dtype = dtype
     trainer = module._trainer
-    allocate(module, trainer.strategy.root_device if trainer is not None else module.device)
+    allocate(module, trainer.strategy.root_device if trainer is not None else module.device, shards_on=shards_on)
     tie(module, module.ties)
     sources = weight_sources(module)
     moving = check_moving(module)
@@ -128,8 +129,10 @@ def fill(module: Any, *, added: Collection[str]) -> None:
         copies=copied_names(module.state_dict().keys() - module.ties.keys(), module.copies) | copied_layers(module),
         moving=moving,
     )
-    # DDP would send queues from the first rank to all before each forward: every rank writes the same into its own
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, sorted(moving))
+    # DDP would send buffers from the first rank to all before each forward. Every rank writes the same into its own
+    # queues, and what is not stored (tables of rotary positions) is the same on all.
+    constant = {name for name, _ in module.named_buffers()} - module.state_dict().keys()
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, sorted(moving | constant))
     if module.weights is not None and module.stage is None:
         check_finished(module)
     check_new(module, sources, added=added)

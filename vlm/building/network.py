@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vlm.checkpoints.files.weights import Change, WeightSource, assign, hash_tensor
 from vlm.checkpoints.report import LoadReport, Resized
@@ -62,16 +63,20 @@ def tie(module: nn.Module, ties: Mapping[str, str]) -> None:
         module.get_submodule(parent)._parameters[leaf] = module.get_parameter(owner)
 
 
-def allocate(module: nn.Module, device: torch.device) -> None:
+def allocate(module: nn.Module, device: torch.device, *, shards_on: torch.device | None = None) -> None:
     """Gives memory to everything on the meta device and moves the rest; the values are still undefined.
 
     What is marked `stays_empty` gets its memory when its layer is given the value, in another form.
+
+    Args:
+        shards_on: where sharded tensors are kept, if that is not `device`.
     """
 
     def move(tensor: Tensor) -> Tensor:
         if getattr(tensor, "stays_empty", False):
             return tensor
-        return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+        place = shards_on if shards_on is not None and isinstance(tensor, DTensor) else device
+        return torch.empty_like(tensor, device=place) if tensor.is_meta else tensor.to(place)
 
     module._apply(move)
 
@@ -237,7 +242,7 @@ def _draw(module: nn.Module, own: Mapping[str, Tensor], initialise: Initialiser,
             module._buffers[name] = blank
     try:
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # the CPU's alone: a device goes on from where it stood
             initialise(module)
         # some architectures draw a layer's tensors from the layer above it, which is never asked to here
         forgotten = [name for name in own if getattr(module, name).isnan().any()]

@@ -1,5 +1,6 @@
 """Errors of libraries as errors of the user, where they are: one line that names key and remedy."""
 
+import os
 import re
 import signal
 import sys
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vlm.errors import UserError, is_out_of_memory
+from vlm.errors import UserError, is_lost_rank, is_out_of_memory
 
 
 def user_error(error: BaseException | None) -> UserError | None:
@@ -23,6 +24,18 @@ def memory_error(error: BaseException) -> UserError | None:
         return None
     said = " ".join(str(error).split()).split(" If reserved but unallocated")[0].split(" See documentation")[0]
     return UserError("; ".join([f"out of memory: {said.rstrip('.')}", *getattr(error, "__notes__", ())]))
+
+
+def lost_rank_error(error: BaseException) -> UserError | None:
+    """What a rank says whose peer has gone; None for any other error."""
+    if not is_lost_rank(error):
+        return None
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    said = re.sub(r"^\[[^]]*\] ?", "", str(error).split("\n")[0]).split(". This ")[0].rstrip(".")
+    return UserError(
+        f"rank {rank}: another rank has ended or does not answer "
+        f"({said}); its own last lines say why. The same command goes on from the newest checkpoint"
+    )
 
 
 def innermost(error: BaseException) -> str:

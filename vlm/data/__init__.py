@@ -21,6 +21,7 @@ _HOMES = {
     "GQA": "benchmarks",
     "GroundedCaptions": "sources.captions",
     "Grouped": "wrappers.grouped",
+    "HallusionBench": "benchmarks",
     "HubDataset": "sources.hub",
     "ImageFolder": "sources.folder",
     "ImagePairs": "sources.questions",

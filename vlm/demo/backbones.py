@@ -15,6 +15,7 @@
     eva/, blip_vit/model.safetensors  towers of the classes that BLIP-2 and BLIP have, the same
     eva02_e/model.safetensors  a tower of CogVLM's class (blocks normalised behind), the same on squashed images
     eva02_l/model.safetensors  a tower of CogAgent's second class, the same on 224 px with up to nine scenes
+    med/artefact             BLIP's text model, over `bert` and `blip_vit`, with image and text (`vlm.demo.med`)
     qformer/artefact         what of BLIP-2's Q-Former looks at images, over `bert` and `eva` (`vlm.demo.looking`)
     bert/, opt/, t5/         language models of their classes with their tokenizers, pretrained on text
                              (`vlm.demo.bert`, `vlm.demo.opt`, `vlm.demo.t5`)
@@ -47,6 +48,7 @@ from vlm.demo.bert import make_bert
 from vlm.demo.internlm2 import make_internlm2
 from vlm.demo.language import CHAT_TEMPLATES, train_language
 from vlm.demo.looking import new_qformer, train_queries
+from vlm.demo.med import new_blip, train_med
 from vlm.demo.opt import make_opt
 from vlm.demo.pictures import train_on_pictures
 from vlm.demo.t5 import make_t5
@@ -205,8 +207,19 @@ def main(arguments: list[str]) -> int:
     """`python -m vlm.demo.backbones FOLDER`."""
     parser = argparse.ArgumentParser(prog="python -m vlm.demo.backbones")
     parser.add_argument("folder", type=Path)
-    parts = ("tokenizer", "llama", *TEXT_MODELS, *TOWERS, "convnext", "fuyu", "qwen_vl", "internlm2", "qformer")
-    parser.add_argument("--only", choices=parts, help="default: all")
+    choices = (
+        "tokenizer",
+        "llama",
+        *TEXT_MODELS,
+        *TOWERS,
+        "convnext",
+        "fuyu",
+        "qwen_vl",
+        "internlm2",
+        "qformer",
+        "med",
+    )
+    parser.add_argument("--only", choices=choices, help="default: all")
     options = parser.parse_args(arguments)
     llama, clip = options.folder / "llama", options.folder / "clip"
     if options.only in (None, "tokenizer"):
@@ -245,6 +258,13 @@ def main(arguments: list[str]) -> int:
         for line in train_queries(module):
             print("qformer", line, flush=True)
         write_pretrained(options.folder / "qformer/artefact", module)
+    if options.only in (None, "med"):
+        torch.manual_seed(0)
+        parts = {"bert": options.folder / "bert", "vit": options.folder / "blip_vit"}
+        blip = new_blip(**parts, options=TOWERS["blip_vit"].options)
+        for line in train_med(blip):
+            print("med", line, flush=True)
+        write_pretrained(options.folder / "med/artefact", blip)
     if options.only in (None, "internlm2"):
         for line in make_internlm2(options.folder / "internlm2", llama=llama):
             print("internlm2", line, flush=True)

@@ -57,7 +57,7 @@ def as_pack(module: Any, samples: Sequence[Sample], *, generate: bool) -> Batch:
     items = [module.codec.encode(sample, generate=generate) for sample in samples or [make_filler(module.codec)]]
     counts = step_counts(items)
     counts["images"] = module.over_ranks(counts["images"], "sum")
-    return module.codec.collate(items, counts=counts).to(next(module.parameters()).device)
+    return module.codec.collate(items, counts=counts).to(module.device)
 
 
 def unreadable(codec: Codec, sample: Sample) -> SampleError | None:

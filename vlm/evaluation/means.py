@@ -17,7 +17,8 @@ class EpochMeans:
 
     def add(self, losses: Mapping[str, Tensor], batch: Batch) -> None:
         for name, total in losses.items():
-            share = torch.tensor([1.0, batch.counts[name] / batch.packs], device=total.device, dtype=torch.float64)
+            # filled on the device: numbers that are sent there have the host wait until they have arrived
+            share = torch.full((2,), batch.counts[name] / batch.packs, device=total.device, dtype=torch.float64)
             share[0] = total
             self.sums[name] = self.sums.get(name, 0.0) + share
 

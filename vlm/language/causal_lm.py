@@ -63,13 +63,14 @@ class PretrainedLM(LanguagePart):
         config: entries on top of the `config.json` of `path`; without `path` with their `model_type`, and the weights
             are new.
         pretrained: False takes the architecture of `path` with new weights.
-        checkpointing: recompute each layer's activations in the backward pass, also where the layers are frozen.
+        checkpointing: recompute each layer's activations in the backward pass, also where the layers are frozen; n:
+            those of every n-th layer.
     """
 
     path: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     pretrained: bool = True
-    checkpointing: bool = False
+    checkpointing: bool | int = False
 
     @property
     def weights(self) -> str | None:  # type: ignore[override]
@@ -156,6 +157,11 @@ def label_logits(language: PreTrainedModel, embeds: Tensor, row: Row, inputs: La
     Returns:
         float[L, vocabulary].
     """
+    return at_labels(language, embeds, row, inputs)[0]
+
+
+def at_labels(language: PreTrainedModel, embeds: Tensor, row: Row, inputs: LayerInputs | None) -> Tensor:
+    """What the head makes of the hidden states float[1, L, D] at the label positions of a row."""
     inputs = LayerInputs.of(row) if inputs is None else inputs
     return language(
         inputs_embeds=embeds[None],
@@ -165,7 +171,7 @@ def label_logits(language: PreTrainedModel, embeds: Tensor, row: Row, inputs: La
         cu_seqlens=row.cu_seqlens,
         max_len=row.max_len,
         layer_inputs=inputs,
-    ).logits[0]
+    ).logits
 
 
 @contextmanager

@@ -66,6 +66,16 @@ class Seq2SeqLM(PretrainedLM):
             model._init_weights(module)
 
 
+def added_to_scores(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """float[S, 1, 1, n] of a mask bool[S, n], as T5 adds it to its scores: nothing, or the lowest number there is.
+
+    Given the mask itself, transformers would ask the device whether anything is masked at all.
+    """
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)[
+        :, None, None
+    ]
+
+
 @torch.no_grad()
 def weigh_outputs(
     language: Any,

@@ -73,7 +73,7 @@ class AddedRows(nn.Module):
         # the table above has its values: it is filled, or drawn, before what lies below it
         old = self._table[0].get_parameter("weight")
         full = old.full_tensor() if isinstance(old, DTensor) else old
-        mean = full.mean(0, dtype=torch.float32).to("cpu")
+        mean = full.to("cpu").mean(0, dtype=torch.float32)  # the same on every device
         nn.init.zeros_(self.weight)
         self.weight.data += mean
 
@@ -95,7 +95,8 @@ class ExtendedEmbedding(nn.Embedding):
         old = super().forward(input.masked_fill(is_new, 0))
         new = F.embedding((input - self.num_embeddings).clamp_min(0), self.added.weight)
         found = torch.where(is_new[..., None], new, old)
-        return found if self.scale == 1.0 else found * found.new_tensor(self.scale)
+        # in its own dtype, as Gemma has the factor
+        return found if self.scale == 1.0 else found * found.new_full((), self.scale)
 
 
 class ExtendedHead(nn.Linear):

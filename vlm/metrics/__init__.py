@@ -10,6 +10,7 @@ from vlm.metrics.cider import CIDErD
 from vlm.metrics.circular import CircularAccuracy
 from vlm.metrics.exact import ExactMatch, QwenGQA
 from vlm.metrics.grounding import GroundingAccuracy
+from vlm.metrics.hallusion import HallusionBench
 from vlm.metrics.mme import MME
 from vlm.metrics.mmmu import MMMUAccuracy
 from vlm.metrics.ocr_bench import OCRBench
@@ -33,6 +34,7 @@ __all__ = [
     "ElementAccuracy",
     "ExactMatch",
     "GroundingAccuracy",
+    "HallusionBench",
     "IVQAAccuracy",
     "MMMUAccuracy",
     "MeanReciprocalRank",

@@ -7,10 +7,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from vlm.building.blocks import is_recomputed
 from vlm.planning.step import PackCost
 
-_FEW, _MORE = 2, 4
-"""Blocks that are run; even numbers, for models that alternate two kinds of attention."""
+_FEW = 2
+"""Blocks that are run, and twice as many; even numbers, for models that alternate two kinds of attention."""
 
 
 def at_full_depth(module: Any, run: Callable[[], PackCost]) -> PackCost:
@@ -22,12 +23,12 @@ def at_full_depth(module: Any, run: Callable[[], PackCost]) -> PackCost:
     stack = _deep_stack(module)
     if stack is None:
         return run()
-    depth = len(stack)
-    with _shortened(stack, _FEW):
-        few = run()
-    with _shortened(stack, _MORE):
-        more = run()
-    return along(few, more, (depth - _FEW) / (_MORE - _FEW))
+    few = _FEW * _period(stack)
+    with _shortened(stack, few):
+        first = run()
+    with _shortened(stack, 2 * few):
+        second = run()
+    return along(first, second, (len(stack) - few) / few)
 
 
 def along(first: PackCost, second: PackCost, way: float) -> PackCost:
@@ -45,9 +46,15 @@ def _deep_stack(module: Any) -> nn.ModuleList | None:
     """The blocks of the language model, if there are many and all are alike."""
     for part in module.children():
         stack = getattr(part.get_decoder(), "layers", None) if isinstance(part, PreTrainedModel) else None
-        if isinstance(stack, nn.ModuleList) and len(stack) > _MORE and len({_kind(block) for block in stack}) == 1:
-            return stack
+        if isinstance(stack, nn.ModuleList) and len({_kind(block) for block in stack}) == 1:
+            return stack if len(stack) > 2 * _FEW * _period(stack) else None
     return None
+
+
+def _period(stack: nn.ModuleList) -> int:
+    """After how many blocks it begins again: n, where every n-th one is recomputed."""
+    marked = [at for at, block in enumerate(stack) if is_recomputed(block)]
+    return marked[1] - marked[0] if len(marked) > 1 else 1
 
 
 def _kind(block: nn.Module) -> tuple[Any, ...]:

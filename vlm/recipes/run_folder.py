@@ -35,14 +35,17 @@ HOW_IT_RUNS = (
     "trainer.strategy.*",
     "trainer.accumulate_grad_batches",
     "model.*.checkpointing",
+    "stage.recompute",
+    "stage.recompute.*",
     "data.*num_workers",
     "data.*micro_batch_size",
     "data.*.max_tokens",
     "trainer.callbacks.callbacks.MixedPrecisionFSDP.reshard_after_forward",
+    "trainer.callbacks.callbacks.MixedPrecisionFSDP.cpu_offload",
     # what is shown and kept, and when
     "trainer.callbacks.callbacks.Health*",
     "trainer.callbacks.callbacks.Predictions*",
-    "trainer.callbacks.callbacks.Throughput*",
+    "trainer.callbacks.callbacks.ThroughputMonitor*",
     "trainer.callbacks.lightning.pytorch.callbacks.*ProgressBar*",
     "trainer.callbacks.lightning.pytorch.callbacks.*Monitor*",
     "trainer.logger",
@@ -82,7 +85,7 @@ HOW_IT_RUNS = (
 computes."""
 
 ABSENT = {
-    "trainer.callbacks.callbacks.MixedPrecisionFSDP.param_dtype": "fp32",
+    "trainer.callbacks.callbacks.MixedPrecisionFSDP.precision": "32-true",
     "trainer.callbacks.callbacks.MixedPrecisionFSDP.reduce_dtype": "fp32",
 }
 """What a key means where it is not there, if that is not null."""

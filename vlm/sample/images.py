@@ -3,7 +3,7 @@
 import io
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +31,15 @@ class ImageFile:
     data: bytes | None = None
     max_pixels: int = MAX_PIXELS
     image: Image.Image | None = None
+    _size: tuple[int, int] | None = field(default=None, init=False, repr=False, compare=False)
 
     def size(self, sample: "Sample") -> tuple[int, int]:
-        """(width, height), read from the header alone."""
-        with self._open(sample) as image:
-            return image.size
+        """(width, height), read from the header alone, and once: several steps of an encoding ask."""
+        if self._size is None:
+            with self._open(sample) as image:
+                object.__setattr__(self, "_size", image.size)
+        assert self._size is not None
+        return self._size
 
     def read(self, sample: "Sample") -> Image.Image:
         """The image, decoded, in RGB, as the published pipelines have it: `Image.open(...).convert("RGB")`.

@@ -69,13 +69,15 @@ class BLIPCodec(Codec):
             raise sample.error("a conversation; this system takes one question and one answer, so split it")
         asked = " ".join(words for message in turns if (words := text_of(message)))
         answered = None if answer is None or (generate and not answer.begun) else text_of(answer)
-        return self.encode_texts(sample, asked, answered, seed=seed, generate=generate)
+        weight = 1.0 if answer is None else answer.weight
+        return self.encode_texts(sample, asked, answered, weight, seed=seed, generate=generate)
 
     @abstractmethod
     def encode_texts(
-        self, sample: Sample, asked: str, answered: str | None, *, seed: int | None, generate: bool
+        self, sample: Sample, asked: str, answered: str | None, weight: float, *, seed: int | None, generate: bool
     ) -> Encoded:
-        """`encode`, given the text of the user, which may be empty, and that of the assistant, if there is one."""
+        """`encode`, given the text of the user, which may be empty, and that of the assistant, if there is one, with
+        the weight that its data gives it."""
 
     def ids(self, sample: Sample, first: str, text: str, *, end: bool = True) -> list[int]:
         """Tokens of a text behind its first mark, ended by [SEP] or open.
@@ -114,10 +116,7 @@ class BLIPCodec(Codec):
         return {}
 
     def _streams(self, sample: Sample, *, seed: int | None = None) -> dict[str, ViewStream]:
-        return {STREAM: ViewStream(self.transform)}
-
-    def normalization(self, stream: str) -> tuple[Sequence[float], Sequence[float]]:
-        return self.transform.mean, self.transform.std
+        return {STREAM: ViewStream(self.transform, self.transform.table)}
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids).strip()
@@ -202,7 +201,8 @@ class BLIPTuned(VisionLanguageModule):
 
     def encode_images(self, batch: Batch) -> Tensor:
         """float[V, P, C] features of every image of a pack."""
-        return see(self.vision, batch.views[STREAM].pixels)
+        views = batch.views[STREAM]
+        return see(self.vision, views.pixels, keys=views.keys)
 
     def image_features(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """float[B, m, C] of all images of each sample, one behind the other, and bool[B, m], True where there is one.

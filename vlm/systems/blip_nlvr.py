@@ -43,7 +43,7 @@ class BLIPNLVRCodec(BLIPCodec):
         return super().encode(sample, seed=seed, generate=generate)
 
     def encode_texts(
-        self, sample: Sample, asked: str, answered: str | None, *, seed: int | None, generate: bool
+        self, sample: Sample, asked: str, answered: str | None, weight: float, *, seed: int | None, generate: bool
     ) -> Encoded:
         if len(sample.images) != 2:
             raise sample.error(f"{len(sample.images)} images; a sentence is judged about two", kind="image")
@@ -52,6 +52,10 @@ class BLIPNLVRCodec(BLIPCodec):
         text = unlabelled(self.ids(sample, ENCODER, clean_caption(asked, MAX_WORDS)))
         if not generate and answered not in LABELS:
             raise sample.error(f"the answer must be True or False, found {answered!r}", kind="no label")
+        if not generate and weight != 1:
+            raise sample.error(
+                f"its answer has weight {weight:g}, but judgements count alike; remove the weight, or the sample"
+            )
         counts = {} if generate else {"nlvr": 1.0}
         return Encoded(sample, (text,), counts=counts, seed=seed, places=places_named(sample))
 

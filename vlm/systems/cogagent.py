@@ -37,7 +37,7 @@ class CogAgentCodec(CogVLMCodec):
         self.fine = fine
 
     def streams(self, sample: Sample, *, seed: int | None = None) -> dict[str, ViewStream]:
-        return super().streams(sample, seed=seed) | {HIGH: ViewStream(self.high)}
+        return super().streams(sample, seed=seed) | {HIGH: ViewStream(self.high, self.high.table)}
 
     def collate(self, items: Sequence[Encoded], *, counts: Mapping[str, float], packs: int = 1) -> Batch:
         batch = super().collate(items, counts=counts, packs=packs)
@@ -119,7 +119,8 @@ class CogAgent(CogVLM):
         return *super().image_modules(), self.places
 
     def encode_images(self, batch: Batch) -> Tensor:
-        return self.connector(see(self.vision, batch.views[STREAM].pixels) + self.places.low)
+        views = batch.views[STREAM]
+        return self.connector(see(self.vision, views.pixels, keys=views.keys) + self.places.low)
 
     def layer_inputs(self, batch: Batch) -> LayerInputs:
         return LayerInputs.of(batch.text, self.fine_context(batch))
@@ -129,14 +130,14 @@ class CogAgent(CogVLM):
         row, device = batch.text, batch.text.ids.device
         if (views := batch.views.get(HIGH)) is not None:
             assert views.cu_seqlens is not None
-            return Context(self._look(views.pixels), views.cu_seqlens, views.max_len)
+            return Context(self._look(views), views.cu_seqlens, views.max_len)
         features = torch.zeros(0, self.high.dim, device=device)
         if batch.counts.get("images"):  # on another rank: see `empty_features`
-            features = self._look(Views.blank(*self.view_sizes[HIGH], device=device).pixels)[:0]
+            features = self._look(Views.blank(*self.view_sizes[HIGH], device=device))[:0]
         elif torch.is_grad_enabled():
             features = features + zero_from(self.vision_high.parameters())
         return Context(features, torch.zeros_like(row.cu_seqlens), max_len=0)
 
-    def _look(self, pixels: Tensor) -> Tensor:
-        """float[V, 3, H, W] -> float[V * P, C]."""
-        return (see(self.vision_high, pixels) + self.places.high).flatten(0, 1)
+    def _look(self, views: Views) -> Tensor:
+        """float[V * P, C]."""
+        return (see(self.vision_high, views.pixels, keys=views.keys) + self.places.high).flatten(0, 1)

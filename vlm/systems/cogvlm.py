@@ -1,9 +1,9 @@
 """CogVLM: Visual Expert for Pretrained Language Models (Wang et al., 2023)."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,7 +44,7 @@ class CogVLMCodec(SplicedCodec):
         items = [super(CogVLMCodec, self).encode(asked, seed=seed) for asked in exchanges(sample)]
         return concat_documents(items) if len(items) > 1 else items[0]
 
-    def sequence(self, sample: Sample, ids: Sequence[int], targets: Tensor, slots: Sequence[int]) -> TokenSequence:
+    def sequence(self, sample: Sample, ids: np.ndarray, targets: Tensor, slots: np.ndarray) -> TokenSequence:
         sequence = super().sequence(sample, ids, targets, slots)
         positions, visual = image_blocks(sequence.ids, sequence.slots[STREAM], self.tower.num_tokens)
         return replace(sequence, positions=positions, visual=visual)

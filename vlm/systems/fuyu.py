@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -47,21 +48,20 @@ class FuyuCodec(RowCodec):
         shown = Placement(scale_x=across / (columns * side), scale_y=down / (rows * side))
         return View(Placement(), (width * scale, height * scale), shown=shown)
 
-    def sequence(self, sample: Sample, ids: Sequence[int], targets: Tensor, slots: Sequence[int]) -> TokenSequence:
+    def sequence(self, sample: Sample, ids: np.ndarray, targets: Tensor, slots: np.ndarray) -> TokenSequence:
         newline = self.tokenizer.token_id(NEWLINE)
-        written, patches, places = list(ids), [], iter(slots)
+        written, patches, at_image = ids.copy(), np.ones(len(slots), dtype=bool), 0
         for at in range(len(sample.images)):
             columns, rows = self.patches.grid(*self._size(sample, at))
-            for _ in range(rows):
-                patches += [next(places) for _ in range(columns)]
-                written[next(places)] = newline
-        return super().sequence(sample, written, targets, patches)
+            ends = at_image + (columns + 1) * np.arange(1, rows + 1)
+            patches[ends - 1] = False
+            at_image = ends[-1]
+        written[slots[~patches]] = newline
+        return super().sequence(sample, written, targets, slots[patches])
 
     def read(self, items: Sequence[Encoded]) -> dict[str, Views]:
-        return read_views(items, lambda sample, seed: {STREAM: ViewStream(self.patches, self.patches.grid)})
-
-    def normalization(self, stream: str) -> tuple[Sequence[float], Sequence[float]]:
-        return self.patches.normalization
+        stream = ViewStream(self.patches, self.patches.table, self.patches.grid)
+        return read_views(items, lambda sample, seed: {STREAM: stream})
 
     def _size(self, sample: Sample, image: int) -> tuple[int, int]:
         size = sample.images[image].size(sample)

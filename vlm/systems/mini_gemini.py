@@ -96,10 +96,11 @@ class MiniGemini(SplicedDecoder):
         return self.vision, self.vision_high, self.mining, self.connector
 
     def encode_images(self, batch: Batch) -> Tensor:
-        pixels = batch.views[STREAM].pixels
+        pixels, keys = batch.views[STREAM].pixels, batch.views[STREAM].keys
         views = low_views(pixels, size=self.low.image_size, grid=self.grid, whole=self.whole)
-        low = see(self.vision, views.flatten(0, 1)).unflatten(0, views.shape[:2])
-        high = see(self.vision_high, pixels)
+        of_views = [f"{key}-{self.grid}{self.whole:d}-{view}" for key in keys for view in range(views.shape[1])]
+        low = see(self.vision, views.flatten(0, 1), keys=of_views).unflatten(0, views.shape[:2])
+        high = see(self.vision_high, pixels, keys=keys)
         found = mine_views(self.mining, low, high, grid=self.grid)
         features = self.connector((low + found).flatten(1, 2))
-        return features * features.new_tensor(features.shape[-1] ** 0.5) if self.scale_features else features
+        return features * features.new_full((), features.shape[-1] ** 0.5) if self.scale_features else features

@@ -60,7 +60,8 @@ class QueriedDecoder(SplicedDecoder):
         return self.vision, *queries, self.connector
 
     def encode_images(self, batch: Batch) -> Tensor:
-        features = see(self.vision, batch.views[STREAM].pixels)  # [V, P, C]
+        views = batch.views[STREAM]
+        features = see(self.vision, views.pixels, keys=views.keys)  # [V, P, C]
         return self.connector(self.look(features, batch))  # [V, Q, D]
 
     def look(self, features: Tensor, batch: Batch) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,12 +17,13 @@ from transformers import PreTrainedModel
 from vlm.batch import IGNORE, Batch, TokenSequence, Views, next_token_targets
 from vlm.codec import Codec, Encoded, pack_rows
 from vlm.errors import SetupError, UserError
-from vlm.functional import splice, token_loss, zero_from
+from vlm.functional import splice, zero_from
 from vlm.geometry import Box, View
 from vlm.language import Decoding, LanguagePart, NewTokens
 from vlm.language.causal_lm import label_logits
 from vlm.language.choosing import WeighedChoices, weigh_choices
 from vlm.language.generation import generate
+from vlm.language.label_loss import label_loss
 from vlm.language.layer_inputs import LayerInputs, Prompt
 from vlm.module import VisionLanguageModule
 from vlm.prompts.documents import documents_of, fit_document
@@ -115,33 +117,32 @@ class RowCodec(Codec):
         """How many tokens each image of a sample takes; `seed` is that of `encode`."""
         return [self.num_tokens(*file.size(sample)) for file in sample.images]
 
-    def sequence(self, sample: Sample, ids: Sequence[int], targets: Tensor, slots: Sequence[int]) -> TokenSequence:
+    def sequence(self, sample: Sample, ids: np.ndarray, targets: Tensor, slots: np.ndarray) -> TokenSequence:
         """The sequence of a sample.
 
         Args:
-            slots: positions that images take.
+            ids: int64[n].
+            slots: int64[k], positions that images take.
         """
-        return TokenSequence(torch.tensor(ids), targets, slots={STREAM: torch.tensor(slots, dtype=torch.int64)})
+        return TokenSequence(torch.from_numpy(ids), targets, slots={STREAM: torch.from_numpy(slots)})
 
     @staticmethod
     def reserve(
         marked: Sequence[int], labels: Sequence[int], image_tokens: Sequence[int]
-    ) -> tuple[list[int], list[int], list[int]]:
-        """Widens each image mark to the tokens that its image takes: ids, labels, and the positions of features."""
-        widths = iter(image_tokens)
-        ids: list[int] = []
-        wide: list[int] = []
-        slots: list[int] = []
-        for token, label in zip(marked, labels, strict=True):
-            if token == IMAGE:
-                width = next(widths)
-                slots += range(len(ids), len(ids) + width)
-                ids += [0] * width  # never looked at: features take these positions
-                wide += [IGNORE] * width
-            else:
-                ids.append(token)
-                wide.append(label)
-        return ids, wide, slots
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Widens each image mark to the tokens that its image takes.
+
+        Returns:
+            int64[n] ids, int64[n] labels, and int64[k], the positions of features.
+        """
+        ids, trained = np.array(marked, dtype=np.int64), np.array(labels, dtype=np.int64)
+        is_image = ids == IMAGE
+        num_images = int(is_image.sum())
+        assert num_images <= len(image_tokens)
+        widths = np.ones_like(ids)
+        widths[is_image] = image_tokens[:num_images]
+        ids[is_image], trained[is_image] = 0, IGNORE  # ids never looked at: features take these positions
+        return ids.repeat(widths), trained.repeat(widths), np.flatnonzero(is_image.repeat(widths))
 
     def collate(self, items: Sequence[Encoded], *, counts: Mapping[str, float], packs: int = 1) -> Batch:
         text, rows = pack_rows(items, streams=[STREAM])
@@ -290,9 +291,9 @@ class RowDecoder(VisionLanguageModule):
         return label_logits(self.language, embeds, batch.text, self.layer_inputs(batch))  # [N, D] -> [L, D] -> [L, V]
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        row = batch.text
-        logits = self.label_logits(batch)  # [L, V]: the other N - L positions never meet the vocabulary
-        return {"lm": token_loss(logits, row.targets, row.weights)}  # [], a sum: the step divides it
+        embeds = self.embed_row(batch)  # [N, D]
+        # [N, D] -> [L, D] -> []: only labels meet the vocabulary, and the step divides their sum
+        return {"lm": label_loss(self.language, embeds, batch.text, self.layer_inputs(batch))}
 
     def answers(self, batch: Batch, decoding: Decoding) -> list[str]:
         if decoding.chooses:

@@ -1,11 +1,13 @@
 from vlm.vision.augment import RandAugment
+from vlm.vision.feature_files import FeatureFiles, with_keys
 from vlm.vision.patches import Patches
 from vlm.vision.preprocess import RandomCropFlip
 from vlm.vision.pyramid import ConvNeXtPyramid, Pyramid
-from vlm.vision.towers import TimmTower, Tower, TowerDescription, TowerFacts, see
+from vlm.vision.towers import TimmTower, Tower, TowerDescription, TowerFacts, keep_features, see
 
 __all__ = [
     "ConvNeXtPyramid",
+    "FeatureFiles",
     "Patches",
     "Pyramid",
     "RandAugment",
@@ -14,5 +16,7 @@ __all__ = [
     "Tower",
     "TowerDescription",
     "TowerFacts",
+    "keep_features",
     "see",
+    "with_keys",
 ]

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,8 @@ from vlm.checkpoints.tables.base import BaseWeights
 from vlm.errors import UserError
 from vlm.functional import resized
 from vlm.vision.base_weights import read_transformer
+from vlm.vision.empty import empty_trunk
+from vlm.vision.feature_files import FeatureFiles
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class TimmTower(TowerDescription):
         position_grid: side of the table of positions, which is stretched to the patches of a view in each forward pass
             (Qwen-VL: 16, at 224 and at 448 px); None: a table with a place for every patch.
         norm_eps: of every LayerNorm, where it is not the architecture's own.
-        checkpointing: recompute each block's activations in the backward pass.
+        checkpointing: recompute each block's activations in the backward pass; n: those of every n-th block.
     """
 
     name: str
@@ -93,7 +95,7 @@ class TimmTower(TowerDescription):
     final_norm: bool = False
     weights: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    checkpointing: bool = False
+    checkpointing: bool | int = False
     position_grid: int | None = None
     norm_eps: float | None = None
 
@@ -131,7 +133,7 @@ class TimmTower(TowerDescription):
     def _trunk(self) -> Any:
         if not timm.is_model(self.name):
             raise UserError(f"vision.name: timm has no architecture {self.name!r}; see timm.list_models('vit*')")
-        trunk: Any = timm.create_model(self.name, pretrained=False, num_classes=0, **self.options)
+        trunk: Any = empty_trunk(self.name, num_classes=0, **self.options)
         if self.norm_eps is not None:
             for module in trunk.modules():
                 if isinstance(module, nn.LayerNorm):
@@ -208,8 +210,20 @@ class StretchedTower(Tower):
         return trunk.norm(trunk.blocks(features))
 
 
-def see(tower: nn.Module, pixels: Tensor) -> Tensor:
-    """float[V, P, C] features of views, without a graph where the tower is frozen."""
+def see(tower: nn.Module, pixels: Tensor, *, keys: Sequence[str] = ()) -> Tensor:
+    """float[V, P, C] features of views, without a graph where the tower is frozen.
+
+    Args:
+        keys: names of the views, under which features may be kept (`keep_features`).
+    """
     parameters = list(tower.parameters())
+    pixels = pixels.to(parameters[0].dtype)
+    if keys and (files := getattr(tower, "feature_files", None)) is not None:
+        return files.find(keys, lambda view: tower(pixels[view : view + 1]), device=pixels.device)
     with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
-        return tower(pixels.to(parameters[0].dtype))
+        return tower(pixels)
+
+
+def keep_features(tower: Any, files: FeatureFiles | None) -> None:
+    """Has `see` look for features of named views in files before it runs a frozen tower; None: it runs it."""
+    tower.feature_files = files

@@ -25,11 +25,12 @@ _active: set[Path] = set()
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | Path, *, num_bytes: int | None = None) -> Iterator[BinaryIO]:
+def atomic_file(path: str | Path, *, num_bytes: int | None = None, durable: bool = True) -> Iterator[BinaryIO]:
     """A file opened for writing that appears at `path` when the block ends, and never when it fails.
 
     Args:
         num_bytes: how much will be written, for the message when it does not fit.
+        durable: it also outlives a machine that loses its power; False where whoever reads it sees whether it is whole.
 
     Raises:
         UserError: the disk is full; what stood at `path` before is still there.
@@ -40,10 +41,12 @@ def atomic_file(path: str | Path, *, num_bytes: int | None = None) -> Iterator[B
     with explain_full_disk(path.parent, num_bytes), _cleaned_up(temporary):
         with open(temporary, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_directory(path.parent)
+        if durable:
+            _sync_directory(path.parent)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,38 @@ import safetensors
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from vlm.checkpoints.files.atomic import explain_full_disk
-from vlm.checkpoints.files.weights import write_safetensors
+from vlm.checkpoints.files.weights import own_rows, write_safetensors
+from vlm.checkpoints.resume.background import copy_to_host
 from vlm.checkpoints.resume.plain import check_plain
 from vlm.errors import UserError
 
 STATE = "state.pt"
 _MARK = "sharded tensor"
 _FORMAT = 1
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """This rank's rows of a sharded tensor, copied to the CPU."""
+
+    local: Tensor
+    shape: torch.Size
+    placements: tuple[Any, ...]
+
+    def to_local(self) -> Tensor:
+        return self.local
+
+
+def copy_shard(checkpoint: Any) -> Any:
+    """A copy on the CPU of what this rank holds of a checkpoint, which the two functions below write like itself."""
+
+    def copy(key: str, tensor: DTensor | _Rows) -> _Rows:
+        return _Rows(copy_to_host(tensor.to_local()), tensor.shape, tuple(tensor.placements))
+
+    return copy_to_host(_replace(checkpoint, copy))
 
 
 def write_shard(folder: Path, checkpoint: Any, *, rank: int, world: int) -> None:
@@ -41,8 +64,8 @@ def write_shard(folder: Path, checkpoint: Any, *, rank: int, world: int) -> None
     """
     rows: dict[str, Tensor] = {}
 
-    def collect(key: str, tensor: DTensor) -> None:
-        assert tensor.placements == (Shard(0),), f"{key} is placed as {tensor.placements}"
+    def collect(key: str, tensor: DTensor | _Rows) -> None:
+        assert tensor.placements[-1] == Shard(0), f"{key} is placed as {tensor.placements}"
         if (local := tensor.to_local()).shape[0]:
             rows[key] = local
 
@@ -72,16 +95,16 @@ def read_sharded(folder: str | Path, mesh: DeviceMesh | None = None) -> dict[str
     """
     folder = Path(folder)
     stored = _read_state(folder)
-    with _Rows(folder, stored["world"]) as rows:
+    with _RowFiles(folder, stored["world"]) as rows:
 
         def restore(key: str, shape: list[int]) -> Tensor:
             if mesh is None:
                 return rows.read(key, 0, shape[0], shape)
-            size = -(-shape[0] // mesh.size())  # as torch.chunk cuts
-            start = min(mesh.get_local_rank() * size, shape[0])
-            local = rows.read(key, start, min(start + size, shape[0]), shape).to(mesh.device_type)
+            own = own_rows(shape[0], mesh)
+            local = rows.read(key, own.start, own.stop, shape).to(mesh.device_type)
             stride = torch.empty(shape, device="meta").stride()
-            return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride)
+            placements = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
+            return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
         return _restore(stored["checkpoint"], restore)
 
@@ -99,7 +122,7 @@ class ShardedFile:
     def __init__(self, folder: str | Path) -> None:
         stored = _read_state(Path(folder))
         self.content: dict[str, Any] = stored["checkpoint"]
-        self._rows = _Rows(Path(folder), stored["world"])
+        self._rows = _RowFiles(Path(folder), stored["world"])
 
     def read(self, value: Any) -> Tensor:
         """The tensor in the place of a mark; a plain tensor is itself."""
@@ -116,7 +139,7 @@ def cut_like(value: Any, parameter: Tensor) -> Any:
 
 def _read_state(folder: Path) -> dict[str, Any]:
     try:
-        stored = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        stored = torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError as error:
         raise UserError(f"{folder}: no checkpoint ({STATE} is not there)") from error
     except Exception as error:
@@ -129,7 +152,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
     return stored
 
 
-class _Rows:
+class _RowFiles:
     """The files of all ranks, read row by row."""
 
     def __init__(self, folder: Path, world: int) -> None:
@@ -140,7 +163,7 @@ class _Rows:
             raise UserError(f"{folder}: is not complete ({error}); resume from another checkpoint") from error
         self.keys = [set(file.keys()) for file in self.files]
 
-    def __enter__(self) -> "_Rows":
+    def __enter__(self) -> "_RowFiles":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -170,9 +193,9 @@ def _children(value: Any) -> Iterator[tuple[Any, Any]]:
     return iter(value.items()) if isinstance(value, dict) else iter(enumerate(value))
 
 
-def _replace(value: Any, make: Callable[[str, DTensor], Any], key: str = "") -> Any:
+def _replace(value: Any, make: Callable[[str, DTensor | _Rows], Any], key: str = "") -> Any:
     """A copy of a tree with `make(path, tensor)` in the place of each sharded tensor."""
-    if isinstance(value, DTensor):
+    if isinstance(value, DTensor | _Rows):
         return make(key, value)
     if type(value) not in (dict, OrderedDict, list, tuple):
         return value

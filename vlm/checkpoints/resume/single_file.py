@@ -57,7 +57,10 @@ class AtomicCheckpointIO(CheckpointIO):
         point_last(path)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict:
-        """Loads to the CPU, tensors and plain data only, whatever Lightning asks for; a sharded one is put together.
+        """Tensors and plain data only, whatever Lightning asks for; a sharded one is put together on the CPU.
+
+        The tensors of a file stay on the disk until they are copied to where they belong, so that a rank needs no host
+        memory for a checkpoint. While one of them is in use, the file takes its place on the disk, removed or not.
 
         Raises:
             UserError: no such file, a damaged one, or one with other objects in it.
@@ -66,7 +69,7 @@ class AtomicCheckpointIO(CheckpointIO):
             from vlm.checkpoints.resume.sharded import read_sharded
 
             return read_sharded(path)
-        return read_file(path, map_location=map_location)
+        return read_file(path, map_location=map_location, mmap=True)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Removes a file or folder; when `last` names it, `last` goes to the newest that remains."""

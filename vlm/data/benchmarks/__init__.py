@@ -5,12 +5,13 @@ from vlm.data.benchmarks.choice import MMBench, QBench, ScienceQAPictures, SeedB
 from vlm.data.benchmarks.expert import MMMU, MathVista
 from vlm.data.benchmarks.llava import LlavaQuestions, LlavaScienceQA, MMVet
 from vlm.data.benchmarks.questions import GQA, TDIUC, OCRBench, TextVQA, VizWiz, VQAv2
-from vlm.data.benchmarks.yes_no import MmeFolder, Pope
+from vlm.data.benchmarks.yes_no import HallusionBench, MmeFolder, Pope
 
 __all__ = [
     "GQA",
     "MMMU",
     "TDIUC",
+    "HallusionBench",
     "LlavaQuestions",
     "LlavaScienceQA",
     "MMBench",

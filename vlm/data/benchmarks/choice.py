@@ -55,7 +55,7 @@ class MMBench(Benchmark):
             if self.form is None:
                 text = "\n".join([*([hint] if hint else []), question, _lines(choices), self.request])
             else:
-                text = filled(self.form, hint=hint or "N/A", question=question, **_options(choices))
+                text = filled(self.form, hint=hint or "N/A", question=question, **option_fields(choices))
             image = fields.text("image")
             if len(image) < 64 and image in pictures:  # a later rotation names the row that has the image
                 pictures[index] = pictures[image]
@@ -129,7 +129,7 @@ class SeedBench(FormedChoice):
             yield {
                 "id": identity,
                 "image": fields.text("data_id"),
-                "text": filled(self.form, question=question, **_options(choices)),
+                "text": filled(self.form, question=question, **option_fields(choices)),
                 "choices": choices,
                 "answers": [fields.text("answer")],
                 "group": str(record.get("question_type_id", "")),
@@ -151,7 +151,7 @@ class QBench(FormedChoice):
             found = {
                 "id": str(number),
                 "image": fields.text("img_path"),
-                "text": filled(self.form, question=question, **_options(choices)),
+                "text": filled(self.form, question=question, **option_fields(choices)),
                 "choices": choices,
             }
             if not fields.has("correct_ans"):
@@ -206,7 +206,8 @@ class ScienceQAPictures(Benchmark):
             }
 
 
-def _options(choices: Sequence[str]) -> dict[str, str]:
+def option_fields(choices: Sequence[str]) -> dict[str, str]:
+    """What a form may name of a question's options."""
     lines = _lines(choices)
     return {"options": lines, "row": " ".join(lines.split("\n"))}
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vlm.data.benchmarks.base import Benchmark
+from vlm.data.benchmarks.choice import option_fields
 from vlm.data.sources.fields import Fields, read_object
 from vlm.data.sources.parquet import read_table
-from vlm.data.sources.requests import LETTER, SHORT
+from vlm.data.sources.requests import LETTER, SHORT, asked, filled
 from vlm.data.sources.rows import RowImage
 from vlm.errors import SampleError, UserError
 from vlm.metrics.choice import LETTERS
@@ -24,13 +25,23 @@ class MMMU(Benchmark):
 
     Args:
         split: `validation`, or `dev`.
+        form: instead of that script's words for a choice, the text of `{question}` and `{options}`, which are lines
+            such as `A. a cat`, or `{row}`: the same behind one another, with a blank between.
+        request: of a question without options: on a line behind it, or text with `{}` in its place.
     """
 
     task = "mmmu"
 
-    def __init__(self, path: str | Path, split: str = "validation", **keywords: Any) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        split: str = "validation",
+        form: str | None = None,
+        request: str = SHORT,
+        **keywords: Any,
+    ) -> None:
         super().__init__(path, **keywords)
-        self.split = split
+        self.split, self.form, self.request = split, form, request
 
     def questions(self) -> Iterator[dict[str, Any]]:
         files = sorted(self.path.glob(f"*/{self.split}-*.parquet"))
@@ -53,10 +64,14 @@ class MMMU(Benchmark):
         }
         if fields.text("question_type") != "multiple-choice":
             answers = _spelled(fields, "answer") if answer.startswith("[") else [answer]
-            return found | {"text": f"{question}\n{SHORT}", "answers": answers}
+            return found | {"text": asked(question, self.request), "answers": answers}
         choices = _spelled(fields, "options")
-        options = "".join(f"({letter}) {choice}\n" for letter, choice in zip(LETTERS, choices, strict=False))
-        return found | {"text": f"{question}\n{options}\n{LETTER}", "choices": choices, "answers": [answer]}
+        if self.form is None:
+            options = "".join(f"({letter}) {choice}\n" for letter, choice in zip(LETTERS, choices, strict=False))
+            text = f"{question}\n{options}\n{LETTER}"
+        else:
+            text = filled(self.form, question=question, **option_fields(choices))
+        return found | {"text": text, "choices": choices, "answers": [answer]}
 
 
 def _spelled(fields: Fields, key: str) -> list[str]:
@@ -89,6 +104,10 @@ class MathVista(Benchmark):
 
     Prompts are those of the benchmark's `build_query.py` without examples, captions and detected text. The answer to
     look for is found by a language model in its `extract_answer.py`, so scoring is left to it.
+
+    Args:
+        hint_first: as the column `query` of AI4Math/MathVista has it, which VLMEvalKit asks: the hint before the
+            question, and no `Solution:`.
     """
 
     task = "math_vista"
@@ -102,6 +121,10 @@ class MathVista(Benchmark):
     }
     _PLACES: ClassVar = {1: ("one decimal place", "1.2, 1.3, 1.4"), 2: ("two decimal places", "1.23, 1.34, 1.45")}
 
+    def __init__(self, path: str | Path, *, hint_first: bool = False, **keywords: Any) -> None:
+        super().__init__(path, **keywords)
+        self.hint_first = hint_first
+
     def questions(self) -> Iterator[dict[str, Any]]:
         for identity, record in read_object(self.path).items():
             fields = self.fields(record, identity)
@@ -110,7 +133,8 @@ class MathVista(Benchmark):
             lines = [f"Question: {question} (Unit: {unit})" if unit else f"Question: {question}"]
             lines += ["Choices:"] if choices else []
             lines += [f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
-            lines += [f"Hint: Please answer the question {self._hint(fields)}", "Solution:"]
+            hint = f"Hint: Please answer the question {self._hint(fields)}"
+            lines = [hint, *lines] if self.hint_first else [*lines, hint, "Solution:"]
             found = {"id": identity, "image": fields.text("image"), "text": "\n".join(lines)}
             yield found | {"answers": [str(fields.value("answer"))]}
 

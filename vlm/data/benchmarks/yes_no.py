@@ -1,4 +1,4 @@
-"""Benchmarks of yes and no: POPE, MME."""
+"""Benchmarks of yes and no: POPE, MME, HallusionBench."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +81,43 @@ class MmeFolder(Benchmark):
                         "answers": [answer.lower()],
                         "group": group,
                     }
+
+
+class HallusionBench(Benchmark):
+    """HallusionBench: a list of {category, subcategory, set_id, figure_id, question_id, question, gt_answer (1 is yes),
+    visual_input, filename}, with files such as `./hallusion_bench/VD/illusion/0_0.png`.
+
+    `SampleInfo.group` is category/subcategory/set/figure/question, which the metric needs.
+
+    Args:
+        request: on a line behind the question, or text with `{}` in the place of the question.
+        only_images: leave out the questions that are asked without an image, as VLMEvalKit does.
+    """
+
+    task = "hallusion_bench"
+    _KEYS = ("category", "subcategory", "set_id", "figure_id", "question_id")
+
+    def __init__(self, path: str | Path, *, request: str = SHORT, only_images: bool = False, **keywords: Any) -> None:
+        super().__init__(path, **keywords)
+        self.request, self.only_images = request, only_images
+
+    def questions(self) -> Iterator[dict[str, Any]]:
+        for number, record in enumerate(records(self.path)):
+            fields = self.fields(record, number)
+            group = "/".join(str(fields.value(key)) for key in self._KEYS)
+            fields = self.fields(record, group)
+            answer, seen = (str(fields.value(key)) for key in ("gt_answer", "visual_input"))
+            if answer not in ("0", "1"):
+                raise fields.error(f"'gt_answer' must be 0 or 1, found {answer!r}")
+            if seen == "0" and self.only_images:
+                continue
+            yield {
+                "id": group,
+                "image": None if seen == "0" else fields.text("filename").removeprefix("./"),
+                "text": asked(fields.text("question"), self.request),
+                "answers": ["yes" if answer == "1" else "no"],
+                "group": group,
+            }
 
 
 def _lines(file: Path) -> list[str]:

@@ -51,28 +51,33 @@ def draw_lengths(
     world: int = 1,
     rank: int = 0,
     gather: Gather | None = None,
+    order: np.ndarray | None = None,
 ) -> list[int]:
     """Tokens of each draw, true for this epoch: a caption pick or a prefix split can change them.
 
     Args:
         tolerant: a sample that cannot be encoded has length 0.
         world: ranks that measure a share each and tell each other by `gather`; `rank` is this one.
+        order: int64[len(draws)], places in `draws` of which the ranks measure consecutive parts.
 
     Raises:
         UserError: that of the first sample that cannot be encoded.
     """
     if gather is None:
         return _measured(encoder, draws, epoch=epoch, num_workers=num_workers, tolerant=tolerant)
+    shares = np.array_split(np.arange(len(draws)) if order is None else order, world)
     own: list[int] | UserError
     try:
-        own = _measured(encoder, draws[rank::world], epoch=epoch, num_workers=num_workers, tolerant=tolerant)
+        own = _measured(
+            encoder, [draws[at] for at in shares[rank]], epoch=epoch, num_workers=num_workers, tolerant=tolerant
+        )
     except UserError as error:
         own = error
     lengths = np.zeros(len(draws), dtype=np.int64)
-    for other, told in enumerate(gather(own)):
+    for share, told in zip(shares, gather(own), strict=True):
         if isinstance(told, UserError):
             raise told
-        lengths[other::world] = told
+        lengths[share] = told
     return lengths.tolist()
 
 
@@ -101,8 +106,10 @@ def step_lengths(
     num_samples: int,
     max_epochs: int | None,
     max_steps: int,
-) -> list[list[int]]:
-    """Tokens of the samples of every step of a run. A sample is measured once, whatever it draws in later epochs.
+) -> list[np.ndarray]:
+    """Tokens of the samples of every step of a run, int64[n] each.
+
+    A sample is measured once, whatever it draws in later epochs.
 
     Args:
         plan: the draws of each step of an epoch.
@@ -119,4 +126,4 @@ def step_lengths(
         return []
     samples, places = np.unique(np.concatenate(steps), return_inverse=True)
     tokens = np.asarray(measure(samples.tolist()))[places]
-    return [step.tolist() for step in np.split(tokens, np.cumsum([len(step) for step in steps])[:-1])]
+    return np.split(tokens, np.cumsum([len(step) for step in steps])[:-1])

@@ -15,5 +15,5 @@ class OpaqueBatch:
         self.content = content
 
     def to(self, device: Any, non_blocking: bool = False) -> Any:
-        content = self.content
-        return content.to(device, non_blocking) if hasattr(content, "to") else content
+        # Lightning lets only bare tensors travel while the host goes on
+        return self.content.to(device, non_blocking=True) if hasattr(self.content, "to") else self.content

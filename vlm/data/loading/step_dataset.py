@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch.utils.data import Dataset, get_worker_info
 
 from vlm.batch import Batch
-from vlm.codec import Encoded, Size, sum_counts
+from vlm.codec import Encoded, Sizes
 from vlm.data.loading.shared_memory import SharedTensors, to_shared
 from vlm.data.sampling.packs import Packing, Seat, as_filler, deal_seats
 from vlm.errors import SampleError, UserError
@@ -41,13 +41,13 @@ class Measured:
     """The answer.
 
     Attributes:
-        sizes: {draw: its size} of the draws that can be encoded; where bad samples are not left out, up to the first.
+        sizes: of the draws; where a bad one ends the training, nothing is known of those behind it.
         bad: {draw: why it cannot be encoded}.
         error: what ends the training, whose data it is; None: nothing.
     """
 
     index: int
-    sizes: Mapping[int, Size]
+    sizes: Sizes
     bad: Mapping[int, SampleError]
     error: UserError | None = None
 
@@ -121,50 +121,53 @@ class StepDataset(Dataset):
                 return self.measure(task)
             made = self.make_whole(task) if isinstance(task, Step) else self.make(task)
         except UserError as error:
-            return Measured(task.index, {}, {}, error) if isinstance(task, Measure) else error
+            return (
+                Measured(task.index, Sizes.of([None] * len(task.draws)), {}, error)
+                if isinstance(task, Measure)
+                else error
+            )
         return to_shared(made) if get_worker_info() is not None else made
 
     def measure(self, asked: Measure) -> Measured:
         """Encodes a share of a step."""
         items, bad = self._encode(asked, asked.draws)
-        return Measured(asked.index, {draw: item.size for draw, item in items.items()}, bad)
+        return Measured(asked.index, Sizes.of([items.get(draw) for draw in asked.draws]), bad)
 
     def make_whole(self, step: Step) -> StepPacks:
         """Encodes all of a step, deals it, and makes this rank's packs without what turns out to be bad."""
         items, bad = self._encode(step, step.draws)
         while self.tolerant or not bad:
-            sizes = {draw: item.size for draw, item in items.items() if draw not in bad}
+            sizes = Sizes.of([None if draw in bad else items[draw] for draw in step.draws])
             made = self.make(self.deal(step, sizes), items)
             if not made.bad:
                 return replace(made, bad=bad)
             bad |= made.bad
         return StepPacks(step.epoch, step.index, [], bad)
 
-    def deal(self, step: Step, sizes: Mapping[int, Size]) -> Deal:
+    def deal(self, step: Step, sizes: Sizes) -> Deal:
         """How a step is dealt, the same on every rank: every rank raises or none.
 
         Args:
-            sizes: {draw: its size} of those that can be trained on, in any order.
+            sizes: of its draws.
 
         Raises:
             UserError: a pack is over its limit, or there is nothing to deal.
         """
-        if not sizes:
+        if (sizes.tokens < 0).all():
             raise UserError(
                 f"epoch {step.epoch}, step {step.index}: all of its {len(step.draws)} samples are bad; find them with "
                 "`vlm check-data` and leave them out with data.quarantine"
             )
-        good = {draw: sizes[draw] for draw in step.draws if draw in sizes}
-        dealt = deal_seats(
+        own = deal_seats(
             step.draws,
-            {draw: size.tokens for draw, size in good.items()},
+            sizes.tokens,
             self.packing,
             world=self.world,
+            rank=self.rank,
             accumulate=self.accumulate,
             training=self.encoder.training,
         )
-        own = {pack: dealt[pack] for pack in range(self.rank, len(dealt), self.world)}
-        return Deal(step.epoch, step.index, own, sum_counts(good.values()), len(dealt))
+        return Deal(step.epoch, step.index, own, sizes.totals(), self.world * self.accumulate)
 
     def make(self, deal: Deal, items: Mapping[int, Encoded] | None = None) -> StepPacks:
         """The packs of a deal; none where some of its draws turn out to be bad here.

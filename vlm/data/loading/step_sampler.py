@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 from torch.utils.data import Sampler
 
-from vlm.codec import Size
+from vlm.codec import Sizes
 from vlm.data.loading.rank_gather import Gather
 from vlm.data.loading.step_dataset import Deal, Measure, Measured, Step, StepDataset, StepPacks, Task
 from vlm.errors import SampleError, UserError
@@ -74,12 +75,12 @@ class Known:
 
     Attributes:
         deal: what the workers are asked for.
-        sizes: of the draws that can be encoded.
+        sizes: of its draws, where it can be dealt.
         bad: {draw: why it cannot be encoded}.
     """
 
     deal: Deal | StepPacks | UserError
-    sizes: Mapping[int, Size] = field(default_factory=dict)
+    sizes: Sizes | None = None
     bad: Mapping[int, SampleError] = field(default_factory=dict)
 
 
@@ -100,8 +101,11 @@ class Asking:
 
     def measure(self, index: int) -> Measure:
         """Asks for this rank's share of a step."""
-        share = self.sampler.steps[index][self.dataset.rank :: self.dataset.world]
-        return Measure(self.sampler.epoch, index, tuple(share))
+        draws = self.sampler.steps[index]
+        return Measure(self.sampler.epoch, index, tuple(draws[at] for at in self._share(len(draws), self.dataset.rank)))
+
+    def _share(self, num: int, rank: int) -> np.ndarray:
+        return self.dataset.packing.share(num, world=self.dataset.world, rank=rank)
 
     def tell(self, measured: Measured) -> None:
         """Tells the other ranks; on their answers the step is dealt."""
@@ -132,7 +136,8 @@ class Asking:
             if not found:
                 return replace(made, bad=bad)
             bad |= found
-            sizes = {draw: size for draw, size in known.sizes.items() if draw not in bad}
+            assert known.sizes is not None
+            sizes = known.sizes.without([at for at, draw in enumerate(step.draws) if draw in bad])
             made = self.dataset.make(self.dataset.deal(step, sizes))
 
     def clear(self) -> None:
@@ -150,7 +155,8 @@ class Asking:
         for _, _, _, error in everywhere:
             if error is not None:
                 return Known(error)
-        sizes = {draw: size for _, found, _, _ in everywhere for draw, size in found.items()}
+        shares = (self._share(len(step.draws), rank) for rank in range(len(everywhere)))
+        sizes = Sizes.together([(share, told) for share, (_, told, _, _) in zip(shares, everywhere, strict=True)])
         bad = {draw: error for _, _, found, _ in everywhere for draw, error in found.items()}
         if bad and not self.dataset.tolerant:
             return Known(StepPacks(step.epoch, step.index, [], bad))

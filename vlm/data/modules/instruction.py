@@ -115,8 +115,8 @@ class InstructionData(VisionLanguageData):
         for source in self.sources:
             if source.blocks() is not None:
                 raise UserError(
-                    f"data.{key} picks samples from all over {source.name!r}, which comes in blocks; leave streaming "
-                    "and groups_at_once out of the source, or this out of the data"
+                    f"data.{key} picks samples from all over {source.name!r}, which comes in blocks; leave streaming, "
+                    "groups_at_once and streams out of the source, or this out of the data"
                 )
 
     def draws(self, epoch: int) -> Sequence[int]:

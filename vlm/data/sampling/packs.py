@@ -1,12 +1,12 @@
 """Dealing the samples of one optimizer step into packs: pure functions."""
 
 import dataclasses
-import heapq
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from vlm.batch import IGNORE, Negatives, TokenSequence
@@ -23,53 +23,83 @@ class Packing:
         max_samples: limit per pack; None for no limit.
         in_order: samples stay in the order of the step, `max_samples` to a pack; else packs are balanced by tokens.
         negatives: what an in-batch objective compares (`Batch.negatives`).
+        parts: into how many consecutive parts a step is cut before packs are balanced: one for each rank, where a rank
+            reads files of its own.
     """
 
     max_tokens: int | None = None
     max_samples: int | None = None
     in_order: bool = False
     negatives: Negatives | None = None
+    parts: int = 1
 
-    def deal(self, lengths: Sequence[int], packs: int) -> list[list[int]]:
-        """Positions in `lengths` (tokens of each sample) per pack, ascending; alike on every rank."""
-        if not self.in_order:
-            return balance_packs(lengths, packs, most=self.max_samples)
-        assert self.max_samples is not None
-        starts = range(0, packs * self.max_samples, self.max_samples)
-        return [list(range(start, min(start + self.max_samples, len(lengths)))) for start in starts]
+    def deal(self, lengths: np.ndarray, packs: int) -> np.ndarray:
+        """int64[n], the pack of each sample, from its tokens int64[n]; alike on every rank."""
+        if self.in_order:
+            assert self.max_samples is not None
+            return np.arange(len(lengths)) // self.max_samples
+        assert packs % self.parts == 0
+        dealt = np.empty(len(lengths), dtype=np.int64)
+        for part in range(self.parts):
+            own = slice(*self._part(part, len(lengths)))
+            balanced = balance_packs(lengths[own], packs // self.parts, most=self.max_samples)
+            dealt[own] = part + self.parts * balanced
+        return dealt
 
-    def fits(self, lengths: Sequence[int], packs: int) -> bool:
+    def share(self, num: int, *, world: int, rank: int) -> np.ndarray:
+        """int64[], the places in a step of `num` samples that a rank measures for all ranks; its own where possible."""
+        if self.in_order:
+            assert self.max_samples is not None
+            places = np.arange(num)
+            return places[places // self.max_samples % world == rank]
+        if self.parts > 1:
+            return np.arange(*self._part(rank, num))
+        return np.arange(rank, num, world)
+
+    def _part(self, part: int, num: int) -> tuple[int, int]:
+        return num * part // self.parts, num * (part + 1) // self.parts
+
+    def fits(self, lengths: np.ndarray, packs: int) -> bool:
         """Whether no pack of the step is over `max_tokens`."""
-        if self.max_tokens is None:
-            return True
-        return all(sum(lengths[i] for i in pack) <= self.max_tokens for pack in self.deal(lengths, packs))
+        return self.max_tokens is None or bool(
+            np.bincount(self.deal(lengths, packs), weights=lengths).max(initial=0) <= self.max_tokens
+        )
 
 
-def balance_packs(lengths: Sequence[int], packs: int, *, most: int | None = None) -> list[list[int]]:
+def balance_packs(lengths: np.ndarray, packs: int, *, most: int | None = None) -> np.ndarray:
     """Balanced packs: the longest sample first, each to the pack that is the lightest so far.
 
     The heaviest and the lightest pack differ by at most the longest sample (with `most`, as far as it allows), and no
     pack is empty when there are at least as many samples as packs. Ties go to the pack with fewer samples, then to the
     first: the result depends on `lengths` alone, so all ranks deal alike without talking.
 
+    The next samples go to the lightest packs in their order for as long as none of the packs that have just got one is
+    as light as the next: so many are dealt at once, most often one to each pack.
+
     Args:
-        lengths: true token count per sample.
+        lengths: int64[n], true token count per sample.
         most: samples of a pack.
 
     Returns:
-        Positions in `lengths` per pack, ascending.
+        int64[n], the pack of each sample.
     """
     assert most is None or len(lengths) <= packs * most
-    heap = [(0, 0, pack) for pack in range(packs)]
-    dealt: list[list[int]] = [[] for _ in range(packs)]
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        load, size, pack = heap[0]
-        dealt[pack].append(index)
-        if size + 1 == most:
-            heapq.heappop(heap)
-        else:
-            heapq.heapreplace(heap, (load + lengths[index], size + 1, pack))
-    return [sorted(pack) for pack in dealt]
+    order = np.argsort(-lengths, kind="stable")
+    loads, counts = np.zeros(packs, dtype=np.int64), np.zeros(packs, dtype=np.int64)
+    dealt = np.empty(len(lengths), dtype=np.int64)
+    while len(order):
+        lightest = np.lexsort((counts, loads))  # stable: of equal ones the first
+        if most is not None:
+            lightest = lightest[counts[lightest] < most]
+        lightest = lightest[: len(order)]
+        filled = loads[lightest] + lengths[order[: len(lightest)]]
+        passed = loads[lightest][1:] >= np.minimum.accumulate(filled)[:-1]
+        num = int(passed.argmax()) + 1 if passed.any() else len(lightest)
+        here, order = order[:num], order[num:]
+        dealt[here] = lightest[:num]
+        loads[lightest[:num]] = filled[:num]
+        counts[lightest[:num]] += 1
+    return dealt
 
 
 class Seat(NamedTuple):
@@ -85,9 +115,16 @@ class Seat(NamedTuple):
 
 
 def deal_seats(
-    draws: Sequence[int], tokens: Mapping[int, int], packing: Packing, *, world: int, accumulate: int, training: bool
-) -> list[list[Seat]]:
-    """The packs of a step, alike on every rank.
+    draws: Sequence[int],
+    tokens: np.ndarray,
+    packing: Packing,
+    *,
+    world: int,
+    rank: int,
+    accumulate: int,
+    training: bool,
+) -> dict[int, list[Seat]]:
+    """{pack: what is in it} of a rank, of packs that are dealt alike on every rank.
 
     Where samples of a pack are compared there are equally many in each, and one that cannot be read must not move
     others: a filler takes its seat. Elsewhere a step can have fewer samples than there are packs (the last one of an
@@ -95,21 +132,27 @@ def deal_seats(
 
     Args:
         draws: of the step.
-        tokens: {draw: number}, in the order of the step, without those that cannot be trained on.
+        tokens: int64[n], of each draw; -1 for one that cannot be trained on. One can.
 
     Raises:
         UserError: a pack is over `max_tokens`.
     """
     packs = world * accumulate
-    filler = Seat(min(tokens, key=lambda draw: tokens[draw]), filler=True)  # the shortest costs least
-    seats = [Seat(draw) for draw in tokens]
+    good = np.flatnonzero(tokens >= 0)
+    shortest = int(good[tokens[good].argmin()])  # the filler that costs least
+    places = good
     if packing.in_order and training:
         assert packing.max_samples is not None
-        seats = [Seat(draw) if draw in tokens else filler for draw in draws]
-        seats += [filler] * (packs * packing.max_samples - len(seats))
-    lengths = [tokens[seat.draw] for seat in seats]
+        places = np.full(packs * packing.max_samples, -1)
+        places[good] = good
+    lengths = tokens[np.where(places < 0, shortest, places)]
     check_packs(lengths, packing, world=world, accumulate=accumulate, training=training)
-    return [[seats[i] for i in pack] or [filler] for pack in packing.deal(lengths, packs)]
+    dealt = packing.deal(lengths, packs)
+    filler = Seat(draws[shortest], filler=True)
+    return {
+        pack: [filler if at < 0 else Seat(draws[at]) for at in places[dealt == pack].tolist()] or [filler]
+        for pack in range(rank, packs, world)
+    }
 
 
 def as_filler(item: Encoded) -> Encoded:
@@ -127,20 +170,21 @@ def as_filler(item: Encoded) -> Encoded:
     )
 
 
-def check_packs(lengths: Sequence[int], packing: Packing, *, world: int, accumulate: int, training: bool) -> None:
+def check_packs(lengths: np.ndarray, packing: Packing, *, world: int, accumulate: int, training: bool) -> None:
     """Raises `UserError` when a pack of the step is over `max_tokens`; the message names what would do.
 
     Args:
-        lengths: tokens of each sample of the step.
+        lengths: int64[n], tokens of each sample of the step.
     """
     limit = packing.max_tokens
     if limit is None or packing.fits(lengths, world * accumulate):
         return
-    heaviest = max(packing.deal(lengths, world * accumulate), key=lambda pack: sum(lengths[i] for i in pack))
-    found = f"a pack of {len(heaviest)} samples has {sum(lengths[i] for i in heaviest):,} tokens"
-    if max(lengths) > limit:
+    dealt = packing.deal(lengths, world * accumulate)
+    heaviest = lengths[dealt == np.bincount(dealt, weights=lengths).argmax()]
+    found = f"a pack of {len(heaviest)} samples has {heaviest.sum():,} tokens"
+    if lengths.max() > limit:
         raise UserError(
-            f"a single sample has {max(lengths):,} tokens, over data.max_tokens={limit:,} of a pack; raise it"
+            f"a single sample has {lengths.max():,} tokens, over data.max_tokens={limit:,} of a pack; raise it"
         )
     if not training:
         remedy = "lower data.val_batch_size"
