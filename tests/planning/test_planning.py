@@ -214,19 +214,27 @@ def _check_by_arithmetic(module: Any, cost: Any, *, tokens: int) -> None:
 
 
 MACHINES = [
-    (file.parent.name, file.stem, bool(named["fsdp"]))
+    (file.parent.name, file.stem, named["how"])
     for file in sorted(CONFIGS.glob("*/[0-9]*.yaml"))
-    for named in re.finditer(r"# 8 x 80 GB(?P<fsdp> with FSDP2)?;", file.read_text(encoding="utf-8"))
+    for named in re.finditer(r"# 8 x 80 GB(?: with (?P<how>FSDP2.*?))?;", file.read_text(encoding="utf-8"))
 ]
+STRATEGY = {
+    None: (),
+    "FSDP2": ("--trainer.strategy=fsdp2",),
+    "FSDP2, reduce_gradients: micro_batch": (
+        "--trainer.strategy.class_path=callbacks.FSDP2Strategy",
+        "--trainer.strategy.init_args.reduce_gradients=micro_batch",
+    ),
+}
+"""By the words of a stage's file."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("system", "stage", "sharded"), MACHINES)
+@pytest.mark.parametrize(("system", "stage", "how"), MACHINES)
 def test_published_stages_fit_the_machine_they_name(
-    system: str, stage: str, sharded: bool, capsys: pytest.CaptureFixture[str]
+    system: str, stage: str, how: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("--trainer.strategy=fsdp2",) if sharded else ()
-    (found,) = plan(capsys, "--recipe", system, "--stage", stage, "--gpu=80", "--devices=8", *words)
+    (found,) = plan(capsys, "--recipe", system, "--stage", stage, "--gpu=80", "--devices=8", *STRATEGY[how])
     assert found["fits"], found["memory"]
 
 

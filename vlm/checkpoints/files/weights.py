@@ -254,6 +254,7 @@ def _write_shard(
             hashes[name] = hash_tensor(whole)
         file.seek(8 + len(text) + header[name]["data_offsets"][0])
         file.write(_raw(whole))
+        del whole  # before the next one is gathered
 
 
 def gather(tensor: Tensor) -> Tensor:
