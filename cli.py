@@ -3,6 +3,7 @@
 `python cli.py ...`, `python -m cli ...` and `vlm ...` are the same.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from vlm.command_line.errors import (
 )
 from vlm.command_line.layers import read_layers
 from vlm.command_line.quiet import silence
-from vlm.command_line.trainer_flags import check_seed, check_trainer_settings, keep_in_run, log_of_run
+from vlm.command_line.trainer_flags import check_launcher, check_seed, check_trainer_settings, keep_in_run, log_of_run
 from vlm.command_line.weights import UNTRAINED, options_from_weights
 from vlm.errors import UserError
 from vlm.finetuning import read_options
@@ -109,7 +110,7 @@ def _stage_cli() -> Any:
         "stage": callbacks.StageTransition,
         "checkpoint": callbacks.ResumeCheckpoint,
         "health": callbacks.Health,
-        "throughput": callbacks.Throughput,
+        "throughput": callbacks.ThroughputMonitor,
         "predictions": callbacks.Predictions,
         "evaluation": callbacks.Evaluation,
         "answers": callbacks.AnswerWriter,
@@ -195,6 +196,7 @@ def _stage_cli() -> Any:
 
         def before_instantiate_classes(self) -> None:
             settings = self.settings
+            check_launcher(os.environ)
             check_trainer_settings(settings, trains=self.subcommand == "fit")
             settings.trainer.default_root_dir = settings.trainer.default_root_dir or f"runs/{settings.stage.name}"
             self.ckpt_path = settings.get("ckpt_path")

@@ -45,8 +45,9 @@ DATA = {
 ELSEWHERE = {
     *("blip/2_retrieval_coco", "blip/2_retrieval_flickr", "blip2/3_retrieval"),
     *("instructblip/2_science_qa", "llava/2_science_qa"),
+    "cogvlm/3_generalist",
 }
-"""Stages whose answers have a benchmark of their own and are not asked here."""
+"""Stages whose answers have a benchmark of their own or that are asked in CogAgent, and not here."""
 CORES = 2
 LIMIT_S = 240.0
 """What the recipe of a demo may take on so many cores."""

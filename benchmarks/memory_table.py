@@ -12,7 +12,7 @@ import cli
 from vlm.finetuning.start import is_before
 from vlm.planning.advice import LORA, QLORA, Change, adapted, largest_pack
 from vlm.planning.downloads import downloads_of
-from vlm.planning.machine import CONTEXT, GIB, SLACK, Gpu, Machine, find_gpu
+from vlm.planning.machine import CONTEXT, GIB, SLACK, Gpu, Machine, Sharing, find_gpu
 from vlm.planning.stage import Planner, Run
 from vlm.recipes.catalogue import find_recipe, systems
 from vlm.recipes.configs import stage_options
@@ -94,7 +94,8 @@ def main() -> None:
             "",
         ]
     parts += [
-        "**Several GPUs of 80 GB**, with `trainer.strategy: fsdp2` and `callbacks.MixedPrecisionFSDP`\n",
+        "**Several GPUs of 80 GB**, with `callbacks.FSDP2Strategy` (`reduce_gradients: micro_batch`) and\n"
+        "`callbacks.MixedPrecisionFSDP`\n",
         *_table(entries, ("full",), lambda entry, _: entry.shared),
         f"\n## Hours for 10,000 samples\n\nOn an A100, if {UTILIZATION:.0%} of its {_peak(A100) / 1e12:.0f} TFLOP/s "
         f"are reached; likewise on an RTX 4090, {_peak(A100) / _peak(RTX):.1f} times as long.\n"
@@ -120,7 +121,7 @@ def entry_of(system: str) -> Entry:
     for name, surgery in (("LoRA", LORA), ("QLoRA", QLORA)):
         costs = planner.build(machine, stage=adapted(planner.what.stage), surgery=[surgery])
         changes.append(Change(name, costs, machine, optimizer))
-    machines = dataclasses.replace(machine, devices=2, strategy="fsdp2")
+    machines = dataclasses.replace(machine, devices=2, strategy="fsdp2", sharing=Sharing(reduces_each=True))
     changes.append(Change("fsdp2", planner.build(machines), machines, optimizer))
     return Entry(system, stage, planner, {change.name: change for change in changes})
 

@@ -1,17 +1,22 @@
-"""Training speed and memory beside a plain loop around transformers' own LLaVA, in one run.
+"""Training speed and memory beside plain loops and frameworks around transformers' own LLaVA, in one run.
 
-    python -m benchmarks.train_speed [--device cuda] [--steps 12] [--rounds 2] [--hidden 256] [--layers 6]
+    python -m benchmarks.train_speed [--out docs] [--device cuda] [--steps 8] [--rounds 1] [--only vlm sorted]
 
-Three contestants take the same optimizer steps: the same weights, the same samples in each step, the same loss.
+All contestants train the same weights on the same samples:
 
-    vlm       `vlm fit`: packed rows, loss at label positions; through Lightning, its data loading included
-    padded    transformers' LlavaForConditionalGeneration, micro-batches of 8 in data order, padded to the longest
-    sorted    the same, the samples of each step sorted by length, in micro-batches of 2
+    vlm                 `vlm fit`: packed rows, loss at label positions; through Lightning, its data loading included
+    padded              a plain loop: micro-batches of 8 in data order, padded to the longest
+    sorted              the same, the samples of each step sorted by length, in micro-batches of 2
+    Trainer             transformers' Trainer, micro-batches of 8 in data order; `by length`: its own grouping
+    TRL                 TRL's SFTTrainer likewise, where it is installed
 
 The peers get their samples encoded in advance and pay for no data loading. Stage 1 trains the connector on captions of
-much the same length, stage 2 connector and language model on an instruction mix with a long tail. Each contestant runs
-in a process of its own, one after the other, in several rounds; medians over all timed steps are compared. Tokens are
-counted without padding, images included. The losses of the first step must agree, or nothing is reported.
+much the same length, stage 2 connector and language model on an instruction mix with a long tail; each in float32 and
+under autocast to bfloat16. Each contestant runs in a process of its own, one after the other; medians over all timed
+steps are compared. Tokens are counted without padding, images included. Loops that take our steps must agree with our
+first loss, or nothing is reported. With `--out`, a table, its numbers as JSON and a plot are written there.
+
+It needs an idle machine: about 12 minutes on two cores.
 """
 
 import argparse
@@ -21,116 +26,28 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import vlm  # noqa: F401  (before lightning)
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import Callback
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
 import cli
+from benchmarks.bars import draw_bars
+from benchmarks.clock import machine, now
 from benchmarks.memory import peak_rss_gib
-from vlm.batch import IGNORE
+from benchmarks.train_speed_mix import PRECISIONS, STAGES, fit_arguments, write_language_model, write_records
+from benchmarks.train_speed_peers import PEERS, run_peer
 from vlm.commands.export import export
-from vlm.data import LlavaJson
-from vlm.demo.scenes import make_scene
-from vlm.demo.sprites import NOUNS
-from vlm.prompts import LlamaTokenizer, get_template
 from vlm.prompts.template import IMAGE
-from vlm.vision.preprocess import ImageTransform
+from benchmarks.train_speed_mix import read_items
 
 ROOT = Path(__file__).parents[1]
-ASSETS = ROOT / "vlm/demo/assets"
-STAGES = {"1_align": "captions", "2_finetune": "instructions"}
-PEERS = {"padded": 8, "sorted": 2}
-"""Samples of a micro-batch."""
+TITLES = {"1_align": "captions", "2_finetune": "instructions"}
 WARM_UP = 2
-ROWS = 1200
-"""Of the vocabulary."""
-
-
-# -- data and weights
-
-
-def write_records(folder: Path, *, num: int, batch: int) -> None:
-    """Pictures with captions of 12 to 20 words, and with instructions whose answers have a long tail."""
-    random = Random(0)
-    (folder / "images").mkdir(parents=True)
-    for index in range(batch):
-        make_scene(Random(index), split="train", size=96).draw().save(folder / "images" / f"{index}.png")
-    captions, instructions = [], []
-    for index in range(num):
-        image = {"image": f"{index % batch}.png"}
-        captions.append(
-            {"id": str(index)} | image | _turn("<image>\nDescribe.", _words(random, random.randint(12, 20)))
-        )
-        length = min(700, 8 + int(random.lognormvariate(3.4, 1.1)))
-        has_image = random.random() < 0.9
-        question = "<image>\nWhat is it?" if has_image else "Tell me a story."
-        instructions.append({"id": str(index)} | (image if has_image else {}) | _turn(question, _words(random, length)))
-    for name, records in {"captions": captions, "instructions": instructions}.items():
-        (folder / f"{name}.json").write_text(json.dumps(records))
-
-
-def _words(random: Random, num: int) -> str:
-    return " ".join(random.choice(NOUNS).name for _ in range(num))
-
-
-def _turn(question: str, answer: str) -> dict[str, Any]:
-    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
-
-
-def write_language_model(folder: Path, *, hidden: int, layers: int) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=ROWS,
-        hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 32,
-        max_position_embeddings=2048,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-
-
-def fit_arguments(work: Path, stage: str, options: argparse.Namespace) -> list[str]:
-    """The recipe's own files of a stage, with the benchmark's data, language model and batch on top."""
-    device = (
-        ["--trainer.accelerator=gpu", "--trainer.devices=1", "--trainer.precision=bf16-mixed"]
-        if options.device == "cuda"
-        else ["--trainer.accelerator=cpu", "--trainer.precision=32-true"]
-    )
-    source = {
-        "class_path": "vlm.data.LlavaJson",
-        "init_args": {"path": str(work / f"{STAGES[stage]}.json"), "image_root": str(work / "images")},
-    }
-    files = [f"configs/llava_1_5/{name}.yaml" for name in ("model", stage, "demo/model")]
-    return [
-        "fit",
-        *(item for file in files for item in ("-c", file)),
-        f"--model.init_args.language.init_args.path={work / 'language'}",
-        "--model.init_args.max_tokens=2048",
-        f"--data.init_args.sources={json.dumps([source])}",
-        f"--data.init_args.batch.size={options.batch}",
-        "--data.init_args.num_workers=0",
-        *device,
-        "--trainer.enable_progress_bar=false",
-        "--trainer.logger=false",
-        "--trainer.max_epochs=1",
-        "--checkpoint.every_n_train_steps=100000",
-    ]
-
-
-# -- contestants, each in a process of its own
+AGREE = {"float32": 1e-3, "bf16": 2e-2}
+"""How far the first losses of contestants may lie apart."""
 
 
 class StepTimer(Callback):
@@ -143,14 +60,14 @@ class StepTimer(Callback):
         self.first = 0.0
 
     def on_train_start(self, *_: Any) -> None:
-        self.ends.append(_now(self.device))
+        self.ends.append(now(self.device))
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
         self.samples[-1] += [sample.id for sample in batch.samples]
         if len(self.ends) == 1:
             self.first += float(outputs["loss"])  # Lightning has divided it by the number of micro-batches
         if trainer.global_step == len(self.ends):
-            self.ends.append(_now(self.device))
+            self.ends.append(now(self.device))
             self.samples.append([])
             trainer.should_stop = len(self.ends) > self.steps
 
@@ -159,7 +76,7 @@ class StepTimer(Callback):
         self.file.write_text(json.dumps(found))
 
 
-def run_ours(work: Path, stage: str, options: argparse.Namespace) -> dict[str, Any]:
+def run_ours(work: Path, stage: str, precision: str, options: argparse.Namespace) -> dict[str, Any]:
     file = work / "ours.json"
     callback = {
         "class_path": "benchmarks.train_speed.StepTimer",
@@ -168,7 +85,7 @@ def run_ours(work: Path, stage: str, options: argparse.Namespace) -> dict[str, A
     follow = [{"artefact": str(work / "start/artefact"), "parts": {"connector": "connector"}}]
     status = cli.main(
         [
-            *fit_arguments(work, stage, options),
+            *fit_arguments(work, stage, precision, options),
             f"--trainer.default_root_dir={tempfile.mkdtemp(dir=work)}",
             f"--trainer.accumulate_grad_batches={options.accumulate}",
             f"--stage.follows={json.dumps(follow)}",
@@ -176,134 +93,20 @@ def run_ours(work: Path, stage: str, options: argparse.Namespace) -> dict[str, A
         ]
     )
     assert status == 0
-    return json.loads(file.read_text())
-
-
-def run_peer(work: Path, stage: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
-    steps = json.loads((work / f"steps_{stage}.json").read_text())
-    model = LlavaForConditionalGeneration.from_pretrained(work / "peer", dtype=torch.float32).to(options.device)
-    model.train()
-    trained = ("multi_modal_projector",) + (("language_model", "lm_head") if stage == "2_finetune" else ())
-    for key, parameter in model.named_parameters():
-        parameter.requires_grad = any(part in key for part in trained)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0)
-    encoded = {key: _encoded(model, sample) for key, sample in _items(work, stage, steps)}
-    ends, first = [_now(options.device)], 0.0
-    for number, ids in enumerate(steps):
-        rows = [encoded[key] for key in ids]
-        if name == "sorted":
-            rows.sort(key=lambda row: len(row[0]))
-        num_labels = sum(int((row[1] != IGNORE).sum()) for row in rows)
-        for start in range(0, len(rows), PEERS[name]):
-            part = rows[start : start + PEERS[name]]
-            with torch.autocast(options.device, torch.bfloat16, enabled=options.device == "cuda"):
-                share = sum(int((row[1] != IGNORE).sum()) for row in part) / num_labels
-                inputs = _padded(part, options.device)
-                output = model(**inputs)
-                loss = output.loss * share
-            loss.backward()
-            if number == 0:
-                first += share * _loss_over_our_rows(output.logits, inputs["labels"])
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ends.append(_now(options.device))
-    return {"ends": ends, "loss": first}
-
-
-def _loss_over_our_rows(logits: Tensor, labels: Tensor) -> float:
-    """A Hugging Face LLaVA has rows for its image and padding tokens, whose logits enter its softmax."""
-    return F.cross_entropy(logits[:, :-1, :ROWS].flatten(0, 1).float(), labels[:, 1:].flatten()).item()
-
-
-def _items(work: Path, stage: str, steps: list[list[str]]) -> Iterator[tuple[str, tuple]]:
-    """(id, (ids with image marks, labels, pixels)) by our template and transform, which equal the official ones."""
-    template, mode = ("plain", "crop") if stage == "1_align" else ("v1", "pad")
-    tokenizer = LlamaTokenizer(str(ASSETS / "llama"), legacy=False)
-    transform = ImageTransform(98, mode=mode)  # type: ignore[arg-type]
-    source = LlavaJson(work / f"{STAGES[stage]}.json", image_root=work / "images")
-    wanted = {key for step in steps for key in step}
-    for sample in (source[index] for index in range(len(source))):
-        if sample.id in wanted:
-            tokens = get_template(template).tokenize(sample.messages, tokenizer)
-            yield sample.id, (tokens.ids, tokens.labels, [transform(image.read(sample)) for image in sample.images])
-
-
-def _encoded(model: Any, item: tuple) -> tuple[Tensor, Tensor, list[Tensor]]:
-    ids: list[int] = []
-    labels: list[int] = []
-    for token, label in zip(*item[:2], strict=True):
-        width = 49 if token == IMAGE else 1
-        ids += [model.config.image_token_id if token == IMAGE else token] * width
-        labels += [label] * width
-    return torch.tensor(ids), torch.tensor(labels), item[2]
-
-
-def _padded(rows: list[tuple[Tensor, Tensor, list[Tensor]]], device: str) -> dict[str, Tensor]:
-    ids = pad_sequence([row[0] for row in rows], batch_first=True)
-    lengths = torch.tensor([len(row[0]) for row in rows])
-    inputs = {
-        "input_ids": ids,
-        "labels": pad_sequence([row[1] for row in rows], batch_first=True, padding_value=IGNORE),
-        "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
+    found = json.loads(file.read_text())
+    steps = work / f"steps_{stage}.json"  # in data order: the peers get them whatever order our packs were in
+    if not steps.exists():
+        steps.write_text(json.dumps(found["samples"]))
+    lengths = {
+        key: sum(49 if t == IMAGE else 1 for t in item[0]) for key, item in read_items(work, stage, found["samples"])
     }
-    pixels = [image for row in rows for image in row[2]]
-    if pixels:
-        inputs["pixel_values"] = torch.stack(pixels)
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+    return found | {"tokens": [sum(lengths[key] for key in step) for step in found["samples"]]}
 
 
-def _now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def _peak(device: str) -> float:
-    """GiB."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return peak_rss_gib()
-
-
-# -- the comparison
-
-
-def compare(work: Path, stage: str, options: argparse.Namespace) -> None:
-    times: dict[str, list[float]] = {name: [] for name in ("vlm", *PEERS)}
-    peaks: dict[str, float] = {}
-    losses: dict[str, float] = {}
-    for _ in range(options.rounds):
-        for name in times:
-            found = _in_process(work, stage, name, options)
-            if name == "vlm":
-                (work / f"steps_{stage}.json").write_text(json.dumps(found["samples"]))
-            times[name] += [b - a for a, b in zip(found["ends"][WARM_UP:-1], found["ends"][WARM_UP + 1 :], strict=True)]
-            peaks[name], losses[name] = found["peak"], found["loss"]
-    steps = json.loads((work / f"steps_{stage}.json").read_text())
-    lengths = {key: sum(49 if t == IMAGE else 1 for t in item[0]) for key, item in _items(work, stage, steps)}
-    per_step = [sum(lengths[key] for key in step) for step in steps[WARM_UP:]]
-    spread = sorted(lengths.values())
-    print(
-        f"\n{stage}: {options.batch} samples a step of {spread[0]} to {spread[-1]} tokens, "
-        f"half below {statistics.median(spread):.0f}; first loss "
-        + ", ".join(f"{name} {loss:.5f}" for name, loss in losses.items())
-    )
-    if max(losses.values()) - min(losses.values()) > (2e-2 if options.device == "cuda" else 1e-3):
-        raise SystemExit("the contestants do not compute the same loss: nothing to compare")
-    speed = {
-        name: statistics.median(n / t for n, t in zip(per_step * options.rounds, seconds, strict=True))
-        for name, seconds in times.items()
-    }
-    for name in times:
-        print(
-            f"  {name:<8} {speed[name]:>10,.0f} tokens/s  {peaks[name]:>6.2f} GiB peak"
-            + ("" if name == "vlm" else f"  vlm is {speed['vlm'] / speed[name]:.2f} x as fast")
-        )
-
-
-def _in_process(work: Path, stage: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.train_speed", "--contestant", f"{stage}/{name}", "--work", str(work)]
+def run_alone(work: Path, stage: str, precision: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What a contestant measures in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.train_speed", "--contestant", f"{stage}/{precision}/{name}"]
+    command += [f"--work={work}"]
     command += [f"--{key}={getattr(options, key)}" for key in ("device", "steps", "batch", "accumulate")]
     process = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ)
     if process.returncode:
@@ -311,37 +114,118 @@ def _in_process(work: Path, stage: str, name: str, options: argparse.Namespace) 
     return json.loads(process.stdout.splitlines()[-1])
 
 
+def compare(work: Path, stage: str, precision: str, names: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """{contestant: its tokens per second, GiB, ...} of one stage in one precision.
+
+    Raises:
+        SystemExit: they do not compute the same loss.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for _ in range(options.rounds):
+        for name in names:
+            run = run_alone(work, stage, precision, name, options)
+            seconds = [b - a for a, b in zip(run["ends"], run["ends"][1:], strict=False)]
+            rates = [n / s for n, s in zip(run["tokens"][WARM_UP:], seconds[WARM_UP:], strict=True)]
+            one = found.setdefault(name, {"rates": [], "loss": run.get("loss")})
+            one["rates"] += rates
+            one["peak_gib"] = run["peak"]
+    losses = [one["loss"] for one in found.values() if one["loss"] is not None]
+    if max(losses) - min(losses) > AGREE[precision]:
+        raise SystemExit(f"the contestants do not compute the same loss, nothing to compare: {found}")
+    ours = statistics.median(found["vlm"]["rates"])
+    for name, one in found.items():
+        one["tokens_per_second"] = statistics.median(one["rates"])
+        one["vlm_is"] = ours / one["tokens_per_second"]
+        print(
+            f"  {name:<20} {one['tokens_per_second']:>8,.0f} tokens/s  {one['peak_gib']:>5.2f} GiB peak  "
+            f"vlm is {one['vlm_is']:.2f} x as fast",
+            flush=True,
+        )
+    return found
+
+
+def write_report(out: Path, found: dict[str, dict[str, Any]], about: dict[str, str], skipped: list[str]) -> None:
+    """A table, its numbers and a plot."""
+    names = list(next(iter(found.values())))
+    lines = [
+        "# Training beside loops and frameworks",
+        "",
+        "Made by `python -m benchmarks.train_speed --out docs`, which says who takes part. Tokens per second without",
+        "padding, and in brackets how many times as fast `vlm` is.",
+        "",
+        f"Measured on: {', '.join(f'{key} {value}' for key, value in about.items())}.",
+        *([f"Not installed, so left out: {', '.join(skipped)}."] if skipped else []),
+        "",
+        f"| | {' | '.join(found)} |",
+        f"|---|{'---|' * len(found)}",
+    ]
+    for name in names:
+        cells = [f"{one[name]['tokens_per_second']:,.0f} ({one[name]['vlm_is']:.2f} x)" for one in found.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "Peak memory in GiB:", "", f"| | {' | '.join(found)} |", f"|---|{'---|' * len(found)}"]
+    for name in names:
+        peaks = [f"{one[name]['peak_gib']:.2f}" for one in found.values()]
+        lines.append(f"| {name} | {' | '.join(peaks)} |")
+    lines += ["", "![tokens per second](images/train_speed.png)"]
+    (out / "train_speed.md").write_text("\n".join(lines) + "\n")
+    (out / "train_speed.json").write_text(json.dumps({"machine": about, "found": found}, indent=1) + "\n")
+    speeds = {title: {n: one["tokens_per_second"] for n, one in group.items()} for title, group in found.items()}
+    (out / "images").mkdir(exist_ok=True)
+    draw_bars(out / "images/train_speed.png", speeds, unit="tokens per second")
+
+
+def prepare(work: Path, options: argparse.Namespace) -> None:
+    """Data, a language model, and the artefact that everybody starts from, as a Hugging Face folder too."""
+    write_records(work, num=options.batch * (options.steps + 1), batch=options.batch)
+    write_language_model(work / "language", hidden=options.hidden, layers=options.layers)
+    start = [*fit_arguments(work, "1_align", "float32", options), f"--trainer.default_root_dir={work / 'start'}"]
+    start += [f"--data.init_args.batch.size={options.batch * (options.steps + 1)}"]  # one step, then an artefact
+    start += ["--model.init_args.template=v1"]  # `plain` is no chat that a Hugging Face folder could hold
+    assert cli.main(start) == 0
+    export(work / "start", work / "peer")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder for table, JSON and plot")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--batch", type=int, default=32, help="samples of an optimizer step")
     parser.add_argument("--accumulate", type=int, default=1, help="packs our step is dealt into")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS))
+    parser.add_argument("--only", nargs="+", default=["vlm", *PEERS], choices=["vlm", *PEERS], help="who takes part")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contestant:
-        stage, name = options.contestant.split("/")
-        run = run_ours if name == "vlm" else lambda *args: run_peer(args[0], args[1], name, args[2])
-        result = run(options.work, stage, options)
-        print(json.dumps(result | {"peak": _peak(options.device)}))
+        stage, precision, name = options.contestant.split("/")
+        if name == "vlm":
+            result = run_ours(options.work, stage, precision, options)
+        else:
+            result = run_peer(name, options.work, stage, precision, options)
+        peak = torch.cuda.max_memory_allocated() / 2**30 if options.device == "cuda" else peak_rss_gib()
+        print("\n" + json.dumps(result | {"peak": peak}))
         return
+    skipped = [name for name in options.only if name in PEERS and not PEERS[name].is_installed]
+    names = ["vlm", *(name for name in options.only if name != "vlm" and name not in skipped)]
+    for name in skipped:
+        print(f"{name} is not installed: skipped")
+    about, found = machine(options.device), {}
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        write_records(work, num=options.batch * (options.steps + 1), batch=options.batch)
-        write_language_model(work / "language", hidden=options.hidden, layers=options.layers)
-        start = [*fit_arguments(work, "1_align", options), f"--trainer.default_root_dir={work / 'start'}"]
-        start += [f"--data.init_args.batch.size={options.batch * (options.steps + 1)}"]  # one step, then an artefact
-        start += ["--model.init_args.template=v1"]  # `plain` is no chat that a Hugging Face folder could hold
-        assert cli.main(start) == 0
-        export(work / "start", work / "peer")
-        threads = f"{torch.get_num_threads()} threads" if options.device == "cpu" else torch.cuda.get_device_name()
-        print(f"torch {torch.__version__}, {threads}")
-        for stage in STAGES:
-            compare(work, stage, options)
+        prepare(work, options)
+        for stage in options.stages:
+            for precision in options.precisions:
+                title = f"{TITLES[stage]}, {precision}"
+                print(title, flush=True)
+                found[title] = compare(work, stage, precision, names, options)
+    if options.out is not None:
+        write_report(options.out, found, about, skipped)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import vlm  # noqa: F401  (before lightning: repairs torchvision on CPU builds o
 
 from callbacks.answer_writer import AnswerWriter
 from callbacks.bad_samples import BadSamples
+from callbacks.compiled_blocks import CompiledBlocks
 from callbacks.ema import EMA
 from callbacks.evaluation import Evaluation
 from callbacks.feature_cache import FeatureCache
@@ -18,12 +19,13 @@ from callbacks.predictions import Predictions
 from callbacks.progress import Progress
 from callbacks.resume_checkpoint import ResumeCheckpoint
 from callbacks.stage_transition import StageTransition
-from callbacks.throughput import Throughput
+from callbacks.throughput_monitor import ThroughputMonitor
 
 __all__ = [
     "EMA",
     "AnswerWriter",
     "BadSamples",
+    "CompiledBlocks",
     "Evaluation",
     "FSDP2Strategy",
     "FeatureCache",
@@ -37,5 +39,5 @@ __all__ = [
     "Progress",
     "ResumeCheckpoint",
     "StageTransition",
-    "Throughput",
+    "ThroughputMonitor",
 ]

@@ -19,8 +19,8 @@ from torch.distributed.fsdp import (
 from transformers import PreTrainedModel
 
 from vlm.building.blocks import stacked_blocks
-from vlm.building.network import find_ties, tie
-from vlm.building.precision import keep_frozen_in
+from vlm.building.network import find_ties
+from vlm.building.precision import round_weights
 from vlm.errors import UserError
 from vlm.module import VisionLanguageModule
 
@@ -84,9 +84,7 @@ class MixedPrecisionFSDP(Callback):
             UserError: a parameter has no dimension to shard.
         """
         assert isinstance(module, VisionLanguageModule)
-        if self.precision != "32-true":
-            self._round_weights(module)
-            tie(module, module.ties)
+        round_weights(module, self.precision)
         ties = find_ties(module)
         for name, parameter in module.named_parameters():
             if parameter.ndim == 0:
@@ -109,14 +107,6 @@ class MixedPrecisionFSDP(Callback):
         _gather_around(module, module.forward_methods)
         assert find_ties(module) == ties, "sharding has untied parameters that were one tensor"
         return torch.device("cpu") if self.cpu_offload else None
-
-    def _round_weights(self, module: VisionLanguageModule) -> None:
-        """Keeps in bfloat16 what is rounded to it before each use anyhow; in `bf16-true` all that is trained too."""
-        keep_frozen_in(module, torch.bfloat16)
-        if self.precision == "bf16-true":
-            for parameter in module.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.to(torch.bfloat16)
 
     def _offload_policy(self, mesh: DeviceMesh) -> OffloadPolicy:
         return CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if self.cpu_offload else OffloadPolicy()

@@ -92,7 +92,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     @property
     def _offloads(self) -> bool:
         assert self.lightning_module is not None
-        callbacks = self.lightning_module.trainer.callbacks
+        callbacks = self.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
         return any(isinstance(callback, MixedPrecisionFSDP) and callback.cpu_offload for callback in callbacks)
 
     @property

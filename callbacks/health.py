@@ -157,12 +157,9 @@ class Health(Callback):
         chosen = self._frozen.draw(self.num_frozen, Random(seed_from(trainer.global_step, "health")))
         measured = {"bad losses": bad, "moved": self._frozen.num_changed(chosen, device=device), **extra}
         values = torch.stack([value.double() for value in measured.values()])
-        values = trainer.strategy.reduce(values, reduce_op="sum")  # type: ignore[assignment]
+        values = over_ranks(values)
         if module.num_replicas > 1:  # several ranks have the same part of a gradient
             share = [1.0 / module.num_replicas if name.startswith("gradient") else 1.0 for name in measured]
-        values = over_ranks(values)
-        if not module.is_sharded:  # each rank has the whole gradient
-            share = [1.0 / trainer.world_size if name.startswith("gradient") else 1.0 for name in measured]
             values = values * torch.tensor(share, dtype=torch.float64).to(device, non_blocking=True)
         arrived = None
         if values.is_cuda:

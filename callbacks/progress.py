@@ -198,9 +198,9 @@ def _bar(name: str, total: int, *, initial: int = 0, leave: bool = False) -> tqd
 
 
 def _metrics(trainer: Trainer) -> str:
-    """`loss 1.083, lr 0.001, norm 2.41, val loss 1.769`, as far as they are known."""
+    """`loss 1.083, lr 0.001, norm 2.41, val loss 1.769, tokens/s 1.2e+04, mfu 0.41`, as far as they are known."""
     found = trainer.progress_bar_metrics | {name: value.item() for name, value in trainer.callback_metrics.items()}
     rates = {name: value for name, value in found.items() if name.startswith("lr/")}
     shown = {"loss": "train/loss", "lr": max(rates, key=rates.__getitem__, default=""), "norm": "grad_norm/total",
-             "val loss": "val/loss"}  # fmt: skip
+             "val loss": "val/loss", "tokens/s": "speed/tokens_per_s", "mfu": "mfu/total"}  # fmt: skip
     return ", ".join(f"{word} {found[name]:.4g}" for word, name in shown.items() if name in found)

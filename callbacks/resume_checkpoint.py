@@ -125,8 +125,9 @@ class ResumeCheckpoint(Checkpoint):
 
     def _wishes(self) -> tuple[int, int, int]:
         """What this rank asks for: the signal that it got, a save because of the time, an end because of an error."""
-        timed = self._clock is not None and self.every_n_minutes is not None
-        minutes_over = timed and time.monotonic() - self._clock >= 60 * self.every_n_minutes
+        minutes_over = False
+        if self._clock is not None and self.every_n_minutes is not None:
+            minutes_over = time.monotonic() - self._clock >= 60 * self.every_n_minutes
         return self._signals.received or 0, int(minutes_over), int(self._writer.has_failed)
 
     def _is_due_by_step(self, step: int) -> bool:

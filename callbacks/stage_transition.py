@@ -6,11 +6,10 @@ from typing import Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from callbacks.progress import say
 from vlm.checkpoints.artefact import write_artefact
+from vlm.checkpoints.files.weights import gather
 from vlm.checkpoints.resume.moments import moments
 from vlm.codec import Codec
 from vlm.data import VisionLanguageData
@@ -172,17 +171,11 @@ def write_stage(
     assert module.stage is not None
     changing, averages = changing_names(module), module.averages or {}
     # the state dict: under sharding, `named_parameters` may still show the gathered copies of the last forward
-    found = ((name, averages.get(name, tensor)) for name, tensor in module.state_dict().items() if name in changing)
-    tensors = ((name, _full(tensor)) for name, tensor in found)
+    tensors = [(name, averages.get(name, tensor)) for name, tensor in module.state_dict().items() if name in changing]
     kept = None if optimizer is None else moments(optimizer, with_weights=bool(averages))
     if not is_writer:
-        for _ in itertools.chain(tensors, kept or ()):
-            pass
+        for _, tensor in itertools.chain(tensors, kept or ()):
+            gather(tensor)
         return
     record = stage_record(module, folder, global_step=global_step)
     write_artefact(folder, tensors=tensors, meta=record | {"shortened": shortened}, moments=kept)
-
-
-def _full(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()

@@ -24,6 +24,8 @@ class StopSignals:
     def listen(self, trainer: Trainer) -> None:
         """From now on signals are noted; a second Ctrl-C ends the process at once."""
         self.received = None
+        # by which the first rank asks Lightning's handlers, in every micro-batch, and waits for the device
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         if threading.current_thread() is not threading.main_thread():
             return
 

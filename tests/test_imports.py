@@ -13,6 +13,7 @@ COMMON = {
     "vlm",
     "vlm.errors",
     "vlm.geometry",
+    "vlm.levels",
     "vlm.sample",
     "vlm.batch",
     "vlm.codec",
@@ -24,10 +25,10 @@ READING = {"vlm.checkpoints.files", "vlm.checkpoints.tables"}
 """A part's description reads its base weights."""
 
 ALLOWED = {
-    "vlm.bert": set(),
+    "vlm.bert": {"vlm.functional"},
     "vlm.vision": {"vlm.functional", *READING},
     "vlm.connectors": {"vlm.functional", "vlm.bert", *READING},
-    "vlm.language": {"vlm.bert", *READING},
+    "vlm.language": {"vlm.functional", "vlm.bert", *READING},
     "vlm.systems": {
         *("vlm.module", "vlm.vision", "vlm.connectors", "vlm.language", "vlm.prompts"),
         *("vlm.functional", "vlm.in_batch", "vlm.moving", "vlm.evaluation.retrieval"),

@@ -18,6 +18,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from vlm.levels import look_up
+
 IGNORE = -100
 """Target of a position that is not trained."""
 EVENTS = ("cut_documents", "dropped_images", "cut_instructions", "cut_answers")
@@ -160,7 +162,7 @@ class Views:
     """Pictures of one resolution that go through one tower together.
 
     Attributes:
-        pixels: float32[V, 3, H, W], normalised.
+        values: uint8[V, 3, H, W], levels of colours, which `table` normalises; or float32[V, 3, H, W], normalised.
         image_of_view: int64[V], image (counted over the pack) that each view shows.
         sample_of_image: int64[I], sample in the pack that each image belongs to.
         grid: per image (columns, rows) of its tiles; (1, 1) when it is one view.
@@ -170,10 +172,13 @@ class Views:
             order.
         cu_seqlens: int32[S + 1], where the features of each sequence start, of a stream that layers look at.
         max_len: most of these features of a sequence, a plain int.
+        table: float32[3, 256], what each level becomes (`vlm.levels`).
+        whole: float32[I, 3, H, W], normalised: a view of each image that `values` lacks, in front of the tiles of its
+            `grid`.
         keys: of each view, a name for its pixels, where features are kept under it; empty elsewhere.
     """
 
-    pixels: Tensor
+    values: Tensor
     image_of_view: Tensor
     sample_of_image: Tensor
     grid: tuple[tuple[int, int], ...]
@@ -181,14 +186,25 @@ class Views:
     layout: Tensor | None = None
     cu_seqlens: Tensor | None = None
     max_len: int = 0
+    table: Tensor | None = None
+    whole: Tensor | None = None
     keys: tuple[str, ...] = ()
+
+    @property
+    def pixels(self) -> Tensor:
+        """float32[V, 3, H, W], normalised; made where `values` are, each time that it is asked for."""
+        pixels = self.values if self.table is None else look_up(self.values, self.table)
+        if self.whole is None:
+            return pixels
+        tiles = pixels.split([columns * rows for columns, rows in self.grid])
+        return torch.cat([view for image in zip(self.whole[:, None], tiles, strict=True) for view in image])
 
     @classmethod
     def blank(cls, height: int, width: int, *, device: torch.device | str) -> "Views":
         """One view without content, of an image of the first sample."""
         first = torch.zeros(1, dtype=torch.int64, device=device)
-        pixels = torch.zeros(1, 3, height, width, device=device)
-        return cls(pixels, image_of_view=first, sample_of_image=first, grid=((1, 1),), size=((width, height),))
+        values = torch.zeros(1, 3, height, width, device=device)
+        return cls(values, image_of_view=first, sample_of_image=first, grid=((1, 1),), size=((width, height),))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Views":
         return _to_device(self, device, non_blocking)

@@ -169,10 +169,6 @@ class Codec(ABC):
     def collate(self, items: Sequence[Encoded], *, counts: Mapping[str, float], packs: int = 1) -> Batch:
         """One pack; decodes the images. `counts` are the denominators of the whole step."""
 
-    def normalization(self, stream: str) -> tuple[Sequence[float], Sequence[float]]:
-        """Mean and standard deviation, by colour, that the pixels of a stream of views are normalised with."""
-        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Generated ids as text, special tokens and the stop mark removed."""
@@ -197,11 +193,14 @@ class ViewStream:
     """How images become the views of one stream.
 
     Attributes:
-        transform: image -> float32[3, H, W], or float32[views, 3, H, W] where an image has several views.
+        transform: image -> uint8[3, H, W], or uint8[tiles, 3, H, W] where an image has several views; or these and
+            float32[3, H, W], a view of the whole that only normalised pixels make.
+        table: float32[3, 256], what each level of a colour becomes.
         grid: width, height -> (columns, rows) of an image's tiles; None: it has none.
     """
 
-    transform: Callable[[Image.Image], Tensor]
+    transform: Callable[[Image.Image], Tensor | tuple[Tensor, Tensor]]
+    table: Tensor
     grid: Callable[[int, int], tuple[int, int]] | None = None
 
 
@@ -217,7 +216,9 @@ def read_views(
         streams: sample, `seed` -> how its images are seen; the names are the same for every sample.
         augment: what happens to an image before it in training, given `seed` and `places`.
     """
-    pixels: dict[str, list[Tensor]] = {}
+    values: dict[str, list[Tensor]] = {}
+    wholes: dict[str, list[Tensor]] = {}
+    tables: dict[str, Tensor] = {}
     grids: dict[str, list[tuple[int, int]]] = {}
     owners, sizes = [], []
     for owner, item in enumerate(items):
@@ -231,17 +232,24 @@ def read_views(
                 image = augment(image, seed=seed_from(item.seed, index), places=item.places)
             for name, stream in seen.items():
                 made = stream.transform(image)
-                pixels.setdefault(name, []).append(made if made.ndim == 4 else made[None])
+                levels, *whole = made if isinstance(made, tuple) else (made,)
+                values.setdefault(name, []).append(levels if levels.ndim == 4 else levels[None])
+                wholes.setdefault(name, []).extend(whole)
+                tables[name] = stream.table
                 grids.setdefault(name, []).append((1, 1) if stream.grid is None else stream.grid(*size))
     return {
         name: Views(
-            pixels=torch.cat(views),
-            image_of_view=torch.repeat_interleave(torch.tensor([len(of_image) for of_image in views])),
+            torch.cat(views),
+            image_of_view=torch.repeat_interleave(
+                torch.tensor([len(of_image) + bool(wholes[name]) for of_image in views])
+            ),
             sample_of_image=torch.tensor(owners),
             grid=tuple(grids[name]),
             size=tuple(sizes),
+            table=tables[name],
+            whole=torch.stack(wholes[name]) if wholes[name] else None,
         )
-        for name, views in pixels.items()
+        for name, views in values.items()
     }
 
 

@@ -4,12 +4,16 @@ A loss is a sum; the step divides it by the denominator of the whole optimizer s
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+MOST_LOGITS = 2**26
+"""Logits that are there at once in training: 0.25 GiB in float32, 2,097 labels of 32,000 words."""
 
 
 def splice(embeds: Tensor, features: Tensor, slots: Tensor) -> Tensor:
@@ -47,6 +51,38 @@ def token_loss(logits: Tensor, targets: Tensor, weights: Tensor, *, label_smooth
     """
     losses = F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=label_smoothing)
     return (losses * weights).sum()
+
+
+def projected_loss(
+    project: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    vocabulary: int,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """`token_loss` of `project(hidden)`, of so many labels at once as make `MOST_LOGITS`.
+
+    The logits of a part are made again in the backward pass, which costs the projection at the label positions once
+    more. Fewer labels are one part, of which nothing is made again.
+
+    Args:
+        project: float[n, D] -> float[n, vocabulary].
+        hidden: float[L, D].
+        targets: int64[L].
+        weights: float32[L].
+    """
+
+    def loss(hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        return token_loss(project(hidden), targets, weights, label_smoothing=label_smoothing)
+
+    rows = max(1, MOST_LOGITS // vocabulary)
+    if len(hidden) <= rows:
+        return loss(hidden, targets, weights)
+    parts = zip(hidden.split(rows), targets.split(rows), weights.split(rows), strict=True)
+    losses: list[Tensor] = [checkpoint(loss, *part, use_reentrant=False) for part in parts]
+    return torch.stack(losses).sum()
 
 
 def zero_from(parameters: Iterable[nn.Parameter]) -> Tensor | float:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from vlm.building.instantiate import instantiate, model_of
+from vlm.building.precision import AUTOCAST
 from vlm.checkpoints.published.open import describe_published, find_weights, is_artefact
 from vlm.checkpoints.resume.opened import read_trained
 from vlm.errors import UserError
@@ -18,6 +19,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     quantized: bool = True,
+    as_trained: bool = False,
 ) -> Any:
     """Opens a finished system for `generate`, `score` and `embed`; or to be trained on, by a trainer's `fit`.
 
@@ -28,6 +30,7 @@ def load(
         device: such as `cuda`; None: the CPU.
         dtype: a type of torch or its name, for the weights; None: as they are.
         quantized: keep in 4 bits what was so in training (QLoRA); False: the base weights as they are published.
+        as_trained: compute in bfloat16 or float16 what the training's autocast did; False: everything in float32.
 
     Returns:
         The system, in eval mode.
@@ -37,14 +40,17 @@ def load(
             changed; no such device or type.
     """
     kind, weights = _dtype(dtype), find_weights(path)
+    precision = None
     if is_artefact(weights):
         artefact = read_trained(weights)
+        precision = artefact.meta.get("precision")
         model, weights = model_of(artefact), str(artefact.folder)
     else:
         model = describe_published(weights).model
     module = instantiate(model)
     module.weights = weights
     module.quantized = quantized
+    module.computes_in = AUTOCAST.get(str(precision)) if as_trained else None
     module.configure_model()
     if kind is not None:
         for parameter in module.parameters():  # not the buffers: rotary tables lose positions when they are rounded
@@ -69,12 +75,14 @@ def open_system(weights: str, *, device: str | None = None, dtype: str | None = 
     Args:
         weights: what `--weights` takes.
         device: cuda where there is one, by default.
-        dtype: name of a type of torch, for the weights; None leaves them as they are.
+        dtype: name of a type of torch, for the weights; None leaves them as they are, and computes on CUDA as the
+            training did, where attention in float32 is slow.
 
     Raises:
         UserError: what `vlm.load` raises, or no such device.
     """
-    module = load(weights, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype=dtype)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    module = load(weights, device=device, dtype=dtype, as_trained=dtype is None and device.startswith("cuda"))
     if module.weights != weights:
         print(f"weights: {module.weights}", file=sys.stderr)
     return module

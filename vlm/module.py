@@ -40,7 +40,6 @@ from vlm.moving import changing_names
 from vlm.sample import Sample
 from vlm.seeding import seed_from
 from vlm.stages import Stage
-from vlm.vision.feature_files import with_keys
 
 
 class VisionLanguageModule(LightningModule):
@@ -61,16 +60,17 @@ class VisionLanguageModule(LightningModule):
         judges: who judges which samples in validation and test.
         decoding: how `predict_step` searches for answers; greedy where it is None.
         shard: applies FSDP2 to the still empty network; set by the `MixedPrecisionFSDP` callback.
+        compile_network: compiles blocks of the still empty network; set by the `CompiledBlocks` callback.
         load_report: where each tensor came from, after `configure_model`.
         frozen_hashes: content of the frozen tensors as they were read, {name: hash}; what checkpoints refer to.
         frozen_dtype: of the frozen weights of linear layers and convolutions under `bf16-mixed` or `16-mixed`; None:
             they are in float32 like everything else.
+        computes_in: what autocast computes in where there is no trainer (`vlm.load`); None: in float32.
         ties: {alias: owner} of parameters that are one tensor.
         running: {term: this rank's share of the step's mean, over the micro-batches done so far}.
         averages: {name: float32 moving average of a trained tensor}, which artefacts hold in the place of the tensor;
             kept by the `EMA` callback, None without it.
         references: the stage, and how its artefact refers to what it follows.
-        names_views: views of a trainer's packs have names, under which features are kept (`callbacks.FeatureCache`).
         epochs_done: epochs of the stage that are done when the present step begins, as in 1.25; infinite outside of
             training, where every ramp is over. `global_step` has the steps.
     """
@@ -111,12 +111,13 @@ class VisionLanguageModule(LightningModule):
         self.load_report: LoadReport | None = None
         self.frozen_hashes: dict[str, str] = {}
         self.frozen_dtype: torch.dtype | None = None
+        self.computes_in: torch.dtype | None = None
         self.ties: dict[str, str] = {}
         self.running: dict[str, Tensor] = {}
         self.averages: dict[str, Tensor] | None = None
         self.epochs_done = math.inf
         self.references: tuple[Stage | None, list[dict[str, Any]]] = (None, [])
-        self.names_views = False
+        self.compile_network: Callable[[nn.Module], None] | None = None
         self._next_epoch = 0
         self._total_steps: int | None = None
         self.built_for: tuple[Stage | None, Stage | None] = (None, None)
@@ -215,9 +216,6 @@ class VisionLanguageModule(LightningModule):
         fill(self, added=added)
 
     # -- training
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return with_keys(batch) if self.names_views and isinstance(batch, Batch) else batch
 
     def configure_optimizers(self) -> Any:
         assert self.stage is not None  # `configure_model` has seen to it

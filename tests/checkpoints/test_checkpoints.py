@@ -1,4 +1,4 @@
-import vlm  # noqa: F401  (first: repairs torchvision)
+import vlm  # first: repairs torchvision
 
 import errno
 import json
@@ -7,10 +7,12 @@ import os
 import pickle
 import subprocess
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+import vlm.checkpoints.files.weights
 from safetensors.torch import load_file, save_file
 
 from vlm.checkpoints.files import atomic
@@ -87,6 +89,20 @@ def test_written_file_is_read_by_safetensors(tmp_path, tensors):
     write_safetensors(tmp_path / "x.safetensors", [*tensors.items(), ("t", transposed)], metadata={"origin": "test"})
     same(load_file(tmp_path / "x.safetensors"), {**tensors, "t": transposed})
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_one_tensor_at_a_time_is_gathered(tmp_path, tensors, monkeypatch):
+    made = []
+
+    def gather(tensor):
+        assert not [before for before in made if before() is not None], "an earlier one is still held"
+        made.append(weakref.ref(whole := tensor.clone()))
+        return whole
+
+    monkeypatch.setattr(vlm.checkpoints.files.weights, "gather", gather)
+    write_safetensors(tmp_path / "x.safetensors", tensors.items(), hashes=(hashes := {}))
+    assert len(made) == len(tensors)
+    assert hashes == {name: hash_tensor(tensor) for name, tensor in tensors.items()}
 
 
 def test_hash_sees_dtype_shape_and_bits():

@@ -13,7 +13,7 @@ from vlm.command_line.classes import import_classes
 from vlm.command_line.commands import OPTIONS
 from vlm.command_line.config_faults import Section, find_fault, find_lost_key
 from vlm.command_line.layers import Layer, read_layers
-from callbacks import Evaluation, Health, Predictions, ResumeCheckpoint, StageTransition, Throughput
+from callbacks import Evaluation, Health, Predictions, ResumeCheckpoint, StageTransition, ThroughputMonitor
 from vlm.data import VisionLanguageData
 from vlm.module import VisionLanguageModule
 from vlm.recipes.catalogue import find_recipe
@@ -26,7 +26,7 @@ SECTIONS = {
     "stage": Section(StageTransition),
     "checkpoint": Section(ResumeCheckpoint),
     "health": Section(Health),
-    "throughput": Section(Throughput),
+    "throughput": Section(ThroughputMonitor),
     "predictions": Section(Predictions),
     "evaluation": Section(Evaluation),
     "trainer": Section(Trainer),

@@ -344,7 +344,8 @@ def test_every_shipped_recipe(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_slurm_script_starts_every_stage(tmp_path: Path) -> None:
-    programs = {"srun": 'echo "$@" >> "$CALLS"; [ "${@: -1}" != --fail ]', "python": f'exec {sys.executable} "$@"'}
+    srun = 'echo "$@" >> "$CALLS"; case "${@: -1}" in --fail) exit 1;; --stop) exit 143;; esac'
+    programs = {"srun": srun, "scontrol": 'echo "$@" >> "$CALLS"', "python": f'exec {sys.executable} "$@"'}
     for name, body in programs.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
@@ -353,17 +354,26 @@ def test_the_slurm_script_starts_every_stage(tmp_path: Path) -> None:
         "CALLS": str(tmp_path / "calls"),
         "SLURM_NNODES": "2",
         "SLURM_NTASKS_PER_NODE": "8",
+        "SLURM_JOB_ID": "7",
     }
-    script = ROOT / "configs/cluster/slurm.sh"
-    subprocess.run(["bash", script, "llava_1_5", "--a=1"], cwd=ROOT, env=environment, check=True)
-    assert (tmp_path / "calls").read_text().splitlines() == [
-        f"--kill-on-bad-exit=1 python -m cli fit --recipe llava_1_5 --stage {stage} -- "
+
+    def run(*options: str) -> tuple[int, list[str]]:
+        (tmp_path / "calls").write_text("")
+        script = ROOT / "configs/cluster/slurm.sh"
+        status = subprocess.run(["bash", script, "llava_1_5", *options], cwd=ROOT, env=environment).returncode
+        return status, (tmp_path / "calls").read_text().splitlines()
+
+    calls = [
+        f"--kill-on-bad-exit=1 python -m cli fit --recipe llava_1_5 --stage {stage} -c configs/cluster/hybrid.yaml -- "
         "--trainer.num_nodes=2 --trainer.devices=8 --a=1"
         for stage in ("1_align", "2_finetune")
     ]
-    (tmp_path / "calls").unlink()
-    assert subprocess.run(["bash", script, "llava_1_5", "--fail"], cwd=ROOT, env=environment).returncode != 0
-    assert len((tmp_path / "calls").read_text().splitlines()) == 1, "nothing follows a stage that failed"
+    assert run("hybrid", "--a=1") == (0, calls)
+    status, made = run("fsdp2", "--fail")
+    assert (status, len(made)) == (1, 1), "nothing follows a stage that failed"
+    status, made = run("fsdp2", "--stop")
+    assert (status, made[1:]) == (143, ["requeue 7"])
+    assert run("horovod") == (2, [])
 
 
 @pytest.mark.slow

@@ -46,6 +46,15 @@ def test_refused_in_one_line(case: str, world: World, capfd: pytest.CaptureFixtu
     assert words in said[0]
 
 
+def test_restarts_that_would_wait_for_the_dead(
+    world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert world.fit() == 2
+    assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capfd.readouterr().err
+
+
 def test_obeyed_together(world: World, capfd: pytest.CaptureFixture[str]) -> None:
     source = {"class_path": "LlavaJson", "init_args": {"path": str(world.folder / "data.json")}}
     loggers = [

@@ -92,7 +92,7 @@ class FormatCodec(Codec):
             for _, image in pictures
         ]
         return Views(
-            pixels=torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side),
+            torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side),
             image_of_view=torch.arange(len(pictures)),
             sample_of_image=torch.tensor([at for at, _ in pictures], dtype=torch.int64),
             grid=((1, 1),) * len(pictures),

@@ -16,7 +16,7 @@ from PIL import Image as Picture
 
 from tests.support.fake_codec import ByteCodec
 from vlm.data import BatchSpec, HubDataset, Mixture, Parquet, VisionLanguageData
-from vlm.data.sampling.order import shuffled_blocks
+from vlm.data.sampling.order import Blocks, shuffled_blocks
 from vlm.data.wrappers.held_out import HoldOut
 from vlm.errors import SampleError, UserError
 from vlm.sample import ImagePart, TextPart
@@ -166,7 +166,7 @@ def test_a_stream_is_shuffled_by_blocks_and_goes_on_exactly(tmp_path: Path, mixt
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(1, 5), st.integers(0, 3))
 def test_blocks_are_left_behind(sizes: list[int], together: int, epoch: int) -> None:
     ends = np.cumsum(sizes)
-    order = shuffled_blocks((ends, together), seed=1, epoch=epoch)
+    order = shuffled_blocks(Blocks(ends, together), seed=1, epoch=epoch)
     assert sorted(order) == list(range(ends[-1]))
     blocks = np.searchsorted(ends, order, side="right").tolist()
     for block in set(blocks):

@@ -4,14 +4,12 @@ What it computes is written out, in float32, and rounded to the dtype of its inp
 """
 
 import itertools
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 import vlm.language.attention
 from vlm.batch import Batch
@@ -91,7 +89,7 @@ class StandIn:
         assert query.shape[2] % 8 == 0
         assert key.shape == value.shape
         assert all(tensor.stride(-1) == 1 for tensor in (query, key, value))
-        with torch._C.DisableTorchFunction():  # a kernel reads its bounds where they are
+        with torch._C.DisableTorchFunction():  # a kernel reads its bounds where they are: `tests.support.host_reads`
             for tensor, of, most in zip(bounds, (query, key), longest, strict=True):
                 assert tensor.dtype == torch.int32
                 assert tensor.is_contiguous()
@@ -174,27 +172,3 @@ def gradients(
         loss = sum(module.losses(batch).values())
     loss.backward()
     return loss.item(), {n: p.grad.float().cpu() for n, p in module.named_parameters() if p.requires_grad}
-
-
-class _Waiting(TorchFunctionMode):
-    """Raises where Python asks for a value, which on a GPU makes the host wait for the device."""
-
-    READS = {
-        getattr(torch.Tensor, name)
-        for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "cpu", "numpy")
-    } | {torch.nonzero, torch.equal, torch.unique}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func not in self.READS, f"the host waits for {func.__name__}"
-        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
-            index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            masks = [i for i in index if isinstance(i, Tensor) and i.dtype == torch.bool]
-            assert not masks, "the host waits to count a mask"
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def no_host_reads() -> Iterator[None]:
-    """Inside, a value that Python reads from a tensor fails the test."""
-    with _Waiting():
-        yield

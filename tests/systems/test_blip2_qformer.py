@@ -297,14 +297,15 @@ def _ranks(folder: str) -> list[dict[str, Tensor]]:
     return [_fit(folder, how) for how in ("ddp", "fsdp")]
 
 
-def test_all_samples_of_a_step_are_compared_on_any_devices(tmp_path: Path) -> None:
-    """Two ranks with one pack each take the step that one process with the whole batch takes."""
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_all_samples_of_a_step_are_compared_on_any_devices(world: int, tmp_path: Path) -> None:
+    """Ranks with one pack each take the step that one process with the whole batch takes."""
     alone, start = _fit(str(tmp_path), None), blip2_qformer(same_image=True)
     start.configure_model()
     begun = start.state_dict()
     moved = max((alone[name] - begun[name]).abs().max().item() for name in alone)
     assert moved > 1e-2
-    for rank in run_ranks(_ranks, 2, str(tmp_path)):
+    for rank in run_ranks(_ranks, world, str(tmp_path)):
         for found in rank:
             far = {name: (found[name] - tensor).abs().max().item() for name, tensor in alone.items()}
             assert max(far.values()) < 1e-5, max(far.items(), key=lambda pair: pair[1])

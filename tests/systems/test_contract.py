@@ -317,7 +317,7 @@ def test_a_step_is_the_same_however_it_is_split(name: str, tmp_path: Path) -> No
     system.pool(tmp_path, 8)  # before the ranks would write the same files
     whole = _run(tmp_path, name, 1)
     assert any(gradient.abs().max() > 1e-3 for gradient in whole["gradients"][0].values())
-    for accumulate in (2, 4, 8) if system.batch.negatives is None else ():  # else it is published
+    for accumulate in (2, 8) if system.batch.negatives is None else ():  # else it is published
         _assert_same_run(_run(tmp_path, name, accumulate), whole)
     for rank in run_ranks(_run, 2, tmp_path, name, 2 if system.batch.negatives is None else 1):
         _assert_same_run(rank, whole)
@@ -421,6 +421,9 @@ def test_frozen_weights_in_half_precision_change_no_number(
         assert torch.equal(loaded.get_parameter(n).to(torch.bfloat16), module.get_parameter(n))
     if "generate" in SYSTEMS[name].uses:
         assert module.generate(pool[:1], decoding=Decoding(max_new_tokens=2))
+    if name == "llava_1_5":
+        opened = vlm.load(tmp_path / "half" / "artefact", as_trained=True)
+        assert all(map(torch.equal, opened.score(pool), module.score(pool)))
     with pytest.raises(UserError, match="built under bf16-mixed"):
         trainer(tmp_path, max_epochs=1).validate(module, Planned(pool, [range(3)], SYSTEMS[name].batch))
 

@@ -21,7 +21,7 @@ from PIL import Image, ImageColor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, distributed
 
-from callbacks import Health, LogCadence, Predictions, Progress, ResumeCheckpoint, Throughput
+from callbacks import Health, LogCadence, Predictions, Progress, ResumeCheckpoint, ThroughputMonitor
 from callbacks.progress import wrapped
 from tests.support.ranks import run_ranks
 from tests.support.samples import samples
@@ -215,7 +215,7 @@ def _measured(folder: Path, run: str, fsdp: str | None, **options: Any) -> list[
         folder,
         _made(),
         recorder,
-        Throughput(),
+        ThroughputMonitor(),
         Health(every_n_steps=2),
         fsdp=fsdp,
         logger=TensorBoardLogger(folder, name="", version=run),
@@ -277,7 +277,7 @@ def test_the_wait_for_data_is_measured(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(type(module.codec), "encode", slow)
     logger = TensorBoardLogger(tmp_path, name="", version="slow")
-    run = trainer(tmp_path, callbacks=[Throughput()], max_steps=4, logger=logger, log_every_n_steps=4)
+    run = trainer(tmp_path, callbacks=[ThroughputMonitor()], max_steps=4, logger=logger, log_every_n_steps=4)
     run.fit(module, datamodule=data)
     assert 0.5 < _scalars(tmp_path / "slow")["speed/data_wait"][3] < 1
 
@@ -345,7 +345,7 @@ def test_panels_leave_training_as_it_is(tmp_path: Path) -> None:
         run.fit(module, datamodule=data)
         return recorder.losses
 
-    assert losses() == losses(Predictions(max_new_tokens=3), Health(every_n_steps=1), Throughput())
+    assert losses() == losses(Predictions(max_new_tokens=3), Health(every_n_steps=1), ThroughputMonitor())
 
 
 def test_every_system_can_be_shown(tmp_path: Path) -> None:
@@ -401,6 +401,7 @@ def test_a_short_run_shows_how_it_goes(
     }
     assert sorted(highest, key=highest.__getitem__) == ["connector", "language.lm_head", "language.model"]
     assert not {"train/lm", "val/lm"} & scalars.keys()
+    assert "steps 1 to 20 of 20, all done" in (world.run / "report.md").read_text()
     lines = [line for line in out.splitlines() if line.startswith("1_align: ")]
     told = [int(re.match(r"1_align: step (\d+) of 20, ", line)[1]) - 1 for line in lines if ": step" in line]
     assert told == list(logged)
@@ -423,7 +424,9 @@ def test_a_stage_that_a_validation_ends_has_its_last_step_in_the_log(tmp_path: P
     data = InstructionData([source], val_sources=[source], batch=BatchSpec(2))
     logger = TensorBoardLogger(tmp_path, name="", version="ended")
     never = L.pytorch.callbacks.EarlyStopping("val/loss", patience=1, min_delta=1e9)
-    run = trainer(tmp_path, callbacks=[LogCadence(adapt=False), Throughput(), never], logger=logger, max_epochs=9)
+    run = trainer(
+        tmp_path, callbacks=[LogCadence(adapt=False), ThroughputMonitor(), never], logger=logger, max_epochs=9
+    )
     run.fit(module, datamodule=data)
     assert run.global_step == 6  # two epochs of three steps
     assert list(_scalars(tmp_path / "ended")["train/loss"]) == [5]

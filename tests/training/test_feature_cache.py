@@ -14,6 +14,7 @@ import torch
 from callbacks import FeatureCache
 from tests.support.systems import RATE, SYSTEMS, build, make
 from tests.support.training import Recorder, packs, trainer
+from vlm.data.loading.opaque import OpaqueBatch
 from vlm.codec import step_counts
 from vlm.errors import UserError
 from vlm.stages import Trained
@@ -40,6 +41,11 @@ def test_every_frozen_tower(name: str, tmp_path: Path) -> None:
     module.requires_grad_(False).eval()
     items = [module.codec.encode(sample) for sample in SYSTEMS[name].pool(tmp_path, 3)]
     batch = with_keys(module.codec.collate(items, counts=step_counts(items)))
+    module.names_views = True
+    sealed = module.on_before_batch_transfer(OpaqueBatch(batch), 0)  # as the data modules hand it to a trainer
+    assert {name: views.keys for name, views in sealed.to("cpu").views.items()} == {
+        name: views.keys for name, views in batch.views.items()
+    }
     plain = losses(module, batch)
     files = {}
     for part, description in module.arguments.items():

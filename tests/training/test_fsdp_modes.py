@@ -3,20 +3,29 @@
 What training is held against is one process in float32; losses and gradients are `tests.training.test_fsdp.train`'s.
 """
 
+import weakref
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.sharding_table import fake_ranks
 from callbacks import FSDP2Strategy, MixedPrecisionFSDP
 from tests.support.ranks import run_ranks
 from tests.support.samples import samples
+from tests.support.systems import SYSTEMS, make
 from tests.training.test_fsdp import MIXED, run_saved, same, train
+from vlm.building.build import assemble
+from vlm.planning.machine import Machine, Sharing, find_gpu
+from vlm.planning.memory import memory_of
 
-LONG = tuple((*step, *step) for step in MIXED)
+LONG = tuple((*step, *step) for step in MIXED[:2])
 """Two packs a step for each of four ranks."""
 
 
@@ -86,13 +95,61 @@ def test_words_of_sharding(tmp_path: Path) -> None:
             assert kind["dtypes"]["vision.trunk.blocks.0.attn.qkv.weight"] == torch.bfloat16  # frozen
             assert kind["dtypes"]["vision.trunk.blocks.0.norm1.weight"] == torch.float32
         assert true["losses"][0] == mixed["losses"][0]  # the same rounded weights
-        print("bf16-mixed", far(mixed, one), "bf16-true", far(true, one))
         for kind in (mixed, true):
             losses, gradients = far(kind, one)
             assert 0 < losses < 5e-4  # 5e-6 and 4e-5 seen
             assert gradients < 0.02  # 0.004 seen
         changes = {name: (t - one["weights"][name]).abs().max().item() for name, t in mixed["weights"].items()}
         assert max(changes.values()) < 0.05
+
+
+# -- as one of eight ranks
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the tensors that are made, at their most; pages of a file that is read in place are not among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = out.to_local() if isinstance(out, DTensor) else out
+        is_new = not any(returned.alias_info for returned in func._schema.returns)
+        if is_new and isinstance(made, Tensor) and made.device.type == "cpu":
+            storage = made.untyped_storage()
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._forget, storage.nbytes())
+        return out
+
+    def _forget(self, size: int) -> None:
+        self.now -= size
+
+
+def test_a_rank_holds_one_tensor_beside_its_shards(tmp_path: Path) -> None:
+    """Read from files or drawn; what it holds is what the plan says."""
+    whole = make("llava_1_5")
+    whole.configure_model()
+    part, description = SYSTEMS["llava_1_5"].base_weights(whole, tmp_path)
+    module, planned = (make("llava_1_5", **{part: description}) for _ in range(2))
+    with fake_ranks(8) as mesh:
+        module._device_mesh, module.shard = mesh, MixedPrecisionFSDP("32-true").shard
+        with Alive() as alive:
+            module.configure_model()
+        shards = sum(p.to_local().untyped_storage().nbytes() for p in module.parameters() if isinstance(p, DTensor))
+    assert module.load_report is not None
+    assert module.load_report.loaded
+    assert module.load_report.new
+    largest = max(p.nbytes for p in whole.parameters())
+    print(f"shards {shards:,}, at most {alive.most:,}, largest tensor {largest:,}")
+    assert alive.most < shards + 1.3 * largest
+    with torch.device("meta"):
+        assemble(planned)
+    nothing: Any = SimpleNamespace(alive={})
+    memory = memory_of(planned, nothing, Machine(find_gpu("80"), 8, "fsdp2", Sharing("32-true")))
+    assert memory.fixed["weights"] == pytest.approx(shards, rel=0.05)
 
 
 # -- on four ranks
@@ -108,21 +165,21 @@ KINDS = {
 
 
 def _both_precisions(folder: Path, case: str) -> tuple[dict, dict]:
-    return train(folder, case, "32-true"), train(folder, case, "bf16-mixed")
+    return train(folder, case, "32-true", SHORT), train(folder, case, "bf16-mixed", SHORT)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_four_ranks_equal_one_process(kind: str, tmp_path: Path) -> None:
     samples(tmp_path)
-    one = train(tmp_path, KINDS[kind], None)
+    one = train(tmp_path, KINDS[kind], None, SHORT)
     for exact, rounded in run_ranks(_both_precisions, 4, tmp_path, KINDS[kind]):
         assert exact["losses"] == pytest.approx(one["losses"], rel=1e-6)
         for theirs, ours in zip(one["gradients"], exact["gradients"], strict=True):
             same(ours, theirs, atol=5e-6)
-        print(kind, far(rounded, one))
-        assert far(rounded, one)[0] < 0.02
-        assert far(rounded, one)[1] < 0.05
+        losses, gradients = far(rounded, one)
+        assert losses < 1e-3  # 7e-6 to 2e-4 seen
+        assert gradients < 0.03  # 0.004 to 0.010 seen
 
 
 def _hybrid(folder: Path) -> dict[str, Any]:

@@ -6,9 +6,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from torch import distributed
 
-from callbacks import Health, LogCadence, Progress, Throughput
+from callbacks import Health, LogCadence, Progress, ResumeCheckpoint, ThroughputMonitor
 from tests.support.host_reads import HostReads, no_copies
+from tests.support.ranks import run_ranks
 from tests.support.systems import RATE, SYSTEMS, make
 from tests.support.training import packs, trainer
 from tests.support.varlen import StandIn
@@ -62,10 +64,55 @@ def test_a_run_reads_where_it_logs_alone(monkeypatch: pytest.MonkeyPatch, tmp_pa
         log_every_n_steps=3,
         gradient_clip_val=1.0,
         enable_progress_bar=True,
-        callbacks=[reads, LogCadence(adapt=False), Health(every_n_steps=3), Throughput(), Progress()],
+        callbacks=[reads, LogCadence(adapt=False), Health(every_n_steps=3), ThroughputMonitor(), Progress()],
     )
     with reads.mode:
         run.fit(module, packs(module, tmp_path, [[[0, 1], [2, 3]]] * 6))
     found = {step: [read for read in places if "torch/optim/" not in read] for step, places in reads.of_step.items()}
     read = {step for step, places in found.items() if places}
     assert {3, 6} <= read <= {2, 3, 4, 6}, found  # 2: what was measured at the first step, which has arrived by then
+
+
+def _collectives(folder: Path) -> dict[int, list[str]]:
+    """{step: what a rank asks of the others in it, outside of DDP's own sums of gradients}."""
+    of_step: dict[int, list[str]] = {}
+    module = make("llava_1_5", {"connector": RATE})
+    run = trainer(
+        folder,
+        world=2,
+        strategy="ddp",
+        max_epochs=1,
+        accumulate_grad_batches=2,
+        log_every_n_steps=3,
+        enable_checkpointing=True,
+        callbacks=[LogCadence(adapt=False), Health(every_n_steps=3), ThroughputMonitor(), ResumeCheckpoint()],
+    )
+
+    def noted(name: str) -> Any:
+        plain = getattr(distributed, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            of_step.setdefault(run.global_step, []).append(name)
+            return plain(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (
+            "all_reduce",
+            "barrier",
+            "broadcast",
+            "_broadcast_coalesced",
+            "all_gather_object",
+            "broadcast_object_list",
+        ):
+            patch.setattr(distributed, name, noted(name))
+        run.fit(module, packs(module, folder, [[[0, 1], [2, 3], [4], [5]]] * 6, world=2, rank=distributed.get_rank()))
+    return of_step
+
+
+@pytest.mark.slow
+def test_the_ranks_wait_for_each_other_where_they_log_alone(tmp_path: Path) -> None:
+    """Otherwise there are the sum of the step's losses, and what any rank wants, asked without a device."""
+    asked = run_ranks(_collectives, 2, tmp_path)[0]
+    assert asked[5] == ["all_reduce"] * 2, asked

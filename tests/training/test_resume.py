@@ -93,7 +93,7 @@ class World:
                 "callbacks": [PROBE],
             },
             "stage": {"train": {"connector": {"lr": 1e-2}, "language": {"lr": 1e-2, "weight_decay": 0.1}}},
-            "checkpoint": {"every_n_train_steps": 2},
+            "checkpoint": {"every_n_train_steps": 2, "background": True},
         }
 
     def command(self, run: Path, *options: str) -> list[str]:
@@ -103,7 +103,9 @@ class World:
         configs = [argument for file in files for argument in ("-c", str(file))]
         return [sys.executable, "-m", "cli", "fit", *configs, f"--trainer.default_root_dir={run}", *options]
 
-    def start(self, run: Path, *options: str, kill: str = "", pause: float = 0.0) -> subprocess.Popen:
+    def start(
+        self, run: Path, *options: str, kill: str = "", pause: float = 0.0, launcher: tuple[str, ...] = ()
+    ) -> subprocess.Popen:
         """A process, the leader of its group; see `tests.support.probe` for `kill` and `pause`."""
         # the temporary directory lies on another filesystem than the run folder
         temporary = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
@@ -113,8 +115,9 @@ class World:
             "OMP_NUM_THREADS": "1",
             "TMPDIR": temporary,
         }
+        python, *words = self.command(run, *options)
         return subprocess.Popen(
-            self.command(run, *options),
+            [python, *launcher, *words],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -312,7 +315,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "number"), [("ddp", signal.SIGTERM), ("ddp", signal.SIGINT), ("fsdp", signal.SIGTERM)])
+@pytest.mark.parametrize(("how", "number"), [("ddp", signal.SIGINT), ("fsdp", signal.SIGTERM)])
 def test_a_signal_stops_all_ranks_at_one_step(
     how: str, number: signal.Signals, world: World, reference: Callable, tmp_path: Path
 ) -> None:
@@ -333,6 +336,35 @@ def test_a_signal_stops_all_ranks_at_one_step(
     assert RunFolder(run).last_checkpoint() is not None
     world.fit(run, *options)
     assert_same(run, reference(how))
+
+
+@pytest.mark.slow
+def test_a_dead_rank_ends_the_run_and_torchrun_starts_it_again(
+    world: World, reference: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    process = world.start(run, *HOW["ddp"], pause=0.3, launcher=torchrun)
+    try:
+        _wait_for(lambda: process.poll() is not None or RunFolder(run).last_checkpoint() is not None)
+        os.kill(_ranks_of(process.pid)[1], signal.SIGKILL)
+        output, _ = process.communicate(timeout=150)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output
+    assert "another rank has ended or does not answer" in output
+    assert f"step 2 of {STEPS}" in output or f"step 4 of {STEPS}" in output
+    assert_same(run, reference("ddp"))
+
+
+def _ranks_of(torchrun: int) -> dict[int, int]:
+    """{local rank: process} of what torchrun has started."""
+    children = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
+    variables = {int(pid): Path(f"/proc/{pid}/environ").read_text().split("\0") for pid in children}
+    ranks = {pid: [text for text in found if text.startswith("LOCAL_RANK=")] for pid, found in variables.items()}
+    return {int(found[0].partition("=")[2]): pid for pid, found in ranks.items() if found}
 
 
 def test_max_time_is_the_time_of_one_start(

@@ -13,7 +13,8 @@ from tests.conftest import golden, golden_json
 from vlm.connectors import JoinNeighbours, Separators
 from vlm.errors import UserError
 from vlm.vision.hd import ROW_END, SEPARATOR, HDTiles
-from vlm.vision.preprocess import normalize
+from vlm.levels import level_table, levels_of, look_up
+from vlm.vision.preprocess import CLIP_MEAN, CLIP_STD
 
 CASE = "xc2_4khd_transform__a"
 IMAGES = golden_json(CASE)["images"]
@@ -38,11 +39,11 @@ def test_the_official_pixels(facts: dict) -> None:
     pixels = np.asarray(canvas)
     assert pixels.shape == (facts["out_h"], facts["out_w"], 3)
     assert hashlib.sha256(pixels.tobytes()).hexdigest() == facts["sha256_uint8_hwc"]
-    whole, *parts = views = tiles.views(normalize(canvas))
-    assert views.shape == (1 + facts["tiles_h"] * facts["tiles_w"], 3, 336, 336)
+    table, levels = level_table(CLIP_MEAN, CLIP_STD), levels_of(canvas)
+    whole, found = tiles.whole(look_up(levels, table)), look_up(tiles.tiles(levels), table)
+    assert found.shape == (facts["tiles_h"] * facts["tiles_w"], 3, 336, 336)
     near = {"atol": 2e-5, "rtol": 0.0}
     torch.testing.assert_close(whole[:, 7::14, 7::14], tensors[f"outputs/img{index}_global_s14"], **near)
-    found = torch.stack(parts)
     torch.testing.assert_close(found.mean((2, 3)), tensors[f"outputs/img{index}_tile_mean"], **near)
     corners = torch.stack([found[:, :, 0, 0], found[:, :, -1, -1]], 1)
     torch.testing.assert_close(corners, tensors[f"outputs/img{index}_tile_first_last_px"], **near)
@@ -107,9 +108,9 @@ def test_a_tile_shows_its_part_of_the_image() -> None:
     image = Image.new("RGB", (60, 120))
     image.paste((255, 0, 0), (0, 60, 60, 120))
     tiles = HDTiles(28, 2, num=2)
-    _, upper, lower = tiles.views(normalize(tiles.canvas(image), mean=(0, 0, 0), std=(1, 1, 1)))
+    upper, lower = tiles.tiles(levels_of(tiles.canvas(image)))
     assert upper[:, 14, 14].tolist() == [0, 0, 0]
-    assert lower[:, 14, 14].tolist() == [1, 0, 0]
+    assert lower[:, 14, 14].tolist() == [255, 0, 0]
 
 
 def test_largest_images() -> None:

@@ -11,8 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vlm.errors import UserError
+from vlm.levels import level_table, levels_again, look_up
 from vlm.vision import preprocess
-from vlm.vision.preprocess import CLIP_MEAN, ImageTransform, RandomCropFlip, pad_to_square
+from vlm.vision.preprocess import CLIP_MEAN, CLIP_STD, ImageTransform, RandomCropFlip, pad_to_square
 
 GOLDEN = Path(__file__).parents[1] / "golden/llava_pixels__a/tensors.safetensors"
 SIZE = 28
@@ -33,9 +34,21 @@ def test_golden_pixels(index):
         ("crop", tensors[f"outputs/square_pixels_{index}"]),
         ("squash", tensors[f"outputs/anyres_pixels_{index}"][0]),
     ):
-        pixels = ImageTransform(SIZE, mode=mode)(image)
+        transform = ImageTransform(SIZE, mode=mode)
+        pixels = look_up(transform(image), transform.table)
         assert pixels.dtype == torch.float32
         torch.testing.assert_close(pixels, expected, atol=1e-5, rtol=0)
+
+
+def test_the_table_is_the_published_arithmetic():
+    """Bit-equal: what the loader made of each byte before pixels travelled as bytes."""
+    levels = torch.arange(256, dtype=torch.uint8).expand(2, 3, 1, 256)
+    for mean, std in ((CLIP_MEAN, CLIP_STD), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))):
+        wide_mean, wide_std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+        table = level_table(mean, std)
+        pixels = look_up(levels, table)
+        assert torch.equal(pixels, (levels.double().div(255).float() - wide_mean) / wide_std)
+        assert torch.equal(levels_again(pixels, table), levels)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (61, 37), (40, 41), (3, 200), (200, 3), (333, 1), (28, 28), (1000, 999)])
@@ -48,7 +61,8 @@ def test_every_shape_agrees_with_the_clip_processor(size, mode):
     target = {"height": SIZE, "width": SIZE} if mode == "squash" else {"shortest_edge": SIZE}
     theirs = CLIPImageProcessorPil(size=target, crop_size={"height": SIZE, "width": SIZE})
     expected = theirs(source, return_tensors="pt")["pixel_values"][0]
-    torch.testing.assert_close(ImageTransform(SIZE, mode=mode)(image), expected, atol=1e-5, rtol=0)
+    transform = ImageTransform(SIZE, mode=mode)
+    torch.testing.assert_close(look_up(transform(image), transform.table), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(90, 31), (31, 90), (2, 91)])

@@ -1,5 +1,5 @@
 from vlm.bert.layer import Attention, BertLayer, BertSize, FeedForward, KeysValues, Lookup, causal_mask, key_mask
-from vlm.bert.text import Embeddings, LMHead, draw_bert
+from vlm.bert.text import Embeddings, LMHead, draw_bert, written_loss
 
 __all__ = [
     "Attention",
@@ -13,4 +13,5 @@ __all__ = [
     "causal_mask",
     "draw_bert",
     "key_mask",
+    "written_loss",
 ]

@@ -1,10 +1,14 @@
 """What stands below and above the layers of BERT: the embeddings and the head that predicts tokens."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlm.batch import Row
 from vlm.bert.layer import BertSize
+from vlm.functional import projected_loss
 
 STD = 0.02
 """Of everything new in a BERT."""
@@ -70,6 +74,24 @@ class LMHead(nn.Module):
         if name != "bias" or len(value) >= len(self.bias):
             return None
         return F.pad(value, (0, len(self.bias) - len(value))), "0 for added tokens"
+
+
+def written_loss(network: Any, hidden: Tensor, row: Row, *, label_smoothing: float) -> Tensor:
+    """float32[]: the loss of texts that a network with an `LMHead` writes.
+
+    Args:
+        network: its `logits` are the scores of words.
+        hidden: float[L, D] states at the label positions.
+        row: the texts.
+    """
+    return projected_loss(
+        network.logits,
+        hidden,
+        row.targets,
+        row.weights,
+        vocabulary=network.embeddings.words.num_embeddings,
+        label_smoothing=label_smoothing,
+    )
 
 
 def draw_bert(module: nn.Module) -> None:

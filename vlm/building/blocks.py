@@ -66,8 +66,16 @@ def recomputed_parts(module: Any) -> dict[str, int]:
     return {part: int(word) for part, word in words.items() if word}
 
 
+def run_block(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A block as its class says, or compiled (`vlm.building.compiled`)."""
+    compiled = vars(block).get("compiled")
+    if compiled is None or not (torch.is_grad_enabled() or vars(block)["compiled_without_gradients"]):
+        return type(block).forward(block, *args, **kwargs)
+    return compiled(block, *args, **kwargs)
+
+
 def _recomputed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    forward = functools.partial(type(block).forward, block, **kwargs)
+    forward = functools.partial(run_block, block, **kwargs)
     if not torch.is_grad_enabled():
         return forward(*args)
     # the same dropout masks and autocast both times; nothing runs again where no gradient arrives

@@ -91,6 +91,8 @@ def assemble(module: Any, *, planned: Sequence[PlannedSurgery] = ()) -> set[str]
         module.requires_grad_(False).eval()
     for part, every in recomputed_parts(module).items():
         recompute_blocks(module.get_submodule(part), every=every)
+    if module.compile_network is not None:
+        module.compile_network(module)
     return {name for name, _ in module.named_parameters()} - plain
 
 
@@ -127,8 +129,10 @@ def fill(module: Any, *, added: Collection[str]) -> None:
         copies=copied_names(module.state_dict().keys() - module.ties.keys(), module.copies) | copied_layers(module),
         moving=moving,
     )
-    # DDP would send queues from the first rank to all before each forward: every rank writes the same into its own
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, sorted(moving))
+    # DDP would send buffers from the first rank to all before each forward. Every rank writes the same into its own
+    # queues, and what is not stored (tables of rotary positions) is the same on all.
+    constant = {name for name, _ in module.named_buffers()} - module.state_dict().keys()
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, sorted(moving | constant))
     if module.weights is not None and module.stage is None:
         check_finished(module)
     check_new(module, sources, added=added)

@@ -242,7 +242,7 @@ def _draw(module: nn.Module, own: Mapping[str, Tensor], initialise: Initialiser,
             module._buffers[name] = blank
     try:
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # the CPU's alone: a device goes on from where it stood
             initialise(module)
         # some architectures draw a layer's tensors from the layer above it, which is never asked to here
         forgotten = [name for name in own if getattr(module, name).isnan().any()]

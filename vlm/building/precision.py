@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlm.building.network import tie
 from vlm.errors import UserError
 from vlm.language.tokens import ExtendedHead
 from vlm.moving import moving_names
@@ -18,9 +19,9 @@ _ROUNDED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def compute_dtype(module: Any) -> torch.dtype | None:
-    """What the trainer's autocast computes in; None without a trainer, and where it does not cast."""
+    """What autocast computes in, the trainer's or, without one, the network's own; None where it does not cast."""
     trainer = module._trainer
-    return None if trainer is None else AUTOCAST.get(str(trainer.precision))
+    return module.computes_in if trainer is None else AUTOCAST.get(str(trainer.precision))
 
 
 def keep_frozen_in(module: nn.Module, dtype: torch.dtype) -> None:
@@ -46,6 +47,24 @@ def keep_frozen_in(module: nn.Module, dtype: torch.dtype) -> None:
                     continue
                 if id(parameter) not in kept and parameter.is_floating_point():
                     layer._parameters[name] = nn.Parameter(parameter.to(dtype), requires_grad=False)
+
+
+def round_weights(module: Any, precision: str) -> None:
+    """Keeps weights of a sharded network in the type that they are gathered in, as far as `precision` says.
+
+    Args:
+        module: its parameters on the meta device, what is trained decided.
+        precision: `32-true`: nothing; `bf16-mixed`: frozen weights of linear layers and convolutions; `bf16-true`: what
+            is trained too.
+    """
+    if precision == "32-true":
+        return
+    keep_frozen_in(module, torch.bfloat16)
+    if precision == "bf16-true":
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.to(torch.bfloat16)
+    tie(module, module.ties)
 
 
 def check_precision(module: Any) -> None:

@@ -26,6 +26,7 @@ def stage_record(module: Any, base: str | Path, *, global_step: int) -> dict[str
         "surgery": describe(module.surgery),
         "trained": sorted(module.trained_names()),
         "averaged": bool(module.averages),
+        "precision": None if module._trainer is None else str(module._trainer.precision),
         "frozen": frozen_parts(module),
         "ties": dict(module.ties),
         "follows": [_rebased(reference, base) for reference in references(module)],

@@ -48,6 +48,7 @@ META_KEYS = {
     "frozen": "part -> {source, fingerprint}: tensors that are not in this folder",
     "ties": "alias -> owner: one tensor under two names, stored once",
     "follows": "list of {path, absolute, fingerprint, parts, leave_out, merge} of the artefacts it started from",
+    "precision": "trainer.precision of the training, null where there was no trainer",
     "shortened": "what cut the training short, null for one of its whole length",
     "paths": "path in `model` as it is written -> the same, relative to this folder and absolute",
 }
@@ -152,7 +153,7 @@ def write_artefact(
 
     Args:
         folder: where it goes.
-        tensors: (our name, tensor); owners of ties only, read once.
+        tensors: (our name, tensor), on any device and sharded or not; owners of ties only, read once.
         meta: see `META_KEYS`; further keys are kept.
         carried: published tensors the computation never uses, by our names.
         moments: the optimizer's state, read once, after `tensors`.
@@ -183,14 +184,15 @@ def fill_artefact(
     """The files of `write_artefact` into a folder that the caller makes appear (`atomic_directory`)."""
     assert not (lost := [key for key in _REQUIRED if key not in meta]), f"stage.json needs {lost}"
     hashes: dict[str, str] = {}
-    write_safetensors(folder / _WEIGHTS, _hashing(tensors, hashes), max_shard_bytes=max_shard_bytes)
+    write_safetensors(folder / _WEIGHTS, tensors, max_shard_bytes=max_shard_bytes, hashes=hashes)
     assert not (both := hashes.keys() & meta.get("ties", {}).keys()), f"aliases are stored once, as their owner: {both}"
     carried = {} if carried is None else carried  # only looked at here: a reader of `tensors` may have filled it
     if carried:
         write_safetensors(folder / CARRIED, carried.items())
     moment_hashes: dict[str, str] = {}
     if moments is not None:
-        write_safetensors(folder / _MOMENTS, _hashing(moments, moment_hashes), max_shard_bytes=_MOMENTS_SHARD_BYTES)
+        path = folder / _MOMENTS
+        write_safetensors(path, moments, max_shard_bytes=_MOMENTS_SHARD_BYTES, hashes=moment_hashes)
     content = {
         **DEFAULTS,
         **meta,
@@ -252,12 +254,6 @@ def check_system(artefact: Artefact, system: str | Collection[str] | None) -> No
             f"{artefact.folder}: is an artefact of {artefact.meta['system']!r}, expected "
             f"{' or '.join(sorted(allowed))}; a recipe has to name another system it starts from"
         )
-
-
-def _hashing(tensors: Iterable[tuple[str, Tensor]], hashes: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in tensors:
-        hashes[name] = hash_tensor(tensor)
-        yield name, tensor
 
 
 def _versions() -> dict[str, str]:

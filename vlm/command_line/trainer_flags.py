@@ -1,7 +1,7 @@
 """Settings of Lightning's trainer that a stage cannot obey, each with what says the same here."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,22 @@ def check_trainer_settings(settings: Any, *, trains: bool) -> None:
         raise UserError(
             "trainer.enable_checkpointing: false: a run keeps its newest state, to go on from; leave it out "
             "(checkpoint.every_n_train_steps says how often)"
+        )
+
+
+def check_launcher(environment: Mapping[str, str]) -> None:
+    """Refuses torchrun's restarts where the ranks of the next attempt would meet at the store of the last one.
+
+    What the dead have left there is taken for the addresses of the living: the ranks would wait for them.
+
+    Raises:
+        UserError: what to set.
+    """
+    restarts, shared = (environment.get(f"TORCHELASTIC_{name}") for name in ("MAX_RESTARTS", "USE_AGENT_STORE"))
+    if restarts not in (None, "0") and shared == "True":
+        raise UserError(
+            f"torchrun --max-restarts {restarts}: restarted ranks would look for those that have died; "
+            "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and use --standalone or --rdzv-backend=c10d"
         )
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from vlm.errors import UserError
 from vlm.hub import is_cached
 from vlm.options import OptionParser
 from vlm.planning.advice import advise
-from vlm.planning.machine import GPUS, Machine, Strategy, find_gpu
+from vlm.planning.machine import GPUS, Gpu, Machine, Sharing, Strategy, find_gpu
 from vlm.planning.report import as_json, lines_of, table_of
 from vlm.planning.samples import LOOKED_AT
 from vlm.planning.stage import Planner, Run
@@ -21,6 +21,9 @@ from vlm.recipes.catalogue import find_recipe, systems
 from vlm.recipes.configs import add_stage_options, stage_options
 from vlm.recipes.graph import Recipe, StageRef, TrainingStage
 from vlm.recipes.reading import load_recipe
+
+_NODE = 8
+"""Devices of a node where the trainer is not told how many."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,14 +62,8 @@ def main(arguments: Sequence[str], *, describe: StageParser) -> int:
     gpu = find_gpu(own.gpu)
     speed = {"per_second": own.flops or gpu.flops, "utilization": own.utilization}
     plans = []
-    for options, earlier in _stages(own):
-        view = describe([*options, *others], on_gpu=True)
-        planned = [
-            PlannedSurgery(str(at.stage), describe(at.options, on_gpu=True).module.surgery, at.parts) for at in earlier
-        ]
-        planner = Planner(view.module, view.trains, view.data, _run(view.trainer), own.samples, planned)
-        machine = Machine(gpu, own.devices or _devices(view), _strategy(view))
-        plans.append((planner, planner.plan(machine)))
+    for view, planner in planners_of(own, others, describe=describe):
+        plans.append((planner, planner.plan(machine_of(view, gpu, own.devices))))
     if own.json:
         print(json.dumps([as_json(plan, **speed) for _, plan in plans], indent=1))
     elif len(plans) == 1:
@@ -76,6 +73,23 @@ def main(arguments: Sequence[str], *, describe: StageParser) -> int:
     else:
         print(*table_of([plan for _, plan in plans], **speed), sep="\n")
     return 0
+
+
+def planners_of(
+    own: argparse.Namespace, others: Sequence[str] = (), *, describe: StageParser
+) -> Iterator[tuple[StageView, Planner]]:
+    """Each stage that is planned, after the surgery of those before it.
+
+    Args:
+        own: `recipe`, `stage`, `demo` and `samples` of `vlm plan`, and what names a stage otherwise.
+        others: options of `vlm fit`.
+    """
+    for options, earlier in _stages(own):
+        view = describe([*options, *others], on_gpu=True)
+        planned = [
+            PlannedSurgery(str(at.stage), describe(at.options, on_gpu=True).module.surgery, at.parts) for at in earlier
+        ]
+        yield view, Planner(view.module, view.trains, view.data, _run(view.trainer), own.samples, planned)
 
 
 def _refuse_download(options: Sequence[str]) -> None:
@@ -157,6 +171,15 @@ def _run(trainer: Any) -> Run:
     return Run(str(trainer.precision or "32-true"), epochs, steps, trainer.accumulate_grad_batches)
 
 
+def machine_of(view: StageView, gpu: Gpu, devices: int | None = None) -> Machine:
+    """Where a stage would run by its settings.
+
+    Args:
+        devices: in the place of those that the trainer is told.
+    """
+    return Machine(gpu, devices or _devices(view), _strategy(view), _sharing(view))
+
+
 def _devices(view: StageView) -> int:
     devices, nodes = view.trainer.devices, view.trainer.num_nodes
     return (devices if isinstance(devices, int) and devices > 0 else 1) * nodes
@@ -166,3 +189,13 @@ def _strategy(view: StageView) -> Strategy:
     named = view.trainer.strategy
     name = named if isinstance(named, str) else type(named).__name__
     return "fsdp2" if "fsdp2" in name.lower() else "ddp"
+
+
+def _sharing(view: StageView) -> Sharing:
+    """What the strategy and its callback are told; `vlm` does not import their classes."""
+    strategy, devices = view.trainer.strategy, view.trainer.devices
+    told = next((c for c in view.trainer.callbacks or [] if hasattr(c, "cpu_offload")), Sharing())
+    ranks = getattr(strategy, "ranks_per_shard_group", None)
+    if ranks == "node":
+        ranks = devices if isinstance(devices, int) and devices > 1 else _NODE
+    return Sharing(told.precision, ranks, getattr(strategy, "reduce_gradients", "") == "micro_batch", told.cpu_offload)

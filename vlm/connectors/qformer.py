@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import EncoderDecoderCache
 
+from vlm.batch import Row
 from vlm.bert import (
     BertLayer,
     BertSize,
@@ -17,6 +18,7 @@ from vlm.bert import (
     causal_mask,
     draw_bert,
     key_mask,
+    written_loss,
 )
 from vlm.checkpoints.files.weights import WeightFiles
 from vlm.checkpoints.tables.base import BaseWeights
@@ -212,6 +214,10 @@ class QFormerModule(nn.Module):
         """float[..., D] -> float[..., vocabulary]."""
         assert self.embeddings.words is not None
         return self.head(hidden, self.embeddings.words.weight)
+
+    def label_loss(self, hidden: Tensor, row: Row, *, label_smoothing: float) -> Tensor:
+        """float32[]: the loss of a row's labels, of float[L, D] hidden states at their positions."""
+        return written_loss(self, hidden, row, label_smoothing=label_smoothing)
 
     def _layers(
         self,

@@ -24,13 +24,14 @@ from vlm.demo.scenes import COLORS
 from vlm.demo.sprites import NOUNS, WORDS
 from vlm.demo.tower import squashed_scene
 from vlm.language import Med
+from vlm.levels import level_table, levels_of, look_up
 from vlm.prompts import BertTokenizer
 from vlm.prompts.cleaning import clean_caption
 from vlm.stages import Stage, Trained
 from vlm.systems import BLIP
 from vlm.systems.blip_base import DECODER, ENCODER
 from vlm.vision import TimmTower
-from vlm.vision.preprocess import normalize
+from vlm.vision.preprocess import CLIP_MEAN, CLIP_STD
 
 STEPS = 800
 _RATE = 2e-3
@@ -76,7 +77,8 @@ class ToldScenes(Dataset):
         random = Random(f"med {index}")
         image, [(scene, _)] = squashed_scene(random, self.size)
         words = clean_caption(tasks.caption(scene, "en"), 100).split()
-        return Told(normalize(image), *self._told(words, random, is_right=random.random() < 0.5))
+        pixels = look_up(levels_of(image), level_table(CLIP_MEAN, CLIP_STD))
+        return Told(pixels, *self._told(words, random, is_right=random.random() < 0.5))
 
     def _told(self, words: Sequence[str], random: Random, *, is_right: bool) -> Iterator[Tensor]:
         written, read, names, holds = [self.tokenizer.token_id(DECODER)], [0], [IGNORE], [IGNORE]

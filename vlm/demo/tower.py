@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 from vlm.demo.one_cycle import OneCycle
 from vlm.demo.scenes import COLORS, GROUNDS, Box, Scene, make_scene
 from vlm.demo.sprites import NOUNS, WORDS
+from vlm.levels import level_table, levels_of, look_up
 from vlm.vision import Pyramid
-from vlm.vision.preprocess import ImageTransform, normalize
+from vlm.vision.preprocess import CLIP_MEAN, CLIP_STD, ImageTransform
 
 _NOTHING = -1.0
 _EMPTY_SHARE = 0.2
@@ -83,7 +84,8 @@ class LabelledViews(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, placed = self.view(Random(f"tower {index}"), self.size)
-        return normalize(image), patch_labels(placed, grid=self.grid)
+        pixels = look_up(levels_of(image), level_table(CLIP_MEAN, CLIP_STD))
+        return pixels, patch_labels(placed, grid=self.grid)
 
 
 def patch_labels(placed: Placed, *, grid: int) -> Tensor:

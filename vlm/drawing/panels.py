@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from vlm.codec import Codec
 from vlm.drawing.boxes import draw_boxes
 from vlm.drawing.fonts import font_for, printable, spelled, typeset
 from vlm.geometry import Box
+from vlm.levels import levels_again
 from vlm.sample import Message, TextPart
 from vlm.vision.patches import joined
 
@@ -79,23 +79,17 @@ def as_text(messages: Iterable[Message]) -> str:
     return texts[0][1] if len(texts) == 1 else "\n".join(f"{role}: {text}" for role, text in texts)
 
 
-def as_seen(pixels: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
-    """A view as a picture: float[3, H, W] with its normalisation undone."""
-    values = pixels.float().cpu() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    return Image.fromarray((values * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy())
-
-
 def views_as_seen(batch: Batch, codec: Codec) -> dict[str, list[tuple[int, Image.Image]]]:
     """Every view of a pack as an image with the number of the one it shows, by stream; patches put together again."""
     found = {}
     for stream, views in batch.views.items():
-        mean, std = codec.normalization(stream)
-        owners = views.image_of_view.tolist()
-        pixels: Iterable[tuple[int, Tensor]] = zip(owners, views.pixels, strict=True)
+        assert views.table is not None
+        levels = levels_again(views.pixels, views.table).cpu()
+        seen: Iterable[tuple[int, Tensor]] = zip(views.image_of_view.tolist(), levels, strict=True)
         if codec.joins_views:
-            pictures = views.pixels.split([columns * rows for columns, rows in views.grid])
-            pixels = ((at, joined(own, columns=views.grid[at][0])) for at, own in enumerate(pictures))
-        found[stream] = [(owner, as_seen(view, mean=mean, std=std)) for owner, view in pixels]
+            pictures = levels.split([columns * rows for columns, rows in views.grid])
+            seen = ((at, joined(own, columns=views.grid[at][0])) for at, own in enumerate(pictures))
+        found[stream] = [(owner, Image.fromarray(view.permute(1, 2, 0).numpy())) for owner, view in seen]
     return found
 
 

@@ -21,6 +21,7 @@ PACKED = "vlm_packed"
 _planned: ContextVar[bool] = ContextVar("planned", default=False)
 
 
+@torch.compiler.disable  # its lengths are another graph for every pack; a compiled block calls it as it is
 def packed_attention(
     module: nn.Module,
     query: Tensor,

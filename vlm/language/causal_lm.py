@@ -157,6 +157,11 @@ def label_logits(language: PreTrainedModel, embeds: Tensor, row: Row, inputs: La
     Returns:
         float[L, vocabulary].
     """
+    return at_labels(language, embeds, row, inputs)[0]
+
+
+def at_labels(language: PreTrainedModel, embeds: Tensor, row: Row, inputs: LayerInputs | None) -> Tensor:
+    """What the head makes of the hidden states float[1, L, D] at the label positions of a row."""
     inputs = LayerInputs.of(row) if inputs is None else inputs
     return language(
         inputs_embeds=embeds[None],
@@ -166,7 +171,7 @@ def label_logits(language: PreTrainedModel, embeds: Tensor, row: Row, inputs: La
         cu_seqlens=row.cu_seqlens,
         max_len=row.max_len,
         layer_inputs=inputs,
-    ).logits[0]
+    ).logits
 
 
 @contextmanager

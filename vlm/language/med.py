@@ -9,6 +9,7 @@ from transformers import BertConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
+from vlm.batch import Row
 from vlm.bert import (
     Attention,
     BertLayer,
@@ -18,6 +19,7 @@ from vlm.bert import (
     causal_mask,
     draw_bert,
     key_mask,
+    written_loss,
 )
 from vlm.checkpoints.files.weights import WeightFiles
 from vlm.checkpoints.tables.base import BaseWeights
@@ -124,6 +126,10 @@ class MedModule(nn.Module):
         """float[..., D] -> float[..., vocabulary]."""
         assert self.embeddings.words is not None
         return self.head(hidden, self.embeddings.words.weight)
+
+    def label_loss(self, hidden: Tensor, row: Row, *, label_smoothing: float) -> Tensor:
+        """float32[]: the loss of a row's labels, of float[L, D] hidden states at their positions."""
+        return written_loss(self, hidden, row, label_smoothing=label_smoothing)
 
     def step(
         self, ids: Tensor, mask: Tensor, features: Tensor, features_mask: Tensor | None, cache: EncoderDecoderCache

@@ -15,6 +15,7 @@ LORA = PeftAdapter(rank=64, alpha=128, dropout=0.05, parts="language")
 QLORA = dataclasses.replace(LORA, quantize="language")
 """As in `configs/finetune/`."""
 _MOST_DEVICES = 64
+_EACH = "reduce_gradients: micro_batch"
 
 
 class Change(NamedTuple):
@@ -33,8 +34,8 @@ class Change(NamedTuple):
     optimizer: AdamW
 
     def total(self, tokens: int) -> int:
-        """Bytes of a rank with packs of so many tokens."""
-        return memory_of(self.costs.module, self.costs.of(tokens), self.machine, self.optimizer).total
+        """Bytes of a rank with packs of so many tokens, of which a step has several."""
+        return memory_of(self.costs.module, self.costs.of(tokens), self.machine, self.optimizer, accumulate=2).total
 
 
 def advise(planner: Planner, plan: StagePlan) -> list[str]:
@@ -45,7 +46,7 @@ def advise(planner: Planner, plan: StagePlan) -> list[str]:
     if plan.fits:
         return []
     lines = [f"to fit     (each keeps the step of {plan.batch:,.0f} samples)"]
-    return [*lines, *(f"  {change.name:<44} {_needs(planner, change)}" for change in changes(planner, plan))]
+    return [*lines, *(f"  {change.name:<48} {_needs(planner, change)}" for change in changes(planner, plan))]
 
 
 def changes(planner: Planner, plan: StagePlan) -> Iterator[Change]:
@@ -65,11 +66,15 @@ def changes(planner: Planner, plan: StagePlan) -> Iterator[Change]:
                 continue
             adapters = planner.build(machine, **recomputed, stage=adapted(stage), surgery=[adapter])
             yield Change(f"configs/finetune/{name}.yaml{note}", adapters, machine, stage.optimizer)
-    shared = dataclasses.replace(machine, devices=max(2, machine.devices), strategy="fsdp2")
+    each = dataclasses.replace(machine.sharing, reduces_each=True)
+    if _is_sharded(machine) and not machine.sharing.cpu_offload:
+        in_host = dataclasses.replace(machine, sharing=dataclasses.replace(each, cpu_offload=True))
+        yield Change(f"cpu_offload: true, {_EACH}{note}", costs, in_host, stage.optimizer)
+    shared = dataclasses.replace(machine, devices=max(2, machine.devices), strategy="fsdp2", sharing=each)
     costs = planner.build(shared, **recomputed)
     while shared.devices < _MOST_DEVICES and not largest_pack(planner, Change("", costs, shared, stage.optimizer)):
         shared = dataclasses.replace(shared, devices=2 * shared.devices)
-    yield Change(f"trainer.strategy: fsdp2 on {shared.devices} devices{note}", costs, shared, stage.optimizer)
+    yield Change(f"fsdp2, {_EACH}, on {shared.devices} devices{note}", costs, shared, stage.optimizer)
 
 
 def adapted(stage: Stage) -> Stage:
@@ -78,7 +83,7 @@ def adapted(stage: Stage) -> Stage:
 
 
 def _is_sharded(machine: Machine) -> bool:
-    return machine.strategy == "fsdp2" and machine.devices > 1
+    return machine.shards > 1
 
 
 def _recomputing(planner: Planner) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from vlm.errors import UserError
 
 GIB = 1024**3
@@ -65,6 +67,28 @@ def find_gpu(name: str) -> Gpu:
 
 
 @dataclass(frozen=True)
+class Sharing:
+    """What `fsdp2` is told (`callbacks.FSDP2Strategy`, `callbacks.MixedPrecisionFSDP`).
+
+    Attributes:
+        precision: of `MixedPrecisionFSDP`.
+        ranks: that share one copy of the network; None: all.
+        reduces_each: gradients are summed over the ranks with each micro-batch, and not once in a step.
+        cpu_offload: shards are in the host's memory.
+    """
+
+    precision: str = "bf16-mixed"
+    ranks: int | None = None
+    reduces_each: bool = False
+    cpu_offload: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is gathered."""
+        return torch.float32 if self.precision == "32-true" else torch.bfloat16
+
+
+@dataclass(frozen=True)
 class Machine:
     """Where a stage runs.
 
@@ -72,11 +96,18 @@ class Machine:
         gpu: of each rank.
         devices: how many.
         strategy: how they share the work.
+        sharing: of `fsdp2`.
     """
 
     gpu: Gpu
     devices: int = 1
     strategy: Strategy = "ddp"
+    sharing: Sharing = Sharing()
+
+    @property
+    def shards(self) -> int:
+        """How many ranks share one copy of the network."""
+        return min(self.sharing.ranks or self.devices, self.devices) if self.strategy == "fsdp2" else 1
 
     @property
     def usable(self) -> int:

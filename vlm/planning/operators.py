@@ -38,8 +38,30 @@ def _attend(products: int, query: Tensor, key: Tensor, value: Tensor) -> int:
     """Of tensors float[..., heads, tokens, width]; `products` of queries with keys count as such."""
     batch, (heads, n, width) = query.shape[:-3].numel(), query.shape[-3:]
     values = value.shape[-1]
-    both = {2: width + values, 5: 3 * width + 2 * values}[products]  # backward: the scores again, and four gradients
-    return 2 * batch * heads * n * key.shape[-2] * both
+    return 2 * batch * heads * n * key.shape[-2] * _widths(products, width, values)
+
+
+def kernel_work(func: Any, args: Sequence[Any]) -> tuple[int, Tensor] | None:
+    """Of a call of the variable-length kernel, the two factors of its operations: those of a query with a key, and how
+    many such pairs there are, int64[] on the device, so that nobody waits for it; None: it is another operator."""
+    place = _KERNELS.get(func._overloadpacket)
+    if place is None:
+        return None
+    products, (query, value, bounds, bounds_k) = place[0], (args[i] for i in place[1])
+    pairs = (bounds.diff().long() * bounds_k.diff().long()).sum()
+    return 2 * query.shape[1] * _widths(products, query.shape[2], value.shape[2]), pairs
+
+
+def _widths(products: int, width: int, values: int) -> int:
+    """Backward has the scores again, and four gradients."""
+    return {2: width + values, 5: 3 * width + 2 * values}[products]
+
+
+_KERNELS: dict[Any, tuple[int, tuple[int, ...]]] = {
+    _kernel._varlen_attn: (2, (0, 2, 3, 4)),
+    _kernel._varlen_attn_backward: (5, (1, 3, 6, 7)),
+}
+"""{operator: products of queries with keys, places of queries, values and both bounds among its arguments}."""
 
 
 def _attend_in_kernel(products: int, query: Tensor, value: Tensor, bounds: tuple, longest: tuple[int, int]) -> int:
@@ -47,8 +69,7 @@ def _attend_in_kernel(products: int, query: Tensor, value: Tensor, bounds: tuple
     pairs = sum(
         n * k for n, k in zip(*(_lengths(b, most) for b, most in zip(bounds, longest, strict=True)), strict=True)
     )
-    both = {2: query.shape[2] + value.shape[2], 5: 3 * query.shape[2] + 2 * value.shape[2]}[products]
-    return 2 * query.shape[1] * pairs * both
+    return 2 * query.shape[1] * pairs * _widths(products, query.shape[2], value.shape[2])
 
 
 def _lengths(bounds: Tensor, longest: int) -> list[int]:

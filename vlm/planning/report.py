@@ -81,6 +81,8 @@ def _memory(plan: StagePlan) -> list[str]:
     ]
     total, gpu = plan.memory.total, plan.machine.gpu
     verdict = "fits" if plan.fits else "does not fit"
+    if plan.memory.host:
+        lines.append(f"  {'':<10} {'weights, states on the host':<30} {sum(plan.memory.host.values()) / GIB:>8.2f}")
     return [
         *lines,
         f"  {'':<10} {'all':<30} {total / GIB:>8.2f}   {verdict} {gpu.name}: {plan.machine.usable / GIB:.1f} GiB for "
@@ -136,6 +138,7 @@ def as_json(plan: StagePlan, *, per_second: float | None, utilization: float) ->
         "parameters": {part: {"trained": s.trained, "frozen": s.frozen} for part, s in plan.parts.items()},
         "flops_per_sample": {f"{region}/{when}": number for (region, when), number in plan.flops.items()},
         "memory": {**plan.memory.fixed, **plan.memory.pack, "all": plan.memory.total, "usable": plan.machine.usable},
+        "host memory": dict(plan.memory.host),
         "disk": dict(plan.save),
         "downloads": [{"part": d.part, "path": d.path, "bytes": d.size, "here": d.is_here} for d in plan.downloads],
         "hours": None if per_second is None else plan.hours(per_second=per_second, utilization=utilization),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vlm.building.inherited_surgery import PlannedSurgery
-from vlm.building.precision import AUTOCAST, keep_frozen_in
+from vlm.building.precision import AUTOCAST, keep_frozen_in, round_weights
 from vlm.data import VisionLanguageData
 from vlm.planning.downloads import Download, downloads_of
 from vlm.planning.machine import Machine
@@ -136,7 +136,7 @@ class Planner:
             steps=self._steps(),
             parts=sizes_of(network),
             flops=costs.per_sample(),
-            memory=memory_of(network, costs.of(packing.tokens), machine),
+            memory=memory_of(network, costs.of(packing.tokens), machine, accumulate=packing.accumulate),
             machine=machine,
             save={"checkpoint": 3 * trained, "artefact": trained},
             downloads=downloads_of(self.what),
@@ -156,8 +156,9 @@ class Planner:
         return None if each is None or math.isinf(epochs) else int(epochs * each)
 
     def _precision(self, network: Any, machine: Machine) -> Precision:
-        if machine.strategy == "fsdp2" and machine.devices > 1:
-            return Precision(weights=torch.bfloat16)
+        if machine.shards > 1:
+            round_weights(network, machine.sharing.precision)
+            return Precision(weights=machine.sharing.dtype)
         if (dtype := WHOLE.get(self.run.precision)) is not None:
             network.to(dtype)
             return Precision()

@@ -9,24 +9,19 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
 
 from vlm.batch import Batch
 from vlm.language.attention import planned_for_a_gpu
 from vlm.planning.fake import fake_batch, fake_weights, fakes
-from vlm.planning.operators import count_flops, is_cast, is_forward_attention
+from vlm.planning.operators import count_flops, is_cast
+from vlm.planning.regions import Pass, Regions, pass_of
 
-Pass = Literal["forward", "again", "backward"]
-"""`again`: the forward pass of what is recomputed, within the backward pass."""
-
-HEAD, LOSS, BETWEEN = "head", "loss", "row"
-"""Regions that are no part: the vocabulary projection, what follows it, and what lies between the parts."""
 COPIES, PASSING = "copies", "passing"
 """Kinds of memory beside the regions': weights in the compute dtype, and what the backward pass makes and drops."""
 _ROUNDED = 512  # bytes that CUDA's allocator rounds up to
@@ -68,7 +63,7 @@ def cost_of_pack(
         autocast: its dtype; None: everything in the dtype of the weights.
         weights: their dtype, where it is not their own.
     """
-    with fakes(), fake_weights(module, dtype=weights) as resident, planned_for_a_gpu(), _Regions(module) as regions:
+    with fakes(), fake_weights(module, dtype=weights) as resident, planned_for_a_gpu(), Regions(module) as regions:
         pack = fake_batch(batch)
         with _Watch(resident, regions.now) as watch:
             with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
@@ -105,13 +100,13 @@ class _Watch(TorchDispatchMode):
         if not isinstance(out, (Tensor, tuple, list)):  # sizes and devices that are asked for
             return out
         if count := count_flops(func, args, kwargs or {}, out):
-            self.flops[self.region(), _pass(func)] += count
+            self.flops[self.region(), pass_of(func)] += count
         kind = ""
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 kind = kind or self._kind(func, args)
                 self._note(tensor.untyped_storage(), kind)
-        moment = self.region(), _pass(func) != "forward"
+        moment = self.region(), pass_of(func) != "forward"
         if self.bytes > self.most.get(moment, -1):
             self.most[moment], self.moments[moment] = self.bytes, dict(self.sums)
         return out
@@ -119,7 +114,7 @@ class _Watch(TorchDispatchMode):
     def _kind(self, func: Any, args: Any) -> str:
         if is_cast(func) and args[0].untyped_storage()._cdata in self.resident:
             return COPIES
-        return self.region() if _pass(func) == "forward" else PASSING
+        return self.region() if pass_of(func) == "forward" else PASSING
 
     def _note(self, storage: Any, kind: str) -> None:
         key = storage._cdata
@@ -135,65 +130,3 @@ class _Watch(TorchDispatchMode):
         size, kind = self.live.pop(key)
         self.sums[kind] -= size
         self.bytes -= size
-
-
-def _pass(func: Any) -> Pass:
-    if torch._C._current_autograd_node() is None:  # type: ignore[attr-defined]
-        return "forward"
-    # what runs again does so with gradients enabled, but for the inside of the kernel
-    return "again" if torch.is_grad_enabled() or is_forward_attention(func) else "backward"
-
-
-class _Regions:
-    """Tells which part an operator belongs to: by the part that is running, and in the backward pass by when the
-    forward pass made the node of the graph that is running."""
-
-    def __init__(self, module: Any) -> None:
-        self.parts: dict[str, nn.Module] = dict(module.named_children())
-        models = (part for part in self.parts.values() if isinstance(part, PreTrainedModel))
-        heads = [head for model in models if (head := model.get_output_embeddings()) is not None]
-        assert len(heads) <= 1, "which of several vocabulary projections is meant?"
-        self.parts.update((HEAD, head) for head in heads)
-        self.running: list[str] = []
-        self.starts: list[tuple[int, str]] = []  # ascending: from this node on, a region
-        self.background = BETWEEN
-
-    def __enter__(self) -> "_Regions":
-        self._hooks = [
-            hook
-            for name, part in self.parts.items()
-            for hook in (
-                part.register_forward_pre_hook(lambda *_, name=name: self._enter(name)),
-                part.register_forward_hook(lambda *_, name=name: self._leave(name), always_call=True),
-            )
-        ]
-        self._mark()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def now(self) -> str:
-        node = torch._C._current_autograd_node()  # type: ignore[attr-defined]
-        if node is None:
-            return self._present()
-        number = node._sequence_nr()
-        return next((region for start, region in reversed(self.starts) if start <= number), BETWEEN)
-
-    def _present(self) -> str:
-        return self.running[-1] if self.running else self.background
-
-    def _enter(self, name: str) -> None:
-        self.running.append(name)
-        self._mark()
-
-    def _leave(self, name: str) -> None:
-        assert self.running.pop() == name
-        if name == HEAD:
-            self.background = LOSS
-        self._mark()
-
-    def _mark(self) -> None:
-        if torch._C._current_autograd_node() is None:  # type: ignore[attr-defined]
-            self.starts.append((torch.autograd._get_sequence_nr(), self._present()))  # type: ignore[attr-defined]

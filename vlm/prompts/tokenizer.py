@@ -189,7 +189,11 @@ class LlamaTokenizer(Tokenizer):
 
     def _open(self) -> LoadedTokenizer:
         stat = self._file.stat()
-        proto, vocab, merges = _sentencepiece_model(self._file, (stat.st_mtime_ns, stat.st_size))
+        return _load_llama(self, (stat.st_mtime_ns, stat.st_size))
+
+    def read(self, state: tuple[int, int]) -> LoadedTokenizer:
+        """The tokenizer of the file as it is in this state (see `_sentencepiece_model`)."""
+        proto, vocab, merges = _sentencepiece_model(self._file, state)
         kinds = proto.SentencePiece
         trainer = proto.trainer_spec
         unknown = proto.pieces[trainer.unk_id].piece
@@ -295,6 +299,12 @@ def _named_marks(path: str, file: Path) -> dict[str, str]:
     entries = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token")}
     contents = {name: e.get("content") if isinstance(e, dict) else e for name, e in entries.items()}
     return {name: content for name, content in contents.items() if isinstance(content, str)}
+
+
+@functools.lru_cache(maxsize=4)
+def _load_llama(tokenizer: LlamaTokenizer, state: tuple[int, int]) -> LoadedTokenizer:
+    """Shared by all of one description in a process: nobody changes what is loaded."""
+    return tokenizer.read(state)
 
 
 @functools.lru_cache(maxsize=4)

@@ -45,7 +45,7 @@ HOW_IT_RUNS = (
     # what is shown and kept, and when
     "trainer.callbacks.callbacks.Health*",
     "trainer.callbacks.callbacks.Predictions*",
-    "trainer.callbacks.callbacks.Throughput*",
+    "trainer.callbacks.callbacks.ThroughputMonitor*",
     "trainer.callbacks.lightning.pytorch.callbacks.*ProgressBar*",
     "trainer.callbacks.lightning.pytorch.callbacks.*Monitor*",
     "trainer.logger",

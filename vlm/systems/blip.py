@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from vlm.batch import Batch
 from vlm.errors import UserError
 from vlm.evaluation.retrieval import Embeddings
-from vlm.functional import token_loss
 from vlm.in_batch import candidates, gather_detached
 from vlm.language import Med
 from vlm.moving import update_copies
@@ -250,22 +249,22 @@ class BLIP(PairModule):
         return self.heads.match(self.language.read(ids, mask, features)[:, 0])
 
     def _write_loss(self, batch: Batch, features: Tensor) -> Tensor:
-        logits, smoothing = self._write_logits(batch, features), self.arguments["label_smoothing"]
-        return token_loss(logits, batch.text.targets, batch.text.weights, label_smoothing=smoothing)
+        states, smoothing = self._label_states(batch, features), self.arguments["label_smoothing"]
+        return self.language.label_loss(states, batch.text, label_smoothing=smoothing)
 
     def label_logits(self, batch: Batch) -> Tensor:
         if not self.codec.writes:
             return super().label_logits(batch)
-        return self._write_logits(batch, self._features(batch)[0])
+        return self.language.logits(self._label_states(batch, self._features(batch)[0]))
 
-    def _write_logits(self, batch: Batch, features: Tensor) -> Tensor:
-        """float[L, vocabulary]; a text is written from [DEC] on."""
+    def _label_states(self, batch: Batch, features: Tensor) -> Tensor:
+        """float[L, D], what the head is given; a text is written from [DEC] on."""
         row = batch.text
         ids = with_first(row.padded(self.codec.tokenizer.pad_id).ids, self.codec.tokenizer.token_id(DECODER))
         if len(ids) != len(features):
             features = features[row.owner]
         hidden = self.language.write(ids, features)
-        return self.language.logits(hidden.flatten(0, 1)[row.padded_index()[row.label_positions]])
+        return hidden.flatten(0, 1)[row.padded_index()[row.label_positions]]
 
     def probe(self, batch: Batch) -> Tensor:
         ids, mask = first_texts(batch, self.codec.tokenizer.pad_id)
@@ -289,7 +288,7 @@ class BLIP(PairModule):
             UserError: some samples have more images than others.
         """
         views, frames = batch.views[STREAM], batch.labels[IMAGES].shape[1]
-        if len(views.pixels) != frames * len(batch.real):
+        if len(views.image_of_view) != frames * len(batch.real):
             raise UserError(
                 f"sample {batch.samples[0].id!r} and others of its batch have different numbers of images; videos are "
                 "compared by equally many frames, so set the same number for all"

@@ -11,7 +11,6 @@ from vlm.connectors import QFormer
 from vlm.connectors.qformer import QueryPass
 from vlm.errors import UserError
 from vlm.evaluation.retrieval import Embeddings, similarities
-from vlm.functional import token_loss
 from vlm.in_batch import candidates, own_places
 from vlm.language import Decoding
 from vlm.language.generation import DecoderPrompt
@@ -113,8 +112,8 @@ class BLIP2QFormer(PairModule):
             "itm": self.match_loss(batch, features, ids, mask, self.wrong_weights(batch, *similar)),
         }
         if self.codec.writes:
-            logits, smoothing = self._write_logits(batch, seen), self.arguments["label_smoothing"]
-            made["lm"] = token_loss(logits, batch.text.targets, batch.text.weights, label_smoothing=smoothing)
+            states, smoothing = self._label_states(batch, seen), self.arguments["label_smoothing"]
+            made["lm"] = self.qformer.label_loss(states, batch.text, label_smoothing=smoothing)
         return made
 
     def compare(self, image: Tensor, text: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -155,10 +154,12 @@ class BLIP2QFormer(PairModule):
     def label_logits(self, batch: Batch) -> Tensor:
         if not self.codec.writes:
             return super().label_logits(batch)
-        return self._write_logits(batch, self.qformer.look(self.encode_images(batch)[batch.text.owner]))
+        seen = self.qformer.look(self.encode_images(batch)[batch.text.owner])
+        return self.qformer.logits(self._label_states(batch, seen))
 
-    def _write_logits(self, batch: Batch, seen: QueryPass) -> Tensor:
-        """float[L, vocabulary]; a text is written from [DEC] on, behind the keys and values of its image's queries."""
+    def _label_states(self, batch: Batch, seen: QueryPass) -> Tensor:
+        """float[L, D], what the head is given; a text is written from [DEC] on, behind the keys and values of its
+        image's queries."""
         row = batch.text
         ids = with_first(row.padded(self.codec.tokenizer.pad_id).ids, self.codec.tokenizer.token_id(DECODER))
         if len(ids) != len(seen.hidden):  # an image with several texts
@@ -166,7 +167,7 @@ class BLIP2QFormer(PairModule):
             past = tuple((keys[owner], values[owner]) for keys, values in seen.past)
             seen = QueryPass(seen.hidden[owner], past)
         hidden = self.qformer.write(ids, seen)
-        return self.qformer.logits(hidden.flatten(0, 1)[row.padded_index()[row.label_positions]])
+        return hidden.flatten(0, 1)[row.padded_index()[row.label_positions]]
 
     def answers(self, batch: Batch, decoding: Decoding) -> list[str]:
         if not self.codec.writes:

@@ -116,10 +116,7 @@ class BLIPCodec(Codec):
         return {}
 
     def _streams(self, sample: Sample, *, seed: int | None = None) -> dict[str, ViewStream]:
-        return {STREAM: ViewStream(self.transform)}
-
-    def normalization(self, stream: str) -> tuple[Sequence[float], Sequence[float]]:
-        return self.transform.mean, self.transform.std
+        return {STREAM: ViewStream(self.transform, self.transform.table)}
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids).strip()

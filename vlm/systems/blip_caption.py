@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from vlm.batch import Batch
 from vlm.codec import Encoded
-from vlm.functional import token_loss
 from vlm.language import Decoding, Med
 from vlm.language.generation import DecoderPrompt
 from vlm.prompts.cleaning import clean_caption
@@ -90,14 +89,18 @@ class BLIPCaption(BLIPTuned):
         }
 
     def label_logits(self, batch: Batch) -> Tensor:
+        return self.language.logits(self._label_states(batch))  # [L, vocabulary]
+
+    def _label_states(self, batch: Batch) -> Tensor:
+        """float[L, D], what the head is given."""
         features, mask = self.image_features(batch)  # [B, m, C]
         row = batch.text
         hidden = self.language.write(row.padded(self.codec.tokenizer.pad_id).ids, features, mask)  # [B, n, D]
-        return self.language.logits(hidden.flatten(0, 1)[row.padded_index()[row.label_positions]])  # [L, vocabulary]
+        return hidden.flatten(0, 1)[row.padded_index()[row.label_positions]]
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        row, smoothing = batch.text, self.arguments["label_smoothing"]
-        return {"lm": token_loss(self.label_logits(batch), row.targets, row.weights, label_smoothing=smoothing)}
+        states, smoothing = self._label_states(batch), self.arguments["label_smoothing"]
+        return {"lm": self.language.label_loss(states, batch.text, label_smoothing=smoothing)}
 
     def answers(self, batch: Batch, decoding: Decoding) -> list[str]:
         given = batch.text.ids.split(batch.text.cu_seqlens.diff().tolist())

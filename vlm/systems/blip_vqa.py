@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from vlm.batch import Batch, Row
 from vlm.codec import Encoded
 from vlm.errors import UserError
-from vlm.functional import token_loss
 from vlm.language import Decoding, Med
 from vlm.language.generation import DecoderPrompt
 from vlm.language.med_ranking import rank_texts
@@ -98,15 +97,19 @@ class BLIPVQA(BLIPTuned):
         return batch.rows["answers"]
 
     def label_logits(self, batch: Batch) -> Tensor:
+        return self.language.logits(self._label_states(batch))  # [L, vocabulary]
+
+    def _label_states(self, batch: Batch) -> Tensor:
+        """float[L, D], what the head is given."""
         states, mask = self.question_states(batch)
         row = self.label_row(batch)
         ids = row.padded(self.codec.tokenizer.pad_id).ids
         hidden = self.language.write(ids, states[row.owner], mask[row.owner])  # [A, n, D], of all answers
-        return self.language.logits(hidden.flatten(0, 1)[row.padded_index()[row.label_positions]])  # [L, vocabulary]
+        return hidden.flatten(0, 1)[row.padded_index()[row.label_positions]]
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        row, smoothing = self.label_row(batch), self.arguments["label_smoothing"]
-        return {"lm": token_loss(self.label_logits(batch), row.targets, row.weights, label_smoothing=smoothing)}
+        states, smoothing = self._label_states(batch), self.arguments["label_smoothing"]
+        return {"lm": self.language.label_loss(states, self.label_row(batch), label_smoothing=smoothing)}
 
     def answers(self, batch: Batch, decoding: Decoding) -> list[str]:
         states, mask = self.question_states(batch)

@@ -37,7 +37,7 @@ class CogAgentCodec(CogVLMCodec):
         self.fine = fine
 
     def streams(self, sample: Sample, *, seed: int | None = None) -> dict[str, ViewStream]:
-        return super().streams(sample, seed=seed) | {HIGH: ViewStream(self.high)}
+        return super().streams(sample, seed=seed) | {HIGH: ViewStream(self.high, self.high.table)}
 
     def collate(self, items: Sequence[Encoded], *, counts: Mapping[str, float], packs: int = 1) -> Batch:
         batch = super().collate(items, counts=counts, packs=packs)

@@ -9,10 +9,10 @@ from torch import Tensor
 from vlm.batch import IGNORE, Batch, Row, TokenSequence
 from vlm.codec import Encoded
 from vlm.errors import SetupError, UserError
-from vlm.functional import token_loss
 from vlm.language import Decoding
 from vlm.language.choosing import WeighedChoices, choices_of
 from vlm.language.generation import DecoderPrompt, generate
+from vlm.language.label_loss import loss_in_head
 from vlm.language.seq2seq import added_to_scores, weigh_outputs
 from vlm.prompts.documents import documents_of
 from vlm.prompts.instructblip import CUT_ANSWERS
@@ -123,6 +123,10 @@ class QueriedEncoderDecoder(QueriedDecoder):
         return self.language.encoder(inputs_embeds=padded, attention_mask=added_to_scores(mask, padded.dtype))[0], mask
 
     def label_logits(self, batch: Batch) -> Tensor:
+        return self.language.lm_head(self._label_states(batch))
+
+    def _label_states(self, batch: Batch) -> Tensor:
+        """float[L, D], what the head is given."""
         row, (encoded, mask) = self.label_row(batch), self.encode_row(batch)
         ids = row.padded(self.codec.tokenizer.pad_id).ids  # [S, m]
         hidden = self.language.decoder(
@@ -131,8 +135,7 @@ class QueriedEncoderDecoder(QueriedDecoder):
             encoder_attention_mask=added_to_scores(mask, encoded.dtype),
             use_cache=False,
         )[0]  # [S, m, D]
-        hidden = hidden.flatten(0, 1)[row.padded_index()[row.label_positions]]  # [L, D]
-        return self.language.lm_head(self._scaled(hidden))
+        return self._scaled(hidden.flatten(0, 1)[row.padded_index()[row.label_positions]])
 
     def _scaled(self, hidden: Tensor) -> Tensor:
         """T5's first version shares the table of tokens with the head and scales what it is compared with."""
@@ -141,7 +144,8 @@ class QueriedEncoderDecoder(QueriedDecoder):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         row = self.label_row(batch)
-        return {"lm": token_loss(self.label_logits(batch), row.targets, row.weights)}
+        states = self._label_states(batch)
+        return {"lm": loss_in_head(self.language, lambda: self.language.lm_head(states), row)}
 
     def answers(self, batch: Batch, decoding: Decoding) -> list[str]:
         if decoding.chooses:

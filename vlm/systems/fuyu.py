@@ -60,10 +60,8 @@ class FuyuCodec(RowCodec):
         return super().sequence(sample, written, targets, slots[patches])
 
     def read(self, items: Sequence[Encoded]) -> dict[str, Views]:
-        return read_views(items, lambda sample, seed: {STREAM: ViewStream(self.patches, self.patches.grid)})
-
-    def normalization(self, stream: str) -> tuple[Sequence[float], Sequence[float]]:
-        return self.patches.normalization
+        stream = ViewStream(self.patches, self.patches.table, self.patches.grid)
+        return read_views(items, lambda sample, seed: {STREAM: stream})
 
     def _size(self, sample: Sample, image: int) -> tuple[int, int]:
         size = sample.images[image].size(sample)

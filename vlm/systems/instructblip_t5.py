@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from vlm.batch import IGNORE, TokenSequence
@@ -31,8 +32,8 @@ class InstructT5Codec(InstructCodec):
         widths = self.image_tokens(sample)
         num_images = sum(isinstance(part, ImagePart) for message in sample.messages for part in message.content)
         assert num_images == len(widths)
-        slots = list(range(sum(widths)))
-        ids = [0] * len(slots) + [*asked, self.tokenizer.eos_id]
+        slots = np.arange(sum(widths))
+        ids = np.array([0] * len(slots) + [*asked, self.tokenizer.eos_id])
         text = self.sequence(sample, ids, torch.full((len(ids),), IGNORE), slots)
         begun = torch.tensor([self.tokenizer.pad_id, *told])
         targets = torch.full_like(begun, IGNORE) if generate else torch.tensor([*told, self.tokenizer.eos_id])

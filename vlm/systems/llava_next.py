@@ -15,10 +15,10 @@ from vlm.codec import Encoded, ViewStream
 from vlm.connectors import Newline
 from vlm.errors import UserError
 from vlm.geometry import Placement, View
+from vlm.levels import levels_of
 from vlm.sample import Sample
 from vlm.systems.row import STREAM, RowCodec
 from vlm.systems.spliced import SplicedCodec, SplicedDecoder
-from vlm.vision.preprocess import normalize
 from vlm.vision.tiling import NEWLINE, NEXT_GRIDS, AnyRes
 
 
@@ -45,23 +45,22 @@ class AnyResCodec(SplicedCodec):
         return View(self.padded.placement(width, height), (side, side), shown=Placement())
 
     def streams(self, sample: Sample, *, seed: int | None = None) -> dict[str, ViewStream]:
-        return {STREAM: ViewStream(self._pixels, self.tiles.grid)}
+        return {STREAM: ViewStream(self._levels, self.transform.table, self.tiles.grid)}
 
     def read(self, items: Sequence[Encoded]) -> dict[str, Views]:
         streams = super().read(items)
         if not streams:
             return streams
         views = streams[STREAM]
-        layouts, start, newline = [], 0, len(views.pixels) * self.tower.num_tokens
+        layouts, start, newline = [], 0, len(views.image_of_view) * self.tower.num_tokens
         for size in views.size:
             layout = self.tiles.layout(*size)
             layouts.append(torch.where(layout == NEWLINE, newline, layout + start))
             start += self.tiles.num_views(*size) * self.tower.num_tokens
         return {STREAM: replace(views, layout=torch.cat(layouts))}
 
-    def _pixels(self, image: Image.Image) -> Tensor:
-        mean, std = self.transform.mean, self.transform.std
-        return torch.stack([normalize(view, mean=mean, std=std) for view in self.tiles.views(image)])
+    def _levels(self, image: Image.Image) -> Tensor:
+        return torch.stack([levels_of(view) for view in self.tiles.views(image)])
 
 
 class LLaVANext(SplicedDecoder):

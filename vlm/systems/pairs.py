@@ -79,7 +79,7 @@ class PairCodec(BLIPCodec):
         return [self.tokenizer.token_id("[CLS]"), *kept, self.end_id], words != text or kept != ids
 
     def encode_texts(
-        self, sample: Sample, asked: str, answered: str | None, *, seed: int | None, generate: bool
+        self, sample: Sample, asked: str, answered: str | None, weight: float, *, seed: int | None, generate: bool
     ) -> Encoded:
         raise AssertionError("a pair has no question")
 

@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 from vlm.batch import IGNORE, Batch, TokenSequence, Views, next_token_targets
 from vlm.codec import Codec, Encoded, pack_rows
 from vlm.errors import SetupError, UserError
-from vlm.functional import splice, token_loss, zero_from
+from vlm.functional import splice, zero_from
 from vlm.geometry import Box, View
 from vlm.language import Decoding, LanguagePart, NewTokens
 from vlm.language.causal_lm import label_logits
 from vlm.language.choosing import WeighedChoices, weigh_choices
 from vlm.language.generation import generate
+from vlm.language.label_loss import label_loss
 from vlm.language.layer_inputs import LayerInputs, Prompt
 from vlm.module import VisionLanguageModule
 from vlm.prompts.documents import documents_of, fit_document
@@ -290,9 +291,9 @@ class RowDecoder(VisionLanguageModule):
         return label_logits(self.language, embeds, batch.text, self.layer_inputs(batch))  # [N, D] -> [L, D] -> [L, V]
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        row = batch.text
-        logits = self.label_logits(batch)  # [L, V]: the other N - L positions never meet the vocabulary
-        return {"lm": token_loss(logits, row.targets, row.weights)}  # [], a sum: the step divides it
+        embeds = self.embed_row(batch)  # [N, D]
+        # [N, D] -> [L, D] -> []: only labels meet the vocabulary, and the step divides their sum
+        return {"lm": label_loss(self.language, embeds, batch.text, self.layer_inputs(batch))}
 
     def answers(self, batch: Batch, decoding: Decoding) -> list[str]:
         if decoding.chooses:

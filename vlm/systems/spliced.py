@@ -62,13 +62,10 @@ class SplicedCodec(RowCodec):
 
     def streams(self, sample: Sample, *, seed: int | None = None) -> dict[str, ViewStream]:
         """How the images of a sample are seen, {stream: from an image to its views}."""
-        return {STREAM: ViewStream(self.transform)}
+        return {STREAM: ViewStream(self.transform, self.transform.table)}
 
     def read(self, items: Sequence[Encoded]) -> dict[str, Views]:
         return read_views(items, self.streams, augment=self.augment)
-
-    def normalization(self, stream: str) -> tuple[Sequence[float], Sequence[float]]:
-        return self.transform.mean, self.transform.std
 
 
 class SplicedDecoder(RowDecoder):

@@ -15,6 +15,7 @@ from vlm.codec import Encoded, ViewStream
 from vlm.connectors import JoinNeighbours, Separators
 from vlm.errors import UserError
 from vlm.geometry import Placement, View
+from vlm.levels import levels_of, look_up
 from vlm.sample import Sample
 from vlm.seeding import seed_from
 from vlm.systems.row import STREAM
@@ -22,7 +23,6 @@ from vlm.systems.spliced import SplicedCodec
 from vlm.systems.xcomposer2 import XComposer2
 from vlm.vision import see
 from vlm.vision.hd import ROW_END, SEPARATOR, HDTiles
-from vlm.vision.preprocess import normalize
 
 _FIXED, _DRAWN = "hd_", "random_hd_"
 _SETTINGS = (1, 4, 9, 16, 25, 30, 55)  # those of the paper, and two for small networks
@@ -75,18 +75,20 @@ class HDCodec(SplicedCodec):
         def tiles(width: int, height: int) -> HDTiles:
             return self.tiles_of(sample, (width, height), seed=seed)
 
-        def views(image: Image.Image) -> Tensor:
+        def views(image: Image.Image) -> tuple[Tensor, Tensor]:
             cut = tiles(*image.size)
-            return cut.views(normalize(cut.canvas(image), mean=self.transform.mean, std=self.transform.std))
+            canvas = levels_of(cut.canvas(image))
+            return cut.tiles(canvas), cut.whole(look_up(canvas, table))
 
-        return {STREAM: ViewStream(views, lambda width, height: tiles(width, height).grid(width, height))}
+        table = self.transform.table
+        return {STREAM: ViewStream(views, table, lambda width, height: tiles(width, height).grid(width, height))}
 
     def read(self, items: Sequence[Encoded]) -> dict[str, Views]:
         streams = super().read(items)
         if not streams:
             return streams
         views = streams[STREAM]
-        end = len(views.pixels) * self.tiles.tokens**2
+        end = len(views.image_of_view) * self.tiles.tokens**2
         layouts, start = [], 0
         for size, owner in zip(views.size, views.sample_of_image.tolist(), strict=True):
             tiles = self.tiles_of(items[owner].sample, size, seed=items[owner].seed)

@@ -89,11 +89,14 @@ class HDTiles:
         canvas.paste(image, (left, top))
         return canvas
 
-    def views(self, canvas: Tensor) -> Tensor:
-        """float[1 + tiles, 3, tile, tile] of a normalised canvas float[3, H, W]; the whole is not antialiased."""
-        whole = F.interpolate(canvas[None], size=(self.tile, self.tile), mode="bicubic", align_corners=False)
-        tiles = canvas.unflatten(2, (-1, self.tile)).unflatten(1, (-1, self.tile))  # [3, rows, tile, columns, tile]
-        return torch.cat([whole, tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)])
+    def whole(self, canvas: Tensor) -> Tensor:
+        """float[3, tile, tile] of a normalised canvas float[3, H, W], squashed and not antialiased."""
+        return F.interpolate(canvas[None], size=(self.tile, self.tile), mode="bicubic", align_corners=False)[0]
+
+    def tiles(self, canvas: Tensor) -> Tensor:
+        """[tiles, 3, tile, tile] of a canvas [3, H, W], row by row."""
+        cut = canvas.unflatten(2, (-1, self.tile)).unflatten(1, (-1, self.tile))  # [3, rows, tile, columns, tile]
+        return cut.permute(1, 3, 0, 2, 4).flatten(0, 1)
 
     def num_views(self, width: int, height: int) -> int:
         columns, rows = self.grid(width, height)

@@ -1,6 +1,5 @@
 """Pictures without an encoder: cut into patches at their own size."""
 
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
@@ -10,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlm.errors import UserError
-from vlm.vision.preprocess import normalize
+from vlm.levels import level_table, levels_of
 
 _MEAN = _STD = (0.5, 0.5, 0.5)
 _EDGE = 1
@@ -64,23 +63,20 @@ class Patches:
         return -(-across // self.side), -(-down // self.side)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """float32[columns * rows, 3, side, side], normalised."""
+        """uint8[columns * rows, 3, side, side]."""
         columns, rows = self.grid(*image.size)
         size = self.scaled(*image.size)
         if size != image.size:
             image = _resized(image, size)
         canvas = Image.new("RGB", (columns * self.side, rows * self.side), (_EDGE,) * 3)
         canvas.paste(image)
-        pixels = normalize(canvas, mean=_MEAN, std=_STD)
-        cut = pixels.unflatten(2, (columns, self.side)).unflatten(
-            1, (rows, self.side)
-        )  # [3, rows, side, columns, side]
-        return cut.permute(1, 3, 0, 2, 4).flatten(0, 1)
+        cut = levels_of(canvas).unflatten(2, (columns, self.side)).unflatten(1, (rows, self.side))
+        return cut.permute(1, 3, 0, 2, 4).flatten(0, 1)  # from [3, rows, side, columns, side]
 
     @property
-    def normalization(self) -> tuple[Sequence[float], Sequence[float]]:
-        """Mean and standard deviation by colour."""
-        return _MEAN, _STD
+    def table(self) -> Tensor:
+        """float32[3, 256]: what each level of a colour becomes (`vlm.levels`)."""
+        return level_table(_MEAN, _STD)
 
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -95,7 +91,7 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def joined(patches: Tensor, *, columns: int) -> Tensor:
-    """float[V, 3, side, side] patches of one image as the image float[3, H, W] that they are cut from."""
+    """[V, 3, side, side] patches of one image as the image [3, H, W] that they are cut from."""
     rows = patches.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)
     return rows.flatten(3, 4).flatten(1, 2)
 

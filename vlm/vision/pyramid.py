@@ -13,6 +13,7 @@ from vlm.checkpoints.files.weights import WeightFiles
 from vlm.checkpoints.tables.base import BaseWeights
 from vlm.errors import UserError
 from vlm.vision.base_weights import read_pyramid
+from vlm.vision.empty import empty_trunk
 from vlm.vision.towers import TowerDescription, TowerFacts
 
 
@@ -61,7 +62,7 @@ class ConvNeXtPyramid(TowerDescription):
     def _trunk(self) -> Any:
         if not self.name.startswith("convnext") or not timm.is_model(self.name):
             raise UserError(f"{self.name!r} is no ConvNeXt of timm; see timm.list_models('convnext*')")
-        return timm.create_model(self.name, pretrained=False, num_classes=0, **self.options)
+        return empty_trunk(self.name, num_classes=0, **self.options)
 
     def _facts(self, trunk: Any) -> TowerFacts:
         stride = trunk.feature_info[0]["reduction"]

@@ -16,6 +16,7 @@ from vlm.checkpoints.tables.base import BaseWeights
 from vlm.errors import UserError
 from vlm.functional import resized
 from vlm.vision.base_weights import read_transformer
+from vlm.vision.empty import empty_trunk
 from vlm.vision.feature_files import FeatureFiles
 
 
@@ -132,7 +133,7 @@ class TimmTower(TowerDescription):
     def _trunk(self) -> Any:
         if not timm.is_model(self.name):
             raise UserError(f"vision.name: timm has no architecture {self.name!r}; see timm.list_models('vit*')")
-        trunk: Any = timm.create_model(self.name, pretrained=False, num_classes=0, **self.options)
+        trunk: Any = empty_trunk(self.name, num_classes=0, **self.options)
         if self.norm_eps is not None:
             for module in trunk.modules():
                 if isinstance(module, nn.LayerNorm):

@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import safetensors
 import torch
@@ -166,10 +166,12 @@ def write_safetensors(
     *,
     metadata: Mapping[str, str] | None = None,
     max_shard_bytes: int | None = None,
+    hashes: dict[str, str] | None = None,
 ) -> list[Path]:
     """Writes tensors so that the file is complete or not there; returns the files written.
 
-    At most one shard is held in memory, and tensors go to disk one by one from where they are, never as a second copy.
+    At most one shard is held where it is, and the host has a copy of one tensor: those of a device are fetched, and
+    sharded ones gathered (every other rank calls `gather` for them, in the same order), as they are written.
 
     Args:
         path: file to write, ending in `.safetensors`.
@@ -177,6 +179,7 @@ def write_safetensors(
         metadata: text entries of the header.
         max_shard_bytes: start a new file before one grows beyond this. With more than one file they are named
             `model-00001-of-00003.safetensors`, and `model.safetensors.index.json` says which tensor is where.
+        hashes: gets the identity of each tensor.
 
     Raises:
         UserError: the disk is full; an earlier file at `path` is intact.
@@ -188,7 +191,7 @@ def write_safetensors(
     with atomic_files(path.parent) as folder:
         for tensors in _shards(items, max_shard_bytes):
             with open(folder / str(len(shards)), "wb") as file:
-                _write_shard(file, tensors, header)
+                _write_shard(file, tensors, header, hashes)
             shards.append({name: tensor.nbytes for name, tensor in tensors.items()})
             del tensors  # before the next shard is collected
         names = [path.name]
@@ -231,7 +234,9 @@ def _shards(items: Iterable[tuple[str, Tensor]], max_bytes: int | None) -> Itera
     yield shard
 
 
-def _write_shard(file, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def _write_shard(
+    file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], hashes: dict[str, str] | None
+) -> None:
     # wide dtypes first, so that every tensor starts at a multiple of its element size
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -243,8 +248,19 @@ def _write_shard(file, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little"))
     file.write(text)
-    for name in order:
-        file.write(_raw(tensors[name]))
+    for name, tensor in tensors.items():  # in the order in which all ranks gather
+        whole = gather(tensor).cpu()
+        if hashes is not None:
+            hashes[name] = hash_tensor(whole)
+        file.seek(8 + len(text) + header[name]["data_offsets"][0])
+        file.write(_raw(whole))
+        del whole  # before the next one is gathered
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The whole tensor, of whose parts every rank has one; any other tensor is itself."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _raw(tensor: Tensor) -> Any:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from vlm.checkpoints.artefact import Artefact
 from vlm.checkpoints.files.weights import assign, hash_tensor
@@ -18,7 +17,7 @@ WEIGHT = "weight"
 
 
 def moments(optimizer: torch.optim.Optimizer, *, with_weights: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """(`parameter name/state name`, full tensor on the CPU), one at a time; a collective when the state is sharded.
+    """(`parameter name/state name`, tensor as it is, sharded or not).
 
     Args:
         with_weights: the parameters as well, as a state named `WEIGHT`.
@@ -26,8 +25,7 @@ def moments(optimizer: torch.optim.Optimizer, *, with_weights: bool = False) -> 
     for name, parameter in named_parameters(optimizer):
         own: dict[str, Tensor] = {WEIGHT: parameter} if with_weights else {}
         for key, value in (optimizer.state[parameter] | own).items():
-            value = value.full_tensor() if isinstance(value, DTensor) else value
-            yield f"{name}/{key}", value.detach().cpu()
+            yield f"{name}/{key}", value
 
 
 def restore_moments(optimizer: torch.optim.Optimizer, artefact: Artefact) -> None:

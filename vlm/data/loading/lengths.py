@@ -51,28 +51,33 @@ def draw_lengths(
     world: int = 1,
     rank: int = 0,
     gather: Gather | None = None,
+    order: np.ndarray | None = None,
 ) -> list[int]:
     """Tokens of each draw, true for this epoch: a caption pick or a prefix split can change them.
 
     Args:
         tolerant: a sample that cannot be encoded has length 0.
         world: ranks that measure a share each and tell each other by `gather`; `rank` is this one.
+        order: int64[len(draws)], places in `draws` of which the ranks measure consecutive parts.
 
     Raises:
         UserError: that of the first sample that cannot be encoded.
     """
     if gather is None:
         return _measured(encoder, draws, epoch=epoch, num_workers=num_workers, tolerant=tolerant)
+    shares = np.array_split(np.arange(len(draws)) if order is None else order, world)
     own: list[int] | UserError
     try:
-        own = _measured(encoder, draws[rank::world], epoch=epoch, num_workers=num_workers, tolerant=tolerant)
+        own = _measured(
+            encoder, [draws[at] for at in shares[rank]], epoch=epoch, num_workers=num_workers, tolerant=tolerant
+        )
     except UserError as error:
         own = error
     lengths = np.zeros(len(draws), dtype=np.int64)
-    for other, told in enumerate(gather(own)):
+    for share, told in zip(shares, gather(own), strict=True):
         if isinstance(told, UserError):
             raise told
-        lengths[other::world] = told
+        lengths[share] = told
     return lengths.tolist()
 
 

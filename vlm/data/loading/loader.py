@@ -117,6 +117,7 @@ class StepLoader(DataLoader):
             sampler=StepSampler(plan, accumulate=accumulate, fixed=fixed),
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
             multiprocessing_context=worker_context(num_workers, encoder.codec),
             generator=torch.Generator(),  # the global one is the model's: its stream must not depend on the loader
         )

@@ -22,10 +22,11 @@ from vlm.data.loading.workers import worker_context
 from vlm.data.modules.passes import split
 from vlm.data.modules.trainer_checks import check_packs_of_epoch, check_trainer
 from vlm.data.sampling.batches import BatchSpec, batch_draws
-from vlm.data.sampling.mixture import DrawGroups, Mixture, rank_orders, ranks_together
-from vlm.data.sampling.order import shuffled, with_blocks
+from vlm.data.sampling.mixture import DrawGroups, Mixture
+from vlm.data.sampling.order import by_stream, shuffled, with_blocks
 from vlm.data.sampling.packs import Packing
 from vlm.data.sampling.sharing import check_negatives, check_owner, micro_batches, packing_of
+from vlm.data.sampling.turns import rank_orders, ranks_together
 from vlm.data.sources.base import Concat, Source
 from vlm.data.wrappers.held_out import HoldOut
 from vlm.data.wrappers.quarantine import Kept, Quarantine, fingerprint
@@ -134,9 +135,13 @@ class VisionLanguageData(L.LightningDataModule):
         return self._samples
 
     def setup(self, stage: str) -> None:
+        if stage == "fit" and self.trainer is not None and not self._trains:
+            raise UserError("data.sources and data.batch: training needs both, the files and the published batch")
+        used = {"test": self.test_sources, "predict": self.predict_sources, "validate": self.val_sources}
+        if (gather := self._gather()) is not None:
+            for source in used.get(stage, [*self.sources, *self.val_sources]):
+                source.open_together(gather, **self._ranks())
         if stage == "fit" and self.trainer is not None:
-            if not self._trains:
-                raise UserError("data.sources and data.batch: training needs both, the files and the published batch")
             trainer = self._checked_trainer()
             module = trainer.lightning_module
             check_negatives(self.batch, module.in_batch_terms, system=type(module).__name__)  # type: ignore[arg-type]
@@ -175,7 +180,7 @@ class VisionLanguageData(L.LightningDataModule):
 
         def lengths() -> list[np.ndarray]:
             return step_lengths(
-                lambda epoch: self.steps(epoch, encoder=encoder),
+                lambda epoch: self._by_stream(self.steps(epoch, encoder=encoder)),
                 lambda samples: self.lengths(samples, epoch=0, encoder=encoder),
                 num_samples=len(self.samples),
                 max_epochs=max_epochs if known else 1,
@@ -183,7 +188,8 @@ class VisionLanguageData(L.LightningDataModule):
             )
 
         limits = {"micro_batch_size": self.micro_batch_size, "max_tokens": self.max_tokens}
-        return micro_batches(self._largest_batch(), world=world, given=given, lengths=lengths, **limits)
+        parts = self._parts(world)
+        return micro_batches(self._largest_batch(), world=world, given=given, lengths=lengths, parts=parts, **limits)
 
     def _largest_batch(self) -> BatchSpec:
         return self.batch
@@ -222,10 +228,31 @@ class VisionLanguageData(L.LightningDataModule):
             lengths = self.lengths(draws, epoch=epoch, encoder=encoder)
         return batch_draws(draws, self.batch, lengths=lengths, drop_last=self.drop_last)
 
+    def _by_stream(self, steps: list[list[int]]) -> list[list[int]]:
+        if not self._streams():
+            return steps
+        blocks, ends = [source.blocks() for source in self.sources], self.samples.ends.tolist()
+        return by_stream(steps, ends, blocks, num_samples=len(self.samples))
+
+    def _streams(self) -> dict[str, int]:
+        """Of each source that has any."""
+        found = {source.name: source.blocks() for source in self.sources}
+        return {name: blocks.streams for name, blocks in found.items() if blocks is not None and blocks.streams > 1}
+
+    def _parts(self, world: int) -> int:
+        """Into how many parts a step is cut before it is dealt: one for each rank where some source has streams."""
+        for name, streams in self._streams().items():
+            if streams < world:
+                raise UserError(f"source {name!r} has {streams} streams, less than the {world} ranks; raise 'streams'")
+        return world if self._streams() else 1
+
     def lengths(self, draws: Sequence[int], *, epoch: int, encoder: Encoder) -> list[int]:
         """Tokens of each draw, for batches that are counted in rows or tokens; all ranks of a trainer ask together."""
         tolerant = self.max_bad_samples > 0
         ranks = {} if self.trainer is None else self._ranks()
+        samples, ends = np.asarray(draws) % len(self.samples), self.samples.ends
+        which, starts = np.searchsorted(ends, samples, side="right"), np.concatenate([[0], ends[:-1]])
+        share = (samples - starts[which]) / np.diff(ends, prepend=0)[which]  # a rank measures a part of each source
         return draw_lengths(
             encoder,
             draws,
@@ -233,6 +260,7 @@ class VisionLanguageData(L.LightningDataModule):
             num_workers=self.num_workers,
             tolerant=tolerant,
             gather=self._gather(),
+            order=np.argsort(share, kind="stable"),
             **ranks,
         )
 
@@ -245,6 +273,7 @@ class VisionLanguageData(L.LightningDataModule):
             "data.drop_last": self.drop_last,
             "data.val_split": self.val_split,
             "data.quarantine": fingerprint(self._kept[: len(self.sources)]),
+            "streams of data.sources": self._streams() or None,
             "the number of training samples": len(self.samples),
         }
 
@@ -264,11 +293,11 @@ class VisionLanguageData(L.LightningDataModule):
         limits = {"micro_batch_size": self.micro_batch_size, "max_tokens": self.max_tokens}
         loader = StepLoader(
             encoder,
-            plan=lambda epoch: self.steps(epoch, encoder=encoder),
+            plan=lambda epoch: self._by_stream(self.steps(epoch, encoder=encoder)),
             world=world,
             rank=rank,
             accumulate=accumulate,
-            packing=packing_of(self._largest_batch(), packs=world * accumulate, **limits),
+            packing=packing_of(self._largest_batch(), packs=world * accumulate, parts=self._parts(world), **limits),
             num_workers=self.num_workers,
             identity=self.identity(),
             progress=progress,

@@ -6,6 +6,7 @@ with `modality` a global batch holds either samples with images or text alone.
 
 import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,21 +19,80 @@ def shuffled(n: int, *, seed: int, epoch: int) -> list[int]:
     return torch.randperm(n, generator=_generator(seed, epoch)).tolist()
 
 
-Blocks = tuple[np.ndarray, int]
-"""Where samples that are fetched together end, int64[blocks], and how many blocks are shuffled together."""
+class Blocks(NamedTuple):
+    """Samples that are fetched together, or lie in one file.
+
+    Attributes:
+        ends: int64[blocks], where blocks end.
+        together: how many blocks are shuffled together.
+        streams: equal parts of all samples that are read side by side: a rank has some of them to itself.
+    """
+
+    ends: np.ndarray
+    together: int
+    streams: int = 1
+
+    @property
+    def stream_ends(self) -> np.ndarray:
+        """int64[streams], where the parts end; the first ones have a sample more where they cannot be equal."""
+        size, longer = divmod(int(self.ends[-1]), self.streams)
+        return np.cumsum(size + (np.arange(self.streams) < longer))
 
 
-def shuffled_blocks(blocks: Blocks, *, seed: int, epoch: int) -> list[int]:
+def shuffled_blocks(blocks: Blocks, *, seed: int, epoch: int) -> np.ndarray:
     """A permutation of all samples that comes back to no block: blocks in random order, the samples of a few of them
-    shuffled together. For files that are far away, of which a whole block is fetched to get at one sample."""
-    ends, together = blocks
-    starts = np.concatenate([[0], ends[:-1]])
-    generator = _generator(seed, epoch)
-    order: list[int] = []
-    for window in _chunks(torch.randperm(len(ends), generator=generator).tolist(), together):
-        samples = np.concatenate([np.arange(starts[block], ends[block]) for block in window])
-        order += samples[torch.randperm(len(samples), generator=generator).numpy()].tolist()
-    return order
+    shuffled together. For files that are far away, of which a whole block is fetched to get at one sample.
+
+    With streams each is walked so for itself, and they take turns: any few samples in a row come from all over them.
+    """
+    generator, starts, begin = _generator(seed, epoch), np.concatenate([[0], blocks.ends[:-1]]), 0
+    walks: list[np.ndarray] = []
+    for end in blocks.stream_ends.tolist():
+        here = np.flatnonzero((starts <= end) & (blocks.ends >= begin))
+        walk = [np.empty(0, dtype=np.int64)]
+        for window in _chunks(torch.randperm(len(here), generator=generator).tolist(), blocks.together):
+            places = [np.arange(max(starts[block], begin), min(blocks.ends[block], end)) for block in here[window]]
+            samples = np.concatenate(places)
+            walk.append(samples[torch.randperm(len(samples), generator=generator).numpy()])
+        walks.append(np.concatenate(walk))
+        begin = end
+    turns = _spread(blocks.streams)
+    size = len(walks[-1])  # the shortest
+    rest = [walks[stream][size:] for stream in turns]
+    return np.concatenate([np.stack([walks[stream][:size] for stream in turns], axis=1).ravel(), *rest])
+
+
+def _spread(num: int) -> np.ndarray:
+    """A permutation of range(num) of which any few in a row lie evenly in it: by their binary digits, reversed."""
+    digits = max(num - 1, 1).bit_length()
+    return np.argsort([int(format(at, f"0{digits}b")[::-1], 2) for at in range(num)], kind="stable")
+
+
+def by_stream(
+    steps: Sequence[Sequence[int]], ends: Sequence[int], blocks: Sequence[Blocks | None], *, num_samples: int
+) -> list[list[int]]:
+    """The draws of each step in the order of the streams that they come from; those of no stream evenly among them.
+
+    So a part of a step that is cut out at the same place always comes from the same streams, or their neighbours.
+
+    Args:
+        ends: number of samples up to and with each source.
+        blocks: of each source.
+    """
+    sizes = [len(step) for step in steps]
+    draws = np.concatenate([np.asarray(step, dtype=np.int64) for step in steps]) if steps else np.empty(0, np.int64)
+    number, samples = np.repeat(np.arange(len(sizes)), sizes), draws % num_samples
+    place, elsewhere = np.zeros(len(draws)), np.ones(len(draws), dtype=bool)
+    for start, end, own in zip([0, *ends[:-1]], ends, blocks, strict=True):
+        if own is not None and own.streams > 1:
+            here = np.flatnonzero((samples >= start) & (samples < end))
+            stream = np.searchsorted(own.stream_ends, samples[here] - start, side="right")
+            place[here], elsewhere[here] = (stream + 0.5) / own.streams, False
+    counts = np.bincount(number[elsewhere], minlength=len(sizes))
+    turn = np.arange(elsewhere.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    place[elsewhere] = (turn + 0.5) / np.repeat(counts, counts)
+    ordered = draws[np.lexsort((place, number))]
+    return [step.tolist() for step in np.split(ordered, np.cumsum(sizes)[:-1])] if steps else []
 
 
 def with_blocks(
@@ -48,8 +108,7 @@ def with_blocks(
     for which, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
         if (own := blocks[which]) is not None:
             places = np.flatnonzero((found >= start) & (found < end))
-            walk = shuffled_blocks(own, seed=seed_from(seed, which), epoch=epoch)
-            found[places] = np.asarray(walk, dtype=np.int64) + start
+            found[places] = shuffled_blocks(own, seed=seed_from(seed, which), epoch=epoch) + start
     return found.tolist()
 
 

@@ -40,7 +40,14 @@ def check_negatives(batch: BatchSpec, terms: Sequence[str], *, system: str) -> N
 
 
 def micro_batches(
-    batch: BatchSpec, *, world: int, given: int, micro_batch_size: int | None, max_tokens: int | None, lengths: Lengths
+    batch: BatchSpec,
+    *,
+    world: int,
+    given: int,
+    micro_batch_size: int | None,
+    max_tokens: int | None,
+    lengths: Lengths,
+    parts: int = 1,
 ) -> int:
     """Micro-batches of a step on each device (Lightning's `accumulate_grad_batches`), the same in the whole run.
 
@@ -48,6 +55,7 @@ def micro_batches(
         batch: of a step; of the largest where steps differ.
         world: devices.
         given: what the trainer was given; 1 says nothing.
+        parts: as in `Packing`.
 
     Raises:
         UserError: the step cannot be shared like this, or `given` contradicts what decides.
@@ -66,20 +74,20 @@ def micro_batches(
         needed = -(-batch.size // (micro_batch_size * world))
         return _agreed(needed, given, f"data.micro_batch_size={micro_batch_size}", world)
     if max_tokens is not None and given == 1:
-        return _within(list(lengths()), Packing(max_tokens), world)
+        return _within(list(lengths()), Packing(max_tokens, parts=parts), world)
     return given
 
 
 def packing_of(
-    batch: BatchSpec, *, packs: int, micro_batch_size: int | None = None, max_tokens: int | None = None
+    batch: BatchSpec, *, packs: int, micro_batch_size: int | None = None, max_tokens: int | None = None, parts: int = 1
 ) -> Packing:
-    """What a pack may hold when a step is dealt into `packs`."""
+    """What a pack may hold when a step is dealt into `packs`, each rank's `parts` for itself."""
     if batch.negatives is None:
         if micro_batch_size is not None and packs * micro_batch_size < batch.size:
             raise UserError(
                 f"data.micro_batch_size={micro_batch_size}: {packs} packs hold no step of {batch.size} samples"
             )
-        return Packing(max_tokens, micro_batch_size)
+        return Packing(max_tokens, micro_batch_size, parts=parts)
     if batch.size % packs or batch.packs not in (None, packs):
         wanted = f"{batch.packs} packs" if batch.packs is not None else f"packs that share {batch.size} samples alike"
         raise UserError(f"data.batch wants {wanted}, devices times micro-batches make up {packs}")

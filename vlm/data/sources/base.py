@@ -2,13 +2,14 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vlm.data.sampling.order import Blocks
 from vlm.data.sources.forms import read_with
 from vlm.data.sources.json_records import RecordFile
 from vlm.data.sources.llava_boxes import mark_places, says_again
@@ -24,6 +25,10 @@ _QWEN_IMAGE = re.compile(r"<img>[^<>\n]+</img>")
 EXTRA_KEYS = ("task", "group", "answers", "choices")
 """Of the form of `vlm.sample`; other forms hand them on as they are."""
 _LLAVA_KEYS = frozenset({"id", "image", "images", "conversations", "system", *EXTRA_KEYS})
+
+
+Tell = Callable[[Any], list[Any]]
+"""What a rank tells all ranks -> what each of them told."""
 
 
 class Source(ABC):
@@ -58,12 +63,15 @@ class Source(ABC):
         """bool[len(self)], `has_image` of every sample."""
         return np.fromiter((self.has_image(i) for i in range(len(self))), dtype=bool, count=len(self))
 
-    def blocks(self) -> tuple[np.ndarray, int] | None:
-        """Where samples that are fetched together end, int64[blocks], and how many such blocks are shuffled together.
-
-        None: samples are as quickly read in any order.
-        """
+    def blocks(self) -> Blocks | None:
+        """Samples that are fetched together; None: they are as quickly read in any order."""
         return None
+
+    def open_together(self, tell: Tell, *, world: int, rank: int) -> None:  # noqa: B027  (most have nothing to share)
+        """Opens what knows its samples only after a look at its files: each rank looks at a share of them.
+
+        All ranks call it, before anything else is asked; otherwise a source opens by itself.
+        """
 
 
 class JsonSource(Source):

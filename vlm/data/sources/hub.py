@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm.data.sampling.order import Blocks
 from vlm.data.sources.base import Source
 from vlm.data.sources.messages import IMAGE_KEYS
 from vlm.data.sources.parquet import Parquet
@@ -86,7 +87,7 @@ class HubDataset(Source):
     def image_mask(self) -> np.ndarray:
         return self._rows.image_mask()
 
-    def blocks(self) -> tuple[np.ndarray, int] | None:
+    def blocks(self) -> Blocks | None:
         return self._rows.blocks()
 
     @cached_property

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm.data.sampling.order import Blocks
 from vlm.data.sources.messages import IMAGE_KEYS
 from vlm.data.sources.rows import Rows, check_columns
 from vlm.errors import UserError
@@ -96,8 +97,8 @@ class Parquet(Rows):
     def image_mask(self) -> np.ndarray:
         return self._mask
 
-    def blocks(self) -> tuple[np.ndarray, int] | None:
-        return None if self.groups_at_once is None else (self._index.ends, self.groups_at_once)
+    def blocks(self) -> Blocks | None:
+        return None if self.groups_at_once is None else Blocks(self._index.ends, self.groups_at_once)
 
     def _place(self, index: int) -> tuple[int, int]:
         """Row group and row in it."""

@@ -3,17 +3,17 @@
 import json
 import re
 import tarfile
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlm.data.sources.base import Source
+from vlm.data.sampling.order import Blocks
+from vlm.data.sources.base import Source, Tell
 from vlm.data.sources.record_sources import after_image, exchange, text
 from vlm.errors import SampleError, UserError, quoted, shorten
 from vlm.sample import MAX_PIXELS, ImageFile, Sample, parse_sample
@@ -21,6 +21,20 @@ from vlm.sample.keys import SUFFIXES
 from vlm.sample.paths import located
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+_TOGETHER = 4  # tars of a stream that are shuffled together
+
+
+class _Shard(NamedTuple):
+    """Attributes:
+
+    places: int64[n, 4], position and length of the image, then of the text.
+    note: what was left out.
+    """
+
+    places: np.ndarray
+    note: str | None
 
 
 @dataclass(frozen=True)
@@ -55,13 +69,21 @@ class WebDataset(Source):
 
         00000.tar:  000000001.jpg  000000001.txt  000000001.json  000000002.jpg ...
 
-    Tars are gone through once for where their members lie; after that a sample is two reads, in any order, so that an
-    epoch is shuffled as a whole and a stopped run goes on exactly. Memory holds three numbers per member.
+    Tars are gone through once for where their members lie; after that a sample is two reads, in any order, so that a
+    stopped run goes on exactly. Memory holds two numbers per member. The ranks of a training share this look, and are
+    told how many samples the tars of the others hold.
+
+    Without `streams` an epoch is shuffled as a whole, and every rank comes to read in every tar. With them the samples
+    are cut into so many equal parts in the order of the files; an epoch walks through all of them side by side, a few
+    tars of each shuffled together, and of every step a rank gets what comes from parts of its own. The samples of a
+    step still depend on (seed, epoch, step) alone.
 
     Args:
         path: a tar file or URL of one, a numbered series (`shards/{00000..00099}.tar`), or a pattern (`shards/*.tar`).
         caption: where the caption is: `txt` for `KEY.txt`, or a key of `KEY.json`.
         prompt: the user's text beside the image.
+        streams: parts that are read side by side, at least as many as ranks; a multiple of them gives ranks tars of
+            their own. None: samples of all tars are shuffled together.
         best: leave out pairs that do not belong together, by numbers in `KEY.json`.
         name: by default the file's name without its ending.
         max_pixels: limit on decode.
@@ -78,8 +100,13 @@ class WebDataset(Source):
         best: Best | None = None,
         name: str | None = None,
         max_pixels: int = MAX_PIXELS,
+        streams: int | None = None,
     ) -> None:
+        if streams is not None and streams < 1:
+            raise UserError(f"streams must be at least 1, found {streams}")
         self.path = located(path)
+        self.streams = streams
+        self._opened: dict[int, _Shard] = {}
         self.best = best
         self.caption = caption
         self.prompt = prompt
@@ -101,52 +128,85 @@ class WebDataset(Source):
             return files
         return [self.path]
 
-    @cached_property
-    def _found(self) -> tuple[np.ndarray, list[str]]:
-        """int64[n, 5]: shard, then position and length of the image, then of the text; and what was left out."""
-        rows = array("q")
-        notes: list[str] = []
-        wanted = "KEY.txt" if self.caption == "txt" else "KEY.json"
-        for number, file in enumerate(self.files):
-            found: list[tuple[int, ...]] = []
-            facts: list[tuple[int, int] | None] = []
-            bare: list[str] = []
-            for key, members in find_members(file):
-                image = next((members[suffix] for suffix in members if suffix in SUFFIXES), None)
-                words = members.get(wanted.removeprefix("KEY"))
-                if image is not None and words is not None:
-                    found.append((number, *image, *words))
-                    facts.append(members.get(".json"))
-                elif image is not None or words is not None:
-                    bare.append(f"{key} ({', '.join(members)})")
-            if bare:
-                notes.append(
-                    f"{file}: {len(bare):,} of {len(bare) + len(found):,} keys lack an image or {wanted} and are left "
-                    f"out, such as {shorten(bare[0])}; write the shard again with both under one name"
-                )
-            for at in range(len(found)) if self.best is None else self.best.among(_numbers(file, facts, self.best)):
-                rows.extend(found[at])
-        if not rows and self.best is not None:
-            raise UserError(f"{self.path}: no pair passes 'best' ({self.best}); lower it")
-        if not rows:
-            raise UserError(f"{self.path}: no picture with a {wanted} in it; set 'caption' to where the captions are")
-        return np.frombuffer(rows, dtype=np.int64).reshape(-1, 5), notes
+    def _shard(self, number: int) -> "_Shard":
+        """Opened when something first asks, and kept."""
+        if number not in self._opened:
+            self._opened[number] = self._open(self.files[number])
+        return self._opened[number]
 
-    @property
-    def _index(self) -> np.ndarray:
-        return self._found[0]
+    def _open(self, file: Path) -> "_Shard":
+        rows: list[tuple[int, ...]] = []
+        facts: list[tuple[int, int] | None] = []
+        bare: list[str] = []
+        wanted = "KEY.txt" if self.caption == "txt" else "KEY.json"
+        for key, members in find_members(file):
+            image = next((members[suffix] for suffix in members if suffix in SUFFIXES), None)
+            words = members.get(wanted.removeprefix("KEY"))
+            if image is not None and words is not None:
+                rows.append((*image, *words))
+                facts.append(members.get(".json"))
+            elif image is not None or words is not None:
+                bare.append(f"{key} ({', '.join(members)})")
+        note = None
+        if bare:
+            note = (
+                f"{file}: {len(bare):,} of {len(bare) + len(rows):,} keys lack an image or {wanted} and are left "
+                f"out, such as {shorten(bare[0])}; write the shard again with both under one name"
+            )
+        if self.best is not None:
+            rows = [rows[at] for at in self.best.among(_numbers(file, facts, self.best))]
+        return _Shard(np.array(rows, dtype=np.int64).reshape(-1, 4), note)
+
+    def open_together(self, tell: Tell, *, world: int, rank: int) -> None:
+        first, last = (len(self.files) * at // world for at in (rank, rank + 1))
+        own: list[tuple[int, str | None]] | UserError
+        try:
+            own = [(len(shard.places), shard.note) for shard in map(self._shard, range(first, last))]
+        except UserError as error:
+            own = error
+        found: list[tuple[int, str | None]] = []
+        for told in tell(own):
+            if isinstance(told, UserError):
+                raise told
+            found += told
+        self._contents = found
+
+    @cached_property
+    def _contents(self) -> list[tuple[int, str | None]]:
+        """Of each shard the number of samples, and what was left out."""
+        shards = map(self._shard, range(len(self.files)))
+        return [(len(shard.places), shard.note) for shard in shards]
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        """int64[shards], where the samples of each end."""
+        ends = np.cumsum([number for number, _ in self._contents])
+        if not ends[-1] and self.best is not None:
+            raise UserError(f"{self.path}: no pair passes 'best' ({self.best}); lower it")
+        if not ends[-1]:
+            wanted = "KEY.txt" if self.caption == "txt" else "KEY.json"
+            raise UserError(f"{self.path}: no picture with a {wanted} in it; set 'caption' to where the captions are")
+        return ends
 
     def notes(self) -> list[str]:
-        return self._found[1]
+        return [note for _, note in self._contents if note is not None]
+
+    def blocks(self) -> Blocks | None:
+        if self.streams is None:
+            return None
+        if self.streams > len(self):
+            raise UserError(f"{self.path}: {len(self)} samples make no {self.streams} streams; lower 'streams'")
+        return Blocks(self._ends, _TOGETHER, self.streams)
 
     def __len__(self) -> int:
-        return len(self._index)
+        return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name} has {len(self)} samples, asked for number {index}")
-        shard, image_at, image_size, text_at, text_size = self._index[index].tolist()
-        file = self.files[shard]
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        file, places = self.files[number], self._shard(number).places
+        image_at, image_size, text_at, text_size = places[index - int(self._ends[number])].tolist()
         with file.open("rb") as opened:
             opened.seek(text_at)
             content = opened.read(text_size)

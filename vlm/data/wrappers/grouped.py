@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from vlm.data.sampling.order import Blocks
 from vlm.data.sources.base import Source
 from vlm.data.wrappers.wrapped import Wrapped
 from vlm.errors import UserError
@@ -54,9 +55,9 @@ class Grouped(Wrapped):
     def place(self, index: int) -> tuple[str, int]:
         return self.source.place(index * self.size)
 
-    def blocks(self) -> tuple[np.ndarray, int] | None:
+    def blocks(self) -> Blocks | None:
         found = self.source.blocks()
-        return None if found is None else (np.minimum(-(-found[0] // self.size), len(self)), found[1])
+        return None if found is None else found._replace(ends=np.minimum(-(-found.ends // self.size), len(self)))
 
 
 def _documents(sample: Sample) -> tuple[Message, ...]:

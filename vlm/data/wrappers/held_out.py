@@ -57,7 +57,7 @@ class HoldOut:
             if source.blocks() is not None:
                 raise UserError(
                     f"data.val_split looks at every sample before the first step, and {source.name!r} is streamed; "
-                    "name other data in data.val_sources, or leave streaming and groups_at_once out"
+                    "name other data in data.val_sources, or leave streaming, groups_at_once and streams out"
                 )
             names += [_names(source, index) for index in range(len(source))]
         groups = _connected(names)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm.data.sampling.order import Blocks
 from vlm.data.sources.base import Source
 from vlm.data.wrappers.wrapped import Wrapped
 from vlm.errors import SampleError, UserError
@@ -199,9 +200,9 @@ class Kept(Wrapped):
     def image_mask(self) -> np.ndarray:
         return np.delete(self.source.image_mask(), self.left_out)
 
-    def blocks(self) -> tuple[np.ndarray, int] | None:
+    def blocks(self) -> Blocks | None:
         found = self.source.blocks()
-        return None if found is None else (found[0] - np.searchsorted(self.left_out, found[0]), found[1])
+        return None if found is None else found._replace(ends=found.ends - np.searchsorted(self.left_out, found.ends))
 
 
 def fingerprint(sources: Iterable[Kept]) -> str | None:

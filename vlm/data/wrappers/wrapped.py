@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from vlm.data.sources.base import Source
+from vlm.data.sampling.order import Blocks
+from vlm.data.sources.base import Source, Tell
 
 
 class Wrapped(Source):
@@ -31,5 +32,8 @@ class Wrapped(Source):
     def notes(self) -> list[str]:
         return self.source.notes()
 
-    def blocks(self) -> tuple[np.ndarray, int] | None:
+    def blocks(self) -> Blocks | None:
         return self.source.blocks()
+
+    def open_together(self, tell: Tell, *, world: int, rank: int) -> None:
+        self.source.open_together(tell, world=world, rank=rank)
