@@ -12,10 +12,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from callbacks.progress import say
+from vlm.batch import Batch
+from vlm.data.loading.opaque import OpaqueBatch
 from vlm.errors import UserError
 from vlm.module import VisionLanguageModule
 from vlm.moving import changing_names
-from vlm.vision import FeatureFiles, TowerDescription, keep_features
+from vlm.vision import FeatureFiles, TowerDescription, keep_features, with_keys
 
 
 class FeatureCache(Callback):
@@ -65,7 +67,8 @@ class FeatureCache(Callback):
                 f"feature cache: {part} in {files.folder}, {count:,} views in {size / 2**30:.2f} GiB; 1,000 views take "
                 f"up to {1000 * facts.num_tokens * facts.dim * 4 / 2**30:.2f} GiB"
             )
-        pl_module.names_views = True
+        # on this module alone: of a class that has this hook Lightning warns in every run
+        pl_module.on_before_batch_transfer = _name_views  # type: ignore[method-assign]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for part, files in self._files.items():
@@ -77,11 +80,18 @@ class FeatureCache(Callback):
         self._close(pl_module)
 
     def _close(self, module: LightningModule) -> None:
-        assert isinstance(module, VisionLanguageModule)
-        module.names_views = False
+        vars(module).pop("on_before_batch_transfer", None)
         for part in self._files:
             keep_features(module.get_submodule(part), None)
         self._files = {}
+
+
+def _name_views(batch: Any, dataloader_idx: int) -> Any:
+    content = batch.content if isinstance(batch, OpaqueBatch) else batch
+    if not isinstance(content, Batch):  # samples that are to be answered
+        return batch
+    named = with_keys(content)
+    return OpaqueBatch(named) if isinstance(batch, OpaqueBatch) else named
 
 
 def _what_changes(module: VisionLanguageModule, part: str) -> str | None:
@@ -107,7 +117,7 @@ def _identity(trainer: Trainer, module: VisionLanguageModule, part: str, descrip
         *(f"{name} {content}" for name, content in sorted(module.frozen_hashes.items()) if name.startswith(f"{part}.")),
         *(f"{name} {parameter.dtype}" for name, parameter in tower.named_parameters()),
         repr(replace(description, weights=None)),
-        repr(tower),
+        f"{tower} compiled: {module.compile_network is not None}",
         f"{trainer.precision} {torch.get_float32_matmul_precision()} {machine} {torch.__version__} {timm.__version__}",
     ]
     return blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()

@@ -27,7 +27,6 @@ from vlm.checkpoints.report import LoadReport
 from vlm.checkpoints.resume.moments import restore_moments
 from vlm.checkpoints.resume.opened import RECORD
 from vlm.codec import Codec
-from vlm.data.loading.opaque import OpaqueBatch
 from vlm.data.sources.asked import Asked, as_samples
 from vlm.errors import SampleError, UserError
 from vlm.evaluation.inference import answer_each, as_pack, chunks_in_step, decoding_of, evaluating, label_scores
@@ -41,7 +40,6 @@ from vlm.moving import changing_names
 from vlm.sample import Sample
 from vlm.seeding import seed_from
 from vlm.stages import Stage
-from vlm.vision.feature_files import with_keys
 
 
 class VisionLanguageModule(LightningModule):
@@ -73,7 +71,6 @@ class VisionLanguageModule(LightningModule):
         averages: {name: float32 moving average of a trained tensor}, which artefacts hold in the place of the tensor;
             kept by the `EMA` callback, None without it.
         references: the stage, and how its artefact refers to what it follows.
-        names_views: views of a trainer's packs have names, under which features are kept (`callbacks.FeatureCache`).
         epochs_done: epochs of the stage that are done when the present step begins, as in 1.25; infinite outside of
             training, where every ramp is over. `global_step` has the steps.
     """
@@ -121,7 +118,6 @@ class VisionLanguageModule(LightningModule):
         self.epochs_done = math.inf
         self.references: tuple[Stage | None, list[dict[str, Any]]] = (None, [])
         self.compile_network: Callable[[nn.Module], None] | None = None
-        self.names_views = False
         self._next_epoch = 0
         self._total_steps: int | None = None
         self.built_for: tuple[Stage | None, Stage | None] = (None, None)
@@ -220,13 +216,6 @@ class VisionLanguageModule(LightningModule):
         fill(self, added=added)
 
     # -- training
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        content = batch.content if isinstance(batch, OpaqueBatch) else batch
-        if not (self.names_views and isinstance(content, Batch)):
-            return batch
-        named = with_keys(content)
-        return OpaqueBatch(named) if isinstance(batch, OpaqueBatch) else named
 
     def configure_optimizers(self) -> Any:
         assert self.stage is not None  # `configure_model` has seen to it

@@ -75,7 +75,7 @@ def _micro_batches(results: Results, image_token: int) -> list[dict[str, Tensor]
     with tempfile.TemporaryDirectory() as folder:
         items = [
             codec.encode(sample)
-            for sample, _ in zip(samples_of("llava_1_5", Path(folder), limit=8000), range(count), strict=False)
+            for sample, _ in zip(samples_of(Path(folder), picture=(640, 480), limit=8000), range(count), strict=False)
         ]
         return [
             _padded(codec, items[start : start + MICRO_BATCH], image_token) for start in range(0, count, MICRO_BATCH)

@@ -23,6 +23,7 @@ from vlm.checkpoints.report import LoadReport
 from vlm.codec import Encoded, step_counts
 from vlm.module import VisionLanguageModule
 from vlm.monitoring.peak import matmul_peak
+from vlm.sample import Sample
 from vlm.stages import Stage, Trained
 
 
@@ -37,6 +38,7 @@ class Variant:
         sharded: FSDP2 with one rank, float32 shards and bfloat16 compute; else `bf16-mixed`.
         compiled: blocks of the language model.
         tokens: of a pack.
+        picture: width and height of the pictures.
     """
 
     network: str
@@ -45,6 +47,7 @@ class Variant:
     sharded: bool = False
     compiled: bool = False
     tokens: int = 8000
+    picture: tuple[int, int] = (640, 480)
 
 
 EXPERT = ("connector", "language.model.layers.*.expert.weight")
@@ -57,8 +60,8 @@ VARIANTS = {
     "stage2_every_2nd": Variant("llava_1_5", recompute={"language": 2}, sharded=True, tokens=6000),
     "stage2_kept": Variant("llava_1_5", recompute={"language": False}, sharded=True, tokens=3600),
     "expert": Variant("cogvlm", EXPERT),
-    "anyres": Variant("llava_next", ("vision", "connector", "newline", "language"), tokens=12000),
-    "hd": Variant("xcomposer2_4khd", HD, tokens=16000),
+    "anyres": Variant("llava_next", ("vision", "connector", "newline", "language"), tokens=12000, picture=(1200, 900)),
+    "hd": Variant("xcomposer2_4khd", HD, tokens=16000, picture=(3840, 1600)),
 }
 """In the order of what matters most. The last three have half of the language model's blocks, to fit."""
 PACKS, STEPS = 4, 3
@@ -81,7 +84,9 @@ def run_variant(results: Results, name: str) -> None:
         for operation in surgery:
             module.register_surgery(operation)
         module.stage = Stage(name, dict.fromkeys(variant.train, Trained(2e-5)), recompute=variant.recompute)
-        batches = _packs(module, Path(folder), (300 if results.is_small else variant.tokens) // results.shrink)
+        picture, tokens = ((640, 480), 300) if results.is_small else (variant.picture, variant.tokens)
+        samples = samples_of(Path(folder), picture=picture, limit=tokens)
+        batches = _packs(module, samples, tokens // results.shrink)
         first = _First()
         steps = STEPS + variant.compiled
         run = L.Trainer(
@@ -134,10 +139,10 @@ def _as_it_is(batch: Batch) -> Batch:
     return batch
 
 
-def _packs(module: VisionLanguageModule, folder: Path, tokens: int) -> list[Batch]:
+def _packs(module: VisionLanguageModule, samples: Iterator[Sample], tokens: int) -> list[Batch]:
     """The packs of one step, of about so many tokens each."""
     packs: list[list[Encoded]] = [[]]
-    for sample in samples_of(module.system, folder, limit=tokens):
+    for sample in samples:
         item = module.codec.encode(sample, seed=1)
         if packs[-1] and sum(other.num_tokens for other in packs[-1]) + item.num_tokens > tokens:
             if len(packs) == PACKS:

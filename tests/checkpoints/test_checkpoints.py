@@ -1,4 +1,4 @@
-import vlm
+import vlm  # first: repairs torchvision
 
 import errno
 import json

@@ -18,7 +18,8 @@ from vlm.batch import IGNORE
 from vlm.codec import Sizes, step_counts
 from vlm.data import BatchSpec, InstructionData, MultitaskData, PretrainingData
 from vlm.data.loading.encoder import Encoder
-from vlm.data.loading.rank_gather import gather_over_ranks
+from vlm.data.loading.rank_gather import Gather, gather_over_ranks
+from vlm.data.loading.step_dataset import StepDataset, StepPacks
 from vlm.data.sampling.packs import Packing, Seat, as_filler, balance_packs, check_packs, deal_seats
 from vlm.data.sources.base import Concat
 from vlm.data.sampling.batches import batch_draws
@@ -313,6 +314,15 @@ def test_ranks_that_tell_each_other_sizes_have_the_same_packs(batch):
         judged = data.eval_loader(samples(11), CODEC, world=2, rank=rank)
         assert all(same(a, b) for a, b in zip(validation, judged, strict=True))
         assert encoded <= 2 * (every + len(packs))  # both epochs, with fillers
+
+
+def test_packs_of_a_step_travel_one_by_one(monkeypatch):
+    """So what is under way is bounded by packs, however many make a step."""
+    made, get = [], StepDataset.__getitem__
+    monkeypatch.setattr(StepDataset, "__getitem__", lambda self, task: made.append(get(self, task)) or made[-1])
+    packs = list(make(64, size=32).train_loader(CODEC, accumulate=8, gather=Gather(lambda value: [value])))
+    assert len(packs) == 16
+    assert [len(item.packs) for item in made if isinstance(item, StepPacks)] == [1] * 16
 
 
 def _error_of(data):

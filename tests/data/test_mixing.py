@@ -15,7 +15,7 @@ from tests.support.fake_codec import ByteCodec, ListSource, answer, sample, samp
 from tests.data.test_loader import SPLITS, epoch_of, flat, same, steps_of
 from vlm.data import BatchSpec, InstructionData, Mixture, MultitaskData, PretrainingData, WithResolution
 from vlm.data.loading.encoder import Encoder
-from vlm.data.sampling.mixture import apportion, rank_orders, interleave_evenly, shuffled_walk
+from vlm.data.sampling.turns import apportion, rank_orders, interleave_evenly, shuffled_walk
 from vlm.errors import UserError
 
 CODEC = ByteCodec()

@@ -14,6 +14,7 @@ def silence() -> None:
         "Total length of .list. across ranks is zero",
         ".*LeafSpec",
         ".*smaller than the logging interval",  # `LogCadence` sees to it
+        "You have overridden .on_before_batch_transfer.",  # `FeatureCache` does
     ):
         warnings.filterwarnings("ignore", message)
     # a kernel for weights in 4 bits on some CPUs, which would come from the hub

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from vlm.batch import Batch
+from vlm.batch import Batch, Views
 from vlm.checkpoints.files.atomic import atomic_file
 from vlm.checkpoints.files.weights import hash_tensor
 
@@ -22,11 +22,14 @@ _WAITING = 64
 
 def with_keys(batch: Batch) -> Batch:
     """The pack with a name for each view, made of its pixels: of the image, and of how it is seen."""
-    views = {
-        name: replace(stream, keys=tuple(hash_tensor(view) for view in stream.pixels))
-        for name, stream in batch.views.items()
-    }
-    return replace(batch, views=views)
+    return replace(batch, views={name: replace(views, keys=_keys(views)) for name, views in batch.views.items()})
+
+
+def _keys(views: Views) -> tuple[str, ...]:
+    if views.table is None or views.whole is not None:
+        return tuple(hash_tensor(view) for view in views.pixels)
+    table = hash_tensor(views.table)[:8]  # bytes are a quarter of the pixels that they become
+    return tuple(hash_tensor(view) + table for view in views.values)
 
 
 class FeatureFiles:

@@ -22,10 +22,11 @@ from vlm.data.loading.workers import worker_context
 from vlm.data.modules.passes import split
 from vlm.data.modules.trainer_checks import check_packs_of_epoch, check_trainer
 from vlm.data.sampling.batches import BatchSpec, batch_draws
-from vlm.data.sampling.mixture import DrawGroups, Mixture, rank_orders, ranks_together
+from vlm.data.sampling.mixture import DrawGroups, Mixture
 from vlm.data.sampling.order import by_stream, shuffled, with_blocks
 from vlm.data.sampling.packs import Packing
 from vlm.data.sampling.sharing import check_negatives, check_owner, micro_batches, packing_of
+from vlm.data.sampling.turns import rank_orders, ranks_together
 from vlm.data.sources.base import Concat, Source
 from vlm.data.wrappers.held_out import HoldOut
 from vlm.data.wrappers.quarantine import Kept, Quarantine, fingerprint

@@ -11,8 +11,9 @@ import torch
 from vlm.data.loading.encoder import Encoder, Prepare, Seeds
 from vlm.data.modules.base import VisionLanguageData
 from vlm.data.sampling.batches import BatchSpec, batch_draws
-from vlm.data.sampling.mixture import DrawGroups, Mixture, order_kinds, shuffled_walk
+from vlm.data.sampling.mixture import DrawGroups, Mixture
 from vlm.data.sampling.order import modality_grouped_steps, modality_length_grouped
+from vlm.data.sampling.turns import order_kinds, shuffled_walk
 from vlm.data.sources.base import Source
 from vlm.errors import UserError
 from vlm.sample import ImagePart, Part, RegionPart, Sample, TextPart

@@ -9,7 +9,8 @@ import numpy as np
 from vlm.data.loading.encoder import Encoder
 from vlm.data.modules.base import VisionLanguageData
 from vlm.data.sampling.batches import BatchSpec, Pure, batch_draws_pure
-from vlm.data.sampling.mixture import DrawGroups, check_names, order_kinds
+from vlm.data.sampling.mixture import DrawGroups, check_names
+from vlm.data.sampling.turns import order_kinds
 from vlm.data.sources.base import Source
 from vlm.data.wrappers.resolution import WithResolution
 from vlm.errors import UserError
