@@ -208,7 +208,8 @@ def test_groups_of_ranks_take_the_same_steps(tmp_path: Path) -> None:
                 for theirs, gradients in zip(one[kind], ours[kind], strict=True):
                     same(gradients, theirs, atol=5e-6)
             same(ours["weights"], one["weights"], atol=1e-5)
-            assert ours["norm"] == pytest.approx(one["norm"], rel=1e-5)
+            # float32 sums over whole tensors or over their halves: 2e-5 seen; a copy too many would be 0.4
+            assert ours["norm"] == pytest.approx(one["norm"], rel=1e-4)
         assert found["each"]["reductions"] == 2 * found["reductions"]
         assert found["each"]["sent"]["allreduce_"] == found["sent"]["allreduce_"]  # between the copies: once a step
         assert all(torch.equal(found["saved"][name], found["resumed"][name]) for name in found["saved"])
