@@ -8,7 +8,6 @@ All contestants train the same weights on the same samples:
     padded              a plain loop: micro-batches of 8 in data order, padded to the longest
     sorted              the same, the samples of each step sorted by length, in micro-batches of 2
     Trainer             transformers' Trainer, micro-batches of 8 in data order; `by length`: its own grouping
-    TRL                 TRL's SFTTrainer likewise, where it is installed
 
 The peers get their samples encoded in advance and pay for no data loading. Stage 1 trains the connector on captions of
 much the same length, stage 2 connector and language model on an instruction mix with a long tail; each in float32 and
@@ -144,7 +143,7 @@ def compare(work: Path, stage: str, precision: str, names: list[str], options: a
     return found
 
 
-def write_report(out: Path, found: dict[str, dict[str, Any]], about: dict[str, str], skipped: list[str]) -> None:
+def write_report(out: Path, found: dict[str, dict[str, Any]], about: dict[str, str]) -> None:
     """A table, its numbers and a plot."""
     names = list(next(iter(found.values())))
     lines = [
@@ -154,7 +153,6 @@ def write_report(out: Path, found: dict[str, dict[str, Any]], about: dict[str, s
         "padding, and in brackets how many times as fast `vlm` is.",
         "",
         f"Measured on: {', '.join(f'{key} {value}' for key, value in about.items())}.",
-        *([f"Not installed, so left out: {', '.join(skipped)}."] if skipped else []),
         "",
         f"| | {' | '.join(found)} |",
         f"|---|{'---|' * len(found)}",
@@ -210,10 +208,7 @@ def main() -> None:
         peak = torch.cuda.max_memory_allocated() / 2**30 if options.device == "cuda" else peak_rss_gib()
         print("\n" + json.dumps(result | {"peak": peak}))
         return
-    skipped = [name for name in options.only if name in PEERS and not PEERS[name].is_installed]
-    names = ["vlm", *(name for name in options.only if name != "vlm" and name not in skipped)]
-    for name in skipped:
-        print(f"{name} is not installed: skipped")
+    names = ["vlm", *(name for name in options.only if name != "vlm")]
     about, found = machine(options.device), {}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     with tempfile.TemporaryDirectory() as folder:
@@ -225,7 +220,7 @@ def main() -> None:
                 print(title, flush=True)
                 found[title] = compare(work, stage, precision, names, options)
     if options.out is not None:
-        write_report(options.out, found, about, skipped)
+        write_report(options.out, found, about)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """The peers of `benchmarks.train_speed`: the same LLaVA as transformers' own class, its samples encoded in advance."""
 
 import argparse
-import importlib.util
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ def run_peer(name: str, work: Path, stage: str, precision: str, options: argpars
         parameter.requires_grad = any(part in key for part in trained)
     encoded = {key: encode(model.config.image_token_id, item) for key, item in read_items(work, stage, steps)}
     rows = [[encoded[key] for key in step] for step in steps]
-    return PEERS[name].run(model, rows, precision, options)
+    return PEERS[name](model, rows, precision, options)
 
 
 def _in_loop(model: Any, steps: Sequence[list[Row]], precision: str, options: argparse.Namespace, *, size: int) -> dict:
@@ -84,11 +83,8 @@ def _in_trainer(
     options: argparse.Namespace,
     *,
     order: str,
-    classes: Callable[[], tuple[Any, Any]],
-    further: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """A Trainer of transformers or of its kind."""
-    trainer_class, arguments_class = classes()
+    """transformers' own Trainer."""
     micro_batches = max(1, len(steps[0]) // MICRO_BATCH)
     seen: list[list[int]] = []
 
@@ -98,9 +94,9 @@ def _in_trainer(
 
     clock = _Clock(options.device)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_class(
+        trainer = Trainer(
             model=model,
-            args=arguments_class(
+            args=TrainingArguments(
                 output_dir=folder,
                 per_device_train_batch_size=len(steps[0]) // micro_batches,
                 gradient_accumulation_steps=micro_batches,
@@ -117,7 +113,6 @@ def _in_trainer(
                 report_to=[],
                 logging_strategy="no",
                 disable_tqdm=True,
-                **further,
             ),
             train_dataset=[{"input_ids": row[0], "row": row} for rows in steps for row in rows],
             data_collator=collate,
@@ -128,48 +123,11 @@ def _in_trainer(
     return {"ends": clock.ends, "tokens": tokens[: len(clock.ends) - 1]}
 
 
-def _transformers() -> tuple[Any, Any]:
-    return Trainer, TrainingArguments
-
-
-def _trl() -> tuple[Any, Any]:
-    from trl import SFTConfig, SFTTrainer
-
-    return SFTTrainer, SFTConfig
-
-
-class Peer:
-    """A contestant.
-
-    Args:
-        run: takes the model, the rows of each step, the precision and the options.
-        package: that it needs besides ours.
-    """
-
-    def __init__(self, run: Callable[..., dict[str, Any]], *, package: str = "transformers") -> None:
-        self.run = run
-        self.package = package
-
-    @property
-    def is_installed(self) -> bool:
-        return importlib.util.find_spec(self.package) is not None
-
-
-def _trainer(order: str) -> Callable[..., dict[str, Any]]:
-    return lambda *args: _in_trainer(*args, order=order, classes=_transformers, further={})
-
-
-PEERS = {
-    "padded": Peer(lambda *args: _in_loop(*args, size=MICRO_BATCH)),
-    "sorted": Peer(lambda *args: _in_loop(*args, size=2)),
-    "Trainer": Peer(_trainer("sequential")),
-    "Trainer, by length": Peer(_trainer("group_by_length")),
-    "TRL": Peer(
-        lambda *args: _in_trainer(
-            *args, order="sequential", classes=_trl, further={"dataset_kwargs": {"skip_prepare_dataset": True}}
-        ),
-        package="trl",
-    ),
+PEERS: dict[str, Callable[..., dict[str, Any]]] = {
+    "padded": lambda *args: _in_loop(*args, size=MICRO_BATCH),
+    "sorted": lambda *args: _in_loop(*args, size=2),
+    "Trainer": lambda *args: _in_trainer(*args, order="sequential"),
+    "Trainer, by length": lambda *args: _in_trainer(*args, order="group_by_length"),
 }
 
 
