@@ -319,7 +319,8 @@ def test_a_second_interrupt_ends_at_once(monkeypatch: pytest.MonkeyPatch, interr
     ended: list[Any] = []
     monkeypatch.setattr("callbacks.stop_signals.os._exit", ended.append)
     launcher = SimpleNamespace(kill=ended.append)
-    trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=launcher), is_global_zero=False)
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace())
+    trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=launcher), is_global_zero=False, fit_loop=loop)
     signals, terminate = StopSignals(), signal.getsignal(signal.SIGTERM)
     signals.listen(trainer)
     signal.raise_signal(signal.SIGINT)
