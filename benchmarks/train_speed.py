@@ -165,10 +165,10 @@ def write_report(out: Path, found: dict[str, dict[str, Any]], about: dict[str, s
         peaks = [f"{one[name]['peak_gib']:.2f}" for one in found.values()]
         lines.append(f"| {name} | {' | '.join(peaks)} |")
     lines += ["", "![tokens per second](images/train_speed.png)"]
+    (out / "images").mkdir(parents=True, exist_ok=True)
     (out / "train_speed.md").write_text("\n".join(lines) + "\n")
     (out / "train_speed.json").write_text(json.dumps({"machine": about, "found": found}, indent=1) + "\n")
     speeds = {title: {n: one["tokens_per_second"] for n, one in group.items()} for title, group in found.items()}
-    (out / "images").mkdir(exist_ok=True)
     draw_bars(out / "images/train_speed.png", speeds, unit="tokens per second")
 
 
