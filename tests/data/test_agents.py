@@ -267,6 +267,15 @@ def test_actions_match_as_published() -> None:
 # -- the embedded world's screens
 
 
+def test_as_many_screens_as_a_demo_has_can_be_drawn() -> None:
+    """No lot leaves a place without a text of the split, and each has as many of it as was asked for."""
+    for split, num, wanted in (("train", 4000, None), ("test", 1000, 1), ("val", 1000, 1)):
+        for at in range(num):
+            elements = make_screen(Random(f"gui 0 {split} {at}"), split=split, size=96).elements  # type: ignore[arg-type]
+            assert len({element.text for element in elements}) == len(elements)
+            assert sum(element.split == split for element in elements) == (wanted or len(elements))
+
+
 def test_screens_say_what_they_show(tmp_path: Path) -> None:
     write_format(tmp_path / "gui", "gui", num=40, size=48)
     images = tmp_path / "gui/images"

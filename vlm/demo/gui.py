@@ -104,6 +104,13 @@ def make_screen(random: Random, *, split: Split, size: int) -> Screen:
         split: every element of a training screen is of training; one of another split's screen is of that split.
         size: of a scene; the screen is `SIZE` times as large.
     """
+    while (screen := _try_screen(random, split, size)) is None:
+        pass
+    return screen
+
+
+def _try_screen(random: Random, split: Split, size: int) -> Screen | None:
+    """None where all texts of the split that may stand at a place stand elsewhere."""
     across, down = random.choice(_ASPECTS)
     unit = SIZE * size / min(across, down)
     width, height = round(unit * across), round(unit * down)
@@ -118,7 +125,10 @@ def make_screen(random: Random, *, split: Split, size: int) -> Screen:
         pool = ENGLISH_WORDS if kind != "image" else tuple(noun.name for noun in NOUNS)
         box = _place(random, kind, cell, width, height, size)
         found = [Element(kind, text, cell, box) for text in pool if text not in used]
-        element = random.choice([one for one in found if one.split == wanted])
+        fitting = [one for one in found if one.split == wanted]
+        if not fitting:
+            return None
+        element = random.choice(fitting)
         used.add(element.text)
         elements.append(element)
     colors = tuple(random.choice(list(COLORS)) for _ in elements)
