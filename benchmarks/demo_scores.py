@@ -14,7 +14,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import re
 import resource
 import subprocess
@@ -23,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks.clock import processor
 from vlm.checkpoints.files.atomic import atomic_file
 from vlm.errors import UserError
 from vlm.evaluation.scores import read_scores
@@ -243,9 +243,7 @@ def write_section(page: Path, system: str, text: str) -> None:
 
 
 def machine() -> str:
-    cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if os.name == "posix" else None
-    name = cpu[1].strip() if cpu else platform.machine()
-    return f"{name}, {os.cpu_count()} cores, torch {version('torch')}"
+    return f"{processor()}, {os.cpu_count()} cores, torch {version('torch')}"
 
 
 def vlm(*arguments: str) -> None:

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from callbacks.log_cadence import is_logged
 from callbacks.progress import warn
 from vlm.checkpoints.files.atomic import atomic_file
+from vlm.data.loading.trainer_progress import ends_step
 from vlm.data.loading.loader import StepLoader
 from vlm.data.wrappers.quarantine import LeftOut, as_lines
 
@@ -38,7 +39,7 @@ class BadSamples(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loader, step = trainer.train_dataloader, trainer.global_step
-        is_whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        is_whole = ends_step(trainer, batch_idx)
         if not isinstance(loader, StepLoader) or not loader.max_bad_samples or not is_whole:
             return
         if is_logged(trainer, step):

@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.progress import say
+from vlm.data.loading.trainer_progress import ends_step
 from vlm.building.weight_sources import is_resuming
 from vlm.checkpoints.artefact import read_artefact
 from vlm.checkpoints.files.weights import assign
@@ -66,7 +67,7 @@ class EMA(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not ends_step(trainer, batch_idx):
             return
         assert isinstance(pl_module, VisionLanguageModule)
         averages, weights = self._averages(pl_module), dict(named_parameters(trainer.optimizers[0]))

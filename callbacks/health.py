@@ -10,13 +10,14 @@ from random import Random
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, distributed
 
+from callbacks.switched import SwitchedCallback
 from callbacks.progress import say, warn
 from vlm.batch import NOT_TERMS, Batch
 from vlm.monitoring.nonfinite import MicroBatchRecord, as_json, find_culprits
-from vlm.data.loading.trainer_progress import is_finished
+from vlm.data.loading.trainer_progress import ends_step, is_finished
 from vlm.errors import UserError
 from vlm.monitoring.checksums import FrozenTensors
 from vlm.monitoring.norms import squared_gradient_norms, squared_norms, trained_parts
@@ -45,7 +46,7 @@ class _Pending:
         return dict(zip(self.names, self.values.tolist(), strict=True))
 
 
-class Health(Callback):
+class Health(SwitchedCallback):
     """Looks at a run every few steps, and stops it with one line when it cannot come to anything.
 
     - A loss or a gradient norm is not finite: the line names step, term and samples, and
@@ -77,10 +78,6 @@ class Health(Callback):
         self.enabled = enabled
         self._parts: dict[str, list[Tensor]] = {}
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not self.enabled:
-            trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, VisionLanguageModule)
         self._parts = trained_parts(trainer.optimizers[0])
@@ -109,7 +106,7 @@ class Health(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, VisionLanguageModule)
-        is_whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        is_whole = ends_step(trainer, batch_idx)
         step = trainer.global_step + (not is_whole)
         self._packs.append(MicroBatchRecord.of(batch, step=step, losses=pl_module.running))
         self._count(step, batch, rank=trainer.global_rank)

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from callbacks.switched import SwitchedCallback
 from vlm.codec import Codec, step_counts
 from vlm.data import VisionLanguageData
 from vlm.data.loading.encoder import Encoder
-from vlm.data.loading.trainer_progress import is_finished
+from vlm.data.loading.trainer_progress import ends_step, is_finished
 from vlm.data.sources.base import Concat
 from vlm.errors import SampleError, UserError
 from vlm.geometry import Box, View
@@ -31,7 +32,7 @@ class _Shown:
     pieces: tuple[Piece, ...]
 
 
-class Predictions(Callback):
+class Predictions(SwitchedCallback):
     """Shows the same few samples at every validation, the one before the first step included.
 
     A panel `predictions/<i>` has the images as the network sees them, the prompt, the target, what the system says
@@ -61,10 +62,6 @@ class Predictions(Callback):
         self.enabled = enabled
         self._shown: list[_Shown] | None = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not self.enabled:
-            trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
-
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._show(trainer, pl_module)
 
@@ -75,7 +72,7 @@ class Predictions(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        is_whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        is_whole = ends_step(trainer, batch_idx)
         if is_whole and trainer.global_step % self.every_n_steps == 0 and not _validates(trainer):
             self._show(trainer, pl_module)
 

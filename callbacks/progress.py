@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
 from callbacks.log_cadence import is_logged
+from vlm.data.loading.trainer_progress import ends_step
 from vlm.module import VisionLanguageModule
 
 _MINUTE = 60.0
@@ -56,7 +57,7 @@ class Progress(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self._is_shown(trainer) or (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not self._is_shown(trainer) or not ends_step(trainer, batch_idx):
             return
         self._is_due = is_logged(trainer, trainer.global_step)
         if self._bar is not None:

@@ -21,7 +21,7 @@ from vlm.checkpoints.files.atomic import remove
 from vlm.checkpoints.resume.background import BackgroundWriter, copy_to_host
 from vlm.checkpoints.resume.best import Mode, is_better, mode_of, write_score
 from vlm.checkpoints.resume.pointer import BEST, LAST
-from vlm.data.loading.trainer_progress import is_finished
+from vlm.data.loading.trainer_progress import ends_step, is_finished
 from vlm.errors import UserError
 from vlm.recipes.run_folder import RunFolder
 
@@ -99,13 +99,13 @@ class ResumeCheckpoint(Checkpoint):
         if self._unflushed:  # what the step that was saved logged, which happens after its hooks
             self._flush(trainer)
             self._unflushed = False
-        if _ends_step(trainer, batch_idx):
+        if ends_step(trainer, batch_idx):
             self._agreement.ask()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step, whole = trainer.global_step, _ends_step(trainer, batch_idx)
+        step, whole = trainer.global_step, ends_step(trainer, batch_idx)
         # one process need not wait for the end of the step to stop
         stop, minutes_over, failed = self._agreement.answer() if whole or trainer.world_size == 1 else (0, 0, 0)
         if failed:
@@ -222,10 +222,6 @@ def _validates_next(trainer: Trainer) -> bool:
     loop = trainer.fit_loop
     assert loop._data_fetcher is not None
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher) and not loop.epoch_loop.val_loop.skip
-
-
-def _ends_step(trainer: Trainer, batch_idx: int) -> bool:
-    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 def _prepare_save(trainer: Trainer, path: Path) -> Callable[[], None]:

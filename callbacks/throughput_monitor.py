@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from callbacks.switched import SwitchedCallback
 from callbacks.log_cadence import is_logged
 from vlm.batch import Batch
+from vlm.data.loading.trainer_progress import ends_step
 from vlm.module import VisionLanguageModule
 from vlm.monitoring.figures import figures_of, names_of_sums
 from vlm.monitoring.flops import CountedFlops, FlopRates, is_compiled
@@ -24,7 +26,7 @@ from vlm.monitoring.spans import OPTIMIZER, Spans
 from vlm.planning.regions import BETWEEN, LOSS, networks_of
 
 
-class ThroughputMonitor(Callback):
+class ThroughputMonitor(SwitchedCallback):
     """Writes speed, utilization, rates and gradient norms to the loggers at the steps that are logged.
 
     Means over the steps since the last time, validation left out, over all ranks::
@@ -58,10 +60,6 @@ class ThroughputMonitor(Callback):
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
         self._spans: Spans | None = None  # while a training runs
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not self.enabled:
-            trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
 
     # -- one pack after another
 
@@ -123,7 +121,7 @@ class ThroughputMonitor(Callback):
     ) -> None:
         assert self._spans is not None
         self._spans.end_pack()
-        is_whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        is_whole = ends_step(trainer, batch_idx)
         self._add(batch)
         self._done += is_whole
         self._sums["steps"] += is_whole
@@ -164,9 +162,7 @@ class ThroughputMonitor(Callback):
         assert isinstance(module, VisionLanguageModule)
         values = {f"lr/{pattern}": rate for pattern, rate in self._rates.items()}
         if self._norms is not None:
-            norms = trainer.strategy.reduce(self._norms, reduce_op="sum") if module.is_sharded else self._norms
-            assert isinstance(norms, Tensor)
-            norms = norms / module.num_replicas if module.is_sharded else norms
+            norms = over_ranks(self._norms) / module.num_replicas if module.is_sharded else self._norms
             # the first read waits for the device, so that the clock below sees finished steps
             read = torch.cat([norms, norms.sum()[None]]).sqrt().tolist()
             values |= {f"grad_norm/{part}": norm for part, norm in zip([*self._parts, "total"], read, strict=True)}

@@ -27,6 +27,7 @@ from vlm.checkpoints.report import LoadReport
 from vlm.checkpoints.resume.moments import restore_moments
 from vlm.checkpoints.resume.opened import RECORD
 from vlm.codec import Codec
+from vlm.data.loading.trainer_progress import ends_step
 from vlm.data.sources.asked import Asked, as_samples
 from vlm.errors import SampleError, UserError
 from vlm.evaluation.inference import answer_each, as_pack, chunks_in_step, decoding_of, evaluating, label_scores
@@ -296,7 +297,7 @@ class VisionLanguageModule(LightningModule):
                 parameter.grad = torch.zeros_like(parameter)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+        if not ends_step(self.trainer, batch_idx):
             return
         losses = with_loss(self.running, self.term_weights)
         # the progress bar of Lightning, or its sums over ranks, would have the host wait for the device at every step

@@ -62,6 +62,11 @@ class TrainerProgress:
         return min(packs, limit) if isinstance(limit, int) else int(packs * limit)
 
 
+def ends_step(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether a micro-batch of the epoch is the last one of its optimizer step."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
 def is_finished(trainer: L.Trainer) -> bool:
     """Whether the last optimizer step of the training is done; False for one that was stopped before it."""
     if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
