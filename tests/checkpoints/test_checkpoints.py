@@ -2,7 +2,6 @@ import vlm  # first: repairs torchvision
 
 import errno
 import json
-import multiprocessing
 import os
 import pickle
 import subprocess
@@ -15,6 +14,8 @@ import torch
 import vlm.checkpoints.files.weights
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import PATIENCE
+from tests.support.ranks import SERVER
 from vlm.checkpoints.files import atomic
 from vlm.checkpoints.artefact import STAGE_FILE, read_artefact, write_artefact
 from vlm.checkpoints.files.atomic import atomic_directory, atomic_file, remove_leftovers
@@ -166,7 +167,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
     """Its client would try again for half a minute, file by file."""
     tried = []
 
-    def refuse(address, timeout):
+    def refuse(*address, **options):
         tried.append(address)
         raise OSError
 
@@ -177,14 +178,12 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
         monkeypatch.delenv(name.lower(), raising=False)
     is_reachable.cache_clear()
     try:
-        start = time.monotonic()
         for _ in range(3):
             with pytest.raises(UserError, match=r"`hf download other/model`"):
                 WeightFiles("other/model")
             with pytest.raises(UserError, match=r"`hf download other/model`"):
                 LlamaTokenizer("other/model").encode("a")
         assert len(tried) == 1
-        assert time.monotonic() - start < 20
     finally:
         is_reachable.cache_clear()
 
@@ -416,14 +415,12 @@ def test_kill_during_save(tmp_path):
     from vlm.checkpoints.resume.pointer import read_last
     from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
 
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vlm.checkpoints.resume.single_file"])
     io = AtomicCheckpointIO()
     step = leftovers = 0
     for delay in (0.0, 0.001, 0.002, 0.004, 0.008, 0.016):
-        process = context.Process(target=save_forever, args=(str(tmp_path), step))
+        process = SERVER.Process(target=save_forever, args=(str(tmp_path), step))
         process.start()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while read_last(tmp_path) is None or not (tmp_path / "artefact").exists():
             assert time.monotonic() < deadline
         before = read_last(tmp_path)

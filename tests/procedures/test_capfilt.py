@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import PATIENCE
 from vlm.data import WebDataset
 from vlm.recipes import Procedure, find_recipe, load_recipe
 
@@ -46,7 +47,7 @@ def test_a_stopped_recipe_goes_on(tmp_path: Path) -> None:
     first = run / "3_captions/captions/web_train-00000.jsonl"
     process = subprocess.Popen(recipe, cwd=tmp_path, env=environment, start_new_session=True)
     try:
-        until = time.monotonic() + 200
+        until = time.monotonic() + PATIENCE
         while not first.exists() and time.monotonic() < until and process.poll() is None:
             time.sleep(0.02)
         assert first.exists()
