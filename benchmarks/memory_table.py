@@ -171,7 +171,7 @@ def _table(entries: list[Entry], columns: tuple[str, ...], cell: Callable[[Entry
 
 
 def _hours(entry: Entry, method: str) -> str:
-    each = sum(entry.changes[method].costs.per_sample().values())
+    each = sum(entry.changes[method].costs.per_sample(PACK).values())
     return f"{each * 10_000 / (_peak(A100) * UTILIZATION) / 3600:.1f}"
 
 
