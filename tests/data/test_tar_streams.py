@@ -55,7 +55,7 @@ def together(world: int, work: Callable[[int, Gather], Any]) -> list[Any]:
             barrier.wait(60)
             return everywhere
 
-        return Gather(talk)
+        return Gather(talk, lambda messages: [sent[rank] for sent in talk(messages)])
 
     with ThreadPoolExecutor(world) as pool:
         return [made.result() for made in [pool.submit(work, rank, gather_of(rank)) for rank in range(world)]]

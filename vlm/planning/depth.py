@@ -1,6 +1,6 @@
 """Deep stacks of equal blocks are run with a few of them: each block more costs what the one before it did."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,13 +33,23 @@ def at_full_depth(module: Any, run: Callable[[], PackCost]) -> PackCost:
 
 def along(first: PackCost, second: PackCost, way: float) -> PackCost:
     """The cost on the line through two others: at 0 the first, at 1 the second."""
+    return summed((1 - way, first), (way, second))
 
-    def line(a: Mapping[Any, int], b: Mapping[Any, int]) -> dict[Any, int]:
-        return {k: max(0, round(a.get(k, 0) + way * (b.get(k, 0) - a.get(k, 0)))) for k in {**a, **b}}
 
-    # moment by moment: which one is the worst may change on the way
-    moments = {m: line(first.moments.get(m, {}), alive) for m, alive in second.moments.items()}
-    return PackCost(line(first.flops, second.flops), moments, line(first.kept, second.kept))
+def summed(*weighted: tuple[float, PackCost]) -> PackCost:
+    """Costs times factors that are 1 together; nothing is below 0.
+
+    Moment by moment, because which one is the worst may change on the way.
+    """
+
+    def total(read: Callable[[PackCost], Any]) -> dict[Any, int]:
+        found = [(factor, read(cost)) for factor, cost in weighted]
+        keys = dict.fromkeys(key for _, values in found for key in values)
+        return {k: max(0, round(sum(factor * values.get(k, 0) for factor, values in found))) for k in keys}
+
+    moments = {m: total(lambda cost, m=m: cost.moments.get(m, {})) for m in weighted[-1][1].moments}
+    logits = max(0, round(sum(factor * cost.logits for factor, cost in weighted)))
+    return PackCost(total(lambda cost: cost.flops), moments, total(lambda cost: cost.kept), logits)
 
 
 def _deep_stack(module: Any) -> nn.ModuleList | None:

@@ -52,7 +52,7 @@ def memory_of(
     shards = {part: -(-size // machine.shards) for part, size in own.items()}
     sharing, units, each = machine.sharing, units_of(module), machine.sharing.dtype.itemsize
     # two units are there at once, the next one is fetched while one runs; gradients are summed in float32
-    fixed = {"gathered": each * (units.root + 2 * units.largest) + (each + 4) * 2 * units.largest_trained}
+    fixed = {"gathered": each * (units.root + units.two) + (each + 4) * units.two_trained}
     if accumulate > 1 and not sharing.reduces_each:
         fixed["gradients not yet shared"] = 4 * sum(size.trained for size in sizes)
     pack = _by_part(cost, sharded=True)

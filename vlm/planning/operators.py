@@ -34,6 +34,28 @@ def is_cast(func: Any) -> bool:
     return func._overloadpacket is _aten._to_copy
 
 
+def adds_in_place(func: Any, args: Sequence[Any]) -> bool:
+    """Whether gradients meet here, which autograd adds in place unless somebody watches it.
+
+    Not those that are views, as a gradient of a linear layer's weight is: their memory belongs to two tensors.
+    """
+    if func._overloadpacket is not _aten.add or not all(isinstance(arg, Tensor) for arg in args[:2]):
+        return False
+    first, second = args[:2]
+    holders = torch._C._storage_Use_Count(first.untyped_storage()._cdata)  # type: ignore[attr-defined]
+    is_own = holders <= _OWN and first.is_contiguous()
+    return is_own and first.shape == second.shape and first.dtype == second.dtype
+
+
+_OWN = 2
+"""Holders of the memory of a tensor that shares it with none, while a mode looks at it."""
+
+
+def is_choice(func: Any) -> bool:
+    """Whether scores become logarithms of probabilities."""
+    return func._overloadpacket is _aten._log_softmax
+
+
 def is_forward_attention(func: Any) -> bool:
     return func._overloadpacket is _kernel._varlen_attn
 

@@ -7,14 +7,18 @@ from typing import Any
 
 import torch
 
+from vlm import functional
 from vlm.codec import Encoded, step_counts
 from vlm.data import VisionLanguageData
-from vlm.planning.depth import along, at_full_depth
+from vlm.planning.depth import along, at_full_depth, summed
 from vlm.planning.samples import Samples, per_step
 from vlm.planning.step import PackCost, cost_of_pack
 
 MOST_IMAGES = 8
 """Of a pack that is run through the network; larger ones follow from two that are."""
+_PARTS = 3
+"""Of the logits of a pack that stands for one with more than are there at once; another one has twice as many."""
+_NO_LIMIT = 2**62
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ class PackCosts:
     """Costs of packs of a built system, by their number of tokens.
 
     A pack's cost grows in proportion to its samples beside what it costs at all, so two packs say what others cost:
-    that of all samples and that of half of them, or of a half and a quarter where these are enough, and so on.
+    that of all samples and that of half of them, or of a half and a quarter where these are enough, and so on. A pack
+    with more logits than are there at once costs otherwise: three packs with smaller parts of their logits say how much.
     """
 
     def __init__(self, module: Any, samples: Samples, precision: Precision) -> None:
@@ -77,36 +82,54 @@ class PackCosts:
         self.precision = precision
         self.items = _spread(samples.items)
         self.mean = sum(samples.tokens) / len(samples.items)
-        self._known: dict[int, tuple[int, PackCost]] = {}
+        self._known: dict[tuple[int, int], tuple[int, PackCost]] = {}
 
     def of(self, tokens: int) -> PackCost:
         """Of a pack of about so many tokens."""
         count = len(self.items)
         while count > 3 and self._tokens(count // 2) >= tokens:
             count //= 2
-        return _extended(self._run(max(1, count // 2)), self._run(count), tokens)
+        small = max(1, count // 2)
+        whole = _extended(self._run(small), self._run(count), tokens)
+        return self._in_parts(small, count, tokens) if whole.logits > functional.MOST_LOGITS else whole
 
-    def per_sample(self) -> Mapping[tuple[str, str], float]:
-        """Floating-point operations of an average sample, {(region, pass): number}."""
-        tokens, cost = self._run(len(self.items))
-        share = self.mean / tokens  # those that were run are a little longer or shorter than all
-        return {key: count * share for key, count in cost.flops.items()}
+    def per_sample(self, tokens: int) -> Mapping[tuple[str, str], float]:
+        """Floating-point operations of an average sample in a pack of so many tokens, {(region, pass): number}."""
+        count = len(self.items)
+        ran, cost = self._run(count, parts=_PARTS if self.of(tokens).logits > functional.MOST_LOGITS else 1)
+        share = self.mean / ran  # those that were run are a little longer or shorter than all
+        return {key: number * share for key, number in cost.flops.items()}
+
+    def _in_parts(self, small: int, count: int, tokens: int) -> PackCost:
+        """On the plane through three packs, by their tokens and by the logits that are there at once."""
+        c, (tokens_b, b) = self._run(count, parts=2 * _PARTS)[1], self._run(count, parts=_PARTS)
+        tokens_a, a = self._run(small, parts=_PARTS) if small < count else (0, PackCost({}, {}, {}))
+        longer = (tokens - tokens_a) / (tokens_b - tokens_a)
+        missing = functional.MOST_LOGITS - a.at_once - longer * (c.at_once - a.at_once)
+        wider = missing / max(1, b.at_once - c.at_once)
+        return summed((1 - longer, a), (longer - wider, c), (wider, b))
 
     def _tokens(self, count: int) -> int:
         return sum(item.num_tokens for item in self.items[:count])
 
-    def _run(self, count: int) -> tuple[int, PackCost]:
-        if count not in self._known:
+    def _run(self, count: int, *, parts: int = 1) -> tuple[int, PackCost]:
+        """Tokens and cost of a pack of so many samples, with its logits in so many parts."""
+        if (count, parts) not in self._known:
+            most = _NO_LIMIT if parts == 1 else math.ceil(self._run(count)[1].logits / parts)
             items = self.items[:count]
             batch = self.module.codec.collate(items, counts=step_counts(items))
             cost = at_full_depth(
                 self.module,
                 lambda: cost_of_pack(
-                    self.module, batch, autocast=self.precision.autocast, weights=self.precision.weights
+                    self.module,
+                    batch,
+                    autocast=self.precision.autocast,
+                    weights=self.precision.weights,
+                    most_logits=most,
                 ),
             )
-            self._known[count] = self._tokens(count), cost
-        return self._known[count]
+            self._known[count, parts] = self._tokens(count), cost
+        return self._known[count, parts]
 
 
 def _spread(items: Sequence[Encoded]) -> list[Encoded]:

@@ -1,7 +1,8 @@
 """What a network consists of, and what its tensors take: asked of the tensors themselves."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -82,13 +83,13 @@ class Units:
     """How FSDP2 cuts a network: sizes in numbers of parameters.
 
     Attributes:
-        largest: of a block, an embedding table or a head.
-        largest_trained: the same of what is trained.
+        two: of two that are there at once, one after the other: blocks, an embedding table, a head.
+        two_trained: the same of what is trained.
         root: what is in no unit of its own.
     """
 
-    largest: int
-    largest_trained: int
+    two: int
+    two_trained: int
     root: int
 
 
@@ -101,9 +102,14 @@ def units_of(module: Any) -> Units:
         for layer in (part.get_input_embeddings(), part.get_output_embeddings())
         if layer is not None
     ]
-    units = [block for _, block in stacked_blocks(module)] + tables
+    found = {id(unit) for unit in (*(block for _, block in stacked_blocks(module)), *tables)}
+    units = [unit for unit in module.modules() if id(unit) in found]  # as they run
     counts = [sum(p.numel() for p in unit.parameters()) for unit in units]
     trained = [sum(p.numel() for p in unit.parameters() if p.requires_grad) for unit in units]
     held = {id(p) for unit in units for p in unit.parameters()}
     root = sum(p.numel() for p in module.parameters() if id(p) not in held)
-    return Units(max(counts, default=0), max(trained, default=0), root)
+    return Units(_two_in_a_row(counts), _two_in_a_row(trained), root)
+
+
+def _two_in_a_row(sizes: Sequence[int]) -> int:
+    return max((a + b for a, b in pairwise([*sizes, 0])), default=0)

@@ -135,7 +135,7 @@ class Planner:
             batch=self.batch,
             steps=self._steps(),
             parts=sizes_of(network),
-            flops=costs.per_sample(),
+            flops=costs.per_sample(packing.tokens),
             memory=memory_of(network, costs.of(packing.tokens), machine, accumulate=packing.accumulate),
             machine=machine,
             save={"checkpoint": 3 * trained, "artefact": trained},

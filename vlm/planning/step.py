@@ -6,8 +6,9 @@ planned as a GPU computes it, by the variable-length kernel.
 """
 
 import weakref
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from vlm import functional
 from vlm.batch import Batch
 from vlm.language.attention import planned_for_a_gpu
 from vlm.planning.fake import fake_batch, fake_weights, fakes
-from vlm.planning.operators import count_flops, is_cast
+from vlm.planning.operators import adds_in_place, count_flops, is_cast, is_choice
 from vlm.planning.regions import Pass, Regions, pass_of
 
 COPIES, PASSING = "copies", "passing"
@@ -36,11 +38,15 @@ class PackCost:
         moments: {(region, whether in the backward pass): what was alive when most was, while the region ran}, each
             {region, `COPIES` or `PASSING`: bytes}. Weights and gradients are not among it.
         kept: {region or `COPIES`: bytes} that the forward pass leaves for the backward pass.
+        logits: over the vocabulary, of all labels.
+        at_once: how many of them were there at once.
     """
 
     flops: Mapping[tuple[str, Pass], int]
     moments: Mapping[tuple[str, bool], Mapping[str, int]]
     kept: Mapping[str, int]
+    logits: int = 0
+    at_once: int = 0
 
     @property
     def alive(self) -> Mapping[str, int]:
@@ -53,7 +59,12 @@ class PackCost:
 
 
 def cost_of_pack(
-    module: Any, batch: Batch, *, autocast: torch.dtype | None = None, weights: torch.dtype | None = None
+    module: Any,
+    batch: Batch,
+    *,
+    autocast: torch.dtype | None = None,
+    weights: torch.dtype | None = None,
+    most_logits: int | None = None,
 ) -> PackCost:
     """Runs a pack forward and backward.
 
@@ -62,8 +73,15 @@ def cost_of_pack(
         batch: real, on the CPU.
         autocast: its dtype; None: everything in the dtype of the weights.
         weights: their dtype, where it is not their own.
+        most_logits: in the place of `vlm.functional.MOST_LOGITS`.
     """
-    with fakes(), fake_weights(module, dtype=weights) as resident, planned_for_a_gpu(), Regions(module) as regions:
+    with (
+        fakes(),
+        fake_weights(module, dtype=weights) as resident,
+        planned_for_a_gpu(),
+        _at_once(most_logits),
+        Regions(module) as regions,
+    ):
         pack = fake_batch(batch)
         with _Watch(resident, regions.now) as watch:
             with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
@@ -73,7 +91,20 @@ def cost_of_pack(
                 loss.backward()
             del loss
     module.running = {}
-    return PackCost(dict(watch.flops), watch.moments, kept)
+    choices = max(watch.scores, key=lambda n: sum(watch.scores[n]), default=0)
+    logits = watch.scores[choices] or [0]
+    return PackCost(dict(watch.flops), watch.moments, kept, sum(logits), max(logits))
+
+
+@contextmanager
+def _at_once(logits: int | None) -> Iterator[None]:
+    """Inside, so many are there at once in training."""
+    before = functional.MOST_LOGITS
+    functional.MOST_LOGITS = before if logits is None else logits
+    try:
+        yield
+    finally:
+        functional.MOST_LOGITS = before
 
 
 class _Watch(TorchDispatchMode):
@@ -89,6 +120,7 @@ class _Watch(TorchDispatchMode):
         self.resident = resident
         self.region = region
         self.flops: Counter[tuple[str, Pass]] = Counter()
+        self.scores: dict[int, list[int]] = defaultdict(list)  # {choices: scores of each call that compares them}
         self.live: dict[int, tuple[int, str]] = {}  # {storage: bytes, kind}
         self.sums: Counter[str] = Counter()
         self.bytes = 0
@@ -96,17 +128,23 @@ class _Watch(TorchDispatchMode):
         self.moments: dict[tuple[str, bool], dict[str, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        when = pass_of(func)
+        if when == "backward" and adds_in_place(func, args):
+            out = args[0].add_(args[1])
+        else:
+            out = func(*args, **(kwargs or {}))
         if not isinstance(out, (Tensor, tuple, list)):  # sizes and devices that are asked for
             return out
         if count := count_flops(func, args, kwargs or {}, out):
-            self.flops[self.region(), pass_of(func)] += count
+            self.flops[self.region(), when] += count
+        if when == "forward" and is_choice(func):
+            self.scores[args[0].shape[-1]].append(args[0].numel())
         kind = ""
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 kind = kind or self._kind(func, args)
                 self._note(tensor.untyped_storage(), kind)
-        moment = self.region(), pass_of(func) != "forward"
+        moment = self.region(), when != "forward"
         if self.bytes > self.most.get(moment, -1):
             self.most[moment], self.moments[moment] = self.bytes, dict(self.sums)
         return out
