@@ -5,8 +5,8 @@
 
 Scenes of training compositions are told as sentences or as a drawing of 4 x 4 words (`vlm.demo.tasks`), and one
 question of each task is asked in the form of the model's own training, or as a system asks whose template is named
-(`vlm.demo.chat`). An answer counts if each of its tokens is the
-likeliest one behind the right ones; of lettered options, the letter behind the right answer in the model's own mouth.
+(`vlm.demo.chat`). An answer counts if each of its tokens is the likeliest one behind the right ones; of lettered
+options, the letter behind the right answer in the model's own mouth.
 """
 
 import argparse
@@ -58,6 +58,8 @@ def known_in_words(folder: str, *, template: str | None, scenes: int) -> dict[tu
         else:
             row = in_form(template, told, [(question, answer)], tokenizer, is_prompt=True)
         places = [place for place, label in enumerate(row.labels) if label != IGNORE]
+        if template is not None:  # how its answers end says whether another one follows
+            places = [place for place in places if tokenizer.decode([row.ids[place]]).strip()]
         likeliest = model(input_ids=torch.tensor([row.ids])).logits[0].argmax(dim=-1)
         return [row.ids[place] for place in places], [int(likeliest[place - 1]) for place in places]
 

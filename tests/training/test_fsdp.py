@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import vlm
 import vlm.checkpoints.resume.sharded
-import vlm.checkpoints.files.weights
+import vlm.checkpoints.files.writing
 from callbacks import FSDP2Strategy, MixedPrecisionFSDP, ThroughputMonitor
 from callbacks.stage_transition import write_stage
 from tests.support.ranks import run_ranks
@@ -301,17 +301,17 @@ def _fail(pictures: Path, folder: Path) -> str:
     _, rank = here()
     (folder / ".tmp-step=2.ckpt-0123abcd").mkdir(parents=True, exist_ok=True)  # a killed save
     run_saved(pictures, folder, "connector alone", "32-true", max_steps=2)
-    write, save = vlm.checkpoints.files.weights._write_shard, torch.save
+    write, save = vlm.checkpoints.files.writing._write_shard, torch.save
 
     def no_space(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if rank == 0:
-        vlm.checkpoints.files.weights._write_shard = no_space
+        vlm.checkpoints.files.writing._write_shard = no_space
         vlm.checkpoints.resume.sharded.torch.save = no_space
     with pytest.raises(UserError) as raised:
         run_saved(pictures, folder, "connector alone", "32-true", resume=folder / "step=2.ckpt")
-    vlm.checkpoints.files.weights._write_shard, vlm.checkpoints.resume.sharded.torch.save = write, save
+    vlm.checkpoints.files.writing._write_shard, vlm.checkpoints.resume.sharded.torch.save = write, save
     distributed.barrier()
     assert sorted(path.name for path in folder.iterdir()) == ["last", "step=1.ckpt", "step=2.ckpt"]
     run_saved(pictures, folder, "connector alone", "32-true", resume=read_last(folder), max_steps=3)
