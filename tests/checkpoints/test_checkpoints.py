@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import vlm.checkpoints.files.weights
+import vlm.checkpoints.files.writing
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import PATIENCE
@@ -21,7 +21,9 @@ from vlm.checkpoints.artefact import STAGE_FILE, read_artefact, write_artefact
 from vlm.checkpoints.files.atomic import atomic_directory, atomic_file, remove_leftovers
 from vlm.checkpoints.files.locate import CARRIED
 from vlm.checkpoints.report import LoadReport, Resized
-from vlm.checkpoints.files.weights import WeightFiles, hash_tensor, write_safetensors
+from vlm.checkpoints.files.identity import hash_tensor
+from vlm.checkpoints.files.weights import WeightFiles
+from vlm.checkpoints.files.writing import write_safetensors
 from vlm.checkpoints.published.open import find_weights
 from vlm.errors import UserError
 from vlm.hub import is_reachable
@@ -100,7 +102,7 @@ def test_one_tensor_at_a_time_is_gathered(tmp_path, tensors, monkeypatch):
         made.append(weakref.ref(whole := tensor.clone()))
         return whole
 
-    monkeypatch.setattr(vlm.checkpoints.files.weights, "gather", gather)
+    monkeypatch.setattr(vlm.checkpoints.files.writing, "gather", gather)
     write_safetensors(tmp_path / "x.safetensors", tensors.items(), hashes=(hashes := {}))
     assert len(made) == len(tensors)
     assert hashes == {name: hash_tensor(tensor) for name, tensor in tensors.items()}

@@ -393,7 +393,7 @@ def test_the_demo_recipe_survives_a_kill(tmp_path: Path) -> None:
     stage = tmp_path / "runs/demo/2_finetune"
     assert start("demo-data", "runs/demo_data", "--num_train", "40", "--num_val", "4", "--num_test", "4").wait() == 0
     process = start(*recipe)
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + 2 * PATIENCE
     while not (stage / "checkpoints/last").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     os.kill(int((stage / ".lock").read_text().split()[1]), signal.SIGKILL)

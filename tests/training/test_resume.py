@@ -221,6 +221,7 @@ def logged(run: Path, name: str) -> list[tuple[int, float]]:
 
 def check_kills(world: World, run: Path, reference: Path, how: str, workers: int, kills: list[str]) -> None:
     options = [*HOW[how], f"--data.init_args.num_workers={workers}"]
+    options += ["--predictions.enabled=false"] * (how != "one")  # two ranks, killed at random, show theirs below
     for kill in kills:
         world.fit(run, *options, kill=kill)
     if how == "one":
@@ -251,8 +252,9 @@ KILLS = [
 @pytest.mark.parametrize("kills", KILLS, ids=" ".join)
 @pytest.mark.parametrize("how", HOW)
 def test_every_kill(how: str, kills: list[str], world: World, reference: Callable, tmp_path: Path) -> None:
-    # every way to run meets both kinds of loader, every kill as well
-    workers = 2 * ((KILLS.index(kills) + list(HOW).index(how)) % 2)
+    # every way to run meets both kinds of loader, every kill as well; two ranks take longest to start workers
+    with_workers = {"one": (0, 2, 4, 6), "ddp": (1, 5), "fsdp": (3,)}[how]
+    workers = 2 * (KILLS.index(kills) in with_workers)
     check_kills(world, tmp_path / "run", reference(how), how, workers, kills)
 
 
@@ -268,6 +270,34 @@ def test_no_validation_is_lost(interval: str, tmp_path: Path) -> None:
     assert world.fit_here(tmp_path / "run", every) == 0
     assert_same(tmp_path / "run", tmp_path / "whole")
     assert logged(tmp_path / "run", "val/loss") == logged(tmp_path / "whole", "val/loss")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interval", ["1.0", "4"])
+def test_a_signal_cuts_a_validation_which_begins_again(
+    interval: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end of an epoch or within one; the validation takes moving averages, the training goes on without them."""
+    world = World(tmp_path)
+    world.overlay["data"]["init_args"] |= {
+        "val_sources": world.overlay["data"]["init_args"]["sources"],
+        "val_batch_size": 8,
+    }
+    world.overlay["trainer"]["callbacks"].append({"class_path": "callbacks.EMA", "init_args": {"decay": 0.9}})
+    options = [f"--trainer.val_check_interval={interval}", "--checkpoint.every_n_train_steps=100"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert world.fit_here(whole, *options) == 0
+    cut = sorted({step + 1 for step, _ in logged(whole, "val/loss")})[1]
+    monkeypatch.setenv("VLM_TEST_KILL", f"stop:{cut}")
+    with pytest.raises(SystemExit) as stop:
+        world.fit_here(run, *options)
+    monkeypatch.delenv("VLM_TEST_KILL")
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert RunFolder(run).last_checkpoint() == run / f"checkpoints/step={cut}.ckpt"
+    assert [step for step, _ in logged(run, "val/loss")] == [step for step, _ in logged(whole, "val/loss")][:1]
+    assert world.fit_here(run, *options) == 0
+    assert_same(run, whole)
+    assert logged(run, "val/loss") == logged(whole, "val/loss")
 
 
 @pytest.mark.slow

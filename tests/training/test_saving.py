@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, distributed
 
-import vlm.checkpoints.files.weights
+import vlm.checkpoints.files.writing
 from callbacks import ResumeCheckpoint
 from tests.support.ranks import run_ranks
 from tests.support.samples import samples
@@ -149,12 +149,12 @@ def _on_two_ranks(folder: Path) -> None:
     fit(here, how="fsdp", **MINUTES)
     assert states(here) == expected
     _start_afresh(here)
-    write = vlm.checkpoints.files.weights._write_shard
+    write = vlm.checkpoints.files.writing._write_shard
     if second:
-        vlm.checkpoints.files.weights._write_shard = no_space_for("step=3.ckpt", write)
+        vlm.checkpoints.files.writing._write_shard = no_space_for("step=3.ckpt", write)
     with pytest.raises(UserError, match="no space left"):
         fit(here, how="fsdp", **MINUTES)
-    vlm.checkpoints.files.weights._write_shard = write
+    vlm.checkpoints.files.writing._write_shard = write
     distributed.barrier()
     last = read_last(here / "run" / "checkpoints")
     assert last is not None
