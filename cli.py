@@ -15,7 +15,7 @@ from typing import Any
 
 import vlm
 from vlm.command_line.classes import import_classes
-from vlm.command_line.commands import HELP, OPTIONS, STAGE_COMMANDS, TAKE_STAGES, TOOLS, USAGE, is_stage_command
+from vlm.command_line.commands import HELP, OPTIONS, TAKE_STAGES, TOOLS, USAGE, is_stage_command
 from vlm.command_line.config_faults import Section, find_fault, find_lost_key
 from vlm.command_line.errors import (
     innermost,
@@ -125,6 +125,7 @@ def _stage_cli() -> Any:
         """One stage: `model`, `data`, `trainer`, and a group of options for each callback that every stage has.
 
         Args:
+            command: what it does; None where nothing is to run.
             locks: of the run folder, which are held while it is open.
             tell: gets the settings of a run that begins or goes on.
         """
@@ -133,10 +134,11 @@ def _stage_cli() -> Any:
             self,
             args: list[str] | None,
             *,
-            run: bool,
+            command: str | None = None,
             locks: ExitStack | None = None,
             tell: Callable[[str], None] | None = None,
         ) -> None:
+            self.command = command
             self.locks = locks
             self.tell = tell
             self.ckpt_path: Any = None
@@ -157,15 +159,14 @@ def _stage_cli() -> Any:
                     "enable_model_summary": False,
                     "callbacks": [callbacks.BadSamples(), callbacks.OutOfMemory()],
                 },
-                parser_kwargs=one_line | (dict.fromkeys(self.subcommands(), one_line) if run else {}),
+                parser_kwargs=one_line | dict.fromkeys(self.subcommands(), one_line),
                 args=args,
-                run=run,
+                run=command is not None,
             )
 
-        @staticmethod
-        def subcommands() -> dict[str, set[str]]:
-            commands = LightningCLI.subcommands()
-            return {name: commands[name] for name in STAGE_COMMANDS}
+        def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+            """The one that is asked for: parsers for all of them take four times as long to make."""
+            return {name: skip for name, skip in LightningCLI.subcommands().items() if name == self.command}
 
         def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
             return super().init_parser(**HELP, **kwargs)
@@ -260,7 +261,7 @@ def _run_stage(command: str, options: Sequence[str], *, tell: Callable[[str], No
     with ExitStack() as locks, one_line_errors(), status_of_signals():
         arguments = [command, *options]
         command_line = None if arguments == sys.argv[1:] else arguments
-        made = _stage_cli()(command_line, run=True, locks=locks, tell=tell)
+        made = _stage_cli()(command_line, command=command, locks=locks, tell=tell)
         return 1 if made.config_init[command].answers.failed else 0
 
 
@@ -275,7 +276,7 @@ def _compare_finished(options: Sequence[str]) -> None:
 def _open_stage(options: Sequence[str]) -> Any:
     """Model, data and trainer of the stage that `vlm fit` would run; no run folder is entered."""
     with one_line_errors():
-        return _stage_cli()(read_options(options).options, run=False)
+        return _stage_cli()(read_options(options).options)
 
 
 def _describe(options: Sequence[str], *, on_gpu: bool | None = None) -> Any:
@@ -298,7 +299,7 @@ def _describe(options: Sequence[str], *, on_gpu: bool | None = None) -> Any:
     asked = read_options(options, on_gpu=on_gpu)
     print(*asked.summary, sep="\n", end="\n" if asked.summary else "", file=sys.stderr, flush=True)
     with one_line_errors():
-        made = Description(asked.options, run=False).config_init
+        made = Description(asked.options).config_init
     for callback in made.trainer.callbacks or []:
         if (surgery := getattr(callback, "surgery", None)) is not None:
             made.model.register_surgery(surgery)

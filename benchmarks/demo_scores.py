@@ -93,12 +93,10 @@ def main() -> int:
 def measured(system: str, runs: Path, options: Sequence[str]) -> str:
     """Trains and asks a system, as far as that is not done yet; its section of the page."""
     recipe = load_recipe(find_recipe(system))
-    for other in other_systems(recipe):
-        measured(other, runs, options)
-    for folder in demo_data(recipe):
-        vlm("demo-data", folder, *DATA[folder])
+    for other, names in followed_elsewhere(recipe).items():
+        train(load_recipe(find_recipe(other)), runs, options, names=names)
     run = runs / f"{system}_demo"
-    times = train(recipe, run, options, note=runs / "demo_scores" / f"{system}.json")
+    times = train(recipe, runs, options, names=[node.name for node in recipe.nodes])
     first = first_stage(recipe)
     tables = [f"### {stage.name}\n\n{compared(recipe, stage, run, first, options)}" for stage in asked_stages(recipe)]
     known = [times.get(node.name) for node in recipe.nodes]
@@ -111,10 +109,14 @@ def measured(system: str, runs: Path, options: Sequence[str]) -> str:
     return "\n\n".join([f"## {system}", about, *tables])
 
 
-def other_systems(recipe: Recipe) -> list[str]:
-    """Whose stages this recipe starts from."""
+def followed_elsewhere(recipe: Recipe) -> dict[str, list[str]]:
+    """{another system: its stages that this recipe starts from, and those that they start from}."""
     follows = [item for node in recipe.nodes if isinstance(node, TrainingStage) for item in node.follows]
-    return list(dict.fromkeys(item.system for item in follows if item.system != recipe.system))
+    found: dict[str, list[str]] = {}
+    for item in follows:
+        if item.system != recipe.system:
+            found.setdefault(item.system, []).extend(lineage(load_recipe(find_recipe(item.system)), item.stage))
+    return {system: list(dict.fromkeys(names)) for system, names in found.items()}
 
 
 def demo_data(recipe: Recipe) -> list[str]:
@@ -164,15 +166,22 @@ def first_stage(recipe: Recipe) -> str | None:
     return recipe.nodes[0].name
 
 
-def train(recipe: Recipe, run: Path, options: Sequence[str], *, note: Path) -> dict[str, float]:
-    """Seconds on `CORES` of each node that was trained here without a stop; kept in the file `note`."""
+def train(recipe: Recipe, runs: Path, options: Sequence[str], *, names: Sequence[str]) -> dict[str, float]:
+    """Writes the demo's data and trains the named nodes, as far as that is not done yet.
+
+    Returns:
+        Seconds on `CORES` of each node that was trained here without a stop; kept in a file beside the runs.
+    """
+    for folder in demo_data(recipe):
+        vlm("demo-data", folder, *DATA[folder])
+    run, note = runs / f"{recipe.system}_demo", runs / "demo_scores" / f"{recipe.system}.json"
     times: dict[str, float] = json.loads(note.read_text()) if note.is_file() else {}
-    for node in recipe.nodes:
-        begun = (run / node.name).exists()
+    for name in names:
+        begun = (run / name).exists()
         start = worked()
-        vlm("fit", "--recipe", recipe.system, "--demo", "--run", str(run), "--stage", node.name, "--", *options)
+        vlm("fit", "--recipe", recipe.system, "--demo", "--run", str(run), "--stage", name, "--", *options)
         if not begun:
-            times[node.name] = (worked() - start) / CORES
+            times[name] = (worked() - start) / CORES
             with atomic_file(note) as file:
                 file.write(json.dumps(times).encode())
     return times

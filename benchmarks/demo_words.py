@@ -1,14 +1,17 @@
 """What the demos' language model knows about a scene that stands before it in words: a bound on what it says to images.
 
     python -m benchmarks.demo_words [--language vlm/demo/assets/llama] [--scenes 100]
+    python -m benchmarks.demo_words --language vlm/demo/assets/llama_chat --template minigpt4
 
 Scenes of training compositions are told as sentences or as a drawing of 4 x 4 words (`vlm.demo.tasks`), and one
-question of each task is asked in the form of the model's own training. An answer counts if each of its tokens is the
-likeliest one behind the right ones; of lettered options, the letter behind the right answer in the model's own mouth.
+question of each task is asked in the form of the model's own training, or as a system asks whose template is named
+(`vlm.demo.chat`). An answer counts if each of its tokens is the likeliest one behind the right ones; of lettered
+options, the letter behind the right answer in the model's own mouth.
 """
 
 import argparse
 from collections import defaultdict
+from pathlib import Path
 from random import Random
 
 import torch
@@ -18,8 +21,9 @@ from transformers import LlamaForCausalLM
 
 from vlm.batch import IGNORE
 from vlm.demo import tasks
+from vlm.demo.chat import FORMS, in_form, tokenizers
 from vlm.demo.scenes import make_scene
-from vlm.prompts import LlamaTokenizer, get_template, tokenize
+from vlm.prompts import get_template, tokenize
 from vlm.sample import Message, TextPart
 
 ASKED = ("vqa", "color", "position", "count", "ocr", "refer", "ground")
@@ -30,26 +34,32 @@ LETTERS = "ABCD"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--language", default="vlm/demo/assets/llama", help="folder (default %(default)s)")
+    parser.add_argument("--template", choices=FORMS, help="default: v1, as the first LLaMA was trained")
     parser.add_argument("--scenes", type=int, default=100)
     options = parser.parse_args()
-    found = known_in_words(options.language, scenes=options.scenes)
+    found = known_in_words(options.language, template=options.template, scenes=options.scenes)
     for (task, told), right in sorted(found.items()):
         print(f"{task:<24} {told:<8} {sum(right) / len(right):.2f} of {len(right)}")
 
 
-def known_in_words(folder: str, *, scenes: int) -> dict[tuple[str, str], list[float]]:
+def known_in_words(folder: str, *, template: str | None, scenes: int) -> dict[tuple[str, str], list[float]]:
     """{(task, how the scene is told): 1.0 for a right answer}; of letters also what a guess is worth."""
     model = LlamaForCausalLM.from_pretrained(folder).float().eval()
-    tokenizer = LlamaTokenizer(folder, legacy=False)
+    tokenizer = tokenizers(Path(folder))[template or "v1"]
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
 
     @torch.no_grad()
     def ask(told: str, question: str, answer: str) -> tuple[list[int], list[int]]:
         """The answer's tokens, and the likeliest one at each of their places."""
-        texts = {"system": ".", "user": f"{told}\n{question}", "assistant": answer}
-        messages = [Message(role, (TextPart(text),)) for role, text in texts.items()]
-        row = tokenize(get_template("v1").render(messages), tokenizer)
+        if template is None:
+            texts = {"system": ".", "user": f"{told}\n{question}", "assistant": answer}
+            messages = [Message(role, (TextPart(text),)) for role, text in texts.items()]
+            row = tokenize(get_template("v1").render(messages), tokenizer)
+        else:
+            row = in_form(template, told, [(question, answer)], tokenizer, is_prompt=True)
         places = [place for place, label in enumerate(row.labels) if label != IGNORE]
+        if template is not None:  # how its answers end says whether another one follows
+            places = [place for place in places if tokenizer.decode([row.ids[place]]).strip()]
         likeliest = model(input_ids=torch.tensor([row.ids])).logits[0].argmax(dim=-1)
         return [row.ids[place] for place in places], [int(likeliest[place - 1]) for place in places]
 

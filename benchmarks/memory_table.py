@@ -1,21 +1,28 @@
 """Writes `docs/memory.md`: what fine-tuning each system takes on one GPU, by the arithmetic of `vlm plan`.
 
-python -m benchmarks.memory_table
+python -m benchmarks.memory_table [SYSTEM ...]
+
+A system takes half a minute to some minutes of one core. Rows of systems that are not named stay as they are.
 """
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import cli
+from vlm.checkpoints.files.atomic import atomic_file
+from vlm.commands.plan import planners_of
+from vlm.errors import UserError
 from vlm.finetuning.start import is_before
 from vlm.planning.advice import LORA, QLORA, Change, adapted, largest_pack
 from vlm.planning.downloads import downloads_of
 from vlm.planning.machine import CONTEXT, GIB, SLACK, Gpu, Machine, Sharing, find_gpu
+from vlm.planning.samples import LOOKED_AT
 from vlm.planning.stage import Planner, Run
 from vlm.recipes.catalogue import find_recipe, systems
-from vlm.recipes.configs import stage_options
 from vlm.recipes.graph import TrainingStage
 from vlm.recipes.reading import load_recipe
 
@@ -35,7 +42,8 @@ Assumed are:
 - `full` trains what the recipe's stage trains: weights, gradients and AdamW's moments in float32. `full, 8 bits` has
   `stage.optimizer.kind: adamw_8bit`. `LoRA` and `QLoRA` are `configs/finetune/lora.yaml` and `qlora.yaml`: rank 64 on
   the linear layers in the blocks of the language model, all else frozen, in bfloat16 but for tables and norms; QLoRA
-  keeps those layers in 4 bits.
+  keeps those layers in 4 bits. `-` stands where the recipe trains adapters of its own, which `full` is there; a network
+  takes no others beside them.
 - Packs, which are micro-batches: samples without padding, `data.max_tokens` in all. The step stays the published one,
   whatever the packs.
 - Typical samples (last table), images of 640 x 480. {CONTEXT / GIB:.1f} GiB are CUDA's own, and {SLACK:.0%} of a GPU
@@ -49,13 +57,17 @@ class Entry:
     """What is said of a system.
 
     Attributes:
-        changes: {method: the network it trains}.
+        changes: {method: the network it trains}; a network that has adapters of its own takes no other ones.
     """
 
     system: str
     stage: str
     planner: Planner
     changes: dict[str, Change]
+
+    def with_packs(self, tokens: int, method: str) -> str:
+        """GiB."""
+        return f"{self.changes[method].total(tokens) / GIB:.1f}"
 
     def pack_on(self, gpu: str, method: str) -> str:
         return self._pack(self.changes[method]._replace(machine=Machine(find_gpu(gpu))))
@@ -79,10 +91,12 @@ class Entry:
 
 
 def main() -> None:
-    entries = [entry_of(system) for system in systems()]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("systems", nargs="*", default=systems(), metavar="SYSTEM", help="default: all")
+    entries = [entry_of(system) for system in sorted(parser.parse_args().systems)]
     parts = [
         f"## GiB with packs of {PACK:,} tokens\n",
-        *_table(entries, METHODS, lambda entry, method: f"{entry.changes[method].total(PACK) / GIB:.1f}"),
+        *_table(entries, METHODS, lambda entry, method: entry.with_packs(PACK, method)),
         "\n## Largest packs\n\n`data.max_tokens` and, in brackets, how many samples that is; at most all of a step. "
         "`-`: the longest typical\nsample does not fit.\n",
     ]
@@ -104,7 +118,27 @@ def main() -> None:
         "\n## Samples, parameters, downloads\n\nDownloads: base weights of the recipe's parts, as published.\n",
         *_table(entries, tuple(_ABOUT), lambda entry, what: _ABOUT[what](entry)),
     ]
-    OUT.write_text(TEXT + "\n".join(parts) + "\n", encoding="utf-8")
+    page = TEXT + "\n".join(parts) + "\n"
+    with atomic_file(OUT) as file:
+        file.write((with_rows_of(OUT.read_text(encoding="utf-8"), page) if OUT.is_file() else page).encode())
+
+
+def with_rows_of(old: str, new: str) -> str:
+    """The new page, with the rows of systems that only the old page has, in the order of names."""
+    tables = iter([_rows(found[0]) for found in _ROWS.finditer(old)])
+
+    def joined(found: re.Match[str]) -> str:
+        return "".join(line for _, line in sorted((next(tables, {}) | _rows(found[0])).items()))
+
+    return _ROWS.sub(joined, new)
+
+
+def _rows(lines: str) -> dict[str, str]:
+    return {line.split(" ")[1]: line for line in lines.splitlines(keepends=True)}
+
+
+_ROWS = re.compile(r"(?m)(?<=\|---\|\n)(?:\| \w+ \|.*\n)+")
+"""All rows of a table."""
 
 
 def entry_of(system: str) -> Entry:
@@ -112,15 +146,17 @@ def entry_of(system: str) -> Entry:
     recipe = load_recipe(find_recipe(system))
     names = [node.name for node in recipe.nodes if isinstance(node, TrainingStage)]
     stage = next(name for name in names if not any(is_before(name, other) for other in names))
-    view = cli._describe(stage_options(argparse.Namespace(recipe=system, stage=stage, demo=False)))
-    planner = Planner(view.module, view.trains, view.data, Run("bf16-mixed"))
+    asked = argparse.Namespace(recipe=system, stage=stage, demo=False, samples=LOOKED_AT)
+    [(_, planner)] = planners_of(asked, describe=cli._describe)
+    planner.run = Run("bf16-mixed")
     machine, optimizer = Machine(find_gpu("80")), planner.what.stage.optimizer
     full = planner.build(machine)
     in_8_bits = dataclasses.replace(optimizer, kind="adamw_8bit")
     changes = [Change("full", full, machine, optimizer), Change("full, 8 bits", full, machine, in_8_bits)]
     for name, surgery in (("LoRA", LORA), ("QLoRA", QLORA)):
-        costs = planner.build(machine, stage=adapted(planner.what.stage), surgery=[surgery])
-        changes.append(Change(name, costs, machine, optimizer))
+        with suppress(UserError):
+            costs = planner.build(machine, stage=adapted(planner.what.stage), surgery=[surgery])
+            changes.append(Change(name, costs, machine, optimizer))
     machines = dataclasses.replace(machine, devices=2, strategy="fsdp2", sharing=Sharing(reduces_each=True))
     changes.append(Change("fsdp2", planner.build(machines), machines, optimizer))
     return Entry(system, stage, planner, {change.name: change for change in changes})
@@ -130,7 +166,8 @@ def _table(entries: list[Entry], columns: tuple[str, ...], cell: Callable[[Entry
     yield f"| | {' | '.join(columns)} |"
     yield "|---" * (len(columns) + 1) + "|"
     for entry in entries:
-        yield f"| {entry.system} | {' | '.join(cell(entry, column) for column in columns)} |"
+        cells = (cell(entry, name) if name in entry.changes or name not in METHODS else "-" for name in columns)
+        yield f"| {entry.system} | {' | '.join(cells)} |"
 
 
 def _hours(entry: Entry, method: str) -> str:
@@ -148,6 +185,8 @@ def _longest(entry: Entry) -> int:
 
 
 def _trained(entry: Entry, method: str) -> str:
+    if method not in entry.changes:
+        return "-"
     parameters = entry.changes[method].costs.module.parameters()
     return f"{sum(p.numel() for p in parameters if p.requires_grad) / 1e6:,.0f} M"
 

@@ -1,9 +1,11 @@
 """The peers of `benchmarks.train_speed`: the same LLaVA as transformers' own class, its samples encoded in advance."""
 
 import argparse
+import functools
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoProcessor, LlavaForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.clock import now
 from benchmarks.train_speed_mix import ROWS, encode, read_items
@@ -22,6 +24,8 @@ Row = tuple[Tensor, Tensor, list[Tensor]]
 """Ids with room for features, labels, pixels of the images."""
 MICRO_BATCH = 8
 """Samples of a micro-batch in data order, the default of transformers' Trainer; padding hurts larger ones more."""
+SORTED = {"1_align": MICRO_BATCH, "2_finetune": 2}
+"""The same by stage for the loop that sorts: captions are of much the same length, instructions are not."""
 LEARNING_RATE = 1e-5
 
 
@@ -35,17 +39,29 @@ def run_peer(name: str, work: Path, stage: str, precision: str, options: argpars
         parameter.requires_grad = any(part in key for part in trained)
     encoded = {key: encode(model.config.image_token_id, item) for key, item in read_items(work, stage, steps)}
     rows = [[encoded[key] for key in step] for step in steps]
-    return PEERS[name](model, rows, precision, options)
+    if name in LOOPS:
+        is_sorted = LOOPS[name]
+        size = SORTED[stage] if is_sorted else MICRO_BATCH
+        return _in_loop(model, rows, precision, options, size=size, is_sorted=is_sorted)
+    return _in_trainer(model, rows, precision, options, **TRAINERS[name])
 
 
-def _in_loop(model: Any, steps: Sequence[list[Row]], precision: str, options: argparse.Namespace, *, size: int) -> dict:
-    """A plain loop; micro-batches smaller than those of the Trainer come sorted by length."""
+def _in_loop(
+    model: Any,
+    steps: Sequence[list[Row]],
+    precision: str,
+    options: argparse.Namespace,
+    *,
+    size: int,
+    is_sorted: bool,
+) -> dict[str, Any]:
+    """A plain loop."""
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0
     )
     ends, first = [now(options.device)], 0.0
     for number, rows in enumerate(steps):
-        ordered = sorted(rows, key=lambda row: len(row[0])) if size < MICRO_BATCH else rows
+        ordered = sorted(rows, key=lambda row: len(row[0])) if is_sorted else rows
         num_labels = sum(int((row[1] != IGNORE).sum()) for row in ordered)
         for start in range(0, len(ordered), size):
             part = ordered[start : start + size]
@@ -83,20 +99,27 @@ def _in_trainer(
     options: argparse.Namespace,
     *,
     order: str,
+    by_trl: bool,
 ) -> dict[str, Any]:
-    """transformers' own Trainer."""
+    """transformers' own Trainer, or TRL's, which makes logits at labels alone."""
     micro_batches = max(1, len(steps[0]) // MICRO_BATCH)
-    seen: list[list[int]] = []
+    all_rows, seen = [row for rows in steps for row in rows], []
+    samples: Any = [{"input_ids": row[0], "number": number} for number, row in enumerate(all_rows)]
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        seen.append([len(example["input_ids"]) for example in examples])
-        return pad([example["row"] for example in examples])
+        rows = [all_rows[example["number"]] for example in examples]
+        seen.append([len(row[0]) for row in rows])
+        return pad(rows)
 
     clock = _Clock(options.device)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
+        kind, settings, more = Trainer, TrainingArguments, {}
+        if by_trl:
+            kind, settings, more = _trl(options)
+            samples = _as_trl_wants(samples)
+        trainer = kind(
             model=model,
-            args=TrainingArguments(
+            args=settings(
                 output_dir=folder,
                 per_device_train_batch_size=len(steps[0]) // micro_batches,
                 gradient_accumulation_steps=micro_batches,
@@ -113,8 +136,9 @@ def _in_trainer(
                 report_to=[],
                 logging_strategy="no",
                 disable_tqdm=True,
+                **more,
             ),
-            train_dataset=[{"input_ids": row[0], "row": row} for rows in steps for row in rows],
+            train_dataset=samples,
             data_collator=collate,
             callbacks=[clock],
         )
@@ -123,12 +147,31 @@ def _in_trainer(
     return {"ends": clock.ends, "tokens": tokens[: len(clock.ends) - 1]}
 
 
-PEERS: dict[str, Callable[..., dict[str, Any]]] = {
-    "padded": lambda *args: _in_loop(*args, size=MICRO_BATCH),
-    "sorted": lambda *args: _in_loop(*args, size=2),
-    "Trainer": lambda *args: _in_trainer(*args, order="sequential"),
-    "Trainer, by length": lambda *args: _in_trainer(*args, order="group_by_length"),
+def _trl(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+    """TRL's classes and what they take more: samples are encoded already, and nothing is recomputed."""
+    from trl import SFTConfig, SFTTrainer
+
+    kind = functools.partial(SFTTrainer, processing_class=AutoProcessor.from_pretrained(options.work / "peer"))
+    prepared = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "gradient_checkpointing": False}
+    return kind, SFTConfig, prepared
+
+
+def _as_trl_wants(samples: list[dict[str, Any]]) -> Any:
+    from datasets import Dataset
+
+    lengths, numbers = zip(*((len(sample["input_ids"]), sample["number"]) for sample in samples), strict=True)
+    return Dataset.from_dict({"length": lengths, "number": numbers})
+
+
+LOOPS = {"padded": False, "sorted": True}
+"""{contestant: whether it sorts the samples of a step by length}."""
+TRAINERS: dict[str, dict[str, Any]] = {
+    "Trainer": {"order": "sequential", "by_trl": False},
+    "Trainer, by length": {"order": "group_by_length", "by_trl": False},
 }
+if find_spec("trl"):
+    TRAINERS["TRL, by length"] = {"order": "group_by_length", "by_trl": True}
+PEERS = (*LOOPS, *TRAINERS)
 
 
 def pad(rows: Sequence[Row]) -> dict[str, Tensor]:

@@ -14,8 +14,9 @@ from vlm.module import VisionLanguageModule
 class CompiledBlocks(Callback):
     """Has every block of some parts run compiled in training; checkpoints, names and answers stay as they are.
 
-    The first steps take a minute or so longer. Sums are taken in another order, so losses differ in their last bits
-    from those of a run without it.
+    The first steps take a minute or so longer: one runs uncompiled where `ThroughputMonitor` counts its operations, and
+    the next one compiles. Sums are taken in another order, so losses differ in their last bits from those of a run
+    without it.
 
     Args:
         parts: those whose blocks are compiled.

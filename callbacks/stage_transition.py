@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.progress import say
 from vlm.checkpoints.artefact import write_artefact
-from vlm.checkpoints.files.weights import gather
+from vlm.checkpoints.files.parts import gather
 from vlm.checkpoints.resume.moments import moments
 from vlm.codec import Codec
 from vlm.data import VisionLanguageData

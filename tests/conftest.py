@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,17 @@ hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+PATIENCE = 300.0
+"""Seconds that nothing takes on the slowest machine: a bound on what hangs."""
+
+
+def pytest_collection_finish() -> None:
+    # A process has one fork server. Started by a test with loader workers, it would know what those need alone, and
+    # every rank of every later test would import torch and lightning anew.
+    if "tests.support.ranks" in sys.modules:
+        forkserver.ensure_running()
 
 
 def golden(case: str) -> dict[str, Tensor]:

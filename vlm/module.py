@@ -216,6 +216,11 @@ class VisionLanguageModule(LightningModule):
             added = assemble(self)
         fill(self, added=added)
 
+    def cpu(self) -> Self:
+        """A trainer that ends calls it, also after an error that has left tensors without values: none is moved then,
+        or that error would hide behind another one."""
+        return self if any(tensor.is_meta for tensor in self.parameters()) else super().cpu()
+
     # -- training
 
     def configure_optimizers(self) -> Any:

@@ -28,7 +28,8 @@ from tests.support.xcomposer import EVA, xcomposer
 from tests.systems.test_contract import disturb
 from vlm.building.network import allocate, empty_weights, initialisers, load_or_init
 from vlm.building.weight_sources import base_source
-from vlm.checkpoints.files.weights import WeightFiles, WeightSource
+from vlm.checkpoints.files.source import WeightSource
+from vlm.checkpoints.files.weights import WeightFiles
 from vlm.checkpoints.tables.base import BaseWeights, read_with_table
 from vlm.checkpoints.tables.rules import rename
 from vlm.checkpoints.tables.table import Table

@@ -2,7 +2,6 @@ import vlm  # first: repairs torchvision
 
 import errno
 import json
-import multiprocessing
 import os
 import pickle
 import subprocess
@@ -12,15 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-import vlm.checkpoints.files.weights
+import vlm.checkpoints.files.writing
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import PATIENCE
+from tests.support.ranks import SERVER
 from vlm.checkpoints.files import atomic
 from vlm.checkpoints.artefact import STAGE_FILE, read_artefact, write_artefact
 from vlm.checkpoints.files.atomic import atomic_directory, atomic_file, remove_leftovers
 from vlm.checkpoints.files.locate import CARRIED
 from vlm.checkpoints.report import LoadReport, Resized
-from vlm.checkpoints.files.weights import WeightFiles, hash_tensor, write_safetensors
+from vlm.checkpoints.files.identity import hash_tensor
+from vlm.checkpoints.files.weights import WeightFiles
+from vlm.checkpoints.files.writing import write_safetensors
 from vlm.checkpoints.published.open import find_weights
 from vlm.errors import UserError
 from vlm.hub import is_reachable
@@ -99,7 +102,7 @@ def test_one_tensor_at_a_time_is_gathered(tmp_path, tensors, monkeypatch):
         made.append(weakref.ref(whole := tensor.clone()))
         return whole
 
-    monkeypatch.setattr(vlm.checkpoints.files.weights, "gather", gather)
+    monkeypatch.setattr(vlm.checkpoints.files.writing, "gather", gather)
     write_safetensors(tmp_path / "x.safetensors", tensors.items(), hashes=(hashes := {}))
     assert len(made) == len(tensors)
     assert hashes == {name: hash_tensor(tensor) for name, tensor in tensors.items()}
@@ -166,7 +169,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
     """Its client would try again for half a minute, file by file."""
     tried = []
 
-    def refuse(address, timeout):
+    def refuse(*address, **options):
         tried.append(address)
         raise OSError
 
@@ -177,14 +180,12 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
         monkeypatch.delenv(name.lower(), raising=False)
     is_reachable.cache_clear()
     try:
-        start = time.monotonic()
         for _ in range(3):
             with pytest.raises(UserError, match=r"`hf download other/model`"):
                 WeightFiles("other/model")
             with pytest.raises(UserError, match=r"`hf download other/model`"):
                 LlamaTokenizer("other/model").encode("a")
         assert len(tried) == 1
-        assert time.monotonic() - start < 20
     finally:
         is_reachable.cache_clear()
 
@@ -416,14 +417,12 @@ def test_kill_during_save(tmp_path):
     from vlm.checkpoints.resume.pointer import read_last
     from vlm.checkpoints.resume.single_file import AtomicCheckpointIO
 
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vlm.checkpoints.resume.single_file"])
     io = AtomicCheckpointIO()
     step = leftovers = 0
     for delay in (0.0, 0.001, 0.002, 0.004, 0.008, 0.016):
-        process = context.Process(target=save_forever, args=(str(tmp_path), step))
+        process = SERVER.Process(target=save_forever, args=(str(tmp_path), step))
         process.start()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while read_last(tmp_path) is None or not (tmp_path / "artefact").exists():
             assert time.monotonic() < deadline
         before = read_last(tmp_path)

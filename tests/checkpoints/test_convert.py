@@ -16,7 +16,8 @@ from vlm.checkpoints.tables.llava import HF, HF_MEMORY, HF_SAVED, OFFICIAL, llav
 from vlm.checkpoints.files.locate import CARRIED
 from vlm.checkpoints.tables.rules import Axes, Fused, Rows, rename
 from vlm.checkpoints.tables.table import Table
-from vlm.checkpoints.files.weights import WeightFiles, fingerprint_of, hash_tensor
+from vlm.checkpoints.files.identity import fingerprint_of, hash_tensor
+from vlm.checkpoints.files.weights import WeightFiles
 from vlm.errors import UserError
 
 VOCAB = 100

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 import cli
+import vlm.recipes.run
 
 from benchmarks.demo_scores import DATA, asked_stages, demo_data, first_stage, judge_config
+from tests.support.commands import run_forked
 from vlm.recipes import Recipe, StageRef, TrainingStage, find_recipe, load_recipe, systems
 
 ROOT = Path(__file__).parents[2]
@@ -22,8 +24,9 @@ SMALL = {"runs/demo_coyo": 200}
 
 
 def run(folder: Path, *arguments: str) -> None:
-    """In this process, which saves the start of another one; a recipe starts one for each stage all the same."""
+    """In this process, which saves the start of another one; the stages of a recipe run in forked ones."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vlm.recipes.run, "run_child", run_forked)
         patch.chdir(folder)
         patch.setenv("OMP_NUM_THREADS", "1")
         assert cli.main(list(arguments)) == 0, arguments

@@ -16,6 +16,7 @@ import yaml
 import cli
 import vlm.registry
 from tests.commands.test_recipes import FAKE_FIT, ROOT, _finish, _names
+from tests.conftest import PATIENCE
 from tests.support.chat_server import Asked, Server, serving
 from tests.support.instruct import about, records, talk, write
 from vlm.errors import UserError
@@ -130,21 +131,21 @@ def test_a_killed_procedure_goes_on_and_refuses_other_settings(recipe: Path, cap
     def play(asked: Asked) -> str:
         if asked.number > 2 and not go_on.is_set():
             reached.set()
-            go_on.wait(60)
+            go_on.wait(PATIENCE)
         return talk(asked)
 
     with serving(play) as server:
         recipe.write_text(RECIPE.replace("URL", server.url))
         command = ["fit", "--recipe", str(recipe), "--stage", "chats"]
-        assert start("fit", "--recipe", str(recipe), "--stage", "requests").wait(60) == 0
+        assert start("fit", "--recipe", str(recipe), "--stage", "requests").wait(PATIENCE) == 0
         process = start(*command)
-        assert reached.wait(60)
+        assert reached.wait(PATIENCE)
         folder = Path("runs/bootstrapped/chats")
         assert cli.main(["run", "--node", str(folder), "--writes", "chats.json", "instruct", "--kind", "detail"]) == 2
         worker = int((folder / ".lock").read_text().split()[1])
         assert f"another process works in this run folder (pid {worker} on" in capfd.readouterr().err
         os.kill(worker, signal.SIGKILL)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 128 + signal.SIGKILL, output
         assert "the same command continues" in output
         go_on.set()
@@ -155,13 +156,13 @@ def _check_continued(server: Server, folder: Path, command: list[str], capfd: py
     assert not (folder / "chats.json").exists()
     assert not (folder / "finished.json").exists()
     process = start(*command, "--stage.chats.seed=1")
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert "config.yaml: this run was started with other settings" in output
     assert "seed.0: null -> '1'" in output
     before = len(server.asked)
     process = start(*command, "--stage.chats.parallel=2")  # how it runs, not what it makes
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, output
     asked_again = [about(asked) for asked in server.asked[before:]]
     assert len(asked_again) == 4, "two answers were there"

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import vlm.registry
+from tests.conftest import PATIENCE
 from vlm.errors import UserError
 from vlm.recipes import TrainingStage, load_recipe, print_systems, run_recipe, systems
 
@@ -33,7 +34,7 @@ if "signals" in options:
         sys.exit(0)
     signal.signal(signal.SIGINT, stop), signal.signal(signal.SIGTERM, stop)
     pathlib.Path("ready").touch()
-    time.sleep(60)
+    time.sleep(600)
 if "kill" in options:
     signal.raise_signal(signal.SIGKILL)
 if "status" in options:
@@ -233,11 +234,11 @@ def test_signals_are_passed_on(recipe: Path, number: signal.Signals) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
     )
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while not Path("ready").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(number)
-        assert process.wait(30) == 128 + number
+        assert process.wait(PATIENCE) == 128 + number
         assert Path("got").read_text() == str(int(number))
         assert _names([json.loads(line) for line in Path("calls.jsonl").read_text().splitlines()]) == ["1_align"]
     finally:
@@ -392,7 +393,7 @@ def test_the_demo_recipe_survives_a_kill(tmp_path: Path) -> None:
     stage = tmp_path / "runs/demo/2_finetune"
     assert start("demo-data", "runs/demo_data", "--num_train", "40", "--num_val", "4", "--num_test", "4").wait() == 0
     process = start(*recipe)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 2 * PATIENCE
     while not (stage / "checkpoints/last").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     os.kill(int((stage / ".lock").read_text().split()[1]), signal.SIGKILL)
@@ -400,7 +401,7 @@ def test_the_demo_recipe_survives_a_kill(tmp_path: Path) -> None:
     assert process.returncode == 137
     assert not (stage / "artefact").exists()
 
-    output, _ = (process := start(*recipe)).communicate(timeout=300)
+    output, _ = (process := start(*recipe)).communicate(timeout=PATIENCE)
     assert process.returncode == 0, output
     assert "1_align: finished, skipped" in output
     assert "stage 2_finetune: step 0 of" not in output, "it went on from the checkpoint"
@@ -408,7 +409,7 @@ def test_the_demo_recipe_survives_a_kill(tmp_path: Path) -> None:
 
     picture = "runs/demo_data/images/val_00000.png"
     arguments = ["--weights", "runs/demo", "--image", picture, "--prompt", "What is this?", "--max_new_tokens", "4"]
-    output, _ = start("predict", *arguments).communicate(timeout=300)
+    output, _ = start("predict", *arguments).communicate(timeout=PATIENCE)
     assert output.startswith(f"{picture}: ")
 
 

@@ -17,8 +17,10 @@ from tests.support.systems import llava_1_5
 from tests.support.training import ListSource, trainer
 from vlm.data import InstructionData
 from vlm.errors import UserError
+from vlm.evaluation import retrieval_table
 from vlm.evaluation.inference import as_pack
-from vlm.evaluation.retrieval import Retrieval, similarities
+from vlm.evaluation.retrieval import Retrieval
+from vlm.evaluation.retrieval_table import similarities
 from vlm.systems import BLIP
 
 RANKS = (1, 2, 4)
@@ -74,8 +76,12 @@ def by_hand(module: BLIP, samples: list[Any], *, rerank: int) -> dict[str, float
     return figures
 
 
-@pytest.mark.parametrize("rerank", [0, 2])
-def test_figures_are_those_of_a_count_by_hand(rerank: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rerank", "products"), [(0, 1), (2, 1), (2, 30), (2, 10**6)])
+def test_figures_are_those_of_a_count_by_hand(
+    rerank: int, products: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many scores are made at a time."""
+    monkeypatch.setattr(retrieval_table, "_PRODUCTS", products)
     module = finding()
     samples = pairs(tmp_path, 7)
     samples[5] = dataclasses.replace(samples[5], answers=(("a card", 1.0), ("two red balls", 1.0)))

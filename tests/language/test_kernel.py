@@ -31,6 +31,15 @@ def test_the_kernel_computes_what_attention_per_sequence_does(case: str, kernel:
     assert kernel.calls == (case != "no keys at all")  # float32 goes another way
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_cpu_attends_in_float32(case: str) -> None:
+    given, dtype = inputs(CASES[case]), CASES[case].get("dtype", torch.bfloat16)
+    found, exact = attend(given, CASES[case]), attend(given, CASES[case], exact=True)
+    assert torch.equal(found[0], exact[0].to(dtype).float())
+    for ours, theirs in zip(found[1:], exact[1:], strict=True):
+        assert (ours - theirs).norm() <= 0.005 * theirs.norm()
+
+
 REFUSED: dict[str, dict[str, Any]] = {
     "float32": {"dtype": torch.float32},
     "a head of 12": {"head_dim": 12},

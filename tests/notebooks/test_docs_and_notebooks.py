@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from tests.conftest import PATIENCE
 from tests.support.systems import ROOT
 from vlm.demo import write_demo_data
 
@@ -101,7 +102,7 @@ def test_an_interrupted_cell_can_be_run_again(tmp_path: Path) -> None:
                 if interrupt_at is not None and interrupt_at in said[-1]:
                     manager.interrupt_kernel()
 
-        reply = client.execute_interactive(code, output_hook=hear, timeout=240)["content"]
+        reply = client.execute_interactive(code, output_hook=hear, timeout=PATIENCE)["content"]
         return "".join(said), reply.get("ename", reply["status"])
 
     manager, client = start_new_kernel(kernel_name="python3", cwd=str(ROOT))

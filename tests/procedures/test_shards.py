@@ -1,8 +1,10 @@
 """Procedures over shards: captions, filtering, ranking, the bootstrapped set, an index of images."""
 
+import contextlib
 import io
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -19,6 +21,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
 from callbacks.stage_transition import write_stage
+from tests.conftest import PATIENCE
 from tests.support.ranks import run_ranks
 from tests.support.samples import picture
 from tests.support.systems import build
@@ -151,14 +154,17 @@ def test_two_processes_of_a_launcher(world: Path, captions: Path, tmp_path: Path
         own |= {f"SLURM_{name}": value for name, value in job.items()} | {"MASTER_PORT": str(free_port())}
         tasks = [{"SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in ("0", "1")]
     started = [subprocess.Popen([*python, *words], cwd=ROOT, env=own | task) for task in tasks]
-    assert [process.wait(timeout=200) for process in started] == [0] * len(tasks)
+    assert [process.wait(timeout=PATIENCE) for process in started] == [0] * len(tasks)
     assert files(tmp_path / "out") == files(captions)
 
 
 def free_port() -> int:
+    """None of those that the system hands out by itself, which another process may have got before it is used."""
     with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
+        while True:
+            with contextlib.suppress(OSError):
+                opened.bind(("127.0.0.1", random.randrange(20000, 30000)))
+                return int(opened.getsockname()[1])
 
 
 def test_a_stopped_run_makes_what_is_missing(

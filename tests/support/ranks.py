@@ -26,15 +26,17 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import distributed
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload([__name__, "tests.support.systems", "tests.support.training"])
+from tests.conftest import PATIENCE
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload([__name__, "tests.support.systems", "tests.support.training", "tests.support.commands"])
 
 
 class RankError(AssertionError):
     """A rank raised an exception of its own; carries the rank's traceback."""
 
 
-def run_ranks(check: Callable[..., Any], world: int, *args: Any, timeout: float = 120.0, **kwargs: Any) -> list[Any]:
+def run_ranks(check: Callable[..., Any], world: int, *args: Any, timeout: float = PATIENCE, **kwargs: Any) -> list[Any]:
     """Runs `check(*args, **kwargs)` in `world` processes that form a gloo group; returns each rank's result.
 
     The environment is what a launcher such as torchrun makes, and the process group exists already when `check` starts,
@@ -54,9 +56,9 @@ def run_ranks(check: Callable[..., Any], world: int, *args: Any, timeout: float 
     with tempfile.TemporaryDirectory() as folder:
         ranks = []
         for rank in range(world):
-            ours, theirs = _SERVER.Pipe()
+            ours, theirs = SERVER.Pipe()
             job = (check, args, kwargs, rank, world, f"{folder}/store", timeout)
-            process = _SERVER.Process(target=_run_rank, args=(theirs, job), daemon=True)
+            process = SERVER.Process(target=_run_rank, args=(theirs, job), daemon=True)
             process.start()
             theirs.close()
             ranks.append((process, ours))
@@ -92,7 +94,7 @@ def _gather(ranks: list, *, deadline: float) -> list[Any]:
 def _run_rank(connection: Connection, job: tuple) -> None:
     check, args, kwargs, rank, world, store, timeout = job
     try:
-        with _group(rank, world, store, timeout):
+        with group_of_ranks(rank, world, store, timeout):
             message = (check(*args, **kwargs), None, "")
             data = pickle.dumps(message)
     except BaseException as error:  # whatever it is, the test has to see it
@@ -108,7 +110,8 @@ def _run_rank(connection: Connection, job: tuple) -> None:
 
 
 @contextlib.contextmanager
-def _group(rank: int, world: int, store: str, timeout: float) -> Iterator[None]:
+def group_of_ranks(rank: int, world: int, store: str, timeout: float) -> Iterator[None]:
+    """This process as one of `world` ranks, which meet at the file `store`."""
     torch.set_num_threads(1)
     os.environ |= {
         "OMP_NUM_THREADS": "1",

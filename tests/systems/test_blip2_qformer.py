@@ -26,7 +26,7 @@ from vlm.codec import step_counts
 from vlm.commands.convert import convert
 from vlm.data import BatchSpec, PretrainingData
 from vlm.errors import SampleError, UserError
-from vlm.evaluation.retrieval import similarities
+from vlm.evaluation.retrieval_table import similarities
 from vlm.recipes.catalogue import find_recipe
 from vlm.recipes.reading import load_recipe
 from vlm.stages import AdamW, InitFrom, Stage, Trained

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import vlm
 import vlm.checkpoints.resume.sharded
-import vlm.checkpoints.files.weights
+import vlm.checkpoints.files.writing
 from callbacks import FSDP2Strategy, MixedPrecisionFSDP, ThroughputMonitor
 from callbacks.stage_transition import write_stage
 from tests.support.ranks import run_ranks
@@ -301,17 +301,17 @@ def _fail(pictures: Path, folder: Path) -> str:
     _, rank = here()
     (folder / ".tmp-step=2.ckpt-0123abcd").mkdir(parents=True, exist_ok=True)  # a killed save
     run_saved(pictures, folder, "connector alone", "32-true", max_steps=2)
-    write, save = vlm.checkpoints.files.weights._write_shard, torch.save
+    write, save = vlm.checkpoints.files.writing._write_shard, torch.save
 
     def no_space(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if rank == 0:
-        vlm.checkpoints.files.weights._write_shard = no_space
+        vlm.checkpoints.files.writing._write_shard = no_space
         vlm.checkpoints.resume.sharded.torch.save = no_space
     with pytest.raises(UserError) as raised:
         run_saved(pictures, folder, "connector alone", "32-true", resume=folder / "step=2.ckpt")
-    vlm.checkpoints.files.weights._write_shard, vlm.checkpoints.resume.sharded.torch.save = write, save
+    vlm.checkpoints.files.writing._write_shard, vlm.checkpoints.resume.sharded.torch.save = write, save
     distributed.barrier()
     assert sorted(path.name for path in folder.iterdir()) == ["last", "step=1.ckpt", "step=2.ckpt"]
     run_saved(pictures, folder, "connector alone", "32-true", resume=read_last(folder), max_steps=3)
@@ -371,8 +371,10 @@ def test_the_first_artefact_is_that_of_one_process(case: str, tmp_path: Path) ->
 
 
 def _mistakes(folder: Path) -> list[str]:
-    def message(strategy: Any = "auto", *, callbacks: Any = (), case: str = "connector alone", **options: Any) -> str:
-        module = build(case)
+    def message(strategy: Any = "auto", *, callbacks: Any = (), train: Any = None, **options: Any) -> str:
+        module = build("connector alone")
+        if train is not None:
+            module.stage = Stage("test", train)
         run = trainer(folder, strategy=strategy, callbacks=callbacks, **options)
         with pytest.raises(UserError) as raised:
             run.fit(module, packs(module, folder, [[[0]]]))
@@ -388,6 +390,10 @@ def _mistakes(folder: Path) -> list[str]:
         message("fsdp2", callbacks=[MixedPrecisionFSDP()], precision="bf16-mixed"),
         message(FSDP2Strategy(ranks_per_shard_group=2), callbacks=[MixedPrecisionFSDP()]),
         str(scalar.value),
+        *(
+            message(how, callbacks=callbacks, train={"projector": Trained(lr=1.0)})
+            for how, callbacks in (("auto", ()), ("ddp", ()), ("fsdp2", [MixedPrecisionFSDP()]))
+        ),
     ]
 
 
@@ -399,5 +405,6 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     assert "use trainer.precision: 32-true, not bf16-mixed" in messages[2]
     assert "ranks_per_shard_group: 2 does not divide the 1 ranks" in messages[3]
     assert "temperature is a scalar" in messages[4]
+    assert all("projector" in message for message in messages[5:])
     with pytest.raises(UserError, match="timeout_minutes must be more than 0, found -1"):
         FSDP2Strategy(timeout_minutes=-1)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.checkpoints.artefact import Artefact, read_artefact
-from vlm.checkpoints.files.weights import fingerprint_of_files
+from vlm.checkpoints.files.identity import fingerprint_of_files
 from vlm.checkpoints.published.open import find_weights, is_artefact, is_hub_id, weight_files
 from vlm.checkpoints.references import followed, recorded_places, refer_to
 from vlm.checkpoints.resume.opened import is_checkpoint, read_trained

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from vlm.building.instantiate import instantiate
 from vlm.checkpoints.artefact import Artefact
-from vlm.checkpoints.files.weights import CHANGED, Change, WeightSource, fingerprint_of, hash_tensor
+from vlm.checkpoints.files.identity import CHANGED, fingerprint_of, hash_tensor
+from vlm.checkpoints.files.source import Change, WeightSource
 from vlm.errors import UserError
 from vlm.language import PartialLoRA, PeftAdapter
 from vlm.language.adapters import ADAPTER, merged_weight

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vlm.checkpoints.files.weights import Change, WeightSource, assign, hash_tensor
+from vlm.checkpoints.files.identity import hash_tensor
+from vlm.checkpoints.files.parts import assign
+from vlm.checkpoints.files.source import Change, WeightSource
 from vlm.checkpoints.report import LoadReport, Resized
 from vlm.errors import UserError
 from vlm.seeding import seed_from

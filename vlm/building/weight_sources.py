@@ -7,8 +7,10 @@ from typing import Any
 from vlm.building.followed import open_followed, open_reference
 from vlm.building.merging import merged, merges_of, with_changes
 from vlm.checkpoints.artefact import FOLLOWED, Artefact, read_artefact
+from vlm.checkpoints.files.identity import fingerprint_of
 from vlm.checkpoints.files.locate import preview
-from vlm.checkpoints.files.weights import WeightFiles, WeightSource, fingerprint_of
+from vlm.checkpoints.files.source import WeightSource
+from vlm.checkpoints.files.weights import WeightFiles
 from vlm.checkpoints.published.base_entries import check_base
 from vlm.checkpoints.published.open import is_artefact, published_source
 from vlm.checkpoints.resume.moments import WEIGHT

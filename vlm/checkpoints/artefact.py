@@ -22,8 +22,10 @@ from typing import Any
 from torch import Tensor
 
 from vlm.checkpoints.files.atomic import atomic_directory
+from vlm.checkpoints.files.identity import fingerprint_of, hash_tensor
 from vlm.checkpoints.files.locate import CARRIED, preview
-from vlm.checkpoints.files.weights import WeightFiles, fingerprint_of, hash_tensor, write_safetensors
+from vlm.checkpoints.files.weights import WeightFiles
+from vlm.checkpoints.files.writing import write_safetensors
 from vlm.errors import UserError
 
 FORMAT = 1

@@ -20,6 +20,7 @@
     bert/, opt/, t5/         language models of their classes with their tokenizers, pretrained on text
                              (`vlm.demo.bert`, `vlm.demo.opt`, `vlm.demo.t5`)
     internlm2/               a decoder of InternLM2's class made of that of LLaMA's (`vlm.demo.internlm2`)
+    llama_chat/              that of LLaMA's, tuned on in the templates of systems that freeze it (`vlm.demo.chat`)
     qwen_vl/artefact         tower and resampler of a small Qwen-VL behind a long first stage (`vlm.demo.pictures`)
 
 Everything is learned from training compositions alone: none of validation or test (`scenes.split_of`) was ever drawn
@@ -45,6 +46,7 @@ from vlm.checkpoints.artefact import write_artefact
 from vlm.checkpoints.files.atomic import atomic_file
 from vlm.connectors import Resampler
 from vlm.demo.bert import make_bert
+from vlm.demo.chat import make_chat_llama
 from vlm.demo.internlm2 import make_internlm2
 from vlm.demo.language import CHAT_TEMPLATES, train_language
 from vlm.demo.looking import new_qformer, train_queries
@@ -216,6 +218,7 @@ def main(arguments: list[str]) -> int:
         "fuyu",
         "qwen_vl",
         "internlm2",
+        "llama_chat",
         "qformer",
         "med",
     )
@@ -268,6 +271,9 @@ def main(arguments: list[str]) -> int:
     if options.only in (None, "internlm2"):
         for line in make_internlm2(options.folder / "internlm2", llama=llama):
             print("internlm2", line, flush=True)
+    if options.only in (None, "llama_chat"):
+        for line in make_chat_llama(options.folder / "llama_chat", llama=llama):
+            print("llama_chat", line, flush=True)
     return 0
 
 

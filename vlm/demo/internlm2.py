@@ -4,7 +4,7 @@ Heads are joined as in "GQA: Training Generalized Multi-Query Transformer Models
 et al., 2023): a group's keys and values are the mean of its heads', and the network learns on for a while.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,11 +22,11 @@ FEED_FORWARD = 192
 STEPS = 250
 
 
-def write_tokenizer(folder: Path, *, llama: Path) -> None:
-    """Writes LLaMA's `tokenizer.model` with the two marks as its last pieces."""
+def write_tokenizer(folder: Path, *, llama: Path, marks: Sequence[str] = MARKS) -> None:
+    """Writes LLaMA's `tokenizer.model` with marks as its last pieces."""
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString((llama / "tokenizer.model").read_bytes())
-    for mark in MARKS:
+    for mark in marks:
         proto.pieces.add(piece=mark, score=0.0, type=proto.SentencePiece.CONTROL)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(proto.SerializeToString())

@@ -109,10 +109,11 @@ def train_language(
         return document(index, tokenizer, templates=templates)
 
     chosen = by_length(make, lambda found: len(found.ids), first=first, steps=steps, batch=batch)
-    yield from learn(model, map(_collate, chosen), first=first, steps=steps, rate=rate)
+    yield from learn(model, map(collate, chosen), first=first, steps=steps, rate=rate)
 
 
-def _collate(documents: Sequence[Tokenized]) -> dict[str, Tensor]:
+def collate(documents: Sequence[Tokenized]) -> dict[str, Tensor]:
+    """Rows of a batch as a model of transformers takes them, padded on the right."""
     ids = pad_sequence([torch.tensor(found.ids) for found in documents], batch_first=True)
     labels = [torch.tensor(found.labels) for found in documents]
     return {"input_ids": ids, "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE)}

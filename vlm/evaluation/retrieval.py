@@ -11,15 +11,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from vlm.batch import SampleInfo
 from vlm.errors import UserError
 from vlm.evaluation.judges import Judge
-
-_BEHIND = -100.0
-"""Added to the score of a pair that is not looked at again; published code takes this alone, and so leaves the order of
-such pairs to chance."""
+from vlm.evaluation.retrieval_table import Kept, Pairs, Table, exchange, rank_of
 
 
 class Embeddings(NamedTuple):
@@ -65,13 +62,6 @@ def concat_embeddings(parts: Sequence[tuple[Embeddings, int]]) -> Embeddings:
     return Embeddings(joined("image"), joined("text"), torch.cat(owners), joined("image_state"), joined("text_state"))
 
 
-def similarities(images: Tensor, texts: Tensor) -> Tensor:
-    """float[I, T] scores of all pairs of float[I, D] or float[I, Q, D] and float[T, D]."""
-    if images.ndim == 2:
-        return images @ texts.T
-    return torch.einsum("iqd,td->iqt", images, texts).amax(1)
-
-
 class Retrieval(Judge):
     """Recall of image-text retrieval in both directions: TR@k, the share of images with one of their own texts among
     the k best, and IR@k, the share of texts with their own image among the k best.
@@ -111,7 +101,7 @@ class Retrieval(Judge):
     @torch.no_grad()
     def finish(self, module: Any) -> dict[str, float]:
         own = _joined(self.heard)
-        everyone = _exchange(None if own is None else own.shared())
+        everyone = exchange(None if own is None else own.shared())
         ranks = [part for part in everyone if part is not None]
         if not ranks:
             return {}
@@ -123,13 +113,8 @@ class Retrieval(Judge):
                 f"evaluation: image {name!r} is there {times} times, so texts of it would find another one; list it "
                 "once, with all of its texts"
             )
-        scores = similarities(torch.cat([part.image for part in ranks]), torch.cat([part.text for part in ranks]))
-        if self.rerank:
-            scores = self._look_again(module, scores, own, everyone)
-        number: dict[str, int] = {}
-        shown = torch.tensor([number.setdefault(name, len(number)) for part in ranks for name in part.images])
-        meant = torch.tensor([number[name] for part in ranks for name in part.texts])
-        places = {"TR": _first_right(scores, shown, meant), "IR": _first_right(scores.T, meant, shown)}
+        table = Table(everyone, self._look_again(module, own, everyone) if self.rerank else None)
+        places = {name: torch.cat(exchange(found)) for name, found in table.first_right().items()}
         images = (name for part in ranks for name in part.images)
         self.found = [
             {"image": name, "texts before the first right one": before}
@@ -140,53 +125,31 @@ class Retrieval(Judge):
     def records(self) -> list[dict[str, Any]]:
         return self.found
 
-    def _look_again(
-        self, module: Any, scores: Tensor, own: "_Kept | None", everyone: "Sequence[_Kept | None]"
-    ) -> Tensor:
-        """float[I, T]: the scores of the best pairs, looked at by the rank that has the image."""
+    def _look_again(self, module: Any, own: Kept | None, everyone: Sequence[Kept | None]) -> Pairs:
+        """The best pairs of every image and of every text, looked at by the rank that has the image."""
         ranks = [part for part in everyone if part is not None]
         if any(part.text_state is None or part.state_shape is None for part in ranks):
             raise UserError(f"evaluation: {module.system} does not look at pairs again; set rerank to 0")
-        chosen = torch.zeros_like(scores, dtype=torch.bool)
-        for dim in (0, 1):
-            chosen.scatter_(dim, scores.topk(min(self.rerank, scores.shape[dim]), dim=dim).indices, True)
-        pairs = list(chosen.split([0 if part is None else len(part.images) for part in everyone]))
-        places = [part.nonzero() for part in pairs]
-        rank = distributed.get_rank() if len(everyone) > 1 else 0
+        table = Table(everyone)
+        chosen = torch.cat(exchange(table.best(self.rerank))).unique()  # by image, then by text
+        pairs = torch.stack([chosen // len(table.texts), chosen % len(table.texts)], dim=1)
+        ends = torch.tensor([0 if part is None else len(part.images) for part in everyone]).cumsum(0)
+        shares = torch.tensor_split(pairs, torch.searchsorted(pairs[:, 0].contiguous(), ends)[:-1])
         states = torch.cat([part.text_state for part in ranks if part.text_state is not None])
         images = own.image_state if own is not None else None
         if images is None:  # the others wait for a sharded network together
             images = torch.zeros(1, *(ranks[0].state_shape or ()))
-        mine = places[rank]
+        mine = shares[rank_of(everyone)]
         looked_at = torch.zeros(len(mine))
-        for start in range(0, max(len(part) for part in places), self.batch_size):
+        for start in range(0, max(len(share) for share in shares), self.batch_size):
             chunk = mine[start : start + self.batch_size]
-            asked = chunk if len(chunk) else torch.zeros(1, 2, dtype=torch.int64)
+            asked = chunk - torch.tensor([table.own_images.start, 0]) if len(chunk) else torch.zeros(1, 2).long()
             said = module.match(images[asked[:, 0]], states[asked[:, 1]]).float().cpu()
-            looked_at[start : start + len(chunk)] = said[: len(chunk)]
-        again = scores + _BEHIND
-        again[chosen] = torch.cat(_exchange(looked_at)) + scores[chosen]  # both run over images, then over texts
-        return again
+            looked_at[start : start + len(chunk)] = said[: len(chunk)] + table.scores_of(chunk)
+        return Pairs(pairs, torch.cat(exchange(looked_at)))
 
 
-class _Kept(NamedTuple):
-    """What one rank has heard: `Embeddings` of all its packs, and which image each of them shows or means."""
-
-    image: Tensor
-    text: Tensor
-    images: list[str]
-    texts: list[str]
-    text_state: Tensor | None
-    image_state: Tensor | None
-    state_shape: tuple[int, ...] | None = None
-
-    def shared(self) -> "_Kept":
-        """What other ranks need of it."""
-        shape = None if self.image_state is None else tuple(self.image_state.shape[1:])
-        return self._replace(image_state=None, state_shape=shape)
-
-
-def _joined(heard: Sequence[tuple[Embeddings, list[SampleInfo]]]) -> _Kept | None:
+def _joined(heard: Sequence[tuple[Embeddings, list[SampleInfo]]]) -> Kept | None:
     parts = [(said, [info.group or info.id for info in infos]) for said, infos in heard if infos]
     if not parts:
         return None
@@ -195,7 +158,7 @@ def _joined(heard: Sequence[tuple[Embeddings, list[SampleInfo]]]) -> _Kept | Non
         found = [getattr(said, name) for said, _ in parts]
         return None if found[0] is None else torch.cat(found)
 
-    return _Kept(
+    return Kept(
         torch.cat([said.image for said, _ in parts]),
         torch.cat([said.text for said, _ in parts]),
         [name for _, names in parts for name in names],
@@ -203,21 +166,3 @@ def _joined(heard: Sequence[tuple[Embeddings, list[SampleInfo]]]) -> _Kept | Non
         states("text_state"),
         states("image_state"),
     )
-
-
-def _first_right(scores: Tensor, asked: Tensor, candidates: Tensor) -> Tensor:
-    """int64[N]: how many candidates stand before the best right one, of float[N, C] scores; of equals the first."""
-    found = [
-        (candidates[row.argsort(descending=True, stable=True)] == wanted).nonzero()[0, 0]
-        for row, wanted in zip(scores, asked, strict=True)
-    ]
-    return torch.stack(found)
-
-
-def _exchange(value: Any) -> list[Any]:
-    """A value of every rank, in their order."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [value]
-    values = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, value)
-    return values

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vlm.checkpoints.files.weights import CHANGED, hash_tensor
+from vlm.checkpoints.files.identity import CHANGED, hash_tensor
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.errors import UserError
-from vlm.evaluation.retrieval import similarities
+from vlm.evaluation.retrieval_table import similarities
 from vlm.options import OptionParser
 from vlm.procedures.scorers import Scorer, SystemScorer, fingerprint, judged_texts, open_scorer
 from vlm.procedures.shards import Pair, Shard, Text, Work, add_shard_options, read_rows, run_shards, shards_of

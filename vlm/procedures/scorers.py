@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from vlm.checkpoints.files.weights import fingerprint_of_files
+from vlm.checkpoints.files.identity import fingerprint_of_files
 from vlm.errors import SampleError, UserError
 from vlm.sample import ImageFile, ImagePart, Message, Sample, TextPart
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MAX_PIXELS = 100_000_000
 """Default limit on decode: a 100-megapixel image is a mistake or an attack."""
 _MAX_PATH, _MAX_NAME = 4096, 255  # bytes, on every common file system
+_LIGHT = 1 << 17
 _CONTENT = ("data:", "/9j/", "iVBORw0KGgo")  # how a URL of data, and JPEG and PNG in base64 begin
 
 
@@ -32,6 +33,11 @@ class ImageFile:
     max_pixels: int = MAX_PIXELS
     image: Image.Image | None = None
     _size: tuple[int, int] | None = field(default=None, init=False, repr=False, compare=False)
+
+    @property
+    def is_light(self) -> bool:
+        """Whether it can go along with its sample: it says where its bytes are, or they are few (128 KiB)."""
+        return type(self) is ImageFile and self.image is None and len(self.data or b"") <= _LIGHT
 
     def size(self, sample: "Sample") -> tuple[int, int]:
         """(width, height), read from the header alone, and once: several steps of an encoding ask."""

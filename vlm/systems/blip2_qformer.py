@@ -10,7 +10,8 @@ from vlm.batch import Batch
 from vlm.connectors import QFormer
 from vlm.connectors.qformer import QueryPass
 from vlm.errors import UserError
-from vlm.evaluation.retrieval import Embeddings, similarities
+from vlm.evaluation.retrieval import Embeddings
+from vlm.evaluation.retrieval_table import similarities
 from vlm.in_batch import candidates, own_places
 from vlm.language import Decoding
 from vlm.language.generation import DecoderPrompt

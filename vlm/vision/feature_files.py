@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlm.batch import Batch, Views
 from vlm.checkpoints.files.atomic import atomic_file
-from vlm.checkpoints.files.weights import hash_tensor
+from vlm.checkpoints.files.identity import hash_tensor
 
 _DIGEST = 16
 _WAITING = 64

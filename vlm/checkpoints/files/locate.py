@@ -32,10 +32,22 @@ def find_files(path: Path) -> tuple[list[Path], list[str] | None]:
     files = [whole] if whole.exists() else [file for file in sorted(path.glob("*.safetensors")) if file.name != CARRIED]
     if not files:
         pickles = (file for suffix in ("bin", "pth", "pt") for file in sorted(path.glob(f"*.{suffix}")))
-        files = [file for file in pickles if file.name not in _OTHER_PICKLES]
+        files = [file for file in pickles if file.name not in _OTHER_PICKLES] or _named_latest(path)
     if not files:
         raise UserError(f"{path}: no *.safetensors, *.bin, *.pth or *.pt file in it; is it the right folder?")
     return files, None
+
+
+def _named_latest(path: Path) -> list[Path]:
+    """Where `latest` names the folder with the weights, as in training with DeepSpeed."""
+    latest = path / "latest"
+    if not latest.is_file():
+        return []
+    folder = path / latest.read_text(encoding="utf-8").strip()
+    files = sorted(folder.glob("mp_rank_*_model_states.pt"))
+    if len(files) > 1:
+        raise UserError(f"{folder}: holds {len(files)} parts of a model split over as many devices; merge them first")
+    return files
 
 
 def refuse_peft_folder(path: Path) -> None:

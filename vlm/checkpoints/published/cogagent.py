@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from vlm.checkpoints.published.cogvlm import LANGUAGE_ONLY, LANGUAGE_READ, CogVLMFamily
 from vlm.checkpoints.published.entries import Entries
+from vlm.checkpoints.tables.cog_sat import sat_rules
 from vlm.checkpoints.tables.cogagent import cross_rules, cross_unused
 from vlm.checkpoints.tables.cogvlm import VISION_UNUSED, language_rules, vision_rules
 from vlm.checkpoints.tables.table import Table
@@ -22,16 +23,19 @@ _TOWER = {"patch_size": 14, "depth": 24, "head_dim": 64, "mlp_ratio": 2.6667, "r
 
 class CogAgentFamily(CogVLMFamily):
     system = "cogagent"
-    marks: ClassVar = {"official": "model.cross_vision.pos_embed"}
+    marks: ClassVar = {"official": "model.cross_vision.pos_embed", "sat": "mixins.encoder.pos_embed"}
     templates: ClassVar = {"chat": "cogvlm_chat", "chat_old": "cogvlm_chat_old", "base": "cogvlm_base"}
+    versions: ClassVar = {"chat": "chat", "chat_old": "chat_old", "base": "base"}
+    is_fine: ClassVar = True
 
     def is_own(self, config: Mapping[str, Any]) -> bool:
         return "vision_config" in config and "cross_hidden_size" in config
 
     def table(self, layout: str, config: Mapping[str, Any]) -> Table:
+        rules = (*cross_rules(), *vision_rules(), *language_rules())
         return Table(
             layout="CogAgent",
-            rules=(*cross_rules(), *vision_rules(), *language_rules()),
+            rules=sat_rules(rules) if layout == "sat" else rules,
             unused=(*VISION_UNUSED, *cross_unused(num_blocks=_tower(config)["depth"] - 1)),
         )
 

@@ -1,7 +1,8 @@
 """CogVLM: the published files, in which language model and visual expert lie side by side in every layer.
 
 Its own repositories hold no tokenizer: that of Vicuna-7B-v1.5 goes beside. In the tower `input_layernorm` is the norm
-behind the attention, and the bias of keys, which changes no attention, is carried.
+behind the attention, and the bias of keys, which changes no attention, is carried. Files of SwissArmyTransformer, in
+which it was released first, are read too.
 """
 
 import math
@@ -9,9 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from vlm.checkpoints.files.weights import WeightFiles
+from vlm.checkpoints.published.cog_sat import read_sat_config
 from vlm.checkpoints.published.entries import Entries
+from vlm.checkpoints.published.family import PublishedFolder
 from vlm.checkpoints.published.one_folder import OneFolderFamily
 from vlm.checkpoints.published.tokenizer_entries import describe_tokenizer
+from vlm.checkpoints.tables.cog_sat import sat_rules
 from vlm.checkpoints.tables.cogvlm import VISION_UNUSED, language_rules, vision_rules
 from vlm.checkpoints.tables.table import Table
 from vlm.errors import UserError
@@ -39,18 +44,42 @@ FILES = (
 )
 
 
+_SAT, _SAT_FINE = "mixins.eva.boi", "mixins.encoder.pos_embed"
+
+
 class CogVLMFamily(OneFolderFamily):
+    """Its folders.
+
+    Attributes:
+        templates: {`template_version`: ours}; the first is that of files that say nothing.
+        versions: {`text_processor_version` of SwissArmyTransformer: `template_version`}.
+        is_fine: whether its network has a fine view.
+    """
+
     system = "cogvlm"
-    marks: ClassVar = {"official": "model.vision.boi"}
+    layouts = ("official",)  # that of SwissArmyTransformer is read alone
+    marks: ClassVar = {"official": "model.vision.boi", "sat": _SAT}
     files = FILES
     templates: ClassVar[Mapping[str, str]] = {"base": "cogvlm_base", "chat": "cogvlm_chat_old"}
-    """{`template_version`: ours}; the first is that of files that say nothing."""
+    versions: ClassVar[Mapping[str, str]] = {"base": "base", "chat_old": "chat"}
+    is_fine: ClassVar = False
+
+    def claims(self, folder: PublishedFolder) -> bool:
+        if _SAT in folder.keys:
+            return (_SAT_FINE in folder.keys) == self.is_fine
+        return super().claims(folder)
+
+    def read_config(self, files: WeightFiles, path: str | Path) -> dict[str, Any]:
+        if _SAT in files:
+            return read_sat_config(files.folder, versions=self.versions)
+        return super().read_config(files, path)
 
     def is_own(self, config: Mapping[str, Any]) -> bool:
         return "vision_config" in config and "cross_hidden_size" not in config
 
     def table(self, layout: str, config: Mapping[str, Any]) -> Table:
-        return Table(layout="CogVLM", rules=(*vision_rules(), *language_rules()), unused=VISION_UNUSED)
+        rules = (*vision_rules(), *language_rules())
+        return Table(layout="CogVLM", rules=sat_rules(rules) if layout == "sat" else rules, unused=VISION_UNUSED)
 
     def surgery_of(self, config: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [{"class_path": "vlm.language.VisualExpert", "init_args": {}}]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from vlm.checkpoints.artefact import STAGE_FILE, Artefact, read_artefact
+from vlm.checkpoints.files.identity import fingerprint_of, hash_tensor
 from vlm.checkpoints.files.locate import CARRIED
-from vlm.checkpoints.files.weights import WeightFiles, fingerprint_of, hash_tensor
+from vlm.checkpoints.files.weights import WeightFiles
 from vlm.checkpoints.published.delta import DeltaFiles
 from vlm.checkpoints.published.family import OpenedCheckpoint, Stream, chained
 from vlm.checkpoints.published.llava_config import LlavaConfig, check_config, read_config, with_tower

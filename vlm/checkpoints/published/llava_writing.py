@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlm.checkpoints.artefact import fill_artefact
 from vlm.checkpoints.files.locate import CARRIED
-from vlm.checkpoints.files.weights import SHARD_BYTES, divert, write_safetensors
+from vlm.checkpoints.files.writing import SHARD_BYTES, divert, write_safetensors
 from vlm.checkpoints.published.family import chained
 from vlm.checkpoints.published.llava_config_writing import write_config
 from vlm.checkpoints.published.llava_reading import OpenedLlava, table_of

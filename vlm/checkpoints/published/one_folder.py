@@ -14,7 +14,8 @@ from torch import Tensor
 
 from vlm.checkpoints.artefact import fill_artefact
 from vlm.checkpoints.files.locate import CARRIED
-from vlm.checkpoints.files.weights import SHARD_BYTES, WeightFiles, divert, write_safetensors
+from vlm.checkpoints.files.weights import WeightFiles
+from vlm.checkpoints.files.writing import SHARD_BYTES, divert, write_safetensors
 from vlm.checkpoints.published.entries import read_config_json
 from vlm.checkpoints.published.family import (
     Family,

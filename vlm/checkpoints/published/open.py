@@ -6,7 +6,8 @@ from typing import Any
 
 from vlm.checkpoints.artefact import STAGE_FILE
 from vlm.checkpoints.files.locate import find_files, refuse_peft_folder
-from vlm.checkpoints.files.weights import WeightFiles, WeightSource
+from vlm.checkpoints.files.source import WeightSource
+from vlm.checkpoints.files.weights import WeightFiles
 from vlm.checkpoints.published.family import Family, find_family, look_into
 from vlm.checkpoints.published.vila import PartFolders, has_part_folders
 from vlm.checkpoints.resume.opened import is_checkpoint

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vlm.checkpoints.artefact import Artefact
-from vlm.checkpoints.files.weights import assign, hash_tensor
+from vlm.checkpoints.files.identity import hash_tensor
+from vlm.checkpoints.files.parts import assign
 from vlm.errors import UserError
 
 WEIGHT = "weight"

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from vlm.checkpoints.artefact import DEFAULTS, Artefact, check_system, read_artefact
-from vlm.checkpoints.files.weights import fingerprint_of, hash_tensor
+from vlm.checkpoints.files.identity import fingerprint_of, hash_tensor
 from vlm.checkpoints.resume.sharded import STATE, ShardedFile
 from vlm.checkpoints.resume.single_file import read_file
 from vlm.errors import UserError

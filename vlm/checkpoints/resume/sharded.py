@@ -25,7 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from vlm.checkpoints.files.atomic import explain_full_disk
-from vlm.checkpoints.files.weights import own_rows, write_safetensors
+from vlm.checkpoints.files.parts import own_rows
+from vlm.checkpoints.files.writing import write_safetensors
 from vlm.checkpoints.resume.background import copy_to_host
 from vlm.checkpoints.resume.plain import check_plain
 from vlm.errors import UserError

@@ -3,7 +3,8 @@
     draws of the step (seed, epoch, step)  ->  every rank encodes its share of them (text only)
       ->  the ranks tell each other how large the samples are, some steps ahead
       ->  counts of the whole step, its packs (balanced by true token count where samples never meet)
-      ->  this rank encodes and decodes the samples of its own packs: pack p is micro-batch p // world of rank p % world
+      ->  each rank sends what it has encoded to the rank that was dealt it
+      ->  this rank decodes the images of its own packs: pack p is micro-batch p // world of rank p % world
 
 So the samples of a step, their random choices and the denominators of its loss are the same however many devices and
 micro-batches share it, and what a rank does for a step does not grow with the number of ranks. A rank that has nobody
@@ -123,7 +124,7 @@ class StepLoader(DataLoader):
         )
 
         if gather is None and world == 1 and accumulate > 1 and num_workers:
-            gather = Gather(lambda value: [value])  # alone too, so that the packs of a step need not travel together
+            gather = Gather.alone()  # alone too, so that the packs of a step need not travel together
         if gather is not None:
             under_way = num_workers * (self.prefetch_factor or 0)
             self.sampler.asking = Asking(self.sampler, self.dataset, gather, ahead=under_way + 2)

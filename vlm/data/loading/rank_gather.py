@@ -1,4 +1,4 @@
-"""What the ranks tell each other about the samples of a step: how long they are, and which could not be read."""
+"""What the ranks tell each other about the samples of a step: how long they are, what is in them, and what is bad."""
 
 import queue
 import threading
@@ -7,6 +7,8 @@ from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
+import torch
 from torch import distributed
 
 _T = TypeVar("_T")
@@ -20,19 +22,26 @@ class Gather:
 
     Args:
         talk: this rank's value -> those of all ranks, in the order of the ranks.
+        trade: a message to each rank, in their order -> that of each to this one. Empty ones cost next to nothing.
     """
 
-    def __init__(self, talk: Callable[[Any], list[Any]]) -> None:
+    def __init__(self, talk: Callable[[Any], list[Any]], trade: Callable[[list[bytes]], list[bytes]]) -> None:
         self._talk = talk
+        self.trade = trade
         self._waiting: queue.SimpleQueue[tuple[Any, Callable[[list[Any]], Any], Future]] = queue.SimpleQueue()
         # a daemon: where another rank has died, nothing else ends what waits for its answer
         threading.Thread(target=self._run, name="gather", daemon=True).start()
+
+    @classmethod
+    def alone(cls) -> "Gather":
+        """Of a rank that is the only one."""
+        return cls(lambda value: [value], lambda messages: messages)
 
     def __call__(self, value: Any) -> list[Any]:
         return self.submit(value, lambda everywhere: everywhere).result()
 
     def submit(self, value: Any, then: Callable[[list[Any]], _T]) -> "Future[_T]":
-        """What `then` makes of the values of all ranks, on the thread, once they are there."""
+        """What `then` makes of the values of all ranks, on the thread, once they are there; it may `trade` there."""
         found: Future[_T] = Future()
         self._waiting.put((value, then, found))
         return found
@@ -66,5 +75,14 @@ def gather_over_ranks() -> Gather | None:
             distributed.all_gather_object(everywhere, value, group=group)
             return everywhere
 
-        _over = whole, Gather(talk)
+        def trade(messages: list[bytes]) -> list[bytes]:
+            sizes = torch.tensor([len(message) for message in messages])
+            coming = torch.empty_like(sizes)
+            distributed.all_to_all_single(coming, sizes, group=group)
+            sent = torch.from_numpy(np.frombuffer(bytearray().join(messages), dtype=np.uint8))
+            found = torch.empty(int(coming.sum()), dtype=torch.uint8)
+            distributed.all_to_all_single(found, sent, coming.tolist(), sizes.tolist(), group=group)
+            return [part.numpy().tobytes() for part in found.split(coming.tolist())]
+
+        _over = whole, Gather(talk, trade)
     return _over[1]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch.utils.data import Dataset, get_worker_info
 
 from vlm.batch import Batch
 from vlm.codec import Encoded, Sizes
+from vlm.data.loading.carried import from_bytes, to_bytes
 from vlm.data.loading.shared_memory import SharedTensors, to_shared
 from vlm.data.sampling.packs import Packing, Seat, as_filler, deal_seats
 from vlm.errors import SampleError, UserError
@@ -43,12 +45,14 @@ class Measured:
     Attributes:
         sizes: of the draws; where a bad one ends the training, nothing is known of those behind it.
         bad: {draw: why it cannot be encoded}.
+        encoded: {draw: `to_bytes` of it}, of those that can be carried.
         error: what ends the training, whose data it is; None: nothing.
     """
 
     index: int
     sizes: Sizes
     bad: Mapping[int, SampleError]
+    encoded: Mapping[int, bytes] = field(default_factory=dict)
     error: UserError | None = None
 
 
@@ -60,6 +64,7 @@ class Deal:
         seats: {pack: what is in it} of a rank's packs, or of some of them.
         counts: denominators of the whole step.
         num_packs: of the whole step.
+        encoded: {draw: `to_bytes` of it}, of what is in the packs; the rest is encoded anew.
     """
 
     epoch: int
@@ -67,6 +72,13 @@ class Deal:
     seats: Mapping[int, Sequence[Seat]]
     counts: Mapping[str, float]
     num_packs: int
+    encoded: Mapping[int, bytes] = field(default_factory=dict)
+
+    def only(self, pack: int) -> Deal:
+        """One of the packs."""
+        seats = self.seats[pack]
+        encoded = {seat.draw: self.encoded[seat.draw] for seat in seats if seat.draw in self.encoded}
+        return replace(self, seats={pack: seats}, encoded=encoded)
 
 
 @dataclass(frozen=True)
@@ -122,7 +134,7 @@ class StepDataset(Dataset):
             made = self.make_whole(task) if isinstance(task, Step) else self.make(task)
         except UserError as error:
             return (
-                Measured(task.index, Sizes.of([None] * len(task.draws)), {}, error)
+                Measured(task.index, Sizes.of([None] * len(task.draws)), {}, error=error)
                 if isinstance(task, Measure)
                 else error
             )
@@ -131,21 +143,24 @@ class StepDataset(Dataset):
     def measure(self, asked: Measure) -> Measured:
         """Encodes a share of a step."""
         items, bad = self._encode(asked, asked.draws)
-        return Measured(asked.index, Sizes.of([items.get(draw) for draw in asked.draws]), bad)
+        carried = {draw: data for draw, item in items.items() if (data := to_bytes(item)) is not None}
+        return Measured(asked.index, Sizes.of([items.get(draw) for draw in asked.draws]), bad, carried)
 
     def make_whole(self, step: Step) -> StepPacks:
         """Encodes all of a step, deals it, and makes this rank's packs without what turns out to be bad."""
         items, bad = self._encode(step, step.draws)
         while self.tolerant or not bad:
             sizes = Sizes.of([None if draw in bad else items[draw] for draw in step.draws])
-            made = self.make(self.deal(step, sizes), items)
+            made = self.make(self.deal(step, sizes)[0], items)
             if not made.bad:
                 return replace(made, bad=bad)
             bad |= made.bad
         return StepPacks(step.epoch, step.index, [], bad)
 
-    def deal(self, step: Step, sizes: Sizes) -> Deal:
+    def deal(self, step: Step, sizes: Sizes) -> tuple[Deal, np.ndarray]:
         """How a step is dealt, the same on every rank: every rank raises or none.
+
+        Also int64[n], the rank that each draw is dealt to; -1: none.
 
         Args:
             sizes: of its draws.
@@ -158,7 +173,7 @@ class StepDataset(Dataset):
                 f"epoch {step.epoch}, step {step.index}: all of its {len(step.draws)} samples are bad; find them with "
                 "`vlm check-data` and leave them out with data.quarantine"
             )
-        own = deal_seats(
+        own, ranks = deal_seats(
             step.draws,
             sizes.tokens,
             self.packing,
@@ -167,15 +182,15 @@ class StepDataset(Dataset):
             accumulate=self.accumulate,
             training=self.encoder.training,
         )
-        return Deal(step.epoch, step.index, own, sizes.totals(), self.world * self.accumulate)
+        return Deal(step.epoch, step.index, own, sizes.totals(), self.world * self.accumulate), ranks
 
     def make(self, deal: Deal, items: Mapping[int, Encoded] | None = None) -> StepPacks:
         """The packs of a deal; none where some of its draws turn out to be bad here.
 
         Args:
-            items: what is encoded already.
+            items: what is encoded already, besides what the deal carries.
         """
-        known = dict(items or {})
+        known = {**(items or {}), **{draw: from_bytes(data) for draw, data in deal.encoded.items()}}
         batches: list[Batch] = []
         failed: dict[int, SampleError] = {}
         for number, seats in deal.seats.items():

@@ -1,5 +1,6 @@
 """What the workers of a loader are asked for, step after step, and what the ranks tell each other beforehand."""
 
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -85,7 +86,7 @@ class Known:
 
 
 class Asking:
-    """The sizes of the samples of steps to come, told by all ranks, and how each step is dealt.
+    """The sizes of the samples of steps to come, told by all ranks, how each step is dealt, and what is in its packs.
 
     Args:
         ahead: steps that are measured before the packs of the first are asked for: more than are on their way through
@@ -111,15 +112,15 @@ class Asking:
         """Tells the other ranks; on their answers the step is dealt."""
         step = self.sampler.step(measured.index)
         told = hash((step.epoch, step.index, step.draws)), measured.sizes, measured.bad, measured.error
-        self._known[step.index] = self.gather.submit(told, lambda everywhere: self._deal(step, everywhere))
+        carried = measured.encoded
+        self._known[step.index] = self.gather.submit(told, lambda everywhere: self._deal(step, carried, everywhere))
 
     def packs(self, index: int) -> Iterator[Task]:
         """Asks for the packs of a step: one by one, which takes less memory, unless all ranks have to agree on them."""
         known = self._known[index].result()
         if isinstance(known.deal, Deal) and not self.dataset.tolerant:
             del self._known[index]
-            for number, seats in known.deal.seats.items():
-                yield replace(known.deal, seats={number: seats})
+            yield from map(known.deal.only, known.deal.seats)
         else:
             yield known.deal
 
@@ -138,13 +139,13 @@ class Asking:
             bad |= found
             assert known.sizes is not None
             sizes = known.sizes.without([at for at, draw in enumerate(step.draws) if draw in bad])
-            made = self.dataset.make(self.dataset.deal(step, sizes))
+            made = self.dataset.make(self.dataset.deal(step, sizes)[0])
 
     def clear(self) -> None:
         """Forgets the steps of an iteration that ended early."""
         self._known.clear()
 
-    def _deal(self, step: Step, everywhere: Sequence[tuple]) -> Known:
+    def _deal(self, step: Step, carried: Mapping[int, bytes], everywhere: Sequence[tuple]) -> Known:
         if len({digest for digest, *_ in everywhere}) > 1:
             return Known(
                 UserError(
@@ -155,12 +156,37 @@ class Asking:
         for _, _, _, error in everywhere:
             if error is not None:
                 return Known(error)
-        shares = (self._share(len(step.draws), rank) for rank in range(len(everywhere)))
+        shares = [self._share(len(step.draws), rank) for rank in range(len(everywhere))]
         sizes = Sizes.together([(share, told) for share, (_, told, _, _) in zip(shares, everywhere, strict=True)])
         bad = {draw: error for _, _, found, _ in everywhere for draw, error in found.items()}
         if bad and not self.dataset.tolerant:
             return Known(StepPacks(step.epoch, step.index, [], bad))
         try:
-            return Known(self.dataset.deal(step, sizes), sizes, bad)
+            deal, ranks = self.dataset.deal(step, sizes)
         except UserError as error:
             return Known(error)
+        return Known(replace(deal, encoded=self._traded(step, carried, shares, ranks)), sizes, bad)
+
+    def _traded(
+        self, step: Step, carried: Mapping[int, bytes], shares: Sequence[np.ndarray], ranks: np.ndarray
+    ) -> dict[int, bytes]:
+        """What is encoded of this rank's packs: by itself, or by the rank that measured it.
+
+        Args:
+            carried: what this rank has encoded.
+            shares: of each rank, the places in the step that it measured.
+            ranks: int64[n], who is dealt each draw; -1: nobody.
+        """
+        own = self.dataset.rank
+        parcels: list[dict[int, bytes]] = [{} for _ in shares]
+        for at in shares[own].tolist():
+            draw, rank = step.draws[at], ranks[at]
+            if rank >= 0 and draw in carried:
+                parcels[rank][draw] = carried[draw]
+        found = parcels[own]
+        if any(((ranks[share] >= 0) & (ranks[share] != rank)).any() for rank, share in enumerate(shares)):
+            # every rank finds the same here, so that all of them trade or none does
+            messages = [pickle.dumps(parcel) if parcel and parcel is not found else b"" for parcel in parcels]
+            for message in filter(None, self.gather.trade(messages)):
+                found |= pickle.loads(message)
+        return found

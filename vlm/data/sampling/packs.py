@@ -123,8 +123,8 @@ def deal_seats(
     rank: int,
     accumulate: int,
     training: bool,
-) -> dict[int, list[Seat]]:
-    """{pack: what is in it} of a rank, of packs that are dealt alike on every rank.
+) -> tuple[dict[int, list[Seat]], np.ndarray]:
+    """{pack: what is in it} of a rank, of packs that are dealt alike on every rank; and who gets each sample.
 
     Where samples of a pack are compared there are equally many in each, and one that cannot be read must not move
     others: a filler takes its seat. Elsewhere a step can have fewer samples than there are packs (the last one of an
@@ -133,6 +133,9 @@ def deal_seats(
     Args:
         draws: of the step.
         tokens: int64[n], of each draw; -1 for one that cannot be trained on. One can.
+
+    Returns:
+        The seats, and int64[n], the rank that each draw is dealt to; -1: none.
 
     Raises:
         UserError: a pack is over `max_tokens`.
@@ -149,10 +152,13 @@ def deal_seats(
     check_packs(lengths, packing, world=world, accumulate=accumulate, training=training)
     dealt = packing.deal(lengths, packs)
     filler = Seat(draws[shortest], filler=True)
-    return {
+    seats = {
         pack: [filler if at < 0 else Seat(draws[at]) for at in places[dealt == pack].tolist()] or [filler]
         for pack in range(rank, packs, world)
     }
+    ranks = np.full(len(draws), -1)
+    ranks[places[places >= 0]] = dealt[places >= 0] % world
+    return seats, ranks
 
 
 def as_filler(item: Encoded) -> Encoded:
