@@ -103,15 +103,20 @@ def _in_trainer(
 ) -> dict[str, Any]:
     """transformers' own Trainer, or TRL's, which makes logits at labels alone."""
     micro_batches = max(1, len(steps[0]) // MICRO_BATCH)
-    seen: list[list[int]] = []
+    all_rows, seen = [row for rows in steps for row in rows], []
+    samples: Any = [{"input_ids": row[0], "number": number} for number, row in enumerate(all_rows)]
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        seen.append([len(example["input_ids"]) for example in examples])
-        return pad([example["row"] for example in examples])
+        rows = [all_rows[example["number"]] for example in examples]
+        seen.append([len(row[0]) for row in rows])
+        return pad(rows)
 
     clock = _Clock(options.device)
     with tempfile.TemporaryDirectory() as folder:
-        kind, settings, more = _trl(options) if by_trl else (Trainer, TrainingArguments, {})
+        kind, settings, more = Trainer, TrainingArguments, {}
+        if by_trl:
+            kind, settings, more = _trl(options)
+            samples = _as_trl_wants(samples)
         trainer = kind(
             model=model,
             args=settings(
@@ -133,7 +138,7 @@ def _in_trainer(
                 disable_tqdm=True,
                 **more,
             ),
-            train_dataset=[{"input_ids": row[0], "row": row} for rows in steps for row in rows],
+            train_dataset=samples,
             data_collator=collate,
             callbacks=[clock],
         )
@@ -149,6 +154,13 @@ def _trl(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     kind = functools.partial(SFTTrainer, processing_class=AutoProcessor.from_pretrained(options.work / "peer"))
     prepared = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "gradient_checkpointing": False}
     return kind, SFTConfig, prepared
+
+
+def _as_trl_wants(samples: list[dict[str, Any]]) -> Any:
+    from datasets import Dataset
+
+    lengths, numbers = zip(*((len(sample["input_ids"]), sample["number"]) for sample in samples), strict=True)
+    return Dataset.from_dict({"length": lengths, "number": numbers})
 
 
 LOOPS = {"padded": False, "sorted": True}

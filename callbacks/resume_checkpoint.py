@@ -17,11 +17,12 @@ from callbacks.agreement import Agreement
 from callbacks.fsdp_strategy import FSDP2Strategy
 from callbacks.progress import warn
 from callbacks.stop_signals import StopSignals
+from callbacks.time_limit import TimeLimit
 from vlm.checkpoints.files.atomic import remove
 from vlm.checkpoints.resume.background import BackgroundWriter, copy_to_host
 from vlm.checkpoints.resume.best import Mode, is_better, mode_of, write_score
 from vlm.checkpoints.resume.pointer import BEST, LAST
-from vlm.data.loading.trainer_progress import ends_step, is_finished
+from vlm.data.loading.trainer_progress import begins_validation_again, ends_step, is_finished
 from vlm.errors import UserError
 from vlm.recipes.run_folder import RunFolder
 
@@ -31,8 +32,9 @@ class ResumeCheckpoint(Checkpoint):
 
     A state is saved after every n-th optimizer step and every few minutes, after the last step (so that a failure while
     the artefact is written costs no training), and when the trainer is about to stop: `max_time` is over, EarlyStopping
-    says so, or any process got SIGTERM or Ctrl-C. An older state is removed once a newer one is complete, the one this
-    process resumed from as well, and the last one when the whole stage has its artefact.
+    says so, or any process got SIGTERM or Ctrl-C. A validation that a signal cuts off begins again. An older state is
+    removed once a newer one is complete, the one this process resumed from as well, and the last one when the whole
+    stage has its artefact.
 
     With `monitor`, the weights after the validation with the best value so far are kept besides, without the optimizer.
 
@@ -74,12 +76,14 @@ class ResumeCheckpoint(Checkpoint):
         self.monitor = monitor
         self.mode: Mode = "min" if monitor is None else mode or mode_of(monitor)
         self._signals = StopSignals()
+        self._time = TimeLimit()
         self._agreement = Agreement(self._wishes)
         self._writer = BackgroundWriter()
         self._clock: float | None = None  # when it was last saved; on the first rank
         self._saved_step = 0
         self._due = False
         self._unflushed = False
+        self._is_cut = False  # in a validation
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # `max_time` is how long one start may run; restored, the timer would stop every further start at once
@@ -89,6 +93,7 @@ class ResumeCheckpoint(Checkpoint):
         self._saved_step = trainer.global_step
         self._clock = time.monotonic() if trainer.is_global_zero else None
         self._signals.listen(trainer)
+        self._time.begin(trainer)
         self._agreement.begin(trainer)
         _own_moments(trainer)
         folder = RunFolder(trainer.default_root_dir).checkpoints / BEST
@@ -107,7 +112,9 @@ class ResumeCheckpoint(Checkpoint):
     ) -> None:
         step, whole = trainer.global_step, ends_step(trainer, batch_idx)
         # one process need not wait for the end of the step to stop
-        stop, minutes_over, failed = self._agreement.answer() if whole or trainer.world_size == 1 else (0, 0, 0)
+        asked = whole or trainer.world_size == 1
+        stop, minutes_over, failed, time_over = self._agreement.answer() if asked else (0, 0, 0, 0)
+        trainer.should_stop = trainer.should_stop or bool(time_over)
         if failed:
             self._writer.wait()
             raise UserError("another rank could not write the checkpoint before this one; its own message says why")
@@ -123,18 +130,28 @@ class ResumeCheckpoint(Checkpoint):
             self._writer.wait()  # nothing new may have been there to save
             raise SIGTERMException(signal.Signals(stop))
 
-    def _wishes(self) -> tuple[int, int, int]:
-        """What this rank asks for: the signal that it got, a save because of the time, an end because of an error."""
+    def _wishes(self) -> tuple[int, int, int, int]:
+        """What this rank asks for: the signal that it got, a save because of the time, an end because of an error, an
+        end because of the time."""
         minutes_over = False
         if self._clock is not None and self.every_n_minutes is not None:
             minutes_over = time.monotonic() - self._clock >= 60 * self.every_n_minutes
-        return self._signals.received or 0, int(minutes_over), int(self._writer.has_failed)
+        return self._signals.received or 0, int(minutes_over), int(self._writer.has_failed), int(self._time.is_over)
 
     def _is_due_by_step(self, step: int) -> bool:
         return self.every_n_train_steps is not None and step % self.every_n_train_steps == 0
 
     def _saves(self, trainer: Trainer) -> bool:
         return not trainer.fast_dev_run  # type: ignore[attr-defined]
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._agreement.ask()
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and (stop := self._agreement.answer()[0]):
+            self._is_cut = True
+            raise SIGTERMException(signal.Signals(stop))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit" or not self._saves(trainer):
@@ -158,6 +175,11 @@ class ResumeCheckpoint(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         with suppress(Exception):  # there is one already, which says why the run ends
             self._writer.wait()
+        # not where the validation was cut off: there it may run with other weights (`callbacks.EMA`), put back by now
+        if self._is_cut and trainer.global_step != self._saved_step and self._saves(trainer):
+            self._is_cut = False
+            begins_validation_again(trainer)
+            self._save(trainer, trainer.global_step, ends=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or not self._saves(trainer):

@@ -153,7 +153,7 @@ def test_any_few_samples_in_a_row_come_from_all_over_the_streams() -> None:
 def test_streams_beside_other_data(shards: Path) -> None:
     """A mixture of both: the others' samples stand evenly among them, and ranks open a part of the shards."""
     mixed = PretrainingData([samples(56), WebDataset(shards, prompt="Say it.", streams=8)], batch=BatchSpec(24))
-    steps = [mixed._by_stream(mixed.steps(epoch, encoder=mixed._encoder(CODEC))) for epoch in (0, 1)]
+    steps = [mixed.streams().in_order(mixed.steps(epoch, encoder=mixed._encoder(CODEC))) for epoch in (0, 1)]
     assert all(sorted(draw for step in epoch for draw in step) == list(range(168)) for epoch in steps)
     own = [draw - 56 for epoch in steps for step in epoch for draw in step[: len(step) // 4] if draw >= 56]
     assert np.mean(np.array(own) < 28) > 0.9  # of the first quarter of its samples

@@ -140,8 +140,8 @@ def test_deep_networks_follow_from_a_few_of_their_blocks(recomputed: bool | int,
 def test_the_worst_moment_is_what_the_allocator_had(
     most: int, recomputed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a forward and backward pass of real tensors, measured: 0.98 to 1.00 of it; with more labels than have logits at
-    once, gradients of the head's parts meet."""
+    """Of real tensors forward and backward, measured. With more labels than have logits at once, gradients of the head
+    meet, and their sum takes a third."""
     monkeypatch.setattr("vlm.functional.MOST_LOGITS", most)
     language = CausalLM(config=LLAMA, checkpointing=recomputed)
     real = llava_1_5(language=language)

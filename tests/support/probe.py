@@ -6,6 +6,7 @@
     window    in the middle of the accumulation window after `number` finished steps
     epoch     after epoch `number`
     validate  when validation begins after `number` finished steps
+    stop      in the first batch of the validation after `number` finished steps, by SIGTERM to this process alone
     end       after the last step
     save      when half of this process's `number`-th checkpoint is written
     pointer   when that checkpoint is complete and `last` does not name it yet
@@ -102,6 +103,10 @@ class Probe(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
             self._reached("validate", trainer.global_step)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        if not trainer.sanity_checking and self.at == ("stop", trainer.global_step):
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._reached("epoch", trainer.current_epoch)

@@ -1,5 +1,6 @@
 """MiniGPT-4: texts and labels token by token, what the layers see, the published file there and back."""
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import cli
 from tests.conftest import GOLDEN
 from tests.support.minigpt4 import LLAMA, QUERIES, TOKENIZER, minigpt4, minigpt4_llama_2
 from tests.support.samples import picture
@@ -22,6 +24,8 @@ from vlm.connectors import JoinedLinear, Linear, QFormer
 from vlm.errors import UserError
 from vlm.prompts import get_template
 from vlm.prompts.template import IMAGE
+from vlm.recipes import TrainingStage, find_recipe, load_recipe
+from vlm.recipes.configs import stage_options
 from vlm.sample import ImagePart, Message, Sample, TextPart
 from vlm.systems import MiniGPT4
 from vlm.vision import TimmTower
@@ -180,3 +184,18 @@ def test_both_variants_see_the_same_pictures_differently(tmp_path: Path) -> None
         features = module.encode_images(batch)
         assert features.shape == (2, 4, LLAMA["hidden_size"])
         assert not torch.allclose(features[0], features[1])
+
+
+@pytest.mark.parametrize("demo", [False, True])
+def test_the_variant_of_llama_2_is_a_recipe(demo: bool) -> None:
+    """It takes nothing from a Q-Former's training, and its second stage the connector of its first."""
+    recipe = find_recipe("configs/minigpt4/llama_2")
+    first, second = load_recipe(recipe).nodes
+    assert isinstance(first, TrainingStage)
+    assert isinstance(second, TrainingStage)
+    assert first.follows == ()
+    assert [dict(follow.parts) for follow in second.follows] == [{"connector": "connector"}]
+    options = stage_options(argparse.Namespace(recipe=str(recipe), stage="2_finetune", demo=demo))
+    arguments = cli._describe(options).module.arguments
+    assert (arguments["qformer"], arguments["template"]) == (None, "minigpt4_llama_2")
+    assert arguments["connector"] == JoinedLinear(num=7 if demo else 4)

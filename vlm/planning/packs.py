@@ -74,7 +74,7 @@ class PackCosts:
 
     A pack's cost grows in proportion to its samples beside what it costs at all, so two packs say what others cost:
     that of all samples and that of half of them, or of a half and a quarter where these are enough, and so on. A pack
-    with more logits than are there at once costs otherwise: three packs with smaller parts of their logits say how much.
+    with more logits than are there at once costs otherwise: three packs say it, whose logits are in smaller parts.
     """
 
     def __init__(self, module: Any, samples: Samples, precision: Precision) -> None:

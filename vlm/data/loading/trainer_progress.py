@@ -76,6 +76,15 @@ def is_finished(trainer: L.Trainer) -> bool:
     return last_epoch and _current(loop.epoch_loop).processed >= loop.max_batches
 
 
+def begins_validation_again(trainer: L.Trainer) -> None:
+    """Sets Lightning's counters as a state has to have them whose resume begins with the validation of its step."""
+    progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    for tracker in (progress.total, progress.current):
+        assert isinstance(tracker, _ProcessedTracker)
+        tracker.ready = tracker.started = 1  # begun, and nothing of it is done
+        tracker.processed = tracker.completed = 0
+
+
 def is_ended_early(trainer: L.Trainer) -> bool:
     """Whether something decided that the training is done, as EarlyStopping does; False where its time was over."""
     timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]

@@ -68,33 +68,6 @@ def _spread(num: int) -> np.ndarray:
     return np.argsort([int(format(at, f"0{digits}b")[::-1], 2) for at in range(num)], kind="stable")
 
 
-def by_stream(
-    steps: Sequence[Sequence[int]], ends: Sequence[int], blocks: Sequence[Blocks | None], *, num_samples: int
-) -> list[list[int]]:
-    """The draws of each step in the order of the streams that they come from; those of no stream evenly among them.
-
-    So a part of a step that is cut out at the same place always comes from the same streams, or their neighbours.
-
-    Args:
-        ends: number of samples up to and with each source.
-        blocks: of each source.
-    """
-    sizes = [len(step) for step in steps]
-    draws = np.concatenate([np.asarray(step, dtype=np.int64) for step in steps]) if steps else np.empty(0, np.int64)
-    number, samples = np.repeat(np.arange(len(sizes)), sizes), draws % num_samples
-    place, elsewhere = np.zeros(len(draws)), np.ones(len(draws), dtype=bool)
-    for start, end, own in zip([0, *ends[:-1]], ends, blocks, strict=True):
-        if own is not None and own.streams > 1:
-            here = np.flatnonzero((samples >= start) & (samples < end))
-            stream = np.searchsorted(own.stream_ends, samples[here] - start, side="right")
-            place[here], elsewhere[here] = (stream + 0.5) / own.streams, False
-    counts = np.bincount(number[elsewhere], minlength=len(sizes))
-    turn = np.arange(elsewhere.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    place[elsewhere] = (turn + 0.5) / np.repeat(counts, counts)
-    ordered = draws[np.lexsort((place, number))]
-    return [step.tolist() for step in np.split(ordered, np.cumsum(sizes)[:-1])] if steps else []
-
-
 def with_blocks(
     order: Sequence[int], ends: Sequence[int], blocks: Sequence[Blocks | None], *, seed: int, epoch: int
 ) -> list[int]:

@@ -103,7 +103,7 @@ class Procedure:
         if self.kind.question == "record":
             assert item.question is not None
             return item.question
-        return detailed_request(self.seed, item.id)
+        return detailed_request(self.seed, item.id) if self.kind.question is not None else ""
 
     def _record(self, item: Item, rounds: list[tuple[str, str]]) -> dict[str, Any]:
         record: dict[str, Any] = {"id": item.id}
@@ -112,7 +112,8 @@ class Procedure:
             record["image"] = item.image
             question = turns[0][1]
             in_front = Random(seed_from(self.seed, item.id, "place")).random() < 0.5
-            turns[0] = ("human", f"<image>\n{question}" if in_front else f"{question}\n<image>")
+            asked = ["<image>", question] if in_front else [question, "<image>"]
+            turns[0] = ("human", "\n".join(part for part in asked if part))
         return record | {"conversations": [{"from": role, "value": text} for role, text in turns]}
 
 

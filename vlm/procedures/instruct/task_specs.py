@@ -64,7 +64,8 @@ class Kind:
         system: instructions. `{styles}` is the place of prompts for a diffusion model.
         request: what is asked about a record, with places for what it brings.
         examples: (request, answer) pairs that come first.
-        question: where the question of an `answer` comes from: LLaVA's `detailed` requests, or the `record`.
+        question: where the question of an `answer` comes from: LLaVA's `detailed` requests, or the `record`; None: the
+            stage that trains on it asks (`data.instructions`).
         skip: an answer that says the record should not be used.
         attempts: at a usable answer, by default.
         sampling: by default.
