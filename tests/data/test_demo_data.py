@@ -35,7 +35,7 @@ from vlm.demo.language import collate
 from vlm.demo.looking import new_qformer
 from vlm.demo.med import ToldScenes, new_blip
 from vlm.demo.scenes import COLORS, SPLITS, make_scene, split_of
-from vlm.demo.sprites import NOUNS, WORDS, sprite, word_mask, ENGLISH_WORDS, LETTERS, letter_spans
+from vlm.demo.sprites import ENGLISH_WORDS, LETTERS, NOUNS, WORDS, letter_spans, sprite, word_mask
 from vlm.demo.tasks import LANGUAGES, TASKS, as_grid, caption, choose, padded_box, questions
 from vlm.demo.texts import PROMPTS
 from vlm.demo.tower import padded_place, patch_labels, rows_of_scenes
