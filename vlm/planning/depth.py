@@ -51,7 +51,6 @@ def summed(*weighted: tuple[float, PackCost]) -> PackCost:
         return total(lambda cost: cost.moments.get(moment, {}))
 
     moments = {moment: at(moment) for moment in weighted[-1][1].moments}
-    moments = {m: total(lambda cost, m=m: cost.moments.get(m, {})) for m in weighted[-1][1].moments}  # type: ignore[misc]
     logits = max(0, round(sum(factor * cost.logits for factor, cost in weighted)))
     return PackCost(total(lambda cost: cost.flops), moments, total(lambda cost: cost.kept), logits)
 
