@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, distributed
 
 import vlm.checkpoints.files.writing
-from callbacks import ResumeCheckpoint
+from callbacks import EMA, ResumeCheckpoint
 from tests.support.ranks import run_ranks
 from tests.support.samples import samples
 from tests.support.systems import make
@@ -48,16 +48,22 @@ class At(L.Callback):
             self.action()
 
 
-def fit(folder: Path, *callbacks: L.Callback, how: str | None = None, **checkpoint: Any) -> dict[str, Tensor]:
-    """Six steps of three samples, from the newest state on; the trained weights."""
+def fit(
+    folder: Path, *callbacks: L.Callback, how: str | None = None, every: int | None = None, **checkpoint: Any
+) -> dict[str, Tensor]:
+    """Six steps of three samples, from the newest state on, validated after every so many; the trained weights."""
     module = make("llava_1_5", {"connector": Trained(lr=1e-2)})
-    data = InstructionData([ListSource(samples(folder))], batch=BatchSpec(3), seed=5)
+    source = ListSource(samples(folder))
+    data = InstructionData(
+        [source], val_sources=[source] if every else [], batch=BatchSpec(3), val_batch_size=2, seed=5
+    )
     world = distributed.get_world_size() if how else 1
     run = trainer(
         folder / "run",
         world=world,
         fsdp="32-true" if how == "fsdp" else None,
         max_steps=6,
+        **({"val_check_interval": every, "check_val_every_n_epoch": None} if every else {}),
         enable_checkpointing=True,
         callbacks=[*callbacks, ResumeCheckpoint(**checkpoint)],
         plugins=[AtomicCheckpointIO()],
@@ -146,6 +152,8 @@ def _on_two_ranks(folder: Path) -> None:
         resumed = fit(here, how=how)
         assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
         _start_afresh(here)
+    _cut_a_validation(here, second)
+    _start_afresh(here)
     fit(here, how="fsdp", **MINUTES)
     assert states(here) == expected
     _start_afresh(here)
@@ -160,6 +168,26 @@ def _on_two_ranks(folder: Path) -> None:
     assert last is not None
     assert last.name == "step=2.ckpt"
     assert sorted(path.name for path in last.parent.iterdir()) == ["last", "step=1.ckpt", "step=2.ckpt"]
+
+
+def _cut_a_validation(folder: Path, second: bool) -> None:
+    """The second rank gets the signal in the first batch of one, which takes moving averages; it begins again."""
+    validations: list[int] = []
+    count = At(4, "on_validation_batch_start", lambda: validations.append(1))
+    whole = fit(folder, count, EMA(0.9), how="fsdp", every=2)
+    batches = len(validations)
+    _start_afresh(folder)
+    stop = At(4, "on_validation_batch_start", partial(os.kill, os.getpid(), signal.SIGTERM) if second else lambda: None)
+    with pytest.raises(SIGTERMException):
+        fit(folder, count, EMA(0.9), stop, how="fsdp", every=2, every_n_train_steps=100)
+    assert batches > len(validations) - batches
+    last = read_last(folder / "run" / "checkpoints")
+    assert last is not None
+    assert last.name == "step=4.ckpt"
+    validations.clear()
+    resumed = fit(folder, count, EMA(0.9), how="fsdp", every=2)
+    assert len(validations) == batches
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
 def _start_afresh(folder: Path) -> None:
