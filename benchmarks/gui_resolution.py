@@ -29,12 +29,6 @@ ROOT = Path(__file__).parents[1]
 COGAGENT = ROOT / "configs/cogagent"
 FIRST, LAST = "1a_cross", "3_agent"
 TASKS = {"ground": "find an element", "refer": "tell an element", "agent": "find it for a task"}
-COARSE_LANGUAGE = (
-    *("language.model.embed_tokens.*", "language.model.norm.*", "language.lm_head.*"),
-    *("language.model.layers.*.self_attn.*", "language.model.layers.*.mlp.*"),
-    *("language.model.layers.*.input_layernorm.*", "language.model.layers.*.post_attention_layernorm.*"),
-)
-"""The language model without what looks at the fine view."""
 
 
 def main() -> int:
@@ -95,9 +89,7 @@ def coarse(train: Mapping[str, Any]) -> dict[str, Any]:
     """What a stage trains, without the fine view."""
     found: dict[str, Any] = {}
     for pattern, how in train.items():
-        if pattern == "language":
-            found |= {part: dict(how) for part in COARSE_LANGUAGE}
-        elif pattern == "places":
+        if pattern == "places":
             found["places.low"] = how
         elif not pattern.startswith(("vision_high", "places.high")) and "cross_att" not in pattern:
             found[pattern] = how

@@ -145,11 +145,11 @@ class ResumeCheckpoint(Checkpoint):
         return not trainer.fast_dev_run  # type: ignore[attr-defined]
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if _may_be_cut(trainer):
             self._agreement.ask()
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and (stop := self._agreement.answer()[0]):
+        if _may_be_cut(trainer) and (stop := self._agreement.answer()[0]):
             self._is_cut = True
             raise SIGTERMException(signal.Signals(stop))
 
@@ -238,6 +238,12 @@ class ResumeCheckpoint(Checkpoint):
         others = [path for path in newest.parent.glob("step=*.ckpt") if path != newest]
         others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
         return others[self.keep - 1 :]
+
+
+def _may_be_cut(trainer: Trainer) -> bool:
+    """Whether a validation may end before its last batch: Lightning goes back to none behind the last `max_steps`."""
+    in_training = trainer.state.fn == "fit" and not trainer.sanity_checking
+    return in_training and not 0 <= trainer.max_steps <= trainer.global_step
 
 
 def _validates_next(trainer: Trainer) -> bool:

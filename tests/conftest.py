@@ -27,13 +27,6 @@ PATIENCE = 300.0
 """Seconds that nothing takes on the slowest machine: a bound on what hangs."""
 
 
-def pytest_collection_finish() -> None:
-    # A process has one fork server. Started by a test with loader workers, it would know what those need alone, and
-    # every rank of every later test would import torch and lightning anew.
-    if "tests.support.ranks" in sys.modules:
-        forkserver.ensure_running()
-
-
 def golden(case: str) -> dict[str, Tensor]:
     """Tensors of a golden case; a missing file fails the test."""
     return load_file(GOLDEN / case / "tensors.safetensors")
@@ -41,6 +34,14 @@ def golden(case: str) -> dict[str, Tensor]:
 
 def golden_json(case: str, name: str = "meta.json") -> Any:
     return json.loads((GOLDEN / case / name).read_text())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fork_server() -> None:
+    # A process has one. Started by a test with loader workers, it would know what those need alone, and every rank of
+    # every later test would import torch and lightning anew.
+    if "tests.support.ranks" in sys.modules:
+        forkserver.ensure_running()
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,8 @@ ALLOWED = {
     "vlm.language": {"vlm.functional", "vlm.bert", *READING},
     "vlm.systems": {
         *("vlm.module", "vlm.vision", "vlm.connectors", "vlm.language", "vlm.prompts"),
-        *("vlm.functional", "vlm.in_batch", "vlm.moving", "vlm.evaluation.retrieval"),
+        *("vlm.functional", "vlm.in_batch", "vlm.moving"),
+        *("vlm.evaluation.retrieval", "vlm.evaluation.retrieval_table"),
     },
 }
 """Package -> what it may import from `vlm` besides itself and `COMMON`."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.gui_resolution import COARSE_LANGUAGE, COGAGENT, coarse, table, write_coarse
+from benchmarks.gui_resolution import COGAGENT, coarse, table, write_coarse
 from vlm.recipes import load_recipe
 
 
@@ -20,8 +20,8 @@ def test_the_coarse_arm_trains_all_but_the_fine_view(tmp_path: Path) -> None:
         ]
         assert all(overlay.is_file() for overlay in node.overlays)  # type: ignore[union-attr]
     same = {"lr": 1.0}
-    found = coarse({"language": same, "places": same, "vision": same, "vision_high": same, "a.*cross_att*": same})
-    assert found == dict.fromkeys((*COARSE_LANGUAGE, "places.low", "vision"), same)
+    found = coarse({"places": same, "vision": same, "vision_high": same, "a.*cross_att*": same})
+    assert found == dict.fromkeys(("places.low", "vision"), same)
 
 
 def test_its_table_has_means_and_ranges() -> None:

@@ -29,15 +29,16 @@ from vlm.data import LlavaJson
 from vlm.demo import write_demo_data
 from vlm.demo.backbones import train_tokenizer
 from vlm.demo.chat import ADDED, in_form, tokenizers
+from vlm.demo.gui import make_crowded_screen
 from vlm.demo.internlm2 import GROUPS, MARKS
 from vlm.demo.language import collate
 from vlm.demo.looking import new_qformer
 from vlm.demo.med import ToldScenes, new_blip
 from vlm.demo.scenes import COLORS, SPLITS, make_scene, split_of
-from vlm.demo.sprites import NOUNS, WORDS, sprite, word_mask
+from vlm.demo.sprites import ENGLISH_WORDS, LETTERS, NOUNS, WORDS, letter_spans, sprite, word_mask
 from vlm.demo.tasks import LANGUAGES, TASKS, as_grid, caption, choose, padded_box, questions
 from vlm.demo.texts import PROMPTS
-from vlm.demo.tower import padded_place, patch_labels, screen
+from vlm.demo.tower import padded_place, patch_labels, rows_of_scenes
 from vlm.demo.towers import TOWERS
 from vlm.errors import UserError
 from vlm.prompts import LlamaTokenizer
@@ -164,7 +165,7 @@ def test_boxes_are_on_the_padded_square_that_the_model_sees() -> None:
             labels = patch_labels([(scene, padded_place(scene))], grid=50).unflatten(0, (50, 50))
             middle = labels[int(25 * (y0 + y1)), int(25 * (x0 + x1))].tolist()
             assert middle[:3] == [NOUNS.index(thing.noun), list(COLORS).index(thing.color), -1]
-            assert middle[3:] == pytest.approx([x0, y0, x1, y1], abs=0.006)
+            assert middle[3:7] == pytest.approx([x0, y0, x1, y1], abs=0.006)
 
 
 def test_the_art_is_there() -> None:
@@ -287,14 +288,29 @@ def test_the_small_text_model_learns_what_holds_of_an_image() -> None:
     assert 0 < right < 20
 
 
-def test_a_screen_says_what_lies_where() -> None:
+def test_a_view_says_what_lies_where() -> None:
     for index in range(8):
-        image, placed = screen(Random(index), 224)
+        image, placed = rows_of_scenes(Random(index), 224)
         labels = patch_labels(placed, grid=16).unflatten(0, (16, 16))
         for row, column in (labels[..., 1] >= 0).nonzero().tolist():
-            color, box = list(COLORS)[int(labels[row, column, 1])], labels[row, column, 3:]
+            color, box = list(COLORS)[int(labels[row, column, 1])], labels[row, column, 3:7]
             edge = (box[0] + 0.06 * (box[2] - box[0])).item(), ((box[1] + box[3]) / 2).item()
             assert image.getpixel((int(224 * edge[0]), int(224 * edge[1]))) == pytest.approx(COLORS[color], abs=40)
+
+
+def test_the_letters_of_a_screen_are_where_they_are_drawn() -> None:
+    for word in ENGLISH_WORDS:
+        spans = letter_spans(word)
+        assert "".join(letter for letter, *_ in spans) == word
+        assert [start for _, start, _ in spans] == sorted(start for _, start, _ in spans)
+    shown = make_crowded_screen(Random(0), size=96)
+    labels = patch_labels([(shown, (0.0, 0.0, 1.0, 1.0))], grid=100)
+    words = [content for content in shown.contents if content.word]
+    assert len(words) > 15
+    for content in words:
+        inside = (labels[:, 3:7] - torch.tensor(content.box)).abs().amax(1) < 1e-6
+        assert {LETTERS[int(index)] for index in labels[inside, 7] if index >= 0} == set(content.word or "")
+    assert {element.split for element in shown.elements} == {"train"}
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ def test_a_head_whose_scores_are_changed_makes_all_of_them() -> None:
 
     for kind in ("llama", "mistral", "qwen2", "gemma", "mixtral", "persimmon"):
         assert ends(model_type=kind, num_key_value_heads=4, head_dim=8), kind
+    assert ends(model_type="opt")
     assert not ends(model_type="gemma2", head_dim=8)
     assert not ends(model_type="granite", logits_scaling=8.0)
 

@@ -82,6 +82,7 @@ def _collectives(folder: Path) -> dict[int, list[str]]:
         world=2,
         strategy="ddp",
         max_epochs=1,
+        max_time={"hours": 1},  # of which the first rank's clock counts
         accumulate_grad_batches=2,
         log_every_n_steps=3,
         enable_checkpointing=True,

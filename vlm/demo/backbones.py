@@ -14,7 +14,8 @@
     fuyu/artefact            a small Fuyu, pretrained on text in its template and on images (`vlm.demo.pictures`)
     eva/, blip_vit/model.safetensors  towers of the classes that BLIP-2 and BLIP have, the same
     eva02_e/model.safetensors  a tower of CogVLM's class (blocks normalised behind), the same on squashed images
-    eva02_l/model.safetensors  a tower of CogAgent's second class, the same on 224 px with up to nine scenes
+    eva02_l/model.safetensors  a tower of CogAgent's second class, the same on 224 px with screens of elements and up to
+                             nine scenes
     med/artefact             BLIP's text model, over `bert` and `blip_vit`, with image and text (`vlm.demo.med`)
     qformer/artefact         what of BLIP-2's Q-Former looks at images, over `bert` and `eva` (`vlm.demo.looking`)
     bert/, opt/, t5/         language models of their classes with their tokenizers, pretrained on text

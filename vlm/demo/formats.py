@@ -11,7 +11,7 @@ from typing import Any
 from vlm.checkpoints.files.atomic import atomic_directory
 from vlm.demo import tasks
 from vlm.demo.blip_formats import write_blip
-from vlm.demo.gui import write_gui
+from vlm.demo.gui_files import write_gui
 from vlm.demo.large_pages import write_large_pages
 from vlm.demo.pages import Placed, make_chart, make_page, make_screen
 from vlm.demo.scenes import Scene

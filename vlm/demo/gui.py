@@ -1,21 +1,19 @@
-"""Screens of the embedded world: buttons, links, fields, menus and icons, found, told, and used for a task.
+"""Screens of the embedded world: buttons, links, fields, menus and icons.
 
 A screen is 3.5 times as large as a scene, with words of the size of the smaller ones in scenes. Shrunk to a fifth, as
 CogAgent's 1120 pixels to 224, it still shows where its elements are and no longer what they say: its letters are
 four pixels high, less than a third of a patch.
 """
 
-import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import Literal
 
 from PIL import Image, ImageDraw
 
-from vlm.demo.pages import PixelBox, write_word
-from vlm.demo.scenes import COLORS, GROUNDS, Split
+from vlm.demo.pages import PixelBox, word_place, write_word
+from vlm.demo.scenes import COLORS, GROUNDS, Box, Content, Split
 from vlm.demo.sprites import ENGLISH_WORDS, NOUNS, sprite
 
 Kind = Literal["button", "link", "textbox", "combobox", "image"]
@@ -27,25 +25,14 @@ HTML: dict[Kind, str] = {
     "image": '<img alt="{}">',
 }
 """An element in HTML, as `vlm.data.ScreenElements` tells it."""
-REQUEST = 'What steps do I need to take to "{}"?(with grounding)'
-"""The first of CogAgent's published requests for an operation with its box."""
-GROUND = "Provide the bounding box coordinate of the region this sentence describes."
-REFER = "Provide a short description for this region."
 SIZE = 3.5
 """Shorter side of a screen over that of a scene."""
-_TASKS: dict[Kind, tuple[str, str]] = {
-    "button": ("click {0}", "CLICK"),
-    "link": ("open {0}", "CLICK"),
-    "textbox": ("type {1} into {0}", "TYPE: {1}"),
-    "combobox": ("choose {1} in {0}", "SELECT: {1}"),
-    "image": ("click the {0}", "CLICK"),
-}
-"""What is asked about an element, and its operation in the words of Mind2Web."""
 _WEIGHTS: dict[Kind, int] = {"button": 3, "link": 2, "textbox": 2, "combobox": 2, "image": 1}
 """Few icons: their colours tell them apart at any size."""
 _SAME = 0.7
 """Share of a screen's elements that are of one kind, as in a form or a menu, so that the kind tells little."""
 COLUMNS, ROWS = 3, 4
+_CROWDED_ROWS = 8
 _ASPECTS = ((1, 1), (1, 1), (5, 4), (4, 5))
 _LEAST, _MOST = 5, 9
 _INK, _EDGE, _LINK, _FIELD = (20, 20, 20), (120, 120, 120), (25, 60, 190), (255, 255, 255)
@@ -72,6 +59,13 @@ class Element:
         return HTML[self.kind].format(self.text)
 
     @property
+    def space(self) -> PixelBox:
+        """Where the text is written; a menu has an arrow beside it."""
+        x0, y0, x1, y1 = self.box
+        rim, arrow = (y1 - y0) // 8, (y1 - y0) // 2 if self.kind == "combobox" else 0
+        return x0, y0 + rim, x1 - arrow, y1 - rim
+
+    @property
     def split(self) -> Split:
         """That shows this here: each place holds back a sixth of all texts for validation, another for the test."""
         place = (5 * _CONTENTS.index(self.text) + self.cell) % _SPLITS
@@ -87,6 +81,24 @@ class Screen:
     ground: tuple[int, int, int]
     colors: tuple[str, ...]
     elements: tuple[Element, ...]
+
+    @property
+    def contents(self) -> list[Content]:
+        """The elements: an icon's noun, the others' word, a button's color."""
+        found = []
+        for element, color in zip(self.elements, self.colors, strict=True):
+            box = self._shares(element.box)
+            if element.kind == "image":
+                found.append(Content(box, noun=element.text))
+            else:
+                ink = self._shares(word_place(element.text, element.space))
+                shade = color if element.kind == "button" else None
+                found.append(Content(box, color=shade, word=element.text, ink=ink))
+        return found
+
+    def _shares(self, box: PixelBox) -> Box:
+        x0, y0, x1, y1 = box
+        return x0 / self.width, y0 / self.height, x1 / self.width, y1 / self.height
 
     def draw(self) -> Image.Image:
         """The screen, RGB."""
@@ -109,11 +121,22 @@ def make_screen(random: Random, *, split: Split, size: int) -> Screen:
     return screen
 
 
+def make_crowded_screen(random: Random, *, size: int) -> Screen:
+    """A screen with an element wherever one fits, of training: many words to learn to read from one image."""
+    width, height = _draw_sides(random, size)
+    elements = []
+    for row in range(_CROWDED_ROWS):
+        for column in range(COLUMNS):
+            kind, cell = _draw_kind(random), row * ROWS // _CROWDED_ROWS * COLUMNS + column
+            box = _place(random, kind, column, row, (width, height), size=size, rows=_CROWDED_ROWS)
+            fitting = [one for text in _pool(kind) if (one := Element(kind, text, cell, box)).split == "train"]
+            elements.append(random.choice(fitting))
+    return Screen(width, height, random.choice(GROUNDS), _draw_colors(random, elements), tuple(elements))
+
+
 def _try_screen(random: Random, split: Split, size: int) -> Screen | None:
     """None where all texts of the split that may stand at a place stand elsewhere."""
-    across, down = random.choice(_ASPECTS)
-    unit = SIZE * size / min(across, down)
-    width, height = round(unit * across), round(unit * down)
+    width, height = _draw_sides(random, size)
     cells = sorted(random.sample(range(COLUMNS * ROWS), random.randint(_LEAST, _MOST)))
     new = None if split == "train" else random.choice(cells)
     main = _draw_kind(random)
@@ -122,17 +145,31 @@ def _try_screen(random: Random, split: Split, size: int) -> Screen | None:
     for cell in cells:
         kind = main if random.random() < _SAME else _draw_kind(random)
         wanted = split if cell == new else "train"
-        pool = ENGLISH_WORDS if kind != "image" else tuple(noun.name for noun in NOUNS)
-        box = _place(random, kind, cell, width, height, size)
-        found = [Element(kind, text, cell, box) for text in pool if text not in used]
+        box = _place(random, kind, cell % COLUMNS, cell // COLUMNS, (width, height), size=size)
+        found = [Element(kind, text, cell, box) for text in _pool(kind) if text not in used]
         fitting = [one for one in found if one.split == wanted]
         if not fitting:
             return None
         element = random.choice(fitting)
         used.add(element.text)
         elements.append(element)
-    colors = tuple(random.choice(list(COLORS)) for _ in elements)
+    colors = _draw_colors(random, elements)
     return Screen(width, height, random.choice(GROUNDS), colors, tuple(elements))
+
+
+def _draw_sides(random: Random, size: int) -> tuple[int, int]:
+    across, down = random.choice(_ASPECTS)
+    unit = SIZE * size / min(across, down)
+    return round(unit * across), round(unit * down)
+
+
+def _draw_colors(random: Random, elements: Sequence[Element]) -> tuple[str, ...]:
+    return tuple(random.choice(list(COLORS)) for _ in elements)
+
+
+def _pool(kind: Kind) -> tuple[str, ...]:
+    """The texts that an element may have."""
+    return ENGLISH_WORDS if kind != "image" else tuple(noun.name for noun in NOUNS)
 
 
 def _draw_kind(random: Random) -> Kind:
@@ -140,37 +177,34 @@ def _draw_kind(random: Random) -> Kind:
     return kind
 
 
-def _place(random: Random, kind: Kind, cell: int, width: int, height: int, size: int) -> PixelBox:
-    cell_width, cell_height = width / COLUMNS, height / ROWS
+def _place(
+    random: Random, kind: Kind, column: int, row: int, whole: tuple[int, int], *, size: int, rows: int = ROWS
+) -> PixelBox:
+    """Somewhere around the middle of a cell of a screen of width and height `whole`."""
+    cell_width, cell_height = whole[0] / COLUMNS, whole[1] / rows
     wide, high = (0.34, 0.34) if kind == "image" else (random.uniform(0.85, 1.0), random.uniform(0.3, 0.34))
     wide, high = min(wide * size, 0.84 * cell_width), high * size
-    left = (cell % COLUMNS + 0.5 + random.uniform(-0.08, 0.08)) * cell_width - wide / 2
-    top = (cell // COLUMNS + 0.5 + random.uniform(-0.1, 0.1)) * cell_height - high / 2
+    left = (column + 0.5 + random.uniform(-0.08, 0.08)) * cell_width - wide / 2
+    top = (row + 0.5 + random.uniform(-0.1, 0.1)) * cell_height - high / 2
     return round(left), round(top), round(left + wide), round(top + high)
-
-
-def _write(image: Image.Image, word: str, box: PixelBox, ink: tuple[int, int, int] = _INK) -> None:
-    x0, y0, x1, y1 = box
-    rim = (y1 - y0) // 8
-    write_word(image, word, (x0, y0 + rim, x1, y1 - rim), ink=ink)
 
 
 def _button(image: Image.Image, pen: ImageDraw.ImageDraw, element: Element, color: tuple[int, int, int]) -> None:
     x0, y0, x1, y1 = element.box
     pen.rounded_rectangle((x0, y0, x1 - 1, y1 - 1), radius=(y1 - y0) // 5, fill=color, outline=_EDGE)
-    _write(image, element.text, element.box)
+    write_word(image, element.text, element.space)
 
 
 def _link(image: Image.Image, pen: ImageDraw.ImageDraw, element: Element, color: tuple[int, int, int]) -> None:
     x0, _, x1, y1 = element.box
-    _write(image, element.text, element.box, _LINK)
+    write_word(image, element.text, element.space, ink=_LINK)
     pen.line((x0, y1 - 1, x1 - 1, y1 - 1), fill=_LINK)
 
 
 def _textbox(image: Image.Image, pen: ImageDraw.ImageDraw, element: Element, color: tuple[int, int, int]) -> None:
     x0, y0, x1, y1 = element.box
     pen.rectangle((x0, y0, x1 - 1, y1 - 1), fill=_FIELD, outline=_EDGE)
-    _write(image, element.text, element.box)
+    write_word(image, element.text, element.space)
     pen.line((x0 + 2, y0 + 4, x0 + 2, y1 - 5), fill=_INK)  # a cursor
 
 
@@ -178,7 +212,7 @@ def _combobox(image: Image.Image, pen: ImageDraw.ImageDraw, element: Element, co
     x0, y0, x1, y1 = element.box
     arrow = (y1 - y0) // 2
     pen.rectangle((x0, y0, x1 - 1, y1 - 1), fill=_FIELD, outline=_EDGE)
-    _write(image, element.text, (x0, y0, x1 - arrow, y1))
+    write_word(image, element.text, element.space)
     middle = (y0 + y1) // 2
     pen.polygon(((x1 - arrow, middle - 3), (x1 - 4, middle - 3), (x1 - 2 - arrow // 2, middle + 5)), fill=_INK)
 
@@ -191,78 +225,3 @@ def _image(image: Image.Image, pen: ImageDraw.ImageDraw, element: Element, color
 
 
 _DRAW = {"button": _button, "link": _link, "textbox": _textbox, "combobox": _combobox, "image": _image}
-
-
-def write_gui(folder: Path, num: int, size: int, seed: int) -> None:
-    """`screens.jsonl` in the form of `vlm.data.ScreenElements` and `agent.jsonl` with a task for each of the same
-    screens, to train on; `val.jsonl` and `test.jsonl` with one question of each kind per screen, about what no training
-    screen shows (`vlm.data.ChatJson`)."""
-    splits: tuple[tuple[Split, int], ...] = (("train", num), ("val", max(2, num // 50)), ("test", max(2, num // 25)))
-    for split, count in splits:
-        found = list(_screens(split, num=count, size=size, seed=seed))
-        for name, screen in found:
-            screen.draw().save(folder / "images" / f"{name}.png")
-        if split == "train":
-            _lines(folder / "screens.jsonl", (_elements(name, screen) for name, screen in found))
-            _lines(folder / "agent.jsonl", (_task(name, screen, seed) for name, screen in found))
-        else:
-            _lines(folder / f"{split}.jsonl", (line for item in found for line in _questions(*item, split, seed)))
-
-
-def _screens(split: Split, *, num: int, size: int, seed: int) -> Iterator[tuple[str, Screen]]:
-    for index in range(num):
-        yield f"screen_{split}_{index:05d}", make_screen(Random(f"gui {seed} {split} {index}"), split=split, size=size)
-
-
-def _elements(name: str, screen: Screen) -> dict[str, Any]:
-    elements = [{"html": element.html, "box": list(element.box)} for element in screen.elements]
-    return {"id": name, "image": f"{name}.png", "elements": elements}
-
-
-def _task(name: str, screen: Screen, seed: int) -> dict[str, Any]:
-    """A screen with one task, to train on."""
-    random = Random(f"task {seed} {name}")
-    return _asked(name, screen, random.choice(screen.elements), "agent", random)
-
-
-def _questions(name: str, screen: Screen, split: Split, seed: int) -> Iterator[dict[str, Any]]:
-    """One question of each kind about what is new on a screen."""
-    [new] = [element for element in screen.elements if element.split == split]
-    for task in ("ground", "refer", "agent"):
-        yield _asked(name, screen, new, task, Random(f"question {seed} {name}"))
-
-
-def _asked(name: str, screen: Screen, element: Element, task: str, random: Random) -> dict[str, Any]:
-    """A question about an element and its answer, in which a box is a place in the image; `answers` has it as text."""
-    sides = 2 * (screen.width, screen.height)
-    shares = [round(value / side, 9) for value, side in zip(element.box, sides, strict=True)]
-    place: dict[str, Any] = {"type": "box", "box": shares}  # no pixels: a question may be asked about another screen
-    if task == "ground":
-        asking, answer = [_text(f"\n{GROUND} {element.html}")], [place]
-    elif task == "refer":
-        asking, answer = [_text(f"\n{REFER} "), place], [_text(element.html)]
-    else:
-        value = random.choice([word for word in ENGLISH_WORDS if word != element.text])
-        wish, operation = (words.format(element.text, value) for words in _TASKS[element.kind])
-        asking = [_text(f"\n{REQUEST.format(wish)}")]
-        answer = [_text(f"Grounded Operation:[{element.kind}] {element.text} -> {operation} at the box "), place]
-    written = "[" + ", ".join(f"{share:.9f}" for share in shares) + "]"
-    text = "".join(part.get("text", written) for part in answer)
-    return {
-        "id": f"{name}_{task}",
-        "images": [f"{name}.png"],
-        "messages": [
-            {"role": "user", "content": [{"type": "image"}, *asking]},
-            {"role": "assistant", "content": answer},
-        ],
-        "task": task,
-        "answers": [text],
-    }
-
-
-def _text(value: str) -> dict[str, Any]:
-    return {"type": "text", "text": value}
-
-
-def _lines(path: Path, records: Iterator[dict[str, Any]]) -> None:
-    path.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")

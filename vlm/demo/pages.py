@@ -67,10 +67,16 @@ def make_screen(random: Random, *, size: int) -> tuple[Image.Image, list[Placed]
 
 def write_word(image: Image.Image, word: str, space: PixelBox, *, ink: tuple[int, int, int] = _INK) -> PixelBox:
     """Draws a word into the middle of a space; returns the box of its ink."""
+    left, top, right, bottom = place = word_place(word, space)
+    image.paste(ink, (left, top), word_mask(word).resize((right - left, bottom - top), Image.Resampling.LANCZOS))
+    return place
+
+
+def word_place(word: str, space: PixelBox) -> PixelBox:
+    """The box of the ink of a word in the middle of a space."""
     x0, y0, x1, y1 = space
     mask = word_mask(word)
     scale = min(0.9 * (x1 - x0) / mask.width, 0.8 * (y1 - y0) / mask.height)
     width, height = max(1, round(mask.width * scale)), max(1, round(mask.height * scale))
     left, top = (x0 + x1 - width) // 2, (y0 + y1 - height) // 2
-    image.paste(ink, (left, top), mask.resize((width, height), Image.Resampling.LANCZOS))
     return left, top, left + width, top + height

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from random import Random
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from PIL import Image, ImageDraw
 
@@ -26,6 +26,20 @@ Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 Box = tuple[float, float, float, float]
 """x0, y0, x1, y1 as shares of the picture's width and height."""
+
+
+class Content(NamedTuple):
+    """What a tower can learn about a part of a picture: its box, and as far as they are there noun, color and word.
+
+    Attributes:
+        ink: where the word is, from its first letter to its last one.
+    """
+
+    box: Box
+    noun: str | None = None
+    color: str | None = None
+    word: str | None = None
+    ink: Box | None = None
 
 
 def split_of(content: str, color: str, place: int) -> Split:
@@ -97,6 +111,17 @@ class Scene:
     things: tuple[Thing, ...]
     sign: Sign | None = None
 
+    @property
+    def contents(self) -> list[Content]:
+        """The cards and the sign."""
+        found = [Content(thing.box, noun=thing.noun.name, color=thing.color) for thing in self.things]
+        if self.sign is not None:
+            x0, y0, x1, y1 = self._ink(self.sign)
+            width, height = self.width * _SUPERSAMPLING, self.height * _SUPERSAMPLING
+            ink = (x0 / width, y0 / height, x1 / width, y1 / height)
+            found.append(Content(self.sign.box, color=self.sign.color, word=self.sign.word, ink=ink))
+        return found
+
     def draw(self) -> Image.Image:
         """The image, RGB."""
         factor = _SUPERSAMPLING
@@ -111,11 +136,19 @@ class Scene:
         if self.sign is not None:
             x0, y0, x1, y1 = self._pixels(self.sign.box)
             pen.rectangle((x0, y0, x1 - 1, y1 - 1), fill=COLORS[self.sign.color])
-            ink = word_mask(self.sign.word)
-            scale = min(0.9 * (x1 - x0) / ink.width, 0.66 * (y1 - y0) / ink.height)
-            ink = ink.resize((round(ink.width * scale), round(ink.height * scale)), Image.Resampling.LANCZOS)
-            image.paste((20, 20, 20), ((x0 + x1 - ink.width) // 2, (y0 + y1 - ink.height) // 2), ink)
+            left, top, right, bottom = self._ink(self.sign)
+            ink = word_mask(self.sign.word).resize((right - left, bottom - top), Image.Resampling.LANCZOS)
+            image.paste((20, 20, 20), (left, top), ink)
         return image.reduce(factor)
+
+    def _ink(self, sign: Sign) -> tuple[int, int, int, int]:
+        """Where its word is, in pixels as it is drawn."""
+        x0, y0, x1, y1 = self._pixels(sign.box)
+        mask = word_mask(sign.word)
+        scale = min(0.9 * (x1 - x0) / mask.width, 0.66 * (y1 - y0) / mask.height)
+        width, height = round(mask.width * scale), round(mask.height * scale)
+        left, top = (x0 + x1 - width) // 2, (y0 + y1 - height) // 2
+        return left, top, left + width, top + height
 
     def _pixels(self, box: Box) -> tuple[int, int, int, int]:
         width, height = self.width * _SUPERSAMPLING, self.height * _SUPERSAMPLING

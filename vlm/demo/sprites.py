@@ -21,6 +21,7 @@ SPRITE = 64
 WORD = (160, 40)
 """Width and height in pixels of one word in `words.png`."""
 _PER_ROW = 8
+_INKED = 40  # of 255: less is a letter's soft edge
 _EMOJI_SIZE = 109  # the one size that Noto's bitmaps have
 
 
@@ -56,6 +57,7 @@ CHINESE_WORDS = (
     "邮局", "公园", "饭馆", "车站", "药店", "停车", "电影", "超市",
 )  # fmt: skip
 WORDS = ENGLISH_WORDS + CHINESE_WORDS
+LETTERS = sorted({letter for word in ENGLISH_WORDS for letter in word})
 
 
 @functools.cache
@@ -76,6 +78,25 @@ def word_mask(word: str) -> Image.Image:
     """Where the ink of a word of `WORDS` is: 8-bit coverage, cut to the ink."""
     cell = _cells("words.png", *WORD, len(WORDS))[WORDS.index(word)]
     return cell.crop(cell.getbbox())
+
+
+@functools.cache
+def letter_spans(word: str) -> tuple[tuple[str, float, float], ...]:
+    """Each letter of an English word, and where it begins and ends, as shares of the ink's width.
+
+    Letters lie between columns without ink; where two touch, what they share is cut in half.
+    """
+    mask = word_mask(word)
+    columns = [max(mask.crop((x, 0, x + 1, mask.height)).tobytes()) >= _INKED for x in range(mask.width)]
+    edges = [x for x in range(mask.width + 1) if ([False, *columns][x]) != ([*columns, False][x])]
+    spans = list(zip(edges[::2], edges[1::2], strict=True))
+    while len(spans) < len(word):
+        start, end = widest = max(spans, key=lambda span: span[1] - span[0])
+        place = spans.index(widest)
+        spans[place : place + 1] = [(start, (start + end) // 2), ((start + end) // 2, end)]
+    return tuple(
+        (letter, start / mask.width, end / mask.width) for letter, (start, end) in zip(word, spans, strict=True)
+    )
 
 
 def _draw_sprites(emoji: Path) -> Image.Image:

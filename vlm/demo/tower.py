@@ -4,9 +4,9 @@ CLIP learned from 400 million captions, which no laptop repeats; what matters fo
 world before the connector meets it, and was never told which question will be asked.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,22 +14,32 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from vlm.demo.gui import make_crowded_screen, make_screen
 from vlm.demo.one_cycle import OneCycle
-from vlm.demo.scenes import COLORS, GROUNDS, Box, Scene, make_scene
-from vlm.demo.sprites import NOUNS, WORDS
+from vlm.demo.scenes import COLORS, GROUNDS, Box, Content, Scene, make_scene
+from vlm.demo.sprites import LETTERS, NOUNS, WORDS, letter_spans
 from vlm.levels import level_table, levels_of, look_up
 from vlm.vision import Pyramid
 from vlm.vision.preprocess import CLIP_MEAN, CLIP_STD, ImageTransform
 
 _NOTHING = -1.0
 _EMPTY_SHARE = 0.2
+_CROWDED_SHARE, _SCENES_SHARE = 0.5, 0.2
 _NAMES = {noun.name: index for index, noun in enumerate(NOUNS)}
 _SHADES = {color: index for index, color in enumerate(COLORS)}
 _INKS = {word: index for index, word in enumerate(WORDS)}
+_LETTERS = {letter: index for index, letter in enumerate(LETTERS)}
 
 
-Placed = list[tuple[Scene, Box]]
-"""Scenes, and where each lies in a view."""
+class Picture(Protocol):
+    """A scene or a screen."""
+
+    @property
+    def contents(self) -> list[Content]: ...
+
+
+Placed = Sequence[tuple[Picture, Box]]
+"""Pictures, and where each lies in a view."""
 
 
 def padded_scene(random: Random, size: int) -> tuple[Image.Image, Placed]:
@@ -45,18 +55,30 @@ def padded_place(scene: Scene) -> Box:
     return left / side, top / side, (left + scene.width) / side, (top + scene.height) / side
 
 
-def squashed_scene(random: Random, size: int) -> tuple[Image.Image, Placed]:
+def squashed_scene(random: Random, size: int) -> tuple[Image.Image, list[tuple[Scene, Box]]]:
     """One scene, squashed to a square."""
     scene = make_scene(random, split="train", size=96)
     return scene.draw().resize((size, size), Image.Resampling.BICUBIC), [(scene, (0.0, 0.0, 1.0, 1.0))]
 
 
 def screen(random: Random, size: int) -> tuple[Image.Image, Placed]:
-    """One to nine scenes in rows, some places of them empty: what is small in the view beside what is large."""
+    """A screen of elements, squashed to a square, often a crowded one, or one to nine scenes: small beside large."""
+    kind = random.random()
+    if kind < _SCENES_SHARE:
+        return rows_of_scenes(random, size)
+    if kind < _SCENES_SHARE + _CROWDED_SHARE:
+        shown = make_crowded_screen(random, size=96)
+    else:
+        shown = make_screen(random, split="train", size=96)
+    return shown.draw().resize((size, size), Image.Resampling.BICUBIC), [(shown, (0.0, 0.0, 1.0, 1.0))]
+
+
+def rows_of_scenes(random: Random, size: int) -> tuple[Image.Image, Placed]:
+    """One to nine scenes in rows, some places of them empty."""
     across = random.choice((1, 2, 2, 3))
     cell = size // across
     image = Image.new("RGB", (size, size), random.choice(GROUNDS))
-    placed: Placed = []
+    placed: list[tuple[Scene, Box]] = []
     for at in range(across * across):
         if across > 1 and random.random() < _EMPTY_SHARE:
             continue
@@ -74,7 +96,7 @@ View = Callable[[Random, int], tuple[Image.Image, Placed]]
 
 
 class LabelledViews(Dataset):
-    """(pixels float32[3, size, size], what each patch lies on float32[P, 7]) of view number `index`."""
+    """(pixels float32[3, size, size], what each patch lies on float32[P, 8]) of view number `index`."""
 
     def __init__(self, view: View, *, size: int, grid: int, num: int) -> None:
         self.view, self.size, self.grid, self.num = view, size, grid, num
@@ -92,24 +114,39 @@ def patch_labels(placed: Placed, *, grid: int) -> Tensor:
     """What the middle of each patch of a view lies on.
 
     Returns:
-        float32[grid * grid, 7]: number of the noun, of the color and of the word, each -1 for none; then the box of
-        the card or sign as shares of the view's side.
+        float32[grid * grid, 8]: number of the noun, of the color and of the word, each -1 for none; the box of the
+        card, sign or element as shares of the view's side; the number of the letter of an English word.
     """
-    labels = torch.full((grid, grid, 7), _NOTHING)
+    labels = torch.full((grid, grid, 8), _NOTHING)
     centres = (torch.arange(grid) + 0.5) / grid
-    for scene, (left, top, right, bottom) in placed:
-        found: list[tuple[list[float], Box]] = []
-        for thing in scene.things:
-            found.append(([_NAMES[thing.noun.name], _SHADES[thing.color], _NOTHING], thing.box))
-        if scene.sign is not None:
-            found.append(([_NOTHING, _SHADES[scene.sign.color], _INKS[scene.sign.word]], scene.sign.box))
-        for content, (x0, y0, x1, y1) in found:
-            box = [left + x0 * (right - left), top + y0 * (bottom - top),
-                   left + x1 * (right - left), top + y1 * (bottom - top)]  # fmt: skip
-            inside_x = (centres >= box[0]) & (centres < box[2])
-            inside_y = (centres >= box[1]) & (centres < box[3])
-            labels[inside_y[:, None] & inside_x] = torch.tensor([*content, *box])
+    for picture, place in placed:
+        for content in picture.contents:
+            box = _within(content.box, place)
+            names = [_number(content.noun, _NAMES), _number(content.color, _SHADES), _number(content.word, _INKS)]
+            labels[_inside(centres, box)] = torch.tensor([*names, *box, _NOTHING])
+            if content.word is not None and content.word.isascii() and content.ink is not None:
+                x0, y0, x1, y1 = _within(content.ink, place)
+                for letter, start, end in letter_spans(content.word):
+                    part = (x0 + start * (x1 - x0), y0, x0 + end * (x1 - x0), y1)
+                    labels[..., 7][_inside(centres, part)] = _LETTERS[letter]
     return labels.flatten(0, 1)
+
+
+def _within(box: Box, place: Box) -> Box:
+    """A box of a picture as shares of the view that the picture takes `place` in."""
+    x0, y0, x1, y1 = box
+    left, top, right, bottom = place
+    return left + x0 * (right - left), top + y0 * (bottom - top), left + x1 * (right - left), top + y1 * (bottom - top)
+
+
+def _inside(centres: Tensor, box: Box) -> Tensor:
+    """bool[grid, grid]: which patches have their middle in a box."""
+    x0, y0, x1, y1 = box
+    return ((centres >= y0) & (centres < y1))[:, None] & (centres >= x0) & (centres < x1)
+
+
+def _number(name: str | None, numbers: Mapping[str, int]) -> float:
+    return _NOTHING if name is None else numbers[name]
 
 
 class _Heads(nn.Module):
@@ -117,17 +154,17 @@ class _Heads(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.sizes = (len(NOUNS) + 1, len(COLORS) + 1, len(WORDS) + 1)
+        self.sizes = (len(NOUNS) + 1, len(COLORS) + 1, len(WORDS) + 1, len(LETTERS) + 1)
         self.content = nn.Linear(dim, sum(self.sizes))
         self.box = nn.Linear(dim, 4)
 
     def forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss, float[4]: share of the patches that know noun, color and word, mean error of their box)."""
+        """(loss, float[5]: share of the patches that know noun, color, word and letter, mean error of their box)."""
         logits = self.content(features).split(self.sizes, dim=-1)
-        wanted = (labels[..., :3] + 1).long()
+        wanted = (labels[..., [0, 1, 2, 7]] + 1).long()
         loss = sum(F.cross_entropy(part.flatten(0, 1), wanted[..., i].flatten()) for i, part in enumerate(logits))
         on_something = labels[..., 3] >= 0
-        boxes, found = labels[..., 3:][on_something], self.box(features)[on_something]
+        boxes, found = labels[..., 3:7][on_something], self.box(features)[on_something]
         loss = loss + 5 * F.smooth_l1_loss(found, boxes, beta=0.05)
         right = [
             (part.argmax(-1) == wanted[..., i])[wanted[..., i] > 0].float().mean() for i, part in enumerate(logits)
@@ -192,5 +229,6 @@ def _teach(
         loss = torch.stack([loss for loss, _ in told]).sum()
         cycle.step(loss)
         if step % 100 == 99 or step == steps - 1:
-            noun, color, word, box = told[0][1].tolist()
-            yield f"{step + 1}: noun {noun:.3f} color {color:.3f} word {word:.3f} box error {box:.4f}"
+            noun, color, word, letter, box = told[0][1].tolist()
+            found = f"noun {noun:.3f} color {color:.3f} word {word:.3f} letter {letter:.3f} box error {box:.4f}"
+            yield f"{step + 1}: {found}"

@@ -48,7 +48,7 @@ TOWERS = {
     "eva02_l": SmallTower(
         "eva02_large_patch14_clip_336",
         {"img_size": 224, "embed_dim": 80, "depth": 5, "num_heads": 4},
-        1200,
+        900,
         screen,
         batch=8,
     ),

@@ -55,6 +55,11 @@ class _Hidden(nn.Module):
         super().__init__()
         self.hidden = hidden
 
+    @property
+    def decoder(self) -> "_Hidden":
+        """What OPT calls of its model."""
+        return self
+
     def forward(self, *_: Any, **__: Any) -> Any:
         return _Output((self.hidden,))
 

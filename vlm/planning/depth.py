@@ -47,7 +47,10 @@ def summed(*weighted: tuple[float, PackCost]) -> PackCost:
         keys = dict.fromkeys(key for _, values in found for key in values)
         return {k: max(0, round(sum(factor * values.get(k, 0) for factor, values in found))) for k in keys}
 
-    moments = {m: total(lambda cost, m=m: cost.moments.get(m, {})) for m in weighted[-1][1].moments}
+    def at(moment: tuple[str, bool]) -> dict[Any, int]:
+        return total(lambda cost: cost.moments.get(moment, {}))
+
+    moments = {moment: at(moment) for moment in weighted[-1][1].moments}
     logits = max(0, round(sum(factor * cost.logits for factor, cost in weighted)))
     return PackCost(total(lambda cost: cost.flops), moments, total(lambda cost: cost.kept), logits)
 

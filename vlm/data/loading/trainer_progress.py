@@ -83,6 +83,7 @@ def begins_validation_again(trainer: L.Trainer) -> None:
         assert isinstance(tracker, _ProcessedTracker)
         tracker.ready = tracker.started = 1  # begun, and nothing of it is done
         tracker.processed = tracker.completed = 0
+    progress.is_last_batch = False
 
 
 def is_ended_early(trainer: L.Trainer) -> bool:
