@@ -51,8 +51,10 @@ def summed(*weighted: tuple[float, PackCost]) -> PackCost:
         return total(lambda cost: cost.moments.get(moment, {}))
 
     moments = {moment: at(moment) for moment in weighted[-1][1].moments}
-    logits = max(0, round(sum(factor * cost.logits for factor, cost in weighted)))
-    return PackCost(total(lambda cost: cost.flops), moments, total(lambda cost: cost.kept), logits)
+    logits, at_once = (
+        max(0, round(sum(factor * getattr(cost, name) for factor, cost in weighted))) for name in ("logits", "at_once")
+    )
+    return PackCost(total(lambda cost: cost.flops), moments, total(lambda cost: cost.kept), logits, at_once)
 
 
 def _deep_stack(module: Any) -> nn.ModuleList | None:

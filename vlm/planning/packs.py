@@ -91,7 +91,9 @@ class PackCosts:
             count //= 2
         small = max(1, count // 2)
         whole = _extended(self._run(small), self._run(count), tokens)
-        return self._in_parts(small, count, tokens) if whole.logits > functional.MOST_LOGITS else whole
+        if whole.logits <= functional.MOST_LOGITS:
+            return whole
+        return self._in_parts(small, count, tokens) or whole
 
     def per_sample(self, tokens: int) -> Mapping[tuple[str, str], float]:
         """Floating-point operations of an average sample in a pack of so many tokens, {(region, pass): number}."""
@@ -100,13 +102,18 @@ class PackCosts:
         share = self.mean / ran  # those that were run are a little longer or shorter than all
         return {key: number * share for key, number in cost.flops.items()}
 
-    def _in_parts(self, small: int, count: int, tokens: int) -> PackCost:
-        """On the plane through three packs, by their tokens and by the logits that are there at once."""
+    def _in_parts(self, small: int, count: int, tokens: int) -> PackCost | None:
+        """On the plane through three packs, by their tokens and by the logits that are there at once.
+
+        None: the network makes all of them at once.
+        """
         c, (tokens_b, b) = self._run(count, parts=2 * _PARTS)[1], self._run(count, parts=_PARTS)
         tokens_a, a = self._run(small, parts=_PARTS) if small < count else (0, PackCost({}, {}, {}))
+        if b.at_once == c.at_once:
+            return None
         longer = (tokens - tokens_a) / (tokens_b - tokens_a)
         missing = functional.MOST_LOGITS - a.at_once - longer * (c.at_once - a.at_once)
-        wider = missing / max(1, b.at_once - c.at_once)
+        wider = missing / (b.at_once - c.at_once)
         return summed((1 - longer, a), (longer - wider, c), (wider, b))
 
     def _tokens(self, count: int) -> int:
