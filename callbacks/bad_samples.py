@@ -8,8 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from callbacks.log_cadence import is_logged
 from callbacks.progress import warn
 from vlm.checkpoints.files.atomic import atomic_file
-from vlm.data.loading.trainer_progress import ends_step
 from vlm.data.loading.loader import StepLoader
+from vlm.data.loading.trainer_progress import ends_step
 from vlm.data.wrappers.quarantine import LeftOut, as_lines
 
 FILE = "bad_samples.jsonl"

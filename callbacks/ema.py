@@ -6,11 +6,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.progress import say
-from vlm.data.loading.trainer_progress import ends_step
 from vlm.building.weight_sources import is_resuming
 from vlm.checkpoints.artefact import read_artefact
 from vlm.checkpoints.files.parts import assign
 from vlm.checkpoints.resume.moments import named_parameters
+from vlm.data.loading.trainer_progress import ends_step
 from vlm.errors import UserError
 from vlm.module import VisionLanguageModule
 from vlm.moving import exchange, move_towards

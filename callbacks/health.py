@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, distributed
+from torch import Tensor
 
-from callbacks.switched import SwitchedCallback
 from callbacks.progress import say, warn
+from callbacks.switched import SwitchedCallback
 from vlm.batch import NOT_TERMS, Batch
 from vlm.monitoring.nonfinite import MicroBatchRecord, as_json, find_culprits
 from vlm.data.loading.trainer_progress import ends_step, is_finished
 from vlm.errors import UserError
 from vlm.monitoring.checksums import FrozenTensors
 from vlm.monitoring.norms import squared_gradient_norms, squared_norms, trained_parts
-from vlm.monitoring.over_ranks import over_ranks
+from vlm.monitoring.over_ranks import exchange, over_ranks
 from vlm.module import VisionLanguageModule
 from vlm.moving import moving_names
 from vlm.seeding import seed_from
@@ -238,7 +238,7 @@ class Health(SwitchedCallback):
 
     def _fail_not_finite(self, trainer: Trainer, looked: int, names: list[str]) -> None:
         """Every rank comes here together: the sums it was decided on are the same everywhere."""
-        everywhere = _gathered(as_json(self._packs, rank=trainer.global_rank), world=trainer.world_size)
+        everywhere = exchange(as_json(self._packs, rank=trainer.global_rank))
         found = find_culprits([pack for packs in everywhere for pack in packs], looked=looked)
         what = ", ".join([f"loss term {term!r}" for term in found.terms] or names) + " not finite"
         file = Path(trainer.default_root_dir) / "health" / f"step={found.step}.json"
@@ -254,19 +254,10 @@ class Health(SwitchedCallback):
         )
 
     def _fail_moved(self, trainer: Trainer, step: int, mine: list[str]) -> None:
-        names = sorted({name for found in _gathered(mine, world=trainer.world_size) for name in found})
+        names = sorted({name for found in exchange(mine) for name in found})
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(
                 f"step {step}: frozen tensors have changed: {names[0]}{more}; a callback or a hook writes to them; "
                 "mend that, or name them in stage.train if they are meant to be trained"
             )
-
-
-def _gathered(mine: list[Any], *, world: int) -> list[list[Any]]:
-    """One list per rank."""
-    everywhere: list[Any] = [mine]
-    if world > 1:
-        everywhere = [None] * world
-        distributed.all_gather_object(everywhere, mine)
-    return everywhere

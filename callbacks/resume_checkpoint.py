@@ -22,7 +22,7 @@ from vlm.checkpoints.files.atomic import remove
 from vlm.checkpoints.resume.background import BackgroundWriter, copy_to_host
 from vlm.checkpoints.resume.best import Mode, is_better, mode_of, write_score
 from vlm.checkpoints.resume.pointer import BEST, LAST
-from vlm.data.loading.trainer_progress import begins_validation_again, ends_step, is_finished
+from vlm.data.loading.trainer_progress import begin_validation_again, ends_step, is_finished
 from vlm.errors import UserError
 from vlm.recipes.run_folder import RunFolder
 
@@ -154,7 +154,7 @@ class ResumeCheckpoint(Checkpoint):
             raise SIGTERMException(signal.Signals(stop))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit" or not self._saves(trainer):
+        if not _is_training(trainer) or not self._saves(trainer):
             return
         self._keep_best(trainer)
         self._save_at_end(trainer)
@@ -178,7 +178,7 @@ class ResumeCheckpoint(Checkpoint):
         # not where the validation was cut off: there it may run with other weights (`callbacks.EMA`), put back by now
         if self._is_cut and trainer.global_step != self._saved_step and self._saves(trainer):
             self._is_cut = False
-            begins_validation_again(trainer)
+            begin_validation_again(trainer)
             self._save(trainer, trainer.global_step, ends=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -242,8 +242,11 @@ class ResumeCheckpoint(Checkpoint):
 
 def _may_be_cut(trainer: Trainer) -> bool:
     """Whether a validation may end before its last batch: Lightning goes back to none behind the last `max_steps`."""
-    in_training = trainer.state.fn == "fit" and not trainer.sanity_checking
-    return in_training and not 0 <= trainer.max_steps <= trainer.global_step
+    return _is_training(trainer) and not 0 <= trainer.max_steps <= trainer.global_step
+
+
+def _is_training(trainer: Trainer) -> bool:
+    return trainer.state.fn == "fit" and not trainer.sanity_checking
 
 
 def _validates_next(trainer: Trainer) -> bool:

@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.switched import SwitchedCallback
 from callbacks.log_cadence import is_logged
+from callbacks.switched import SwitchedCallback
 from vlm.batch import Batch
 from vlm.data.loading.trainer_progress import ends_step
 from vlm.module import VisionLanguageModule

@@ -3,6 +3,8 @@
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 
+from vlm.data.loading.trainer_progress import is_time_over, timers_of
+
 
 class TimeLimit:
     """Whether the time of this start is over, by the clock of the first rank.
@@ -11,16 +13,15 @@ class TimeLimit:
     """
 
     def __init__(self) -> None:
-        self._timer: Timer | None = None
+        self._timers: list[Timer] = []  # of the first rank
 
     def begin(self, trainer: Trainer) -> None:
         """From now on the timer counts, and tells nobody."""
-        timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+        timers = timers_of(trainer)
         for timer in timers:
             timer._check_time_remaining = lambda trainer: None  # type: ignore[method-assign]
-        self._timer = timers[0] if timers and trainer.is_global_zero else None
+        self._timers = timers if trainer.is_global_zero else []
 
     @property
     def is_over(self) -> bool:
-        left = self._timer.time_remaining() if self._timer is not None else None
-        return left is not None and left <= 0
+        return is_time_over(self._timers)

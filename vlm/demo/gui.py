@@ -12,9 +12,8 @@ from typing import Literal
 
 from PIL import Image, ImageDraw
 
-from vlm.demo.pages import PixelBox, word_place, write_word
 from vlm.demo.scenes import COLORS, GROUNDS, Box, Content, Split
-from vlm.demo.sprites import ENGLISH_WORDS, NOUNS, sprite
+from vlm.demo.sprites import ENGLISH_WORDS, INK, NOUNS, PixelBox, place_word, sprite, write_word
 
 Kind = Literal["button", "link", "textbox", "combobox", "image"]
 HTML: dict[Kind, str] = {
@@ -35,7 +34,7 @@ COLUMNS, ROWS = 3, 4
 _CROWDED_ROWS = 8
 _ASPECTS = ((1, 1), (1, 1), (5, 4), (4, 5))
 _LEAST, _MOST = 5, 9
-_INK, _EDGE, _LINK, _FIELD = (20, 20, 20), (120, 120, 120), (25, 60, 190), (255, 255, 255)
+_EDGE, _LINK, _FIELD = (120, 120, 120), (25, 60, 190), (255, 255, 255)
 _CONTENTS = (*ENGLISH_WORDS, *(noun.name for noun in NOUNS))
 _SPLITS = 6
 
@@ -91,7 +90,7 @@ class Screen:
             if element.kind == "image":
                 found.append(Content(box, noun=element.text))
             else:
-                ink = self._shares(word_place(element.text, element.space))
+                ink = self._shares(place_word(element.text, element.space))
                 shade = color if element.kind == "button" else None
                 found.append(Content(box, color=shade, word=element.text, ink=ink))
         return found
@@ -205,7 +204,7 @@ def _textbox(image: Image.Image, pen: ImageDraw.ImageDraw, element: Element, col
     x0, y0, x1, y1 = element.box
     pen.rectangle((x0, y0, x1 - 1, y1 - 1), fill=_FIELD, outline=_EDGE)
     write_word(image, element.text, element.space)
-    pen.line((x0 + 2, y0 + 4, x0 + 2, y1 - 5), fill=_INK)  # a cursor
+    pen.line((x0 + 2, y0 + 4, x0 + 2, y1 - 5), fill=INK)  # a cursor
 
 
 def _combobox(image: Image.Image, pen: ImageDraw.ImageDraw, element: Element, color: tuple[int, int, int]) -> None:
@@ -214,7 +213,7 @@ def _combobox(image: Image.Image, pen: ImageDraw.ImageDraw, element: Element, co
     pen.rectangle((x0, y0, x1 - 1, y1 - 1), fill=_FIELD, outline=_EDGE)
     write_word(image, element.text, element.space)
     middle = (y0 + y1) // 2
-    pen.polygon(((x1 - arrow, middle - 3), (x1 - 4, middle - 3), (x1 - 2 - arrow // 2, middle + 5)), fill=_INK)
+    pen.polygon(((x1 - arrow, middle - 3), (x1 - 4, middle - 3), (x1 - 2 - arrow // 2, middle + 5)), fill=INK)
 
 
 def _image(image: Image.Image, pen: ImageDraw.ImageDraw, element: Element, color: tuple[int, int, int]) -> None:

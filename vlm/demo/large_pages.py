@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from vlm.demo import tasks
 from vlm.demo.scenes import COLORS, GROUNDS, SPLITS, Split, split_of
-from vlm.demo.sprites import ENGLISH_WORDS, word_mask
+from vlm.demo.sprites import ENGLISH_WORDS, write_word
 
 TASK = "page"
 _SHAPES = ((4, 4), (4, 3), (3, 4))
@@ -68,10 +68,7 @@ def _draw(boards: list[Board], random: Random, size: int) -> Image.Image:
         left = column * page.width // 2 + random.randint(4, page.width // 2 - width - 4)
         top = row * page.height // 2 + random.randint(4, page.height // 2 - height - 4)
         pen.rectangle((left, top, left + width - 1, top + height - 1), fill=COLORS[color])
-        ink = word_mask(word)
-        scale = min(0.9 * width / ink.width, 0.7 * height / ink.height)
-        ink = ink.resize((round(ink.width * scale), round(ink.height * scale)), Image.Resampling.LANCZOS)
-        page.paste((20, 20, 20), (left + (width - ink.width) // 2, top + (height - ink.height) // 2), ink)
+        write_word(page, word, (left, top, left + width, top + height), height=0.7)
     return page
 
 

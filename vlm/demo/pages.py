@@ -6,10 +6,9 @@ from random import Random
 from PIL import Image, ImageDraw
 
 from vlm.demo.scenes import COLORS
-from vlm.demo.sprites import ENGLISH_WORDS, WORDS, word_mask
+from vlm.demo.sprites import ENGLISH_WORDS, WORDS, PixelBox, write_word
 
-_PAPER, _INK, _EDGE = (255, 255, 255), (20, 20, 20), (120, 120, 120)
-PixelBox = tuple[int, int, int, int]
+_PAPER, _EDGE = (255, 255, 255), (120, 120, 120)
 
 
 @dataclass(frozen=True)
@@ -63,20 +62,3 @@ def make_screen(random: Random, *, size: int) -> tuple[Image.Image, list[Placed]
         write_word(screen, word, box)
         buttons.append(Placed(word, box))
     return screen, buttons
-
-
-def write_word(image: Image.Image, word: str, space: PixelBox, *, ink: tuple[int, int, int] = _INK) -> PixelBox:
-    """Draws a word into the middle of a space; returns the box of its ink."""
-    left, top, right, bottom = place = word_place(word, space)
-    image.paste(ink, (left, top), word_mask(word).resize((right - left, bottom - top), Image.Resampling.LANCZOS))
-    return place
-
-
-def word_place(word: str, space: PixelBox) -> PixelBox:
-    """The box of the ink of a word in the middle of a space."""
-    x0, y0, x1, y1 = space
-    mask = word_mask(word)
-    scale = min(0.9 * (x1 - x0) / mask.width, 0.8 * (y1 - y0) / mask.height)
-    width, height = max(1, round(mask.width * scale)), max(1, round(mask.height * scale))
-    left, top = (x0 + x1 - width) // 2, (y0 + y1 - height) // 2
-    return left, top, left + width, top + height

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple, get_args
 
 from PIL import Image, ImageDraw
 
-from vlm.demo.sprites import NOUNS, WORDS, Noun, sprite, word_mask
+from vlm.demo.sprites import NOUNS, WORDS, Noun, PixelBox, place_word, sprite, write_word
 
 COLORS = {
     "red": (225, 60, 55),
@@ -20,6 +20,7 @@ GROUNDS = ((255, 255, 255), (232, 232, 232), (244, 236, 224), (214, 228, 236))
 ASPECTS = ((1, 1), (1, 1), (5, 4), (4, 5), (4, 3), (3, 4))
 SCALES = (0.75, 1.0, 1.25)
 _SUPERSAMPLING = 2
+_WORD_HEIGHT = 0.66  # of its sign's
 _SIGN_SHARE = 0.35
 
 Split = Literal["train", "val", "test"]
@@ -116,7 +117,7 @@ class Scene:
         """The cards and the sign."""
         found = [Content(thing.box, noun=thing.noun.name, color=thing.color) for thing in self.things]
         if self.sign is not None:
-            x0, y0, x1, y1 = self._ink(self.sign)
+            x0, y0, x1, y1 = place_word(self.sign.word, self._pixels(self.sign.box), height=_WORD_HEIGHT)
             width, height = self.width * _SUPERSAMPLING, self.height * _SUPERSAMPLING
             ink = (x0 / width, y0 / height, x1 / width, y1 / height)
             found.append(Content(self.sign.box, color=self.sign.color, word=self.sign.word, ink=ink))
@@ -136,21 +137,10 @@ class Scene:
         if self.sign is not None:
             x0, y0, x1, y1 = self._pixels(self.sign.box)
             pen.rectangle((x0, y0, x1 - 1, y1 - 1), fill=COLORS[self.sign.color])
-            left, top, right, bottom = self._ink(self.sign)
-            ink = word_mask(self.sign.word).resize((right - left, bottom - top), Image.Resampling.LANCZOS)
-            image.paste((20, 20, 20), (left, top), ink)
+            write_word(image, self.sign.word, (x0, y0, x1, y1), height=_WORD_HEIGHT)
         return image.reduce(factor)
 
-    def _ink(self, sign: Sign) -> tuple[int, int, int, int]:
-        """Where its word is, in pixels as it is drawn."""
-        x0, y0, x1, y1 = self._pixels(sign.box)
-        mask = word_mask(sign.word)
-        scale = min(0.9 * (x1 - x0) / mask.width, 0.66 * (y1 - y0) / mask.height)
-        width, height = round(mask.width * scale), round(mask.height * scale)
-        left, top = (x0 + x1 - width) // 2, (y0 + y1 - height) // 2
-        return left, top, left + width, top + height
-
-    def _pixels(self, box: Box) -> tuple[int, int, int, int]:
+    def _pixels(self, box: Box) -> PixelBox:
         width, height = self.width * _SUPERSAMPLING, self.height * _SUPERSAMPLING
         x0, y0, x1, y1 = box
         return round(x0 * width), round(y0 * height), round(x1 * width), round(y1 * height)

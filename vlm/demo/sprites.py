@@ -20,6 +20,9 @@ SPRITE = 64
 """Pixels per side of one image in `sprites.png`."""
 WORD = (160, 40)
 """Width and height in pixels of one word in `words.png`."""
+PixelBox = tuple[int, int, int, int]
+"""x0, y0, x1, y1 in pixels of an image."""
+INK = (20, 20, 20)
 _PER_ROW = 8
 _INKED = 40  # of 255: less is a letter's soft edge
 _EMOJI_SIZE = 109  # the one size that Noto's bitmaps have
@@ -78,6 +81,25 @@ def word_mask(word: str) -> Image.Image:
     """Where the ink of a word of `WORDS` is: 8-bit coverage, cut to the ink."""
     cell = _cells("words.png", *WORD, len(WORDS))[WORDS.index(word)]
     return cell.crop(cell.getbbox())
+
+
+def place_word(word: str, space: PixelBox, *, height: float = 0.8) -> PixelBox:
+    """The box of the ink of a word in the middle of a space, of whose height it takes at most this share."""
+    x0, y0, x1, y1 = space
+    mask = word_mask(word)
+    scale = min(0.9 * (x1 - x0) / mask.width, height * (y1 - y0) / mask.height)
+    wide, high = max(1, round(mask.width * scale)), max(1, round(mask.height * scale))
+    left, top = (x0 + x1 - wide) // 2, (y0 + y1 - high) // 2
+    return left, top, left + wide, top + high
+
+
+def write_word(
+    image: Image.Image, word: str, space: PixelBox, *, ink: tuple[int, int, int] = INK, height: float = 0.8
+) -> PixelBox:
+    """Draws a word where `place_word` has it; returns the box of its ink."""
+    left, top, right, bottom = place = place_word(word, space, height=height)
+    image.paste(ink, (left, top), word_mask(word).resize((right - left, bottom - top), Image.Resampling.LANCZOS))
+    return place
 
 
 @functools.cache

@@ -16,7 +16,8 @@ from torch import Tensor
 from vlm.batch import SampleInfo
 from vlm.errors import UserError
 from vlm.evaluation.judges import Judge
-from vlm.evaluation.retrieval_table import Kept, Pairs, Table, exchange, rank_of
+from vlm.evaluation.retrieval_table import Kept, Pairs, Table, rank_of
+from vlm.monitoring.over_ranks import exchange
 
 
 class Embeddings(NamedTuple):

@@ -135,12 +135,3 @@ def _first_right(scores: Tensor, asked: Tensor, candidates: Tensor) -> Tensor:
 def rank_of(everyone: Sequence[Any]) -> int:
     """This process's place among those that have exchanged something."""
     return distributed.get_rank() if len(everyone) > 1 else 0
-
-
-def exchange(value: Any) -> list[Any]:
-    """A value of every rank, in their order."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [value]
-    values = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, value)
-    return values

@@ -1,4 +1,6 @@
-"""Sums over the ranks for people to read."""
+"""Sums over the ranks for people to read, and values of all of them."""
+
+from typing import Any
 
 from torch import Tensor, distributed
 
@@ -8,8 +10,21 @@ def over_ranks(values: Tensor) -> Tensor:
 
     Lightning's own reduction has a barrier before it, at which the host waits for the device.
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not _in_group():
         return values
     summed = values.detach().clone()
     distributed.all_reduce(summed)
     return summed
+
+
+def exchange(value: Any) -> list[Any]:
+    """A value of every rank, in their order."""
+    if not _in_group():
+        return [value]
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def _in_group() -> bool:
+    return distributed.is_available() and distributed.is_initialized()

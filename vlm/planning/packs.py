@@ -108,9 +108,9 @@ class PackCosts:
         None: the network makes all of them at once.
         """
         c, (tokens_b, b) = self._run(count, parts=2 * _PARTS)[1], self._run(count, parts=_PARTS)
-        tokens_a, a = self._run(small, parts=_PARTS) if small < count else (0, PackCost({}, {}, {}))
         if b.at_once == c.at_once:
             return None
+        tokens_a, a = self._run(small, parts=_PARTS) if small < count else (0, PackCost({}, {}, {}))
         longer = (tokens - tokens_a) / (tokens_b - tokens_a)
         missing = functional.MOST_LOGITS - a.at_once - longer * (c.at_once - a.at_once)
         wider = missing / (b.at_once - c.at_once)

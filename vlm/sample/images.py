@@ -37,7 +37,7 @@ class ImageFile:
     @property
     def is_light(self) -> bool:
         """Whether it can go along with its sample: it says where its bytes are, or they are few (128 KiB)."""
-        return type(self) is ImageFile and self.image is None and len(self.data or b"") <= _LIGHT
+        return self.image is None and len(self.data or b"") <= _LIGHT
 
     def size(self, sample: "Sample") -> tuple[int, int]:
         """(width, height), read from the header alone, and once: several steps of an encoding ask."""

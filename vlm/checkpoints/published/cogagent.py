@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vlm.checkpoints.published.cogvlm import LANGUAGE_ONLY, LANGUAGE_READ, CogVLMFamily
+from vlm.checkpoints.published.cogvlm import LANGUAGE_ONLY, LANGUAGE_READ, SAT_FINE, CogVLMFamily
 from vlm.checkpoints.published.entries import Entries
 from vlm.checkpoints.tables.cog_sat import sat_rules
 from vlm.checkpoints.tables.cogagent import cross_rules, cross_unused
@@ -23,7 +23,7 @@ _TOWER = {"patch_size": 14, "depth": 24, "head_dim": 64, "mlp_ratio": 2.6667, "r
 
 class CogAgentFamily(CogVLMFamily):
     system = "cogagent"
-    marks: ClassVar = {"official": "model.cross_vision.pos_embed", "sat": "mixins.encoder.pos_embed"}
+    marks: ClassVar = {"official": "model.cross_vision.pos_embed", "sat": SAT_FINE}
     templates: ClassVar = {"chat": "cogvlm_chat", "chat_old": "cogvlm_chat_old", "base": "cogvlm_base"}
     versions: ClassVar = {"chat": "chat", "chat_old": "chat_old", "base": "base"}
     is_fine: ClassVar = True

@@ -44,7 +44,7 @@ FILES = (
 )
 
 
-_SAT, _SAT_FINE = "mixins.eva.boi", "mixins.encoder.pos_embed"
+_SAT, SAT_FINE = "mixins.eva.boi", "mixins.encoder.pos_embed"
 
 
 class CogVLMFamily(OneFolderFamily):
@@ -66,7 +66,7 @@ class CogVLMFamily(OneFolderFamily):
 
     def claims(self, folder: PublishedFolder) -> bool:
         if _SAT in folder.keys:
-            return (_SAT_FINE in folder.keys) == self.is_fine
+            return (SAT_FINE in folder.keys) == self.is_fine
         return super().claims(folder)
 
     def read_config(self, files: WeightFiles, path: str | Path) -> dict[str, Any]:

@@ -5,6 +5,8 @@ resumed under another `accumulate_grad_batches`, or from the middle of an accumu
 steps at the wrong packs, and an epoch with another number of steps would be cut to the length of the first one.
 """
 
+from collections.abc import Sequence
+
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.loops.progress import _ProcessedTracker
@@ -76,7 +78,7 @@ def is_finished(trainer: L.Trainer) -> bool:
     return last_epoch and _current(loop.epoch_loop).processed >= loop.max_batches
 
 
-def begins_validation_again(trainer: L.Trainer) -> None:
+def begin_validation_again(trainer: L.Trainer) -> None:
     """Sets Lightning's counters as a state has to have them whose resume begins with the validation of its step."""
     progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
     for tracker in (progress.total, progress.current):
@@ -88,9 +90,18 @@ def begins_validation_again(trainer: L.Trainer) -> None:
 
 def is_ended_early(trainer: L.Trainer) -> bool:
     """Whether something decided that the training is done, as EarlyStopping does; False where its time was over."""
-    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
-    is_over = any(left is not None and left <= 0 for left in (timer.time_remaining() for timer in timers))
-    return trainer.strategy.broadcast(trainer.should_stop and not is_over)  # of clocks the first rank's counts
+    # of clocks the first rank's counts
+    return trainer.strategy.broadcast(trainer.should_stop and not is_time_over(timers_of(trainer)))
+
+
+def timers_of(trainer: L.Trainer) -> list[Timer]:
+    """Those that keep `trainer.max_time`."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+
+
+def is_time_over(timers: Sequence[Timer]) -> bool:
+    """By this process's clock."""
+    return any(left is not None and left <= 0 for left in (timer.time_remaining() for timer in timers))
 
 
 def cuts(trainer: L.Trainer) -> list[str]:

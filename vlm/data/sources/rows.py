@@ -112,6 +112,10 @@ class RowImage(ImageFile):
     _: KW_ONLY
     load: Callable[[], ImageFile]
 
+    @property
+    def is_light(self) -> bool:
+        return False
+
     def _open(self, sample: Sample) -> Image.Image:
         return self.load()._open(sample)
 

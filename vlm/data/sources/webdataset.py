@@ -257,10 +257,6 @@ class MemberImage(ImageFile):
         object.__setattr__(self, "start", start)
         object.__setattr__(self, "length", length)
 
-    @property
-    def is_light(self) -> bool:
-        return True
-
     def _open(self, sample: Sample) -> Any:
         assert self.path is not None
         with self.path.open("rb") as file:
